@@ -1,0 +1,27 @@
+"""ReGATE (Reference-Guided Adaptive Token Elision) for Megatron-style training.
+
+A frozen text-only teacher gives every answer token a reference loss; fused with a running average of the student's own
+loss it ranks the answer tokens; in sparse steps only the best-ranked go through the decoder (arXiv 2507.21420).
+Importing this package changes nothing: everything happens in :func:`attach` and :func:`wrap_forward_backward`, or in the
+launcher ``torchrun … -m regate_megatron SCRIPT … --regate``.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from regate_megatron.config import ReGateConfig
+from regate_megatron.errors import ReGateError
+
+if TYPE_CHECKING:
+    from regate_megatron.session import attach, describe, detach, wrap_forward_backward
+
+__version__ = "0.1.0"
+__all__ = ["ReGateConfig", "ReGateError", "attach", "describe", "detach", "wrap_forward_backward"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the parts that need Megatron only when they are asked for."""
+    if name in ("attach", "describe", "detach", "wrap_forward_backward"):
+        from regate_megatron import session
+
+        return getattr(session, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,94 @@
+"""The canonical facts of a microbatch, and the interface of the adapters that read them.
+
+Shapes: B rows of the microbatch, S positions of the merged row as the decoder sees it dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MicrobatchFacts:
+    """What the planner needs to know of a microbatch; all on the CPU.
+
+    Attributes:
+        is_target_BS: the loss mask the model itself would apply there is positive; bool [B, S].
+        is_context_BS: every other position that is not padding; bool [B, S].
+        is_visual_BS: context that holds an image embedding, not a token; bool [B, S].
+        token_BS: input token ids; any value at visual positions and padding; int64 [B, S].
+        label_BS: the label each position predicts (already shifted); int64 [B, S], meaningful at targets.
+        reference_key_B2: 128-bit key of token ids and layout, int64 [B, 2].
+        difficulty_key_B2: 128-bit key of that and of the image bytes, int64 [B, 2].
+    """
+
+    is_target_BS: Tensor
+    is_context_BS: Tensor
+    is_visual_BS: Tensor
+    token_BS: Tensor
+    label_BS: Tensor
+    reference_key_B2: Tensor
+    difficulty_key_B2: Tensor
+
+    @property
+    def dense_length(self) -> int:
+        """S, the positions a dense step runs per row."""
+        return self.is_target_BS.shape[1]
+
+
+class BatchAdapter(Protocol):
+    """How one framework's batches are read and edited."""
+
+    def read(self, batch: dict[str, Any]) -> MicrobatchFacts:
+        """The facts of one microbatch. Raises KeyError or ValueError for a batch of another layout."""
+        ...
+
+    def elide(self, batch: dict[str, Any], is_elided_BS: Tensor) -> dict[str, Any]:
+        """A shallow copy of ``batch`` whose loss mask is 0 at elided targets; shapes stay as they are."""
+        ...
+
+
+def content_keys(rows: Sequence[Sequence[np.ndarray]]) -> Tensor:
+    """One 128-bit key per row (xxh3) over its arrays and their lengths, as int64 [B, 2].
+
+    Stable across epochs, ranks, layouts and batch shapes as long as the arrays are.
+    """
+    keys = []
+    for arrays in rows:
+        digest = xxhash.xxh3_128()
+        for array in arrays:
+            digest.update(np.int64(array.nbytes).tobytes())
+            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+        keys.append(np.frombuffer(digest.digest(), dtype=np.int64))
+    return torch.from_numpy(np.stack(keys).copy())
+
+
+def key_hex(key_2: Tensor) -> str:
+    """A key as 32 hexadecimal digits."""
+    return key_2.numpy().tobytes().hex()
+
+
+def trailing_padding(token_BS: Tensor, is_target_BS: Tensor) -> Tensor:
+    """Mark padding: the run of two or more equal tokens that ends a row after its last target; bool [B, S].
+
+    Megatron's datasets rewrite the pad id, so it cannot be told by its value. No target reads what follows the last
+    target, hence a wrong guess here could not change a loss.
+    """
+    num_positions = token_BS.shape[1]
+    differs_BS = (token_BS != token_BS[:, -1:]) | is_target_BS
+    position_S = torch.arange(num_positions)
+    last_other_B1 = torch.where(differs_BS, position_S, -1).amax(dim=1, keepdim=True)
+    is_run_BS = position_S > last_other_B1
+    return is_run_BS & (is_run_BS.sum(dim=1, keepdim=True) > 1)
+
+
+def to_cpu(value: Any) -> Tensor:
+    """A batch entry as a CPU tensor (batches of Megatron's data loaders are on the CPU already)."""
+    return torch.as_tensor(value).detach().cpu()

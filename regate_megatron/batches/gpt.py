@@ -1,0 +1,42 @@
+"""Text batches of pretrain_gpt.py: ``tokens``, ``labels``, ``loss_mask`` [B, S], merged positions = text positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regate_megatron.batches.facts import MicrobatchFacts, content_keys, to_cpu, trailing_padding
+
+
+class GPTBatches:
+    """Adapter for GPTModel batches."""
+
+    def read(self, batch: dict[str, Any]) -> MicrobatchFacts:
+        """See :meth:`BatchAdapter.read`."""
+        token_BS, label_BS = to_cpu(batch["tokens"]).long(), to_cpu(batch["labels"]).long()
+        is_target_BS = to_cpu(batch["loss_mask"]) > 0
+        is_padding_BS = trailing_padding(token_BS, is_target_BS)
+        rows = []
+        for token_S, label_S, is_target_S, is_padding_S in zip(
+            token_BS, label_BS, is_target_BS, is_padding_BS, strict=True
+        ):
+            real = ~is_padding_S
+            labels = torch.where(is_target_S, label_S, -1)  # a label without loss is not content
+            rows.append([token_S[real].numpy(), labels[real].numpy()])
+        key_B2 = content_keys(rows)
+        return MicrobatchFacts(
+            is_target_BS=is_target_BS,
+            is_context_BS=~is_target_BS & ~is_padding_BS,
+            is_visual_BS=torch.zeros_like(is_target_BS),
+            token_BS=token_BS,
+            label_BS=label_BS,
+            reference_key_B2=key_B2,
+            difficulty_key_B2=key_B2,
+        )
+
+    def elide(self, batch: dict[str, Any], is_elided_BS: Tensor) -> dict[str, Any]:
+        """See :meth:`BatchAdapter.elide`."""
+        loss_mask = batch["loss_mask"]
+        return dict(batch, loss_mask=loss_mask.masked_fill(is_elided_BS.to(loss_mask.device), 0))

@@ -1,0 +1,191 @@
+"""Language-model weights in Megatron torch_dist checkpoints: find them, check them, load and save them.
+
+Nothing here unpickles freely: tensors are read by ``torch.distributed.checkpoint``, whose index file is a pickle; it is
+read first by an unpickler that knows torch's metadata classes and refuses everything else.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from regate_megatron.errors import refuse
+
+EMBEDDING = "embedding.word_embeddings.weight"
+LANGUAGE_MODEL_PREFIX = "language_model."
+_TRACKER = "latest_checkpointed_iteration.txt"
+_INDEX = ".metadata"
+_INDEX_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_INDEX_NAMES = {
+    ("collections", "OrderedDict"),
+    ("collections", "defaultdict"),
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch", "dtype"),
+    ("torch.serialization", "_get_layout"),
+    *(("torch", name) for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool")),
+}
+
+
+@dataclass(frozen=True)
+class LanguageModelCheckpoint:
+    """A language model inside a torch_dist checkpoint.
+
+    Attributes:
+        path: the folder of the iteration.
+        prefix: what its keys start with: "" for a GPT, "language_model." for a LLaVA.
+        shapes: global shape of every tensor of the language model, by key without prefix.
+    """
+
+    path: Path
+    prefix: str
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the word embedding: the vocabulary with Megatron's padding."""
+        return self.shapes[EMBEDDING][0]
+
+
+def find_iteration(directory: str | Path, what: str = "checkpoint") -> Path:
+    """The folder of a torch_dist checkpoint: ``directory`` itself, or the iteration its tracker file names.
+
+    Raises:
+        ReGateError: no such folder, no checkpoint in it, another format, or an index that is not plain metadata.
+    """
+    root = Path(directory)
+    allowed = "a folder with a Megatron torch_dist checkpoint (--ckpt-format torch_dist)"
+    if not root.is_dir():
+        raise refuse(what, given=f"{root}, which is no folder", allowed=allowed, change="the path")
+    path = root
+    if not (root / "metadata.json").is_file():
+        tracker = root / _TRACKER
+        if not tracker.is_file():
+            raise refuse(
+                what, given=f"{root}, which holds no checkpoint", allowed=allowed, change="the path, or convert it"
+            )
+        label = tracker.read_text().strip()
+        path = root / (label if label == "release" else f"iter_{int(label):07d}" if label.isdigit() else label)
+    if not (path / "metadata.json").is_file() or not (path / _INDEX).is_file():
+        raise refuse(
+            what,
+            given=f"{path}, which is incomplete or in another format",
+            allowed=allowed,
+            change="the path, or save it again with --ckpt-format torch_dist",
+        )
+    _check_index(path / _INDEX, what)
+    return path
+
+
+def open_language_model(directory: str | Path, what: str = "checkpoint") -> LanguageModelCheckpoint:
+    """Find the language model in a checkpoint; reads names and shapes only. Any rank, no communication.
+
+    Raises:
+        ReGateError: see :func:`find_iteration`; or there is no language model in the checkpoint.
+    """
+    from megatron.core import dist_checkpointing
+
+    path = find_iteration(directory, what)
+    try:
+        metadata = dist_checkpointing.load_tensors_metadata(str(path))
+    except Exception as error:  # whatever a damaged file makes the reader raise
+        raise refuse(
+            what, given=f"{path}, unreadable ({type(error).__name__})", allowed="a complete checkpoint", change="it"
+        ) from error
+    shapes = {key: tuple(tensor.global_shape) for key, tensor in metadata.items()}
+    for prefix in ("", LANGUAGE_MODEL_PREFIX):
+        if prefix + EMBEDDING in shapes:
+            own = {
+                key[len(prefix) :]: shape
+                for key, shape in shapes.items()
+                if key.startswith(prefix) and key[len(prefix) :].split(".")[0] in ("embedding", "decoder", "output_layer")
+            }
+            return LanguageModelCheckpoint(path, prefix, own)
+    raise refuse(
+        what,
+        given=f"{path}, which holds no {EMBEDDING}",
+        allowed="a checkpoint of a GPTModel or a LLaVAModel",
+        change="the path",
+    )
+
+
+def saved_arguments(path: Path) -> Any:
+    """Megatron's arguments in a checkpoint, read weights-only; None where there are none to be read."""
+    try:
+        return torch.load(path / "common.pt", map_location="cpu", weights_only=True).get("args")
+    except Exception:  # absent, or of a class that is not allowed: the caller does without
+        return None
+
+
+def load_language_model(model: Any, checkpoint: LanguageModelCheckpoint) -> None:
+    """Load the weights of ``checkpoint`` into a sharded language model, in place; all ranks call this."""
+    from megatron.core import dist_checkpointing
+
+    template = model.sharded_state_dict(prefix=checkpoint.prefix)
+    template = {key: value for key, value in template.items() if "_extra_state" not in key}
+    loaded = dist_checkpointing.load(template, str(checkpoint.path))
+    weights = {key[len(checkpoint.prefix) :]: value for key, value in loaded.items() if torch.is_tensor(value)}
+    missing = set(dict(model.named_parameters())) - set(weights)
+    assert not missing, f"loaded no value for {sorted(missing)}"
+    model.load_state_dict(weights, strict=False)  # not strict: no _extra_state is loaded into a bf16 teacher
+
+
+def save_language_model(model: Any, directory: str | Path, group: Any = None) -> None:
+    """Save a sharded language model as a torch_dist checkpoint; aside first, then renamed. All ranks call this.
+
+    Args:
+        group: the group for the barriers around the rename; the default group when None.
+    """
+    from megatron.core import dist_checkpointing
+
+    target = Path(directory)
+    aside = target.with_name(target.name + ".incomplete")
+    if dist.get_rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    dist.barrier(group=group)
+    dist_checkpointing.save(model.sharded_state_dict(), str(aside))
+    dist.barrier(group=group)
+    if dist.get_rank() == 0:
+        replace_folder(aside, target)
+    dist.barrier(group=group)
+
+
+def replace_folder(aside: Path, target: Path) -> None:
+    """Put the finished folder ``aside`` in the place of ``target``; the old one goes last."""
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(aside, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class _IndexReader(pickle.Unpickler):
+    """Reads torch's checkpoint index, and nothing that would import anything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _INDEX_NAMES or module in _INDEX_MODULES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it would import {module}.{name}")
+
+
+def _check_index(index: Path, what: str) -> None:
+    """Refuse an index that is damaged or names anything but torch's checkpoint metadata."""
+    try:
+        with index.open("rb") as file:
+            _IndexReader(file).load()
+    except Exception as error:  # damaged pickles raise whatever they like
+        raise refuse(
+            what,
+            given=f"{index}, unreadable or untrusted: {error}",
+            allowed="an index written by torch.distributed.checkpoint",
+            change="to a complete checkpoint you trust, saved by Megatron",
+        ) from error

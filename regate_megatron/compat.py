@@ -1,0 +1,296 @@
+"""What is supported, and the only place that knows Megatron's versions and symbols.
+
+:data:`RULES` is one table of refusals; :func:`check_support` walks it before step 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from regate_megatron.config import ReGateConfig, flag
+from regate_megatron.errors import ReGateError, refuse
+
+MEGATRON_CORE_VERSIONS = ("0.17", "0.18", "0.19", "0.20")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the rules look at.
+
+    Attributes:
+        chunks: this rank's language-model chunks, unwrapped.
+        config: ReGATE's settings.
+        args: the framework's namespace; None outside Megatron-LM.
+    """
+
+    chunks: list[Any]
+    config: ReGateConfig
+    args: Any = None
+
+    @property
+    def model(self) -> Any:
+        """The transformer config of the language model."""
+        return self.chunks[0].config
+
+    def arg(self, name: str, default: Any = None) -> Any:
+        """An argument of the framework, ``default`` where it has none."""
+        return getattr(self.args, name, default)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One refusal: ``given`` returns what is wrong, or None."""
+
+    what: str
+    given: Callable[[Setting], Any]
+    allowed: str
+    change: str
+    why: str
+
+
+def _field(name: str, harmless: tuple[Any, ...] = (None, False, 0)) -> Callable[[Setting], Any]:
+    def given(setting: Setting) -> Any:
+        value = getattr(setting.model, name, None)
+        return None if value in harmless else f"{name}={value}"
+
+    return given
+
+
+def _layers_of_first_chunk(setting: Setting) -> int:
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+    stages = setting.model.pipeline_model_parallel_size
+    if stages == 1 and not setting.model.virtual_pipeline_model_parallel_size:
+        return setting.model.num_layers
+    vp_stage = 0 if setting.model.virtual_pipeline_model_parallel_size else None
+    return get_num_layers_to_build(setting.model, vp_stage, 0)
+
+
+def _too_many_dense_layers(setting: Setting) -> Any:
+    dense, layers = setting.config.dense_layers, setting.model.num_layers
+    first = _layers_of_first_chunk(setting)
+    if dense >= layers:
+        return f"{dense} with {layers} decoder layers"
+    return f"{dense} with {first} layers in the first pipeline chunk" if dense > first else None
+
+
+def _model_class(setting: Setting) -> Any:
+    names = [type(chunk).__name__ for chunk in setting.chunks]
+    return None if all(_is_gpt(chunk) for chunk in setting.chunks) else ", ".join(names)
+
+
+def _is_gpt(chunk: Any) -> bool:
+    from megatron.core.models.gpt import GPTModel
+
+    return isinstance(chunk, GPTModel)
+
+
+def _fused_rope(setting: Setting) -> Any:
+    rows = setting.arg("micro_batch_size", 1)
+    return f"fused RoPE with micro-batch size {rows}" if setting.model.apply_rope_fusion and rows > 1 else None
+
+
+def _cuda_graphs(setting: Setting) -> Any:
+    implementation = getattr(setting.model, "cuda_graph_impl", "none")
+    if implementation not in (None, "none"):
+        return f"cuda_graph_impl={implementation}"
+    return next((f"{n}=True" for n in ("enable_cuda_graph", "external_cuda_graph") if getattr(setting.model, n, 0)), None)
+
+
+def _budget_with_pipeline(setting: Setting) -> Any:
+    stages = setting.model.pipeline_model_parallel_size
+    return f"per-sample with {stages} pipeline stages" if setting.config.budget == "per-sample" and stages > 1 else None
+
+
+def _dataset_rows(setting: Setting) -> Any:
+    names = ("sft", "dataloader_inter_document_masking", "use_packed_sequence", "hybrid_context_parallel")
+    return next((f"--{name.replace('_', '-')}" for name in names if setting.arg(name)), None)
+
+
+def _position_embedding(setting: Setting) -> Any:
+    kind = setting.chunks[0].position_embedding_type
+    return None if kind in ("rope", "learned_absolute", "none") else kind
+
+
+def _fsdp(setting: Setting) -> Any:
+    names = ("use_megatron_fsdp", "use_torch_fsdp2")
+    return next((f"--{name.replace('_', '-')}" for name in names if setting.arg(name)), None)
+
+
+def _student_teacher_with_vpp(setting: Setting) -> Any:
+    vpp = setting.model.virtual_pipeline_model_parallel_size
+    return f"{vpp} virtual pipeline stages" if vpp and setting.config.needs_teacher else None
+
+
+RULES = (
+    Rule("model", _model_class, "GPTModel, alone or in a LLaVAModel", "the model class", "other layers are not adapted"),
+    Rule(
+        flag("dense_layers"),
+        _too_many_dense_layers,
+        "fewer than the decoder's layers, none past the first pipeline chunk",
+        "it to 1, or to a smaller number",
+        "pipeline stages after the first exchange short sequences",
+    ),
+    Rule(
+        flag("budget"),
+        lambda s: "balanced" if s.config.budget == "balanced" else None,
+        "uniform or per-sample in this version",
+        "it to uniform",
+        "not built yet",
+    ),
+    Rule(
+        flag("budget"), _budget_with_pipeline, "uniform with pipeline stages", "it to uniform", "static pipeline shapes"
+    ),
+    Rule(
+        flag("reference_cache"),
+        lambda s: s.config.reference_cache,
+        "no cache directory in this version (losses are kept in memory)",
+        "the command: leave the flag out",
+        "not built yet",
+    ),
+    Rule(
+        "context parallelism",
+        lambda s: n if (n := s.model.context_parallel_size) > 1 else None,
+        "1 in this version",
+        "--context-parallel-size to 1",
+        "not built yet",
+    ),
+    Rule(
+        "mixture of experts",
+        lambda s: f"{n} experts" if (n := s.model.num_moe_experts) else None,
+        "dense MLPs in this version",
+        "the model",
+        "not built yet",
+    ),
+    Rule(
+        "position embedding",
+        _position_embedding,
+        "rope, learned_absolute or none in this version",
+        "--position-embedding-type",
+        "not built yet",
+    ),
+    Rule(
+        "multi-latent attention",
+        _field("multi_latent_attention"),
+        "standard attention in this version",
+        "the model",
+        "not built yet",
+    ),
+    Rule(
+        "sliding-window attention",
+        _field("window_size"),
+        "full causal attention",
+        "the model, or train it without --regate",
+        "distances would count kept tokens only",
+    ),
+    Rule(
+        "multi-token prediction",
+        _field("mtp_num_layers"),
+        "no MTP layers",
+        "--mtp-num-layers to none",
+        "targets would become the next kept token",
+    ),
+    Rule(
+        "linear or experimental attention",
+        lambda s: _field("experimental_attention_variant")(s) or _field("linear_attention_freq")(s),
+        "softmax attention in every layer",
+        "the model, or train it without --regate",
+        "state would skip elided tokens",
+    ),
+    Rule("CUDA graphs", _cuda_graphs, "none", "--cuda-graph-impl to none", "lengths change between steps"),
+    Rule(
+        "combined 1F1B",
+        _field("overlap_moe_expert_parallel_comm"),
+        "the plain schedules",
+        "the command: leave --overlap-moe-expert-parallel-comm out",
+        "preprocessing runs after the plan has gone",
+    ),
+    Rule(
+        "tensor-parallel communication overlap",
+        _field("tp_comm_overlap"),
+        "off",
+        "the command: leave --tp-comm-overlap out",
+        "its user buffers have a fixed size",
+    ),
+    Rule(
+        "packed rows",
+        _dataset_rows,
+        "one sample per row in this version",
+        "the command: leave the flag out",
+        "not built yet",
+    ),
+    Rule("fully sharded data parallel", _fsdp, "Megatron's DDP", "the command: leave the flag out", "not built yet"),
+    Rule(
+        "fused RoPE",
+        _fused_rope,
+        "micro-batch size 1, or unfused RoPE",
+        "the command: add --no-rope-fusion",
+        "the fused kernel takes one row of positions",
+    ),
+    Rule(
+        "interleaved pipeline with a teacher",
+        _student_teacher_with_vpp,
+        "a score without teacher (student, random) in this version",
+        "--num-layers-per-virtual-pipeline-stage to none",
+        "the teacher is not interleaved",
+    ),
+)
+
+
+def check_support(setting: Setting) -> tuple[bool, str]:
+    """Whether ReGATE can run as asked: ``(True, "")`` or ``(False, one-line reason)``."""
+    for rule in RULES:
+        given = rule.given(setting)
+        if given is not None:
+            error = refuse(rule.what, given=given, allowed=f"{rule.allowed} ({rule.why})", change=rule.change)
+            return False, str(error)
+    return True, ""
+
+
+def length_alignment(model: Any, rows_per_microbatch: int) -> int:
+    """What kept lengths must be a multiple of: the tensor slices of sequence parallelism, and FP8's matrix sizes."""
+    multiple = model.tensor_model_parallel_size if model.sequence_parallel else 1
+    if not model.fp8:
+        return multiple
+    from megatron.core.fp8_utils import get_fp8_align_size
+
+    size = get_fp8_align_size(model.fp8_recipe)
+    # Rows of the local matrix, b·K/TP, must divide by the size; a K that does alone serves every b.
+    return multiple * size
+
+
+def unwrap(module: Any) -> Any:
+    """The framework's model below DDP, Float16Module and the like."""
+    while hasattr(module, "module"):
+        module = module.module
+    return module
+
+
+def language_model_of(model: Any) -> Any:
+    """The GPTModel inside a multimodal model, or the model itself."""
+    return getattr(model, "language_model", None) or model
+
+
+def versions() -> str:
+    """The versions that matter, for the log line."""
+    import torch
+
+    found = [f"torch {torch.__version__}"]
+    for package in ("megatron-core", "transformer-engine"):
+        try:
+            found.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def require(condition: Any, what: str, **form: Any) -> None:
+    """Raise the refusal of ``what`` unless ``condition`` holds."""
+    if not condition:
+        raise refuse(what, **form)
+
+
+__all__ = ["RULES", "ReGateError", "Rule", "Setting", "check_support", "language_model_of", "length_alignment"]

@@ -1,0 +1,183 @@
+"""The settings of ReGATE, and the only source of its command-line flags.
+
+Every field of :class:`ReGateConfig` becomes one flag ``--regate-<name-with-dashes>``; ``enabled`` is ``--regate`` itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from regate_megatron.errors import refuse
+
+SCORES = ("regate", "student", "reference", "excess", "random")
+SCORES_WITH_TEACHER = ("regate", "reference", "excess")
+FUSIONS = ("sum", "convex")
+BUDGETS = ("uniform", "balanced", "per-sample")
+TEACHER_VISUAL = ("drop", "pad")
+STUDENT_AS_TEACHER = "student"
+
+
+def _option(default: Any, help_text: str, choices: Sequence[str] | None = None, metavar: str | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help_text, "choices": choices, "metavar": metavar})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReGateConfig:
+    """All settings, complete and checked once constructed.
+
+    Raises:
+        ReGateError: a value is out of its range; one line with what was given, what is allowed, what to change.
+    """
+
+    enabled: bool = _option(True, "train with ReGATE token elision")
+    keep_ratio: float = _option(0.5, "share p of the target tokens that stay active in sparse steps, in (0, 1]")
+    dense_layers: int = _option(1, "number of first decoder layers that see every token; 0 is the paper's method")
+    warmup_steps: int = _option(100, "iterations at the start that run dense")
+    cycle_steps: int = _option(128, "iterations per cycle after the warm-up (C)")
+    dense_steps: int = _option(16, "dense iterations at the head of each cycle (F); they refresh every difficulty")
+    ema_decay: float = _option(0.9, "decay beta of the running average of the student's loss, in [0, 1)")
+    reference_weight: float = _option(0.5, "weight lambda of the reference loss; 0 or more, at most 1 when convex")
+    fusion: str = _option("sum", "m + lambda*ref (sum) or (1-lambda)*m + lambda*ref (convex)", FUSIONS)
+    score: str = _option(
+        "regate", "what ranks the targets: the fused score, one part, student minus reference, chance", SCORES
+    )
+    budget: str = _option(
+        "uniform", "how many positions a row keeps: one length for all, equal totals per rank, own share", BUDGETS
+    )
+    length_multiple: int = _option(
+        1, "align kept lengths to a multiple of this, beside what the layout needs", metavar="N"
+    )
+    teacher_load: str | None = _option(
+        None, "Megatron torch_dist checkpoint of the frozen text-only teacher, or 'student'", metavar="DIR|student"
+    )
+    teacher_visual: str = _option(
+        "drop", "visual positions in the teacher's input: left out, or placeholders", TEACHER_VISUAL
+    )
+    reference_cache: str | None = _option(None, "directory that keeps reference losses between runs", metavar="DIR")
+    trace: str | None = _option(None, "directory for one JSON line per microbatch: what was kept and why", metavar="DIR")
+    seed: int = _option(1234, "seed of the random score", metavar="N")
+
+    def __post_init__(self) -> None:
+        self._check_number("keep_ratio", "a finite number in (0, 1]", lambda v: 0 < v <= 1, "0.5")
+        self._check_number("ema_decay", "a finite number in [0, 1)", lambda v: 0 <= v < 1, "0.9")
+        top = 1.0 if self.fusion == "convex" else math.inf
+        allowed = "a finite number in [0, 1]" if self.fusion == "convex" else "a finite number of 0 or more"
+        self._check_number("reference_weight", allowed, lambda v: 0 <= v <= top, "0.5")
+        for name, low in (("dense_layers", 0), ("warmup_steps", 0), ("dense_steps", 0)):
+            self._check_number(name, f"an integer of {low} or more", lambda v, low=low: v >= low, str(low + 1), True)
+        self._check_number("cycle_steps", "an integer of 1 or more", lambda v: v >= 1, "128", True)
+        self._check_number("length_multiple", "an integer of 1 or more", lambda v: v >= 1, "64", True)
+        self._check_number("seed", "an integer of 0 or more, below 2**63", lambda v: 0 <= v < 2**63, "1234", True)
+        for field in dataclasses.fields(self):
+            choices = field.metadata["choices"]
+            if choices and getattr(self, field.name) not in choices:
+                raise self._refuse(field.name, "one of " + ", ".join(choices), f"it to {choices[0]}")
+        if self.dense_steps > self.cycle_steps:
+            raise self._refuse(
+                "dense_steps",
+                f"0 to {self.cycle_steps}, the cycle",
+                f"it to {min(16, self.cycle_steps)} or raise {flag('cycle_steps')}",
+            )
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the score uses the reference loss."""
+        return self.score in SCORES_WITH_TEACHER
+
+    @property
+    def elides(self) -> bool:
+        """Whether any step can be shorter than the dense one."""
+        return self.keep_ratio < 1.0
+
+    def require_teacher(self) -> None:
+        """Refuse a score that uses the reference loss when no teacher is named.
+
+        Raises:
+            ReGateError: ``teacher_load`` is missing.
+        """
+        if self.needs_teacher and not self.teacher_load:
+            raise self._refuse(
+                "teacher_load",
+                f"a checkpoint directory or 'student' with {flag('score')} {self.score}",
+                f"it to 'student', or {flag('score')} to student or random",
+            )
+
+    @property
+    def learns(self) -> bool:
+        """Whether the score uses the student's own losses."""
+        return self.score in ("regate", "student", "excess")
+
+    def _check_number(self, name: str, allowed: str, ok: Any, example: str, integer: bool = False) -> None:
+        value = getattr(self, name)
+        kinds = int if integer else (int, float)
+        valid = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and ok(value)
+        if not valid:
+            raise self._refuse(name, allowed, f"it to {example}, for example")
+
+    def _refuse(self, name: str, allowed: str, change: str) -> Exception:
+        value = getattr(self, name)
+        return refuse(flag(name), given="nothing" if value is None else value, allowed=allowed, change=change)
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> ReGateConfig | None:
+        """The settings in a parsed namespace; None when ``--regate`` is absent.
+
+        Raises:
+            ReGateError: a value is out of its range.
+        """
+        if not getattr(args, "regate", False):
+            return None
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "enabled"]
+        return cls(**{name: getattr(args, f"regate_{name}") for name in names})
+
+
+def flag(name: str) -> str:
+    """The command-line flag of a field."""
+    return "--regate" if name == "enabled" else "--regate-" + name.replace("_", "-")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add every flag of ReGATE to ``parser``, with the defaults of :class:`ReGateConfig`; returns the parser.
+
+    Ranges and choices are left to :class:`ReGateConfig`, so that every refusal has one form.
+    """
+    group = parser.add_argument_group(title="regate", description="reference-guided adaptive token elision")
+    types = {"int": int, "float": float, "str": str, "str | None": str}
+    for field in dataclasses.fields(ReGateConfig):
+        help_text = field.metadata["help"].replace("%", "%%")
+        if field.name == "enabled":
+            group.add_argument("--regate", action="store_true", help=help_text)
+            continue
+        choices, metavar = field.metadata["choices"], field.metadata["metavar"]
+        group.add_argument(
+            flag(field.name),
+            type=types[str(field.type)],
+            default=field.default,
+            metavar="{" + ",".join(choices) + "}" if choices else metavar,
+            help=f"{help_text} (default: {field.default})",
+        )
+    return parser
+
+
+def parse(argv: Sequence[str]) -> ReGateConfig | None:
+    """Read ReGATE's flags out of a command line, leaving every other flag alone; None without ``--regate``.
+
+    Raises:
+        ReGateError: a value is out of its range, or a flag that starts with ``--regate`` is unknown.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    add_arguments(parser)
+    try:
+        args, rest = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        name = error.argument_name or "command line"
+        raise refuse(name, given=error.message, allowed="one value of its kind, see --help", change="it") from None
+    unknown = [word for word in rest if word.startswith("--regate")]
+    if unknown:
+        known = ", ".join(flag(field.name) for field in dataclasses.fields(ReGateConfig))
+        raise refuse("command line", given=unknown[0], allowed=known, change="the spelling")
+    return ReGateConfig.from_args(args)

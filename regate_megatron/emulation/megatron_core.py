@@ -1,0 +1,136 @@
+"""What Megatron itself needs on a CPU.
+
+Patched: ``WrappedTorchNorm.__new__``, the defaults of ``CLIPViTModel.__init__``, ``DotProductAttention.__init__``,
+``compile_helpers`` and, where the wheel or checkout has megatron.training, ``initialize._warmup_jit_function``.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from typing import Any
+
+import torch
+
+HELPERS = "megatron.core.datasets.helpers_cpp"
+
+
+def install() -> None:
+    """Patch megatron.core, whichever copy comes first on the path."""
+    _patch_norm()
+    _patch_clip_norm()
+    _patch_attention()
+    _patch_compile_helpers()
+    _patch_warmup()
+
+
+def _patch_norm() -> None:
+    """Patch the class, not its name: the layer specs imported the name."""
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    original = WrappedTorchNorm.__new__
+
+    @functools.wraps(original)
+    def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        plain = copy.copy(config)
+        plain.sequence_parallel = False  # the refusal we lift
+        plain.persist_layer_norm = False  # names a CUDA kernel; torch has one norm
+        norm = original(cls, plain, *args, **kwargs)
+        for parameter in norm.parameters():
+            # Each rank sees its part of the sequence: Megatron sums the gradients of parameters so marked.
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+    WrappedTorchNorm.__new__ = staticmethod(new)
+
+
+def _patch_clip_norm() -> None:
+    """Without Transformer Engine the default is torch's own LayerNorm, which does not take Megatron's arguments."""
+    from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    init = CLIPViTModel.__init__
+    init.__defaults__ = tuple(WrappedTorchNorm if d is torch.nn.LayerNorm else d for d in init.__defaults__ or ())
+
+
+def _patch_attention() -> None:
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    original = DotProductAttention.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        if config.context_parallel_size > 1:
+            raise NotImplementedError(
+                "the emulation has no core attention for context parallelism yet: "
+                f"given --context-parallel-size {config.context_parallel_size}; allowed 1; change it to 1 or use GPUs"
+            )
+        original(self, config, *args, **kwargs)
+
+    DotProductAttention.__init__ = init
+
+
+def _patch_compile_helpers() -> None:
+    import megatron.core.datasets.utils as utils
+
+    utils.compile_helpers = compile_helpers
+
+
+def _patch_warmup() -> None:
+    """Nothing is compiled on a CPU. On a GPU the warm-up draws from cuda's generator; here it would move the only one
+    there is, by an amount that depends on the layout, and with it the initial weights."""
+    try:
+        from megatron.training import initialize
+    except ImportError:  # a bare megatron.core
+        return
+    initialize._warmup_jit_function = lambda *args, **kwargs: None
+
+
+def compile_helpers() -> None:
+    """Make Megatron's C++ dataset helpers importable: nothing to do in a wheel, compiled once in a checkout.
+
+    Megatron's own Makefile asks whatever ``python3`` comes first on PATH; this asks the running Python. Several ranks
+    may call it at once: each compiles aside and renames.
+
+    Raises:
+        RuntimeError: the helpers are missing and cannot be built; the text says why and what to do.
+    """
+    try:
+        importlib.import_module(HELPERS)
+        return
+    except ImportError:
+        pass
+    folder = pathlib.Path(importlib.import_module("megatron.core.datasets").__file__).parent
+    if not os.access(folder, os.W_OK):
+        raise RuntimeError(
+            f"Megatron's dataset helpers are not compiled and {folder} is not writable: compile them there"
+        )
+    _build(folder / "helpers.cpp", folder / f"helpers_cpp{sysconfig.get_config_var('EXT_SUFFIX')}")
+    importlib.invalidate_caches()
+    importlib.import_module(HELPERS)
+
+
+def _build(source: pathlib.Path, target: pathlib.Path) -> None:
+    try:
+        import pybind11
+    except ImportError as error:
+        raise RuntimeError("Megatron's dataset helpers need pybind11 to be compiled: pip install pybind11") from error
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
+        raise RuntimeError(f"Megatron's dataset helpers need a C++ compiler: {compiler[0]} was not found, set CXX")
+    includes = {pybind11.get_include(), sysconfig.get_path("include"), sysconfig.get_path("platinclude")}
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".helpers-") as aside:
+        built = pathlib.Path(aside) / target.name
+        flags = ["-O2", "-shared", "-std=c++17", "-fPIC", *(f"-I{path}" for path in sorted(includes))]
+        result = subprocess.run([*compiler, *flags, str(source), "-o", str(built)], capture_output=True, text=True)
+        if result.returncode != 0:
+            raise RuntimeError(f"Megatron's dataset helpers could not be compiled:\n{result.stderr}")
+        os.replace(built, target)

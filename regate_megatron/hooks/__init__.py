@@ -1,0 +1,10 @@
+"""Instance hooks on the language model: run the decoder short after its dense layers, and the loss with it.
+
+Nothing here is a class or module patch; every hook is an attribute of one instance and is removed by its ``detach``.
+"""
+
+from regate_megatron.hooks.current import CurrentMicrobatch
+from regate_megatron.hooks.decoder import DecoderHook
+from regate_megatron.hooks.losses import LossHook
+
+__all__ = ["CurrentMicrobatch", "DecoderHook", "LossHook"]

@@ -1,0 +1,150 @@
+"""Compact once, run short to the end: the decoder with the first ``n`` layers dense and the rest on kept positions.
+
+An inactive token takes part in no elided layer, so for causal attention and token-wise MLPs those layers are exactly
+dense layers on the kept positions in order, with their original positions in the rotary embedding. The block's own
+forward is run twice, over two ranges of its layers; between the two the hidden states are gathered, once per microbatch.
+Each range is the framework's forward with its recompute, quantisation and offload contexts; what the short range needs
+(rotary frequencies, attention mask) goes in as arguments, so recompute is safe.
+
+Means: an instance attribute ``forward`` on the block. Layer hooks would run once per layer and again in recompute, and
+a module spec would change what users configured.
+
+Shapes: S dense positions, K positions that run, B rows, H hidden, D rotary. With sequence parallelism hidden states
+hold a 1/TP slice of S or K.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regate_megatron.hooks.current import CurrentMicrobatch
+from regate_megatron.plan import MicrobatchPlan
+
+
+class LayerRange:
+    """A view of a transformer block that has some of its layers; every other attribute is the block's own.
+
+    The block's ``forward`` runs on it unbound, and so does recompute, which keeps it in its closure.
+    """
+
+    def __init__(self, block: Any, start: int, stop: int, *, takes_input: bool, is_end: bool) -> None:
+        self._block = block
+        self.layers = list(block.layers)[start:stop]
+        self.num_layers_per_pipeline_rank = len(self.layers)
+        self.pre_process = takes_input  # whether hidden states come as an argument or from the previous stage
+        self.final_layernorm = block.final_layernorm if is_end else None
+        self.config = block.config
+        if start and block.config.recompute_method == "block":
+            # "block" recomputes the first N layers of a stage: the dense range has used up some of them.
+            self.config = copy.copy(block.config)
+            self.config.recompute_num_layers = max(0, block.config.recompute_num_layers - start)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._block, name)
+
+
+class DecoderHook:
+    """Compaction of one model chunk's decoder.
+
+    Args:
+        model: the language model (``GPTModel``); its ``decoder`` gets the hook.
+        current: where the plan of the forward in progress is found.
+        dense_layers: layers that see every position; all of them lie in the first chunk.
+        arrives_short: the model's input holds kept positions only (the teacher's does).
+    """
+
+    def __init__(
+        self, model: Any, current: CurrentMicrobatch, *, dense_layers: int, arrives_short: bool = False
+    ) -> None:
+        self.model, self.block, self.current = model, model.decoder, current
+        self.is_first_chunk = self.block.pre_process
+        self.compacts = self.is_first_chunk and not arrives_short
+        num_dense = dense_layers if self.compacts else 0
+        self.num_dense_here = num_dense
+        self.dense = LayerRange(self.block, 0, num_dense, takes_input=True, is_end=False)
+        self.short = LayerRange(
+            self.block, num_dense, len(self.block.layers), takes_input=self.is_first_chunk, is_end=True
+        )
+        self._forward = type(self.block).forward
+        self._signature = inspect.signature(self._forward)
+        self._frequencies: dict[int, Tensor] = {}
+        self.block.forward = self.forward
+
+    def detach(self) -> None:
+        """Give the block its own forward back."""
+        del self.block.forward
+
+    def describe(self) -> str:
+        """One line: what is attached where."""
+        layers = len(self.block.layers)
+        first = self.block.layers[0].layer_number if layers else 0
+        where = f"layers {first}-{first + layers - 1}" if layers else "no layers"
+        if self.compacts:
+            return f"decoder ({where}): compacts after {self.num_dense_here} dense layers"
+        return f"decoder ({where}): arrives short"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's forward; short after the dense layers when the current plan says so."""
+        plan = self.current.plan
+        if plan is None:
+            return self._forward(self.block, *args, **kwargs)
+        arguments = self._signature.bind(self.block, *args, **kwargs).arguments
+        arguments.pop("self")
+        if self.num_dense_here:
+            arguments["hidden_states"] = self._forward(self.dense, **arguments)
+        keep_idx_BK = plan.keep_idx_BK.to(self._device(arguments), non_blocking=True)
+        if self.compacts:
+            arguments["hidden_states"] = self._compact(arguments["hidden_states"], keep_idx_BK)
+        if arguments.get("rotary_pos_emb") is not None:
+            arguments["rotary_pos_emb"] = self._rotary(plan.dense_length, keep_idx_BK)
+        if arguments.get("attention_mask") is not None:
+            arguments["attention_mask"] = _compact_mask(arguments["attention_mask"], keep_idx_BK)
+        return self._forward(self.short, **arguments)
+
+    def _device(self, arguments: dict[str, Any]) -> torch.device:
+        hidden = arguments["hidden_states"] if self.is_first_chunk else self.block.input_tensor
+        return hidden.device
+
+    def _compact(self, hidden_SBH: Tensor, keep_idx_BK: Tensor) -> Tensor:
+        """Gather the kept positions; under sequence parallelism over the tensor group, once per microbatch."""
+        sequence_parallel = self.block.config.sequence_parallel
+        if sequence_parallel:
+            from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+            # Every rank keeps the whole sequence for a moment, so gradients come back whole: no reduction.
+            hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False)
+        index_KBH = keep_idx_BK.t()[:, :, None].expand(-1, -1, hidden_SBH.shape[-1])
+        hidden_KBH = hidden_SBH.gather(0, index_KBH)
+        if sequence_parallel:
+            from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+
+            hidden_KBH = scatter_to_sequence_parallel_region(hidden_KBH)
+        return hidden_KBH
+
+    def _rotary(self, dense_length: int, keep_idx_BK: Tensor) -> Tensor:
+        """Rotary frequencies of the kept positions at their original places, [K, B, 1, D]."""
+        frequencies_S11D = self._frequencies.get(dense_length)
+        if frequencies_S11D is None:
+            frequencies_S11D = self.model.rotary_pos_emb.get_emb(dense_length)
+            if isinstance(frequencies_S11D, tuple):  # yarn returns its attention scale beside them
+                frequencies_S11D = frequencies_S11D[0]
+            self._frequencies = {dense_length: frequencies_S11D.to(keep_idx_BK.device)}
+        return self._frequencies[dense_length][:, 0, 0][keep_idx_BK.t()][:, :, None]
+
+
+def _compact_mask(mask: Tensor, keep_idx_BK: Tensor) -> Tensor:
+    """Rows and columns of an attention mask (True is hidden) at the kept positions; [1 or B, 1, S, S] -> [B, 1, K, K].
+
+    What lies above the diagonal stays hidden: fill slots repeat a position that kept ones may read.
+    """
+    num_rows, length = keep_idx_BK.shape
+    mask_BSS = mask[:, 0].expand(num_rows, -1, -1)
+    row_B11 = torch.arange(num_rows, device=mask.device)[:, None, None]
+    mask_BKK = mask_BSS[row_B11, keep_idx_BK[:, :, None], keep_idx_BK[:, None, :]]
+    later_KK = torch.ones(length, length, dtype=torch.bool, device=mask.device).triu_(1)
+    return (mask_BKK.bool() | later_KK)[:, None]

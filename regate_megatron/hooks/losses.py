@@ -1,0 +1,51 @@
+"""The loss of a short run: labels at the kept positions, per-token losses back at their dense places.
+
+The script's loss function was built with the dense loss mask (0 at elided targets), so it gets losses of dense shape
+with zeros where nothing ran; sums and token counts come out right without it knowing.
+
+Means: an instance attribute ``compute_language_model_loss`` on the language model, the narrowest place where labels
+and logits meet.
+
+Shapes: B rows, S dense positions, K positions that run, V local vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regate_megatron.hooks.current import CurrentMicrobatch
+
+
+class LossHook:
+    """Hook on the last chunk of a language model."""
+
+    def __init__(self, model: Any, current: CurrentMicrobatch) -> None:
+        self.model, self.current = model, current
+        self._inner = model.compute_language_model_loss
+        model.compute_language_model_loss = self.compute
+
+    def detach(self) -> None:
+        """Give the model its own loss back."""
+        del self.model.compute_language_model_loss
+
+    def describe(self) -> str:
+        """One line: what is attached where."""
+        return "loss: labels at kept positions, per-token losses at dense places"
+
+    def compute(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Per-token losses [B, S] from labels [B, S] and logits [S or K, B, V]."""
+        plan, observe = self.current.plan, self.current.observe
+        if plan is None:
+            loss_BS = self._inner(labels, logits)
+        else:
+            keep_idx_BK = plan.keep_idx_BK.to(labels.device, non_blocking=True)
+            is_fill_BK = ~plan.is_kept_BK.to(labels.device, non_blocking=True)
+            loss_BK = self._inner(labels.gather(1, keep_idx_BK), logits).masked_fill(is_fill_BK, 0)
+            dense_BS = torch.zeros(labels.shape, dtype=loss_BK.dtype, device=loss_BK.device)
+            loss_BS = dense_BS.scatter_add(1, keep_idx_BK, loss_BK)
+        if observe is not None:
+            observe(loss_BS.detach())
+        return loss_BS

@@ -1,0 +1,171 @@
+"""Megatron-LM's training loop: four functions of ``megatron.training.training``, wrapped where the loop looks them up.
+
+``pretrain`` offers no hook between loading a checkpoint and the first step, and none around a step, so symbols are
+patched: the narrowest late-bound ones, in the module whose globals ``pretrain`` and ``train`` read. Nothing else is
+touched; :func:`uninstall` restores them.
+
+- ``setup_model_and_optimizer``: attach once weights are loaded.
+- ``get_forward_backward_func``: the schedule of training (evaluation asks for it too, and passes through).
+- ``train_step``: tells which steps counted (not skipped, not replayed).
+- ``training_log``: one line and scalars per log interval.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from regate_megatron import compat
+from regate_megatron.checkpoint import save_language_model
+from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig
+from regate_megatron.errors import refuse
+from regate_megatron.metrics import Counters, log_line, ratios, reduce_counters
+from regate_megatron.session import Session, attach, session_of, wrap_forward_backward
+from regate_megatron.teacher.source import TEACHER_FOLDER, teacher_of_resumed_run
+
+_MARK = "_regate"
+
+
+def install(config: ReGateConfig) -> None:
+    """Wrap the four functions; a second call replaces the settings of the first (in-process restart)."""
+    from megatron.training import training
+
+    uninstall()
+    session: list[Session] = []
+    wrappers: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+        "setup_model_and_optimizer": lambda inner: _attach_after(inner, config, session),
+        "get_forward_backward_func": lambda inner: _wrap_schedule_of(inner),
+        "train_step": lambda inner: _count_steps(inner, session),
+        "training_log": lambda inner: _log_after(inner, session),
+    }
+    missing = [name for name in wrappers if not callable(getattr(training, name, None))]
+    if missing:
+        raise refuse(
+            "megatron.training",
+            given=f"{compat.versions()} without {', '.join(missing)}",
+            allowed=f"megatron-core {', '.join(compat.MEGATRON_CORE_VERSIONS)}",
+            change="the version",
+        )
+    for name, wrap in wrappers.items():
+        inner = getattr(training, name)
+        wrapper = functools.wraps(inner)(wrap(inner))
+        setattr(wrapper, _MARK, True)
+        setattr(training, name, wrapper)
+        # The loop must read its globals from the module patched here, or the patch would be for nobody.
+        assert training.train.__globals__[name] is wrapper, f"{name} is bound elsewhere"
+
+
+def uninstall() -> None:
+    """Put the original functions back."""
+    from megatron.training import training
+
+    for name, value in list(vars(training).items()):
+        if getattr(value, _MARK, False):
+            setattr(training, name, value.__wrapped__)
+
+
+def _attach_after(inner: Callable[..., Any], config: ReGateConfig, sessions: list[Session]) -> Callable[..., Any]:
+    def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args, get_tokenizer, print_rank_0
+
+        result = inner(*args, **kwargs)
+        model, options, tokenizer = result[0], get_args(), get_tokenizer()
+        attach(
+            model, config, args=options, pad_token=_pad_token(tokenizer), vocab_size=_known_int(tokenizer, "vocab_size")
+        )
+        session = session_of(model)
+        session.counts_own_steps = False
+        _keep_teacher(session, options)
+        sessions[:] = [session]
+        print_rank_0(attached_line(session))
+        return result
+
+    return setup_model_and_optimizer
+
+
+def _wrap_schedule_of(inner: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: wrap_forward_backward(inner(*args, **kwargs))
+
+
+def _count_steps(inner: Callable[..., Any], sessions: list[Session]) -> Callable[..., Any]:
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args
+
+        session = sessions[0]
+        session.step = getattr(get_args(), "curr_iteration", session.step)
+        result = inner(*args, **kwargs)
+        skipped, should_exit = result[1], result[3]
+        assert session.has_step, "the training loop ran a schedule that was not wrapped"
+        if skipped or should_exit:
+            session.discard()
+        else:
+            session.commit()
+        return result
+
+    return train_step
+
+
+def _log_after(inner: Callable[..., Any], sessions: list[Session]) -> Callable[..., Any]:
+    signature = inspect.signature(inner)
+
+    def training_log(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
+        from megatron.training.utils import print_rank_last
+
+        result = inner(*args, **kwargs)
+        iteration, session = signature.bind(*args, **kwargs).arguments["iteration"], sessions[0]
+        if iteration % get_args().log_interval == 0 and session.interval.steps:
+            interval = reduce_counters(session.interval, session.topology)
+            total = reduce_counters(session.totals, session.topology)
+            session.interval = Counters()
+            print_rank_last(log_line(iteration, session.phase, interval, total))
+            if writer := get_tensorboard_writer():
+                for name, value in ratios(interval).items():
+                    writer.add_scalar(name, value, iteration)
+            if wandb_writer := get_wandb_writer():
+                wandb_writer.log(ratios(interval), iteration)
+        return result
+
+    return training_log
+
+
+def attached_line(session: Session) -> str:
+    """What was attached, where, and to which versions."""
+    config, transformer = session.config, session.language_models[0].config
+    layout = (
+        f"TP{transformer.tensor_model_parallel_size} PP{transformer.pipeline_model_parallel_size} "
+        f"DP{session.topology.dp_size}"
+    )
+    model = type(session.models[0]).__name__
+    teacher = f"teacher {config.teacher_load} ({config.teacher_visual})" if config.needs_teacher else "no teacher"
+    return (
+        f"[regate] attached to {model} ({layout}): score {config.score}, keep {config.keep_ratio:g} of the targets after "
+        f"{config.dense_layers} of {transformer.num_layers} layers, budget {config.budget}, warm-up {config.warmup_steps}, "
+        f"cycles of {config.dense_steps} dense + {config.cycle_steps - config.dense_steps} sparse, {teacher}; "
+        f"{compat.versions()}"
+    )
+
+
+def _keep_teacher(session: Session, options: Any) -> None:
+    """Save a teacher taken from the student beside the checkpoints, so that a resumed run has the same one."""
+    if session.config.teacher_load != STUDENT_AS_TEACHER or not session.config.needs_teacher or not options.save:
+        return
+    target, resumed = Path(options.save) / TEACHER_FOLDER, teacher_of_resumed_run(options)
+    if resumed is None or resumed.resolve() != target.resolve():
+        save_language_model(session.reference.teacher, target, session.topology.world_group)
+
+
+def _pad_token(tokenizer: Any) -> int | None:
+    return _known_int(tokenizer, "pad")
+
+
+def _known_int(tokenizer: Any, name: str) -> int | None:
+    """An integer property of a tokenizer; None where it has none (tokenizers raise whatever they like)."""
+    try:
+        value = getattr(tokenizer, name)
+    except Exception:
+        return None
+    return value if isinstance(value, int) else None

@@ -1,0 +1,189 @@
+"""Counts of what ran, the log line, and the trace.
+
+Every number counts the same everywhere: *targets* are positions with loss; *kept* are targets that ran in a step;
+*positions* are what a row runs after the dense layers, fill included; *dense-equivalent* is the share of decoder
+layer-positions that ran, dense layers included, against running every position in every layer. Fill is never kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regate_megatron.batches import MicrobatchFacts
+from regate_megatron.batches.facts import key_hex
+from regate_megatron.plan import StepPlan
+from regate_megatron.topology import Topology
+
+
+@dataclass
+class Counters:
+    """Sums over steps (and, once reduced, over data-parallel ranks)."""
+
+    steps: int = 0
+    sparse_steps: int = 0
+    fallback_steps: int = 0
+    rows: int = 0
+    targets_total: int = 0
+    targets_kept: int = 0
+    positions_dense: int = 0
+    positions_run: int = 0
+    layer_positions_dense: int = 0
+    layer_positions_run: int = 0
+    planning_ms: int = 0
+    teacher_ms: int = 0
+
+    def add(self, other: Counters) -> None:
+        """Add ``other`` to this."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    def to_tensor(self) -> Tensor:
+        """All counts, int64."""
+        return torch.tensor([getattr(self, field.name) for field in dataclasses.fields(self)])
+
+    @classmethod
+    def from_tensor(cls, values: Tensor) -> Counters:
+        """The inverse of :meth:`to_tensor`."""
+        return cls(*values.tolist())
+
+
+def count_step(
+    facts: Sequence[MicrobatchFacts], plan: StepPlan, *, num_layers: int, dense_layers: int, fallback: bool
+) -> Counters:
+    """Count one step of one data-parallel rank."""
+    counters = Counters(steps=1, sparse_steps=int(plan.is_sparse), fallback_steps=int(fallback))
+    for index, one in enumerate(facts):
+        rows, dense = one.is_target_BS.shape
+        targets = int(one.is_target_BS.sum())
+        length, kept, short_layers = dense, targets, 0
+        if plan.is_sparse:
+            microbatch = plan.microbatches[index]
+            length = microbatch.length
+            kept = int((microbatch.kept_mask() & one.is_target_BS).sum())
+            short_layers = num_layers - dense_layers
+        counters.rows += rows
+        counters.targets_total += targets
+        counters.targets_kept += kept
+        counters.positions_dense += rows * dense
+        counters.positions_run += rows * length
+        counters.layer_positions_dense += rows * dense * num_layers
+        counters.layer_positions_run += rows * (dense * (num_layers - short_layers) + length * short_layers)
+    return counters
+
+
+def reduce_counters(counters: Counters, topology: Topology) -> Counters:
+    """Sum over data-parallel ranks, known on every rank afterwards; all ranks call this, at log intervals.
+
+    Steps and times are of one rank: steps agree, times are the slowest planner's.
+    """
+    values = torch.zeros_like(counters.to_tensor())
+    if topology.is_planner:
+        own = counters.to_tensor()
+        values = topology.all_reduce_planners(own, "sum")
+        most = topology.all_reduce_planners(own, "max")
+        for index, field in enumerate(dataclasses.fields(Counters)):
+            if field.name.endswith(("steps", "_ms")):
+                values[index] = most[index]
+    if topology.replica_size > 1:
+        torch.distributed.broadcast(values, topology.planner_rank, group=topology.replica_group)
+    return Counters.from_tensor(values)
+
+
+def ratios(counters: Counters) -> dict[str, float]:
+    """What the log line, TensorBoard and W&B show, under ``regate/``."""
+    steps = max(counters.steps, 1)
+    return {
+        "regate/targets-kept": counters.targets_kept / max(counters.targets_total, 1),
+        "regate/positions-run": counters.positions_run / max(counters.positions_dense, 1),
+        "regate/dense-equivalent": counters.layer_positions_run / max(counters.layer_positions_dense, 1),
+        "regate/sparse-steps": counters.sparse_steps / steps,
+        "regate/fallback-steps": float(counters.fallback_steps),
+        "regate/planning-ms-per-step": counters.planning_ms / steps,
+        "regate/teacher-ms-per-step": counters.teacher_ms / steps,
+    }
+
+
+def log_line(iteration: int, phase: str, interval: Counters, total: Counters) -> str:
+    """One line for one log interval."""
+    share, steps = ratios(interval), max(interval.steps, 1)
+    fallback = f" | {interval.fallback_steps} steps ran dense (non-finite)" if interval.fallback_steps else ""
+    return (
+        f"[regate] iteration {iteration} | {phase} ({interval.sparse_steps}/{interval.steps} steps sparse)"
+        f" | targets kept {interval.targets_kept}/{interval.targets_total} ({share['regate/targets-kept']:.1%})"
+        f" | positions run {interval.positions_run}/{interval.positions_dense} ({share['regate/positions-run']:.1%})"
+        f" | dense-equivalent {share['regate/dense-equivalent']:.1%}"
+        f" (all steps {ratios(total)['regate/dense-equivalent']:.1%})"
+        f" | per step: planning {interval.planning_ms / steps:.1f} ms, teacher {interval.teacher_ms / steps:.1f} ms"
+        f"{fallback}"
+    )
+
+
+class Trace:
+    """``DIR/dp00000.jsonl``: one JSON object per microbatch of this data-parallel rank; planners only."""
+
+    def __init__(self, directory: str, dp_rank: int) -> None:
+        path = Path(directory) / f"dp{dp_rank:05d}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", buffering=1)
+
+    def write(
+        self,
+        *,
+        iteration: int,
+        phase: str,
+        fallback: bool,
+        dp_rank: int,
+        facts: Sequence[MicrobatchFacts],
+        plan: StepPlan,
+        scores: Sequence[Tensor] | None,
+    ) -> None:
+        """Write one step.
+
+        Args:
+            iteration: as Megatron prints it, from 1.
+            scores: per microbatch float64 [B, S]; None where nothing was scored (dense steps).
+        """
+        plan_hash = plan.digest()
+        for index, one in enumerate(facts):
+            rows = []
+            real_BS = one.is_target_BS | one.is_context_BS
+            microbatch = plan.microbatches[index] if plan.is_sparse else None
+            kept_BS = microbatch.kept_mask() & real_BS if microbatch else real_BS
+            for row in range(len(kept_BS)):
+                target_S = one.is_target_BS[row]
+                positions = torch.where(target_S)[0].tolist()
+                values = scores[index][row][target_S].tolist() if scores is not None else []
+                rows.append(
+                    {
+                        "sample_key": key_hex(one.difficulty_key_B2[row]),
+                        "num_context": int(one.is_context_BS[row].sum()),
+                        "num_targets": len(positions),
+                        "num_kept_targets": int((kept_BS[row] & target_S).sum()),
+                        "kept": torch.where(kept_BS[row])[0].tolist(),
+                        "scores": dict(zip(map(str, positions), values, strict=False)),
+                    }
+                )
+            record: dict[str, Any] = {
+                "iteration": iteration,
+                "phase": phase,
+                "fallback": fallback,
+                "dp_rank": dp_rank,
+                "microbatch": index,
+                "dense_length": one.dense_length,
+                "kept_length": microbatch.length if microbatch else one.dense_length,
+                "plan_hash": plan_hash,
+                "rows": rows,
+            }
+            self._file.write(json.dumps(record) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

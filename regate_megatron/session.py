@@ -1,0 +1,359 @@
+"""Attach ReGATE to model chunks, and wrap the framework's forward-backward function.
+
+One training step, as the data sees it: phase from the step number → each rank that has data pulls exactly this step's
+microbatches → the planner reads them, the teacher scores what is new, the planner selects → the plan reaches every rank
+of the replica and its hash is compared → the framework's own schedule runs on fresh copies of the batches, whose only
+edit is a loss mask of 0 at elided targets → per-token losses update the difficulty once the step counted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from regate_megatron import compat
+from regate_megatron.batches import BatchAdapter, GPTBatches, LLaVABatches, MicrobatchFacts
+from regate_megatron.checkpoint import LanguageModelCheckpoint
+from regate_megatron.config import ReGateConfig
+from regate_megatron.errors import ReGateError, refuse
+from regate_megatron.hooks import CurrentMicrobatch, DecoderHook, LossHook
+from regate_megatron.metrics import Counters, Trace, count_step
+from regate_megatron.plan import MicrobatchPlan, StepPlan, share_plan
+from regate_megatron.planner import Planner
+from regate_megatron.schedule import phase_of
+from regate_megatron.teacher import ReferenceLosses, build_teacher
+from regate_megatron.teacher.source import find_teacher
+from regate_megatron.topology import Topology, agree_on_error, build_topology
+
+_SESSION = "_regate_session"
+
+
+class Session:
+    """ReGATE on one rank: its hooks, and on planners the planner. Made by :func:`attach`."""
+
+    def __init__(self, models: Sequence[Any], config: ReGateConfig, topology: Topology, args: Any) -> None:
+        self.config, self.topology = config, topology
+        self.models = [compat.unwrap(model) for model in models]
+        self.language_models = [compat.language_model_of(model) for model in self.models]
+        self.current = CurrentMicrobatch()
+        self.hooks: list[Any] = []
+        self.step = 0
+        self.totals, self.interval = Counters(), Counters()
+        self.phase = "warmup"
+        self.reference: ReferenceLosses | None = None
+        self.counts_own_steps = True
+        self._pending: _Pending | None = None
+        self._rows_per_microbatch = getattr(args, "micro_batch_size", None)
+        self.adapter = _adapter_for(self.models[0])
+        transformer = self.language_models[0].config
+        self._has_pipeline = transformer.pipeline_model_parallel_size > 1
+        self.planner = self.trace = None
+        if topology.is_planner:
+            multiple = compat.length_alignment(transformer, self._rows_per_microbatch or 1)
+            self.planner = Planner(config, topology, multiple)
+            self.trace = Trace(config.trace, topology.dp_rank) if config.trace else None
+
+    def attach_hooks(self) -> None:
+        """Put the hooks on this rank's language-model chunks."""
+        for model in self.language_models:
+            self.hooks.append(DecoderHook(model, self.current, dense_layers=self.config.dense_layers))
+            if model.post_process:
+                self.hooks.append(LossHook(model, self.current))
+
+    def detach_hooks(self) -> None:
+        """Take every hook off again, last first."""
+        while self.hooks:
+            self.hooks.pop().detach()
+        if self.trace:
+            self.trace.close()
+
+    def load_teacher(self, teacher: Any, checkpoint: LanguageModelCheckpoint | None, pad_token: int | None) -> None:
+        """Build the teacher, unless one is given, and make it ready; all ranks call this."""
+        teacher = teacher or build_teacher(self.language_models[0], checkpoint)
+        self.reference = ReferenceLosses(
+            teacher,
+            self.topology,
+            visual=self.config.teacher_visual,
+            pad_token=pad_token,
+            rows_per_microbatch=self._rows_per_microbatch or 1,
+        )
+
+    def run(self, schedule: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """Run one training step of ``schedule`` with ``arguments`` (keywords of Megatron's forward-backward)."""
+        start = time.perf_counter()
+        self.phase = phase_of(
+            self.step,
+            warmup_steps=self.config.warmup_steps,
+            cycle_steps=self.config.cycle_steps,
+            dense_steps=self.config.dense_steps,
+        )
+        iterators = arguments["data_iterator"]
+        batches = [_pull(one, arguments["num_microbatches"]) for one in _as_list(iterators)]
+        facts, error = self._read(batches)
+        self.topology.agree(error)
+        sparse = self.phase == "sparse" and self.config.elides
+        plan, scores, fallback = StepPlan(self.step), None, False
+        teacher_seconds = 0.0
+        if sparse:
+            reference = None
+            if self.reference is not None and self.config.needs_teacher:
+                before = self.reference.seconds
+                reference = self.reference.fetch(facts)
+                teacher_seconds = self.reference.seconds - before
+            if self.planner:
+                plan, scores, fallback = self.planner.plan(self.step, facts, reference)
+            plan = share_plan(plan if self.planner else None, self.topology)
+            _check_static_lengths(plan, self._has_pipeline)
+        counters = Counters(steps=1)
+        if self.planner:
+            counters = count_step(
+                facts,
+                plan,
+                num_layers=self.language_models[0].config.num_layers,
+                dense_layers=self.config.dense_layers,
+                fallback=fallback,
+            )
+        counters.teacher_ms = round(1000 * teacher_seconds)
+        counters.planning_ms = round(1000 * (time.perf_counter() - start - teacher_seconds))
+        losses: list[torch.Tensor] = []
+        result = self._run_schedule(schedule, arguments, batches, facts, plan, losses)
+        self._pending = _Pending(self.step, self.phase, facts, plan, scores, fallback, losses, counters)
+        return result
+
+    def commit(self) -> None:
+        """The step counted: learn from it, count it, trace it. All ranks call this."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        self.step = pending.step + 1
+        if self.planner:
+            start = time.perf_counter()
+            losses = [loss_BS.float().cpu() for loss_BS in pending.losses]
+            if self.config.learns:
+                self.planner.learn(pending.facts, pending.plan, losses, is_dense=not pending.plan.is_sparse)
+            if self.trace:
+                self.trace.write(
+                    iteration=pending.step + 1,
+                    phase=pending.phase,
+                    fallback=pending.fallback,
+                    dp_rank=self.topology.dp_rank,
+                    facts=pending.facts,
+                    plan=pending.plan,
+                    scores=pending.scores,
+                )
+            pending.counters.planning_ms += round(1000 * (time.perf_counter() - start))
+        self.interval.add(pending.counters)
+        self.totals.add(pending.counters)
+
+    @property
+    def has_step(self) -> bool:
+        """Whether a step has run that is neither committed nor discarded."""
+        return self._pending is not None
+
+    def discard(self) -> None:
+        """The step did not count (skipped, replayed or aborted): forget it."""
+        self._pending = None
+
+    def describe(self) -> str:
+        """What is attached where, one line per hook."""
+        lines = [f"regate on data-parallel rank {self.topology.dp_rank}" + (", planner" if self.planner else "")]
+        lines += [hook.describe() for hook in self.hooks]
+        if self.reference is not None:
+            lines.append(self.reference.describe())
+        return "\n".join(lines)
+
+    def _read(self, batches: list[list[Any] | None]) -> tuple[list[MicrobatchFacts] | None, str | None]:
+        if not self.planner:
+            return None, None
+        try:
+            own = next(pulled for pulled in reversed(batches) if pulled is not None)
+            return [self.adapter.read(batch) for batch in own], None
+        except Exception as error:  # any fault here would leave the other ranks waiting
+            form = {"allowed": "the layout of pretrain_gpt.py or pretrain_vlm.py batches", "change": "the data loader"}
+            return None, str(refuse("batch", given=f"{type(error).__name__}: {error}", **form))
+
+    def _run_schedule(
+        self,
+        schedule: Callable[..., Any],
+        arguments: dict[str, Any],
+        batches: list[list[Any] | None],
+        facts: list[MicrobatchFacts] | None,
+        plan: StepPlan,
+        losses: list[torch.Tensor],
+    ) -> Any:
+        device_plans: Sequence[MicrobatchPlan | None] = [None] * arguments["num_microbatches"]
+        if plan.is_sparse:
+            batches = [self._elide(pulled, facts, plan) for pulled in batches]
+            device_plans = [_to_device(one) for one in plan.microbatches]
+            if self._has_pipeline:
+                length = plan.microbatches[0].length
+                arguments = dict(arguments, seq_length=length)
+                if arguments.get("decoder_seq_length") is not None:
+                    arguments["decoder_seq_length"] = length
+        iterators = [None if pulled is None else iter([_fresh(batch) for batch in pulled]) for pulled in batches]
+        is_list = isinstance(arguments["data_iterator"], list)
+        arguments = dict(arguments, data_iterator=iterators if is_list else iterators[0])
+        step, observe = arguments["forward_step_func"], losses.append if self.planner else None
+        done: dict[int, int] = {}
+
+        def forward_step(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+            index = done.get(id(model), 0)
+            done[id(model)] = index + 1
+            with self.current.running(device_plans[index], observe):
+                return step(data_iterator, model, *args, **kwargs)
+
+        return schedule(**dict(arguments, forward_step_func=forward_step))
+
+    def _elide(
+        self, pulled: list[Any] | None, facts: list[MicrobatchFacts] | None, plan: StepPlan
+    ) -> list[Any] | None:
+        if pulled is None:
+            return None
+        elided = []
+        for index, (batch, microbatch) in enumerate(zip(pulled, plan.microbatches, strict=True)):
+            is_target_BS = (facts[index] if facts else self.adapter.read(batch)).is_target_BS
+            elided.append(self.adapter.elide(batch, is_target_BS & ~microbatch.kept_mask()))
+        return elided
+
+
+class _Pending:
+    """A step that ran and has not been counted yet."""
+
+    def __init__(self, step, phase, facts, plan, scores, fallback, losses, counters) -> None:
+        self.step, self.phase, self.facts, self.plan = step, phase, facts, plan
+        self.scores, self.fallback, self.losses, self.counters = scores, fallback, losses, counters
+
+
+def attach(
+    model_chunks: list[Any],
+    config: ReGateConfig,
+    teacher: Any = None,
+    *,
+    args: Any = None,
+    pad_token: int | None = None,
+    vocab_size: int | None = None,
+) -> list[Any]:
+    """Attach ReGATE to this rank's model chunks; returns them, so that it serves as a pre-wrap hook.
+
+    All ranks call this once, in step, after Megatron's parallel state is set up. Parameters, names and state dicts stay
+    as they are. Steps change only inside a function wrapped by :func:`wrap_forward_backward`.
+
+    Args:
+        model_chunks: the chunks the framework trains, wrapped or not.
+        config: the settings.
+        teacher: a frozen language-model chunk sharded like the student, in place of ``config.teacher_load``.
+        args: the framework's namespace, for checks and defaults.
+        pad_token: the tokenizer's pad id, for ``teacher_visual="pad"``.
+        vocab_size: the student tokenizer's true size, to check the teacher's against.
+
+    Raises:
+        ReGateError: something asked for is not supported; on every rank, before anything is changed.
+    """
+    chunks = list(model_chunks)
+    if any(hasattr(compat.unwrap(chunk), _SESSION) for chunk in chunks):
+        raise refuse("attach", given="a model that has ReGATE already", allowed="one attach", change="detach first")
+    topology = build_topology()
+    language_models = [compat.language_model_of(compat.unwrap(chunk)) for chunk in chunks]
+    checkpoint, error = None, None
+    try:
+        supported, reason = compat.check_support(compat.Setting(language_models, config, args))
+        if not supported:
+            raise ReGateError(reason)
+        if teacher is None and config.needs_teacher:
+            config.require_teacher()
+            checkpoint = find_teacher(language_models[0], config, args, pad_token=pad_token, vocab_size=vocab_size)
+    except ReGateError as refusal:
+        error = str(refusal)
+    agree_on_error(error, topology)
+    session = Session(chunks, config, topology, args)
+    if config.needs_teacher:
+        session.load_teacher(teacher, checkpoint, pad_token)
+    session.attach_hooks()
+    for model in session.models:
+        object.__setattr__(model, _SESSION, session)
+    return model_chunks
+
+
+def session_of(model_chunks: Any) -> Session | None:
+    """The session attached to these chunks, or None."""
+    chunk = model_chunks[0] if isinstance(model_chunks, list) else model_chunks
+    return compat.unwrap(chunk).__dict__.get(_SESSION)
+
+
+def detach(model_chunks: list[Any]) -> list[Any]:
+    """Undo :func:`attach`: modules, attributes and hooks are as before. Any rank, no communication."""
+    session = session_of(model_chunks)
+    if session is not None:
+        session.detach_hooks()
+        for model in session.models:
+            object.__delattr__(model, _SESSION)
+    return model_chunks
+
+
+def describe(model_chunks: list[Any]) -> str:
+    """What is attached where, in lines for a person."""
+    session = session_of(model_chunks)
+    return session.describe() if session else "regate is not attached"
+
+
+def wrap_forward_backward(schedule: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a forward-backward function of Megatron-Core's schedules.
+
+    Training calls on attached models become ReGATE steps; evaluation and other models pass through untouched. A step is
+    counted when the next one begins, unless the framework's integration says so earlier (see :meth:`Session.commit`).
+    """
+
+    def forward_backward(**arguments: Any) -> Any:
+        session = session_of(arguments["model"])
+        if session is None or arguments.get("forward_only"):
+            return schedule(**arguments)
+        if session.counts_own_steps:
+            session.commit()
+        return session.run(schedule, arguments)
+
+    forward_backward.__wrapped__ = schedule
+    return forward_backward
+
+
+def _adapter_for(model: Any) -> BatchAdapter:
+    if getattr(model, "language_model", None) is None:
+        return GPTBatches()
+    return LLaVABatches(
+        image_length=model.img_seq_len,
+        image_token=model.image_token_index,
+        max_length=model._language_max_sequence_length,
+        pads_to_max=model._language_is_pipeline_parallel,
+    )
+
+
+def _as_list(iterators: Any) -> list[Any]:
+    return iterators if isinstance(iterators, list) else [iterators]
+
+
+def _pull(iterator: Iterator[Any] | None, count: int) -> list[Any] | None:
+    return None if iterator is None else [next(iterator) for _ in range(count)]
+
+
+def _fresh(batch: Any) -> Any:
+    """A shallow copy: the framework's batch code empties the dict it is given."""
+    return dict(batch) if isinstance(batch, dict) else batch
+
+
+def _to_device(plan: MicrobatchPlan) -> MicrobatchPlan:
+    device = torch.device("cuda", torch.cuda.current_device())
+    keep_idx_BK = plan.keep_idx_BK.pin_memory().to(device, non_blocking=True)
+    return MicrobatchPlan(plan.dense_length, keep_idx_BK, plan.num_kept_B.pin_memory().to(device, non_blocking=True))
+
+
+def _check_static_lengths(plan: StepPlan, has_pipeline: bool) -> None:
+    lengths = {one.length for one in plan.microbatches}
+    if has_pipeline and len(lengths) > 1:
+        raise refuse(
+            "pipeline parallelism",
+            given=f"microbatches of lengths {sorted(lengths)}",
+            allowed="one length per step (rows of equal dense length)",
+            change="the data loader, or --pipeline-model-parallel-size to 1",
+        )

@@ -1,0 +1,96 @@
+"""Build the teacher: the student's language-model architecture, frozen, sharded like it, outside DDP and optimizer.
+
+Its weights come from a Megatron torch_dist checkpoint (of a GPT, or the language model inside a LLaVA), or from the
+student itself at the first start. Building leaves the student's random state untouched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from regate_megatron.checkpoint import LanguageModelCheckpoint, load_language_model
+
+_NO_CALLBACKS = {
+    "timers": None,
+    "grad_scale_func": None,
+    "no_sync_func": None,
+    "grad_sync_func": None,
+    "param_sync_func": None,
+    "finalize_model_grads_func": None,
+    # The teacher runs in bf16 beside an FP8 student: TE would register its amax in the student's all-reduce.
+    "fp8": None,
+    "fp4": None,
+    "sequence_parallel": False,
+    "tp_comm_overlap": False,
+    "virtual_pipeline_model_parallel_size": None,
+    "overlap_p2p_comm": False,
+    "recompute_granularity": None,
+    "recompute_method": None,
+    "recompute_num_layers": None,
+    "cpu_offloading": False,
+    "defer_embedding_wgrad_compute": False,
+    "variable_seq_lengths": False,
+}
+
+
+def build_teacher(student: Any, checkpoint: LanguageModelCheckpoint | None) -> Any:
+    """A frozen copy of the student's language-model chunk; all ranks call this (embeddings are tied across stages).
+
+    Args:
+        student: this rank's ``GPTModel`` chunk, its weights loaded.
+        checkpoint: where the weights come from; None: from ``student`` itself.
+    """
+    config = copy.copy(student.config)
+    for name, value in _NO_CALLBACKS.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    vocab_size = student.vocab_size if checkpoint is None else checkpoint.vocab_size
+    with random_state_untouched(), torch.no_grad():
+        teacher = type(student)(
+            config=config,
+            transformer_layer_spec=student.transformer_layer_spec,
+            vocab_size=vocab_size,
+            max_sequence_length=student.max_sequence_length,
+            pre_process=student.pre_process,
+            post_process=student.post_process,
+            fp16_lm_cross_entropy=student.fp16_lm_cross_entropy,
+            parallel_output=student.parallel_output,
+            share_embeddings_and_output_weights=student.share_embeddings_and_output_weights,
+            position_embedding_type=student.position_embedding_type,
+            rotary_percent=student.rotary_percent,
+            rotary_base=student.rotary_base,
+            pg_collection=student.pg_collection,
+        )
+        if hasattr(student, "rotary_pos_emb"):
+            teacher.rotary_pos_emb = student.rotary_pos_emb  # no weights; keeps every rope option of the student
+        parameter = next(student.parameters(), None)
+        if parameter is not None:
+            teacher.to(device=parameter.device, dtype=parameter.dtype)
+        if checkpoint is None:
+            teacher.load_state_dict(student.state_dict(), strict=False)
+        else:
+            load_language_model(teacher, checkpoint)
+    teacher.requires_grad_(False)
+    return teacher.eval()
+
+
+@contextmanager
+def random_state_untouched() -> Iterator[None]:
+    """Restore torch's and Megatron's random states afterwards."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    tracker = get_cuda_rng_tracker()
+    states, cpu_state = copy.copy(tracker.get_states()), torch.get_rng_state()
+    cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        tracker.set_states(states)
+        torch.set_rng_state(cpu_state)
+        if cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state)

@@ -1,0 +1,104 @@
+"""What the teacher reads: the text of each row, at its original positions, up to the last target.
+
+``pad`` (the paper): every visual position holds the pad token, the sequence keeps its length. ``drop`` (default): visual
+positions are left out and the rest keep their original positions in the rotary embedding, which equals masking the
+placeholders in attention and is far cheaper on video.
+
+Shapes: N rows for the teacher, K positions it reads, T targets at most; S positions of the merged row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from regate_megatron.selection import pack_positions
+
+_FIELDS = ("token_NK", "position_NK", "num_read_N", "target_slot_NT", "label_NT", "num_target_N")
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """A request to the teacher; int64 tensors on the CPU.
+
+    Attributes:
+        dense_length: S, for positions.
+        token_NK: input tokens; fill at the end of a row.
+        position_NK: their positions in the merged row.
+        num_read_N: real entries per row.
+        target_slot_NT: where in K each target is predicted.
+        label_NT: the token it predicts.
+        num_target_N: targets per row; entries beyond are fill.
+    """
+
+    dense_length: int
+    token_NK: Tensor
+    position_NK: Tensor
+    num_read_N: Tensor
+    target_slot_NT: Tensor
+    label_NT: Tensor
+    num_target_N: Tensor
+
+    def __len__(self) -> int:
+        return len(self.token_NK)
+
+    def pack(self) -> Tensor:
+        """The request as one int64 vector."""
+        head = torch.tensor([len(self), self.dense_length, self.token_NK.shape[1], self.label_NT.shape[1]])
+        return torch.cat([head, *(getattr(self, name).reshape(-1) for name in _FIELDS)])
+
+    @classmethod
+    def unpack(cls, flat: Tensor) -> TeacherRows:
+        """The inverse of :meth:`pack`."""
+        num_rows, dense_length, length, targets = flat[:4].tolist()
+        widths = {"K": length, "T": targets}
+        at, fields = 4, {}
+        for name in _FIELDS:
+            width = widths.get(name[-1])
+            size = num_rows * (width or 1)
+            fields[name] = flat[at : at + size].view(num_rows, width) if width else flat[at : at + size]
+            at += size
+        return cls(dense_length, **fields)
+
+
+def rows_for_teacher(
+    token_NS: Tensor,
+    label_NS: Tensor,
+    is_target_NS: Tensor,
+    is_context_NS: Tensor,
+    is_visual_NS: Tensor,
+    *,
+    visual: str,
+    pad_token: int | None,
+) -> TeacherRows:
+    """Cut rows down to what the teacher reads.
+
+    Args:
+        token_NS, label_NS: int64 [N, S]. The masks: bool [N, S], see :class:`MicrobatchFacts`.
+        visual: "drop" or "pad".
+        pad_token: the placeholder's id for "pad".
+    """
+    num_positions = token_NS.shape[1]
+    position_S = torch.arange(num_positions)
+    last_target_N1 = torch.where(is_target_NS, position_S, -1).amax(dim=1, keepdim=True)
+    reads_NS = (is_context_NS | is_target_NS) & (position_S <= last_target_N1)
+    if visual == "drop":
+        reads_NS &= ~is_visual_NS
+    else:
+        token_NS = torch.where(is_visual_NS, pad_token, token_NS)
+    length = max(1, int(reads_NS.sum(dim=1).max()))
+    position_NK, num_read_N = pack_positions(reads_NS, length)
+    most_targets = max(1, int(is_target_NS.sum(dim=1).max()))
+    target_NT, num_target_N = pack_positions(is_target_NS, most_targets)
+    slot_NS = reads_NS.cumsum(dim=1) - 1
+    return TeacherRows(
+        dense_length=num_positions,
+        token_NK=token_NS.gather(1, position_NK),
+        position_NK=position_NK,
+        num_read_N=num_read_N,
+        target_slot_NT=slot_NS.gather(1, target_NT).clamp_min(0),
+        label_NT=label_NS.gather(1, target_NT),
+        num_target_N=num_target_N,
+    )

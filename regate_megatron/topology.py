@@ -1,0 +1,110 @@
+"""Who plans for whom: the planner of each data-parallel replica and the host-side groups that plans travel over.
+
+No group of Megatron spans TP × PP × CP, and its device groups would make streams wait for host decisions; so two kinds
+of gloo groups are made here: one per replica, and one over all planners.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from regate_megatron.errors import ReGateError
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This rank's place. Built by :func:`build_topology` on all ranks.
+
+    Attributes:
+        dp_rank, dp_size: the data-parallel replica this rank belongs to, and their number.
+        is_planner: last pipeline stage, tensor rank 0, context rank 0 of the replica.
+        planner_rank: global rank of this replica's planner.
+        replica_size: ranks per replica.
+        replica_group: gloo group of this replica's ranks.
+        planner_group: gloo group of all planners; only they use it.
+        world_group: gloo group of all ranks.
+    """
+
+    dp_rank: int
+    dp_size: int
+    is_planner: bool
+    planner_rank: int
+    replica_size: int
+    replica_group: Any
+    planner_group: Any
+    world_group: Any
+
+    def all_reduce_planners(self, values: Tensor, op: str) -> Tensor:
+        """Reduce a CPU tensor over the planners ("sum" or "max"); planners only."""
+        if self.dp_size > 1:
+            values = values.clone()
+            dist.all_reduce(values, getattr(dist.ReduceOp, op.upper()), group=self.planner_group)
+        return values
+
+    def agree(self, error: str | None) -> None:
+        """Stop all ranks when a planner met ``error``; all ranks call this, two small reductions.
+
+        Raises:
+            ReGateError: the first planner's error, on every rank.
+        """
+        flag = torch.tensor([1 if error else 0])
+        if self.is_planner:
+            flag = self.all_reduce_planners(flag, "max")
+        if self.replica_size > 1:
+            dist.broadcast(flag, self.planner_rank, group=self.replica_group)
+        if int(flag):
+            raise ReGateError(first_error(error, self), everywhere=True)
+
+
+def build_topology() -> Topology:
+    """Read this rank's place from Megatron's parallel state and make the groups. All ranks call this, in step."""
+    from megatron.core import parallel_state as mpu
+
+    last_stage = mpu.get_pipeline_model_parallel_rank() == mpu.get_pipeline_model_parallel_world_size() - 1
+    first_shard = mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_context_parallel_rank() == 0
+    dp_rank, dp_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    world_group = dist.new_group(backend="gloo")
+    places: list = [None] * dist.get_world_size()
+    dist.all_gather_object(places, (dp_rank, last_stage and first_shard), group=world_group)
+    planners = sorted((place, rank) for rank, (place, plans) in enumerate(places) if plans)
+    assert [place for place, _ in planners] == list(range(dp_size)), f"one planner per replica, got {planners}"
+    planner_ranks = [rank for _, rank in planners]
+    # Every rank takes part in the making of every group: names of groups made by members alone clash where ranks
+    # belong to different numbers of Megatron's groups.
+    replicas = [[rank for rank, (place, _) in enumerate(places) if place == one] for one in range(dp_size)]
+    replica_groups = [dist.new_group(ranks, backend="gloo") for ranks in replicas]
+    planner_group = dist.new_group(planner_ranks, backend="gloo")
+    return Topology(
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        is_planner=last_stage and first_shard,
+        planner_rank=planner_ranks[dp_rank],
+        replica_size=len(replicas[dp_rank]),
+        replica_group=replica_groups[dp_rank],
+        planner_group=planner_group,
+        world_group=world_group,
+    )
+
+
+def agree_on_error(error: str | None, topology: Topology) -> None:
+    """Stop all ranks when any of them met ``error``; all ranks call this, over the world's gloo group.
+
+    Raises:
+        ReGateError: the first rank's error, on every rank.
+    """
+    flag = torch.tensor([1 if error else 0])
+    dist.all_reduce(flag, group=topology.world_group)
+    if int(flag):
+        raise ReGateError(first_error(error, topology), everywhere=True)
+
+
+def first_error(error: str | None, topology: Topology) -> str:
+    """The error of the lowest rank that has one; all ranks call this, once it is known that there is one."""
+    reports: list = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, error, group=topology.world_group)
+    return next(text for text in reports if text)
