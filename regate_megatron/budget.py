@@ -1,11 +1,11 @@
 """How many positions each row keeps, in lengths that balance the work over data-parallel ranks. Torch only.
 
-With c context positions, T targets and keep ratio p a row asks for ``c + ceil(p·T)`` positions and never gets fewer than
-``c + ceil(p·T/2)``.
+With c context positions, T targets and keep ratio p a row asks for ``c + ceil(p·T)`` positions and never gets fewer
+than ``c + ceil(p·T/2)``.
 
 - ``per-sample``: every row gets what it asks for (the paper's rule); ranks may differ.
-- ``uniform``: one length for every row of every rank in a step, the larger of the mean ask over the global batch and the
-  largest floor, aligned up, capped at the dense length. Rows with room keep more of their own best targets, then fill.
+- ``uniform``: one length for every row of every rank in a step, the larger of the mean ask over the global batch and
+  the largest floor, aligned up, capped at the dense length. Rows with room keep more of their own best targets, then fill.
 
 Shapes: R rows of this rank.
 """
@@ -95,6 +95,4 @@ def plan_budget(
         align_length(length, dense, multiple=multiple, extra_multiple=extra_multiple)
         for length, dense in zip(longest_M.tolist(), dense_length_R[::rows_per_microbatch].tolist(), strict=True)
     ]
-    return Budget(
-        torch.tensor(lengths).repeat_interleave(rows_per_microbatch), ceil_share(keep_ratio, num_target_R)
-    )
+    return Budget(torch.tensor(lengths).repeat_interleave(rows_per_microbatch), ceil_share(keep_ratio, num_target_R))

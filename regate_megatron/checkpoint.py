@@ -22,7 +22,7 @@ EMBEDDING = "embedding.word_embeddings.weight"
 LANGUAGE_MODEL_PREFIX = "language_model."
 _TRACKER = "latest_checkpointed_iteration.txt"
 _INDEX = ".metadata"
-_INDEX_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_INDEX_MODULES = tuple(f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner"))
 _INDEX_NAMES = {
     ("collections", "OrderedDict"),
     ("collections", "defaultdict"),
@@ -105,7 +105,8 @@ def open_language_model(directory: str | Path, what: str = "checkpoint") -> Lang
             own = {
                 key[len(prefix) :]: shape
                 for key, shape in shapes.items()
-                if key.startswith(prefix) and key[len(prefix) :].split(".")[0] in ("embedding", "decoder", "output_layer")
+                if key.startswith(prefix)
+                and key[len(prefix) :].split(".")[0] in ("embedding", "decoder", "output_layer")
             }
             return LanguageModelCheckpoint(path, prefix, own)
     raise refuse(
@@ -172,8 +173,12 @@ class _IndexReader(pickle.Unpickler):
     """Reads torch's checkpoint index, and nothing that would import anything else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _INDEX_NAMES or module in _INDEX_MODULES:
+        if (module, name) in _INDEX_NAMES:
             return super().find_class(module, name)
+        if module in _INDEX_MODULES and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ == module:  # its own classes, not what it imports
+                return found
         raise pickle.UnpicklingError(f"it would import {module}.{name}")
 
 

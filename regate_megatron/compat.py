@@ -97,7 +97,9 @@ def _cuda_graphs(setting: Setting) -> Any:
     implementation = getattr(setting.model, "cuda_graph_impl", "none")
     if implementation not in (None, "none"):
         return f"cuda_graph_impl={implementation}"
-    return next((f"{n}=True" for n in ("enable_cuda_graph", "external_cuda_graph") if getattr(setting.model, n, 0)), None)
+    return next(
+        (f"{n}=True" for n in ("enable_cuda_graph", "external_cuda_graph") if getattr(setting.model, n, 0)), None
+    )
 
 
 def _budget_with_pipeline(setting: Setting) -> Any:
@@ -126,7 +128,9 @@ def _student_teacher_with_vpp(setting: Setting) -> Any:
 
 
 RULES = (
-    Rule("model", _model_class, "GPTModel, alone or in a LLaVAModel", "the model class", "other layers are not adapted"),
+    Rule(
+        "model", _model_class, "GPTModel, alone or in a LLaVAModel", "the model class", "other layers are not adapted"
+    ),
     Rule(
         flag("dense_layers"),
         _too_many_dense_layers,

@@ -1,6 +1,6 @@
 """The settings of ReGATE, and the only source of its command-line flags.
 
-Every field of :class:`ReGateConfig` becomes one flag ``--regate-<name-with-dashes>``; ``enabled`` is ``--regate`` itself.
+Every field of :class:`ReGateConfig` becomes one flag ``--regate-<name-with-dashes>``; ``enabled`` is ``--regate``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from regate_megatron.errors import refuse
+from regate_megatron.errors import ReGateError, refuse
 
 SCORES = ("regate", "student", "reference", "excess", "random")
 SCORES_WITH_TEACHER = ("regate", "reference", "excess")
@@ -58,7 +58,9 @@ class ReGateConfig:
         "drop", "visual positions in the teacher's input: left out, or placeholders", TEACHER_VISUAL
     )
     reference_cache: str | None = _option(None, "directory that keeps reference losses between runs", metavar="DIR")
-    trace: str | None = _option(None, "directory for one JSON line per microbatch: what was kept and why", metavar="DIR")
+    trace: str | None = _option(
+        None, "directory for one JSON line per microbatch: what was kept and why", metavar="DIR"
+    )
     seed: int = _option(1234, "seed of the random score", metavar="N")
 
     def __post_init__(self) -> None:
@@ -181,3 +183,20 @@ def parse(argv: Sequence[str]) -> ReGateConfig | None:
         known = ", ".join(flag(field.name) for field in dataclasses.fields(ReGateConfig))
         raise refuse("command line", given=unknown[0], allowed=known, change="the spelling")
     return ReGateConfig.from_args(args)
+
+
+def parse_command_line(argv: Sequence[str]) -> ReGateConfig | None:
+    """:func:`parse` for a launcher: also refuses a score whose teacher is missing.
+
+    Raises:
+        ReGateError: as :func:`parse` and :meth:`ReGateConfig.require_teacher`; every rank has the same command line, so
+            every rank raises.
+    """
+    try:
+        config = parse(argv)
+        if config is not None:
+            config.require_teacher()
+    except ReGateError as error:
+        error.everywhere = True
+        raise
+    return config

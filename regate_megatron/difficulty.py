@@ -45,7 +45,9 @@ class TokenPrior:
         Args:
             label_X, loss_X: labels (int64) and losses (float64) of every target of this rank.
         """
-        size = int(topology.all_reduce_planners(torch.tensor([int(label_X.max()) + 1 if label_X.numel() else 0]), "max"))
+        size = int(
+            topology.all_reduce_planners(torch.tensor([int(label_X.max()) + 1 if label_X.numel() else 0]), "max")
+        )
         size = max(size, len(self.mean_V))
         self._grow(size)
         totals_2V = torch.zeros(2, size, dtype=torch.float64)
@@ -126,7 +128,7 @@ class DifficultyStore:
         self._records[key] = torch.where(loss_T.isfinite(), after_T, before_T)
 
     def _route(self, key_R2: Tensor, num_target_R: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Send (key, T) of each row to its owner; returns what each planner asks of this one, int64 [X, 3], and owners."""
+        """Send (key, T) of each row to its owner; returns what each planner asks of this one [X, 3], and owners."""
         owner_R = key_R2[:, 0] % self.topology.dp_size
         rows_R3 = torch.cat([key_R2, num_target_R[:, None]], dim=1)
         sent = [rows_R3[owner_R == rank].reshape(-1) for rank in range(self.topology.dp_size)]

@@ -1,5 +1,11 @@
 """The one form of every refusal: what was given, what is allowed, what to change."""
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
 
 class ReGateError(ValueError):
     """Something a user can mend. Its text is one line that starts with ``regate: ``.
@@ -17,3 +23,32 @@ def refuse(what: str, *, given: object, allowed: str, change: str) -> ReGateErro
     """Build the refusal of ``what`` (an option or a property of the model); the caller raises it."""
     line = f"regate: {what}: given {given}; allowed {allowed}; change {change}"
     return ReGateError(" ".join(line.split()))
+
+
+@contextmanager
+def one_line_refusals() -> Iterator[None]:
+    """End the process with exit code 1 and one line on standard error when a refusal comes out of the block."""
+    try:
+        yield
+    except ReGateError as error:
+        say(error)
+        sys.exit(1)
+
+
+def one_line_refusals_from_now_on() -> None:
+    """The same for the rest of the process, where there is no block to put around it."""
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, ReGateError):
+            say(error)
+        else:
+            before(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def say(error: ReGateError) -> None:
+    """Print a refusal: rank 0 says what all ranks raise, any other is said by the rank that met it."""
+    if not error.everywhere or int(os.environ.get("RANK", 0)) == 0:
+        print(error, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The planner: one per data-parallel replica. Reads a step's batches, scores targets, keeps the best, learns from losses.
+"""The planner, one per data-parallel replica: scores targets, keeps the best, learns from the student's losses.
 
 Shapes: R rows of this rank in a step (all microbatches), S positions, K positions that run, T targets of a row.
 """
@@ -84,9 +84,7 @@ class Planner:
             loss_BS = loss_BS.float()
             if not is_dense:
                 loss_BS = loss_BS.masked_fill(~plan.microbatches[index].kept_mask(), torch.nan)
-            loss_by_row += [
-                loss_S[target_S] for loss_S, target_S in zip(loss_BS, one.is_target_BS, strict=True)
-            ]
+            loss_by_row += [loss_S[target_S] for loss_S, target_S in zip(loss_BS, one.is_target_BS, strict=True)]
             labels.append(one.label_BS[one.is_target_BS])
             values.append(loss_BS[one.is_target_BS].double())
         self.difficulty.update(key_R2, loss_by_row)

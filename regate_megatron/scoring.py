@@ -42,7 +42,7 @@ def random_score(key_R2: Tensor, num_positions: int, *, seed: int, step: int) ->
         num_positions: S.
     """
     state_R1 = _mix(_mix(key_R2[:, :1] ^ _mix(torch.tensor(seed) + _GOLDEN)) ^ key_R2[:, 1:])
-    state_R1 = _mix(state_R1 + _GOLDEN * (step + 1))
+    state_R1 = _mix(state_R1 + _GOLDEN * torch.tensor(step + 1))
     state_RS = _mix(state_R1 + _GOLDEN * torch.arange(1, num_positions + 1, dtype=torch.int64))
     return _shift_right(state_RS, 11).double() / float(1 << 53)
 

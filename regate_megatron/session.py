@@ -207,9 +207,7 @@ class Session:
 
         return schedule(**dict(arguments, forward_step_func=forward_step))
 
-    def _elide(
-        self, pulled: list[Any] | None, facts: list[MicrobatchFacts] | None, plan: StepPlan
-    ) -> list[Any] | None:
+    def _elide(self, pulled: list[Any] | None, facts: list[MicrobatchFacts] | None, plan: StepPlan) -> list[Any] | None:
         if pulled is None:
             return None
         elided = []

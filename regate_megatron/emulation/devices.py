@@ -17,6 +17,8 @@ import torch.utils._device
 CPU = torch.device("cpu")
 _LEGACY_TENSORS = ("Byte", "Char", "Short", "Int", "Long", "Half", "BFloat16", "Float", "Double", "Bool")
 
+_LIKE = ("empty_like", "full_like", "normal", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like")
+
 
 def to_cpu(device: Any) -> Any:
     """``device`` itself, or the CPU where it names a GPU (an index does)."""
@@ -56,6 +58,8 @@ def _patch_factories() -> None:
         name = getattr(function, "__name__", "")
         if getattr(torch, name, None) is function:
             setattr(torch, name, _without_gpu(function))
+    for name in _LIKE:  # not in that list, but they take a device
+        setattr(torch, name, _without_gpu(getattr(torch, name)))
 
     context_init = torch.utils._device.DeviceContext.__init__
     torch.utils._device.DeviceContext.__init__ = lambda self, device: context_init(self, to_cpu(device))

@@ -1,7 +1,8 @@
 """What Megatron itself needs on a CPU.
 
 Patched: ``WrappedTorchNorm.__new__``, the defaults of ``CLIPViTModel.__init__``, ``DotProductAttention.__init__``,
-``compile_helpers`` and, where the wheel or checkout has megatron.training, ``initialize._warmup_jit_function``.
+``state_dict`` and ``load_state_dict`` of ``DistributedOptimizer``, ``compile_helpers`` and, where there is a
+megatron.training, its ``initialize._warmup_jit_function``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def install() -> None:
     _patch_norm()
     _patch_clip_norm()
     _patch_attention()
+    _patch_distributed_optimizer()
     _patch_compile_helpers()
     _patch_warmup()
 
@@ -76,6 +78,39 @@ def _patch_attention() -> None:
         original(self, config, *args, **kwargs)
 
     DotProductAttention.__init__ = init
+
+
+def _patch_distributed_optimizer() -> None:
+    """Let Megatron's distributed optimizer resume with torch's Adam, which keeps a step per parameter.
+
+    Megatron asks for that step before there is one, and after loading leaves one tensor for all parameters, each of
+    which then advances it, or zero. The number it saved lies in the parameter groups.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        return
+    optimizer_class = distrib_optimizer.DistributedOptimizer
+    original_save, original_load = optimizer_class.state_dict, optimizer_class.load_state_dict
+
+    @functools.wraps(original_save)
+    def state_dict(self: Any) -> Any:
+        adam = self.optimizer
+        if isinstance(adam, torch.optim.Adam) and not adam.state:
+            for parameter in (p for group in adam.param_groups for p in group["params"]):
+                moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        return original_save(self)
+
+    @functools.wraps(original_load)
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        with torch.no_grad():  # fp32 shards are views of the parameters and are written in place
+            original_load(self, state_dict)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"] if "step" in group else ():
+                self.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
+
+    optimizer_class.state_dict, optimizer_class.load_state_dict = state_dict, load_state_dict
 
 
 def _patch_compile_helpers() -> None:

@@ -2,7 +2,7 @@
 
 An inactive token takes part in no elided layer, so for causal attention and token-wise MLPs those layers are exactly
 dense layers on the kept positions in order, with their original positions in the rotary embedding. The block's own
-forward is run twice, over two ranges of its layers; between the two the hidden states are gathered, once per microbatch.
+forward is run twice, over two ranges of its layers; in between the hidden states are gathered, once per microbatch.
 Each range is the framework's forward with its recompute, quantisation and offload contexts; what the short range needs
 (rotary frequencies, attention mask) goes in as arguments, so recompute is safe.
 
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from regate_megatron.hooks.current import CurrentMicrobatch
-from regate_megatron.plan import MicrobatchPlan
 
 
 class LayerRange:

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from regate_megatron import compat
 from regate_megatron.checkpoint import save_language_model
-from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig
-from regate_megatron.errors import refuse
+from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig, add_arguments, parse_command_line
+from regate_megatron.errors import one_line_refusals, one_line_refusals_from_now_on, refuse
 from regate_megatron.metrics import Counters, log_line, ratios, reduce_counters
 from regate_megatron.session import Session, attach, session_of, wrap_forward_backward
 from regate_megatron.teacher.source import TEACHER_FOLDER, teacher_of_resumed_run
@@ -56,6 +57,35 @@ def install(config: ReGateConfig) -> None:
         setattr(training, name, wrapper)
         # The loop must read its globals from the module patched here, or the patch would be for nobody.
         assert training.train.__globals__[name] is wrapper, f"{name} is bound elsewhere"
+
+
+def install_from_argv() -> None:
+    """For scripts that carry the flags themselves (patches/): read ``sys.argv``, add the flags, install what they ask.
+
+    Exits with 1 and one line on a refusal.
+    """
+    add_flags()
+    with one_line_refusals():
+        config = parse_command_line(sys.argv[1:])
+    if config is not None:
+        one_line_refusals_from_now_on()  # the rest of the script runs after this returns
+        install(config)
+
+
+def add_flags() -> None:
+    """Teach Megatron's parser our flags: every parse of every version looks ``add_megatron_arguments`` up there."""
+    from megatron.training import arguments
+
+    inner = arguments.add_megatron_arguments
+    if getattr(inner, _MARK, False):
+        return
+
+    @functools.wraps(inner)
+    def add_megatron_arguments(parser: Any, *args: Any, **kwargs: Any) -> Any:
+        return add_arguments(inner(parser, *args, **kwargs))
+
+    setattr(add_megatron_arguments, _MARK, True)
+    arguments.add_megatron_arguments = add_megatron_arguments
 
 
 def uninstall() -> None:
@@ -135,18 +165,17 @@ def _log_after(inner: Callable[..., Any], sessions: list[Session]) -> Callable[.
 def attached_line(session: Session) -> str:
     """What was attached, where, and to which versions."""
     config, transformer = session.config, session.language_models[0].config
-    layout = (
-        f"TP{transformer.tensor_model_parallel_size} PP{transformer.pipeline_model_parallel_size} "
-        f"DP{session.topology.dp_size}"
-    )
-    model = type(session.models[0]).__name__
-    teacher = f"teacher {config.teacher_load} ({config.teacher_visual})" if config.needs_teacher else "no teacher"
-    return (
-        f"[regate] attached to {model} ({layout}): score {config.score}, keep {config.keep_ratio:g} of the targets after "
-        f"{config.dense_layers} of {transformer.num_layers} layers, budget {config.budget}, warm-up {config.warmup_steps}, "
-        f"cycles of {config.dense_steps} dense + {config.cycle_steps - config.dense_steps} sparse, {teacher}; "
-        f"{compat.versions()}"
-    )
+    sizes = (transformer.tensor_model_parallel_size, transformer.pipeline_model_parallel_size, session.topology.dp_size)
+    layout = " ".join(f"{name}{size}" for name, size in zip(("TP", "PP", "DP"), sizes, strict=True))
+    parts = [
+        f"score {config.score}, keep {config.keep_ratio:g} of the targets",
+        f"dense layers {config.dense_layers} of {transformer.num_layers}",
+        f"budget {config.budget}",
+        f"warm-up {config.warmup_steps}, then {config.dense_steps} of {config.cycle_steps} steps dense",
+        f"teacher {config.teacher_load} ({config.teacher_visual})" if config.needs_teacher else "no teacher",
+        compat.versions(),
+    ]
+    return f"[regate] attached to {type(session.models[0]).__name__} ({layout}): " + "; ".join(parts)
 
 
 def _keep_teacher(session: Session, options: Any) -> None:

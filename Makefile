@@ -1,0 +1,41 @@
+# Every target sets up what it needs. PYTEST_ARGS="-k plan -x" narrows the tests.
+PYTHON_BIN := .venv/bin/python
+PYTEST_ARGS ?=
+# make has exit codes of its own; .ci/run asks for pytest's here
+STATUS_FILE ?= /dev/null
+pytest = $(PYTHON_BIN) -m pytest $(1) $(PYTEST_ARGS) || { status=$$?; echo $$status >$(STATUS_FILE); exit $$status; }
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo demo-quick test test-full lint bench docs clean
+
+help: ## what can be made
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null || cat $(MAKEFILE_LIST)
+
+venv: ## .venv with all packages; finds or fetches Python 3.12 (scripts/venv.sh)
+	@scripts/venv.sh
+
+demo: venv ## train a small vision-language model with and without ReGATE; report in out/demo
+	$(PYTHON_BIN) examples/demo/run.py
+
+demo-quick: venv ## the same in a few minutes
+	$(PYTHON_BIN) examples/demo/run.py --quick
+
+test: venv ## the tests that take seconds
+	@$(call pytest,)
+
+test-full: venv ## all tests
+	@$(call pytest,-m "full or not full")
+
+lint: venv ## style and formatting
+	$(PYTHON_BIN) -m ruff check .
+	$(PYTHON_BIN) -m ruff format --check .
+
+bench: venv ## step time, dense against sparse; results in out/bench
+	$(PYTHON_BIN) benchmarks/step_time.py
+
+docs: venv ## links resolve, tables agree with the code
+	$(PYTHON_BIN) docs/check.py
+
+clean: ## remove results and caches; .venv stays
+	rm -rf out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

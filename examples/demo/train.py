@@ -1,0 +1,236 @@
+"""Train the demo's language model, then a LLaVA on top of it, through Megatron's own `pretrain`.
+
+An ordinary Megatron script: it knows nothing of ReGATE. `--stage text` trains a GPTModel on the captions without their
+pictures, then saves a LLaVAModel that holds it, with a CLIP vision tower and a projector from the seed; `--stage llava`
+trains a LLaVAModel, and loads that one, so that every run has one start. Layouts: tensor and data parallel.
+
+    torchrun --nproc-per-node 4 -m regate_megatron --cpu examples/demo/train.py --stage text --demo-data DIR \\
+        --save-llava START ...
+    torchrun --nproc-per-node 4 -m regate_megatron --cpu examples/demo/train.py --stage llava --demo-data DIR \\
+        --load START --finetune --no-load-optim --no-load-rng --eval-log FILE ... [--regate ...]
+
+A batch has the keys of Megatron's own vision-language batches: `tokens` [B, S] with one placeholder for the picture at
+the start, `labels` (already shifted), `loss_mask`, `position_ids`, `image` [B, 3, H, W]; and `needs_image` [B, S] for
+the evaluation. Every evaluation of the training loop also writes one JSON line to `--eval-log`: iteration, eval_loss,
+image_word_accuracy (labels that need the picture) and all_word_accuracy (all targets), all on held-out samples and
+teacher-forced: each token is predicted from the true ones before it. `--eval-losses FILE` keeps the last evaluation's
+loss of every token, as `losses` and `labels` [N, S] in the order of the held-out file.
+"""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from dataset import IMAGE_TOKEN, Captions
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.datasets.utils import Split
+from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.multimodal.llava_model import LLaVAModel
+from megatron.core.models.multimodal.llava_spec import decoder_model_with_local_default_spec
+from megatron.core.models.vision.clip_vit_model import get_num_image_embeddings
+from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
+from megatron.core.transformer.spec_utils import get_submodules
+from megatron.training import get_args, pretrain, print_rank_last
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
+from megatron.training.checkpointing import save_checkpoint
+
+
+def model_provider(built: list, pre_process=True, post_process=True, config=None, **_) -> GPTModel | LLaVAModel:
+    """Build the model of `--stage` and add it to `built`; the language model is the same in both stages."""
+    args = get_args()
+    config = config or core_transformer_config_from_args(args)
+    spec = decoder_model_with_local_default_spec(None, False)
+    if args.stage == "text":
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=spec,
+            vocab_size=args.padded_vocab_size,
+            max_sequence_length=args.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+            position_embedding_type="rope",
+        )
+        built.append(model)
+        return model
+
+    # As in Megatron's own script: seq_length becomes the vision model's, decoder_seq_length is the language model's.
+    num_visual = get_num_image_embeddings(args.img_h, args.img_w, args.patch_dim, "clip", True, 1, False)
+    args.decoder_seq_length = args.seq_length + num_visual
+    args.seq_length = args.encoder_seq_length = num_visual
+    args.max_position_embeddings = max(args.max_position_embeddings, args.decoder_seq_length)
+
+    vision_config = deepcopy(config)
+    vision_config.num_layers = args.vision_num_layers
+    vision_config.vision_model_type = "clip"
+    model = LLaVAModel(
+        language_transformer_config=config,
+        language_transformer_layer_spec=spec,
+        language_vocab_size=args.padded_vocab_size,
+        language_max_sequence_length=args.decoder_seq_length,
+        vision_transformer_config=vision_config,
+        vision_transformer_layer_spec=get_vit_layer_with_local_spec(),
+        drop_vision_class_token=True,
+        vision_projection_config=deepcopy(config),
+        vision_projection_layer_spec=deepcopy(get_submodules(spec.submodules.mlp)),
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        language_position_embedding_type="rope",
+        pre_process=pre_process,
+        post_process=post_process,
+        img_h=args.img_h,
+        img_w=args.img_w,
+        patch_dim=args.patch_dim,
+        image_token_index=IMAGE_TOKEN,
+    )
+    if pre_process:  # torch's N(0, 1) for places would drown the picture for hundreds of iterations
+        with torch.no_grad():
+            model.vision_model.position_embeddings.weight.mul_(args.init_method_std)
+            model.vision_model.class_token.mul_(args.init_method_std)
+    built.append(model)
+    return model
+
+
+def save_llava(language_model: GPTModel, folder: str) -> None:
+    """Save a LLaVAModel that holds `language_model`, the rest of it from the seed. All ranks call this."""
+    args = get_args()
+    args.stage, args.save, args.no_save_optim, args.no_save_rng = "llava", folder, True, True
+    torch.manual_seed(args.seed)  # whatever the training drew
+    model = model_provider([])
+    model.language_model.load_state_dict(language_model.state_dict())
+    save_checkpoint(1, [model], None, None, 0)
+
+
+def train_valid_test_datasets_provider(num_samples: tuple[int, int, int]) -> tuple[Captions, Captions, None]:
+    """Called on tensor rank 0 only; the others get their batches from it."""
+    args = get_args()
+    with_image, folder = args.stage == "llava", Path(args.demo_data)
+    train = Captions(
+        folder / "train.npz",
+        num_samples[0],
+        with_image=with_image,
+        shuffle=True,
+        seed=args.seed,
+        split=Split.train,
+    )
+    # One more evaluation than asked for: Megatron evaluates again when the training ends.
+    num_valid = num_samples[1] + args.eval_iters * args.eval_global_batch_size
+    return train, Captions(folder / "heldout.npz", num_valid, with_image=with_image, split=Split.valid), None
+
+
+def get_batch(data_iterator) -> dict[str, torch.Tensor]:
+    """The next batch, broadcast over the tensor-parallel group."""
+    data = next(data_iterator) if data_iterator is not None else None
+    batch = tensor_parallel.broadcast_data(["tokens", "position_ids", "labels", "needs_image"], data, torch.int64)
+    floats = ["loss_mask", "image"] if get_args().stage == "llava" else ["loss_mask"]
+    return batch | tensor_parallel.broadcast_data(floats, data, torch.float32)
+
+
+def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor):
+    """Returns the summed loss, the number of targets, and both for the log; `losses` and `loss_mask` are [B, S]."""
+    loss_mask = loss_mask.view(-1).float()
+    loss = torch.sum(losses.view(-1).float() * loss_mask)
+    num_tokens = loss_mask.sum().clone().detach().to(torch.int)
+    return loss, num_tokens, {"lm loss": torch.cat([loss.clone().detach().view(1), num_tokens.view(1)])}
+
+
+class HeldOut:
+    """Sums over one evaluation; `write` is the `non_loss_data_func` that ends every evaluation on all ranks."""
+
+    def __init__(self):
+        self.sums, self.written = torch.zeros(5), -1
+        self.rows: list[torch.Tensor] = []
+
+    def loss_func(self, batch: dict[str, torch.Tensor], logits: torch.Tensor):
+        """`logits` [B, S, V / TP]: this rank's part of the vocabulary, text positions only."""
+        labels, mask, needs = batch["labels"], batch["loss_mask"], batch["needs_image"]
+        best, token = logits.float().max(-1, keepdim=True)
+        token = token + parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+        best, token = map(tensor_parallel.gather_from_tensor_model_parallel_region, (best, token))  # [B, S, TP]
+        hits = (token.gather(-1, best.argmax(-1, keepdim=True)).squeeze(-1) == labels).float()
+        losses = tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels)
+        self.sums += torch.stack([x.sum() for x in (losses * mask, hits * mask, mask, hits * needs, needs)])
+        self.rows.append(torch.stack((losses, labels.float())))
+        return loss_func(mask, losses)
+
+    def write(self, _model) -> None:
+        args = get_args()
+        sums, self.sums, rows, self.rows = self.sums, torch.zeros(5), self.rows, []
+        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        loss, hits, num_targets, image_hits, num_image = sums.tolist()
+        iteration = args.consumed_train_samples // args.global_batch_size
+        if iteration == self.written:  # the evaluation that ends the training repeats the last one
+            return
+        self.written = iteration
+        line = json.dumps({
+            "iteration": iteration,
+            "eval_loss": loss / num_targets,
+            "image_word_accuracy": image_hits / num_image,
+            "all_word_accuracy": hits / num_targets,
+        })  # fmt: skip
+        print_rank_last(f"held-out: {line}")
+        if args.eval_losses:
+            self.write_losses(rows, args.eval_losses)
+        if args.eval_log and torch.distributed.get_rank() == 0:
+            with open(args.eval_log, "a") as file:
+                file.write(line + "\n")
+
+    def write_losses(self, rows: list[torch.Tensor], file: str) -> None:
+        """Rank 0 writes all rows of an evaluation; `rows` holds [2, B, S] per microbatch, losses and labels."""
+        own = torch.stack(rows).contiguous()  # microbatch, (loss, label), row, position
+        parts = [torch.empty_like(own) for _ in range(parallel_state.get_data_parallel_world_size())]
+        torch.distributed.all_gather(parts, own, group=parallel_state.get_data_parallel_group())
+        if torch.distributed.get_rank() == 0:  # a microbatch of all ranks is one run of samples
+            losses, labels = torch.stack(parts, dim=1).permute(2, 0, 1, 3, 4).flatten(1, 3).numpy()
+            np.savez(file, losses=losses, labels=labels.astype(np.int64))
+
+
+def forward_step(held_out: HeldOut, data_iterator, model):
+    """One microbatch. Training asks the model for losses, evaluation for logits: they tell the accuracy, too."""
+    batch = get_batch(data_iterator)
+    tokens, position_ids = batch["tokens"], batch["position_ids"]
+    labels = batch["labels"] if model.training else None
+    if "image" in batch:
+        # The loss mask comes back in the order of the merged sequence, picture and text.
+        output, loss_mask = model(batch["image"], tokens, position_ids, None, labels, batch["loss_mask"])
+    else:
+        output, loss_mask = model(tokens, position_ids, None, labels=labels), batch["loss_mask"]
+    if model.training:
+        return output, partial(loss_func, loss_mask)
+    # The placeholder stands for the last visual position, so the last S positions are those of `tokens`.
+    return output[:, -tokens.shape[1] :].contiguous(), partial(held_out.loss_func, batch)
+
+
+def add_demo_args(parser):
+    group = parser.add_argument_group(title="demo")
+    group.add_argument("--stage", choices=["text", "llava"], required=True)
+    group.add_argument("--demo-data", required=True, metavar="DIR", help="folder written by data.py")
+    group.add_argument("--save-llava", metavar="DIR", help="where --stage text saves the start of --stage llava")
+    group.add_argument("--vision-num-layers", type=int, default=1)
+    group.add_argument("--eval-log", metavar="FILE", help="append one JSON line per evaluation")
+    group.add_argument("--eval-losses", metavar="FILE", help="write the last evaluation's loss of every token")
+    return parser
+
+
+if __name__ == "__main__":
+    args = parse_and_validate_args(extra_args_provider=add_demo_args)
+    if args.save or args.save_llava:
+        get_write_results_queue("fork")  # saving makes one by spawn otherwise, and all is imported once more per rank
+    held_out, built = HeldOut(), []
+    pretrain(
+        pretrain_cfg_container_from_args(args),
+        train_valid_test_datasets_provider,
+        ModelType.encoder_or_decoder,
+        partial(forward_step, held_out),
+        partial(model_provider, built),
+        non_loss_data_func=held_out.write,
+    )
+    if args.stage == "text" and args.save_llava:
+        save_llava(built[0], args.save_llava)

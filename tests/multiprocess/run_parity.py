@@ -1,0 +1,368 @@
+"""Worker of test_parity: sparse steps on real Megatron models against the masked full-length step, in one layout each.
+
+The oracle is independent of the hooks: the plain model at full length, where an explicit attention mask hides inactive
+keys in every elided layer, and the loss is taken at active targets only. What inactive positions compute there is read
+by nobody. Weights are made from the names of tensors, so every layout starts from the same ones.
+
+    torchrun --nproc-per-node 4 tests/multiprocess/run_parity.py CASES.json RESULTS.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from regate_megatron import emulation
+
+emulation.set_environment()
+emulation.install()
+
+import torch
+import torch.distributed as dist
+import xxhash
+from megatron.core import parallel_state as mpu
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.multimodal.llava_model import DEFAULT_IMAGE_TOKEN_INDEX, LLaVAModel
+from megatron.core.models.multimodal.llava_spec import decoder_model_with_local_default_spec
+from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import get_submodules
+
+from regate_megatron import ReGateConfig, attach, detach, wrap_forward_backward
+from regate_megatron.session import session_of
+
+LAYERS, HIDDEN, VOCAB, TEXT, ROWS, GLOBAL_ROWS = 4, 32, 64, 24, 2, 8
+IMAGE, PATCH = 16, 8
+VISUAL = (IMAGE // PATCH) ** 2
+
+
+def build(case: dict) -> list[torch.nn.Module]:
+    """This rank's chunks of the case's model, with weights that depend on tensor names alone."""
+    chunks, virtual = [], case.get("vpp")
+    for vp_stage in range(virtual or 1):
+        first = mpu.is_pipeline_first_stage(ignore_virtual=True) and vp_stage == 0
+        last = mpu.is_pipeline_last_stage(ignore_virtual=True) and vp_stage == (virtual or 1) - 1
+        config = TransformerConfig(
+            num_layers=LAYERS,
+            hidden_size=HIDDEN,
+            num_attention_heads=4,
+            use_cpu_initialization=True,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            tensor_model_parallel_size=case["tp"],
+            pipeline_model_parallel_size=case["pp"],
+            virtual_pipeline_model_parallel_size=virtual,
+            microbatch_group_size_per_vp_stage=case["pp"],
+            pipeline_dtype=torch.float32,
+            sequence_parallel=case.get("sp", False),
+            calculate_per_token_loss=True,
+            deallocate_pipeline_outputs=True,
+            **recompute(case.get("recompute")),
+        )
+        make = _llava if case["model"] == "llava" else _gpt
+        chunks.append(make(config, case, first, last, vp_stage if virtual else None))
+    for chunk in chunks:
+        chunk.model_type = ModelType.encoder_or_decoder  # Megatron's get_model sets it
+        fill_by_name(chunk)
+    return chunks
+
+
+def recompute(method: str | None) -> dict:
+    """Full recompute, "uniform" or "block" (two layers of each stage)."""
+    if not method:
+        return {}
+    num = 1 if method == "uniform" else 2
+    return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": num}
+
+
+def _gpt(config, case, first, last, vp_stage):
+    return GPTModel(
+        config,
+        get_gpt_layer_local_spec(),
+        VOCAB,
+        TEXT,
+        pre_process=first,
+        post_process=last,
+        position_embedding_type=case.get("positions", "rope"),
+        share_embeddings_and_output_weights=False,
+        vp_stage=vp_stage,
+    )
+
+
+def _llava(config, case, first, last, _):
+    spec = decoder_model_with_local_default_spec(None, False)
+    vision = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=4,
+        use_cpu_initialization=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=case["tp"],
+    )
+    vision.vision_model_type = "clip"
+    projection = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        ffn_hidden_size=HIDDEN,
+        num_attention_heads=4,
+        use_cpu_initialization=True,
+        tensor_model_parallel_size=case["tp"],
+    )
+    return LLaVAModel(
+        language_transformer_config=config,
+        language_transformer_layer_spec=spec,
+        language_vocab_size=VOCAB,
+        language_max_sequence_length=TEXT - 1 + VISUAL,
+        vision_transformer_config=vision,
+        vision_transformer_layer_spec=get_vit_layer_with_local_spec(),
+        drop_vision_class_token=True,
+        vision_projection_config=projection,
+        vision_projection_layer_spec=get_submodules(spec.submodules.mlp),
+        language_position_embedding_type="rope",
+        pre_process=first,
+        post_process=last,
+        add_encoder=first,
+        add_decoder=True,
+        img_h=IMAGE,
+        img_w=IMAGE,
+        patch_dim=PATCH,
+    )
+
+
+@torch.no_grad()
+def fill_by_name(model: torch.nn.Module) -> None:
+    """Give every tensor values drawn from a seed made of its global name."""
+    for value in model.sharded_state_dict().values():
+        if not isinstance(value, ShardedTensor) or not value.data.is_floating_point():
+            continue
+        generator = torch.Generator().manual_seed(xxhash.xxh32_intdigest(value.key.encode()))
+        full = torch.randn(value.global_shape, generator=generator) * 0.15
+        if "norm" in value.key and value.key.endswith("weight"):
+            full += 1
+        value.data.copy_(full[value.global_slice()].reshape(value.data.shape))
+
+
+def batches(case: dict) -> list[dict]:
+    """This replica's share of one global batch; rows without targets, all targets, one target, and padding."""
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randint(1, VOCAB, (GLOBAL_ROWS, TEXT + 1), generator=generator)
+    mask = (torch.rand(GLOBAL_ROWS, TEXT, generator=generator) < 0.6).float()
+    mask[1], mask[2] = 0, 1
+    mask[3], mask[3, 5] = 0, 1
+    for row, end in ((1, 9), (3, 11), (4, 15)):  # padded: a row's context sets the least length of all
+        tokens[row, end:], mask[row, end - 1 :] = 0, 0
+    image = torch.randn(GLOBAL_ROWS, 3, IMAGE, IMAGE, generator=generator)
+    rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    own = []
+    for start in range(rank * ROWS, GLOBAL_ROWS, size * ROWS):
+        rows = slice(start, start + ROWS)
+        batch = {
+            "tokens": tokens[rows, :-1].clone(),
+            "labels": tokens[rows, 1:].clone(),
+            "loss_mask": mask[rows].clone(),
+        }
+        batch["position_ids"] = torch.arange(TEXT).expand(ROWS, -1)
+        if case["model"] == "llava":
+            place = 0 if start % 4 else 3  # a picture first, or after some text
+            batch["tokens"][:, place] = DEFAULT_IMAGE_TOKEN_INDEX
+            batch["labels"] = torch.cat([batch["tokens"][:, 1:], batch["labels"][:, -1:]], dim=1).clamp_min(0)
+            batch["loss_mask"][:, : place + 1] = 0
+            batch["image"] = image[rows]
+        own.append(batch)
+    return own
+
+
+class Step:
+    """Megatron's forward step; keeps per-token losses and the model's own loss mask."""
+
+    def __init__(self, loss_masks: list | None = None) -> None:
+        self.losses: list[torch.Tensor] = []
+        self.loss_masks: list[torch.Tensor] = []
+        self.forced_masks = loss_masks
+
+    def __call__(self, iterator, model):
+        batch = next(iterator)
+        mask = batch["loss_mask"]
+        if "image" in batch:
+            output, mask = model(
+                batch["image"], batch["tokens"], batch["position_ids"], None, batch["labels"], batch["loss_mask"]
+            )
+        else:
+            output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+
+        def loss_func(loss_BS):
+            mask_BS = self.forced_masks[len(self.losses)] if self.forced_masks else mask
+            self.losses.append(loss_BS.detach().clone())
+            self.loss_masks.append(mask_BS)
+            total, count = (loss_BS * mask_BS).sum(), mask_BS.sum().int()
+            return total, count, {"lm loss": torch.stack([total.detach(), count.float()])}
+
+        return output, loss_func
+
+
+def run(case: dict, models: list, schedule, step: Step) -> None:
+    own = batches(case)
+    for model in models:
+        model.zero_grad(set_to_none=True)
+
+    def make():
+        return iter([dict(batch) for batch in own])
+
+    length = TEXT if case["model"] == "gpt" else TEXT - 1 + VISUAL
+    schedule(
+        forward_step_func=step,
+        data_iterator=[make() for _ in models] if case.get("vpp") else make(),
+        model=models if case.get("vpp") else models[0],
+        num_microbatches=len(own),
+        seq_length=length,
+        micro_batch_size=ROWS,
+        forward_only=False,
+    )
+
+
+def language_models(models):
+    return [getattr(model, "language_model", None) or model for model in models]
+
+
+def masked_full_length(case: dict, models: list, plan, dense_layers: int, loss_masks: list) -> Step:
+    """The oracle's step; see the module's docstring."""
+    done: dict[int, int] = {}
+    step = Step(loss_masks)
+    for model in language_models(models):
+        model.config.recompute_granularity = None  # the hooks below are gone when layers would run again
+
+    def forward_step(iterator, model):
+        index = done.get(id(model), 0)
+        done[id(model)] = index + 1
+        kept_BS = plan.microbatches[index].kept_mask()
+        length = kept_BS.shape[1]
+        hidden_BSS = ~kept_BS[:, None, :] | torch.ones(length, length, dtype=torch.bool).triu(1)
+        hidden_BSS[:, range(length), range(length)] = False  # no row may be empty: softmax of nothing is NaN
+
+        def mask_keys(layer, args, kwargs):
+            if layer.layer_number > dense_layers:
+                kwargs = dict(kwargs, attention_mask=hidden_BSS[:, None])
+            return args, kwargs
+
+        hooks = [
+            layer.register_forward_pre_hook(mask_keys, with_kwargs=True)
+            for layer in language_models([model])[0].decoder.layers
+        ]
+        try:
+            return step(iterator, model)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    run(case, models, get_forward_backward_func(), forward_step)
+    return step
+
+
+def gradients(models: list) -> dict[str, torch.Tensor]:
+    """Gradients by name; those of sequence-parallel weights summed over the tensor group, as Megatron does."""
+    found = {}
+    for chunk, model in enumerate(models):
+        for name, parameter in model.named_parameters():
+            if parameter.grad is None:
+                continue
+            found[f"{chunk}.{name}"] = gradient = parameter.grad.clone()
+            if getattr(parameter, "sequence_parallel", False):
+                dist.all_reduce(gradient, group=mpu.get_tensor_model_parallel_group())
+    return found
+
+
+def check(case: dict) -> dict:
+    """Run one case; returns what test_parity compares. Raises AssertionError when the step is not exact."""
+    models = build(case)
+    names = [list(model.state_dict()) for model in models]
+    config = ReGateConfig(
+        warmup_steps=1,
+        cycle_steps=100,
+        dense_steps=0,
+        dense_layers=case["dense_layers"],
+        score=case.get("score", "regate"),
+        budget=case.get("budget", "uniform"),
+        length_multiple=case.get("multiple", 1),
+        teacher_load="student",
+        teacher_visual=case.get("visual", "drop"),
+    )
+    attach(models, config, pad_token=0)
+    assert [list(model.state_dict()) for model in models] == names, "attach changed names"
+    session = session_of(models)
+    schedule = wrap_forward_backward(get_forward_backward_func())
+    run(case, models, schedule, Step())
+    sparse = Step()
+    run(case, models, schedule, sparse)
+    pending = session._pending
+    plan, facts = pending.plan, pending.facts
+    assert plan.is_sparse and pending.phase == "sparse"
+    assert all(one.length < one.dense_length for one in plan.microbatches), "nothing was shortened"
+    sparse_gradients = gradients(models)
+    session.commit()
+    detach(models)
+    own = {key for model in models for key in vars(model)} | {
+        key for lm in language_models(models) for key in vars(lm.decoder)
+    }
+    assert not {"forward", "compute_language_model_loss", "_regate_session"} & own, "detach left something behind"
+
+    oracle = masked_full_length(case, models, plan, case["dense_layers"], sparse.loss_masks)
+    loss_error = 0.0
+    for index, (loss_BS, mask_BS, oracle_BS) in enumerate(
+        zip(sparse.losses, sparse.loss_masks, oracle.losses, strict=True)
+    ):
+        kept_BS = plan.microbatches[index].kept_mask()
+        assert not bool(((mask_BS > 0) & ~kept_BS).any()), "an elided target kept its loss"
+        assert not bool(loss_BS[~kept_BS].any()), "an elided position has a loss"
+        active = mask_BS > 0
+        torch.testing.assert_close(loss_BS[active], oracle_BS[active], rtol=1e-6, atol=1e-6)
+        loss_error = max([loss_error, *(loss_BS - oracle_BS)[active].abs().tolist()])
+    oracle_gradients = gradients(models)
+    assert sparse_gradients.keys() == oracle_gradients.keys()
+    gradient_error = 0.0
+    for name, gradient in sparse_gradients.items():
+        scale = float(oracle_gradients[name].abs().max())
+        difference = float((gradient - oracle_gradients[name]).abs().max())
+        assert difference <= 1e-5 * max(1.0, scale), f"{name}: {difference} of {scale}"
+        gradient_error = max(gradient_error, difference / max(1.0, scale))
+    kept = {}
+    if session.planner:
+        for index, one in enumerate(facts):
+            for row, key in enumerate(one.difficulty_key_B2.tolist()):
+                real = plan.microbatches[index].kept_mask()[row] & (one.is_target_BS | one.is_context_BS)[row]
+                total = (sparse.losses[index] * sparse.loss_masks[index])[row].sum()
+                kept[str(key)] = [torch.where(real)[0].tolist(), float(total), plan.microbatches[index].length]
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, kept)
+    errors = torch.tensor([loss_error, gradient_error])
+    dist.all_reduce(errors, dist.ReduceOp.MAX)
+    merged = {key: value for part in gathered for key, value in part.items()}
+    return {"kept": merged, "loss_error": float(errors[0]), "gradient_error": float(errors[1])}
+
+
+def main(cases_file: str, results_file: str) -> None:
+    dist.init_process_group(backend="gloo")
+    results = {}
+    for case in json.loads(Path(cases_file).read_text()):
+        mpu.initialize_model_parallel(case["tp"], case["pp"], virtual_pipeline_model_parallel_size=case.get("vpp"))
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        try:
+            results[case["name"]] = check(case)
+        except Exception:
+            print(f"case {case['name']} failed on rank {dist.get_rank()}", file=sys.stderr, flush=True)
+            raise
+        mpu.destroy_model_parallel()
+    if dist.get_rank() == 0:
+        Path(results_file).write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
