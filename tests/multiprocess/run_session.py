@@ -1,0 +1,180 @@
+"""Worker of test_session: claims about one rank's session, each a function here. Real GPTModel, real schedule.
+
+    torchrun --nproc-per-node 1 tests/multiprocess/run_session.py CLAIM [CLAIM ...]
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+from tests.multiprocess.run_parity import Step, build, run  # installs the emulation first
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from megatron.core import tensor_parallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from regate_megatron import ReGateConfig, ReGateError, attach, describe, detach, wrap_forward_backward
+from regate_megatron.session import session_of
+
+GPT = {"model": "gpt", "tp": 1, "pp": 1, "dense_layers": 1}
+LLAVA = dict(GPT, model="llava")
+
+
+def config(**options) -> ReGateConfig:
+    return ReGateConfig(**{"warmup_steps": 1, "cycle_steps": 100, "dense_steps": 0, "teacher_load": "student", **options})
+
+
+def attached(case: dict = GPT, **options):
+    models = attach(build(case), config(**options), pad_token=0)
+    return models, session_of(models), wrap_forward_backward(get_forward_backward_func())
+
+
+def replayed_step_has_the_same_plan_and_counts_once() -> None:
+    """Megatron's rerun state machine calls the schedule again for the same step."""
+    models, session, schedule = attached()
+    session.counts_own_steps = False
+    run(GPT, models, schedule, Step())
+    session.commit()
+    run(GPT, models, schedule, Step())
+    first = session._pending.plan.digest()
+    records = {key: value.clone() for key, value in session.planner.difficulty._records.items()}
+    run(GPT, models, schedule, Step())
+    assert session._pending.plan.digest() == first
+    assert all(torch.equal(records[key], value) for key, value in session.planner.difficulty._records.items())
+    session.commit()
+    assert session.totals.steps == 2 and session.step == 2
+    session.discard()
+
+
+def skipped_step_teaches_nothing() -> None:
+    models, session, schedule = attached()
+    session.counts_own_steps = False
+    run(GPT, models, schedule, Step())
+    session.discard()
+    assert len(session.planner.difficulty) == 0 and not session.planner.prior.any_seen and session.totals.steps == 0
+
+
+def non_finite_reference_runs_dense_and_is_counted() -> None:
+    models, session, schedule = attached()
+    run(GPT, models, schedule, Step())
+    with torch.no_grad():
+        next(session.reference.teacher.output_layer.parameters())[0, 0] = torch.nan
+    step = Step()
+    run(GPT, models, schedule, step)
+    assert session._pending.fallback and not session._pending.plan.is_sparse
+    session.commit()
+    assert session.totals.fallback_steps == 1 and session.totals.targets_kept == session.totals.targets_total
+    assert all(bool(record.isfinite().all()) for record in session.planner.difficulty._records.values())
+
+
+def evaluation_is_never_elided() -> None:
+    models, session, schedule = attached(LLAVA)
+    run(LLAVA, models, schedule, Step())
+    plain, ours = Step(), Step()
+    evaluate = lambda function, step: run(LLAVA, models, lambda **a: function(**dict(a, forward_only=True)), step)  # noqa: E731
+    evaluate(get_forward_backward_func(), plain)
+    evaluate(schedule, ours)
+    assert all(torch.equal(a, b) for a, b in zip(plain.losses, ours.losses, strict=True))
+    assert session._pending.step == 0, "an evaluation counted as a step"
+
+
+def building_a_teacher_leaves_the_random_state() -> None:
+    models = build(GPT)
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    before, states = torch.get_rng_state(), {k: v.clone() for k, v in tracker.get_states().items()}
+    attach(models, config())
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(states[k], v) for k, v in tracker.get_states().items())
+
+
+def dense_steps_are_bitwise_plain() -> None:
+    """Warm-up and dense steps: losses and gradients as without ReGATE, with a teacher loaded."""
+    plain_models, plain = build(LLAVA), Step()
+    run(LLAVA, plain_models, get_forward_backward_func(), plain)
+    models, _, schedule = attached(LLAVA)
+    ours = Step()
+    run(LLAVA, models, schedule, ours)
+    assert all(torch.equal(a, b) for a, b in zip(plain.losses, ours.losses, strict=True))
+    for (name, a), (_, b) in zip(plain_models[0].named_parameters(), models[0].named_parameters(), strict=True):
+        assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad), name
+
+
+def detach_restores_everything() -> None:
+    models = build(LLAVA)
+    modules = [module for model in models for module in model.modules()]
+    before = [(set(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks)) for module in modules]
+    attach(models, config())
+    assert "compacts after 1 dense layers" in describe(models) and "teacher:" in describe(models)
+    detach(models)
+    after = [(set(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks)) for module in modules]
+    assert before == after
+    assert [module for model in models for module in model.modules()] == modules
+    assert describe(models) == "regate is not attached"
+    detach(models)  # twice is harmless
+
+
+def attaching_twice_is_refused() -> None:
+    models = attach(build(GPT), config(score="student"))
+    try:
+        attach(models, config(score="student"))
+    except ReGateError as error:
+        assert "given a model that has ReGATE already" in str(error)
+    else:
+        raise AssertionError("attached twice")
+
+
+def drop_equals_masked_pad() -> None:
+    """Dropping visual positions gives the losses of pads that nobody may attend to."""
+    models, session, schedule = attached(LLAVA, teacher_visual="drop")
+    run(LLAVA, models, schedule, Step())
+    run(LLAVA, models, schedule, Step())
+    facts = session._pending.facts
+    dropped = session.reference.fetch(facts)
+    teacher = build(LLAVA)[0].language_model
+    row = 0
+    for one in facts:
+        tokens = torch.where(one.is_visual_BS, 0, one.token_BS)
+        length = one.dense_length
+        hidden = one.is_visual_BS[:, None, :] | torch.ones(length, length, dtype=torch.bool).triu(1)
+        hidden[:, range(length), range(length)] = False
+        position = torch.arange(length).expand_as(tokens)
+        with torch.no_grad():
+            loss_BS = teacher(tokens, position, hidden[:, None], labels=one.label_BS)
+        for loss_S, target_S in zip(loss_BS, one.is_target_BS, strict=True):
+            torch.testing.assert_close(dropped[row], loss_S[target_S], rtol=1e-5, atol=1e-5)
+            row += 1
+
+
+def unreadable_batch_is_refused() -> None:
+    models, _, schedule = attached(score="student")
+
+    def broken(**arguments):
+        return schedule(**dict(arguments, data_iterator=iter([{"tokens": torch.zeros(2, 4)}] * 4)))
+
+    try:
+        run(GPT, models, broken, Step())
+    except ReGateError as error:
+        assert "batch: given KeyError: 'labels'" in str(error)
+    else:
+        raise AssertionError("a batch without labels was read")
+
+
+def main(names: list[str]) -> None:
+    dist.init_process_group(backend="gloo")
+    mpu.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    for name in names:
+        try:
+            globals()[name]()
+            print(f"holds: {name}", flush=True)
+        except Exception:
+            traceback.print_exc()
+            print(f"fails: {name}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,25 @@
+"""Claims about a session on one rank; each is a function of run_session.py, all run in one launch."""
+
+import ast
+
+import pytest
+
+from tests.launch import ROOT, succeed
+
+WORKER = ROOT / "tests/multiprocess/run_session.py"
+HELPERS = {"config", "attached", "main"}
+CLAIMS = [
+    node.name
+    for node in ast.parse(WORKER.read_text()).body
+    if isinstance(node, ast.FunctionDef) and node.name not in HELPERS
+]
+
+
+@pytest.fixture(scope="module")
+def verdicts():
+    return succeed(1, [str(WORKER), *CLAIMS])
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_claim_holds(verdicts, claim):
+    assert f"holds: {claim}\n" in verdicts.output, verdicts.errors[-6000:]

@@ -1,0 +1,100 @@
+"""Every refusal of the support table says what was given, what is allowed and what to change."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import pytest
+import torch
+
+pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+
+from regate_megatron.compat import RULES, Setting, check_support
+from regate_megatron.config import ReGateConfig
+
+
+def _setting(config: dict | None = None, model: dict | None = None, args: dict | None = None, **chunk) -> Setting:
+    """A GPTModel without weights (only its settings are looked at), with some settings changed after construction."""
+    transformer = TransformerConfig(num_layers=4, hidden_size=32, num_attention_heads=4)
+    for name, value in (model or {}).items():
+        setattr(transformer, name, value)
+    gpt = GPTModel.__new__(GPTModel)
+    torch.nn.Module.__init__(gpt)
+    gpt.config, gpt.position_embedding_type = transformer, chunk.get("position_embedding_type", "rope")
+    settings = ReGateConfig(**{"score": "student", **(config or {})})
+    return Setting([chunk.get("model_class", gpt)], settings, Namespace(**(args or {})))
+
+
+def _other_model():
+    module = torch.nn.Linear(1, 1)
+    module.config = TransformerConfig(num_layers=4, hidden_size=32, num_attention_heads=4)
+    module.position_embedding_type = "rope"
+    return module
+
+
+REFUSED = {
+    "another model class": ({"model_class": _other_model()}, "given Linear"),
+    "as many dense layers as layers": ({"config": {"dense_layers": 4}}, "given 4 with 4 decoder layers"),
+    "dense layers past the first stage": (
+        {
+            "config": {"dense_layers": 3},
+            "model": {"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32},
+        },
+        "given 3 with 2 layers in the first pipeline chunk",
+    ),
+    "balanced budget": ({"config": {"budget": "balanced"}}, "given balanced"),
+    "per-sample budget with stages": (
+        {"config": {"budget": "per-sample"}, "model": {"pipeline_model_parallel_size": 2}},
+        "given per-sample with 2 pipeline stages",
+    ),
+    "reference cache": ({"config": {"reference_cache": "somewhere"}}, "given somewhere"),
+    "context parallelism": ({"model": {"context_parallel_size": 2}}, "given 2"),
+    "experts": ({"model": {"num_moe_experts": 8}}, "given 8 experts"),
+    "mrope": ({"position_embedding_type": "mrope"}, "given mrope"),
+    "multi-latent attention": ({"model": {"multi_latent_attention": True}}, "given multi_latent_attention=True"),
+    "sliding window": ({"model": {"window_size": (128, 0)}}, "given window_size=(128, 0)"),
+    "multi-token prediction": ({"model": {"mtp_num_layers": 1}}, "given mtp_num_layers=1"),
+    "linear attention": ({"model": {"linear_attention_freq": 2}}, "given linear_attention_freq=2"),
+    "CUDA graphs": ({"model": {"cuda_graph_impl": "local"}}, "given cuda_graph_impl=local"),
+    "old CUDA graph flag": ({"model": {"enable_cuda_graph": True}}, "given enable_cuda_graph=True"),
+    "combined 1F1B": (
+        {"model": {"overlap_moe_expert_parallel_comm": True}},
+        "given overlap_moe_expert_parallel_comm=True",
+    ),
+    "TP overlap": ({"model": {"tp_comm_overlap": True}}, "given tp_comm_overlap=True"),
+    "packed SFT rows": ({"args": {"sft": True}}, "given --sft"),
+    "FSDP": ({"args": {"use_megatron_fsdp": True}}, "given --use-megatron-fsdp"),
+    "fused rope with two rows": (
+        {"model": {"apply_rope_fusion": True}, "args": {"micro_batch_size": 2}},
+        "given fused RoPE with micro-batch size 2",
+    ),
+    "interleaving with a teacher": (
+        {
+            "config": {"score": "regate", "teacher_load": "student"},
+            "model": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        },
+        "given 2 virtual pipeline stages",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusal_names_given_allowed_and_change(name):
+    options, given = REFUSED[name]
+    supported, reason = check_support(_setting(**options))
+    assert not supported
+    assert reason.startswith("regate: ") and "\n" not in reason
+    assert f": {given}; allowed " in reason and "; change " in reason
+
+
+def test_plain_model_is_supported():
+    assert check_support(_setting()) == (True, "")
+
+
+def test_every_rule_is_tested():
+    """A rule added without a case above would go unnoticed."""
+    whats = {check_support(_setting(**options))[1].split(": ")[1] for options, _ in REFUSED.values()}
+    assert whats == {rule.what for rule in RULES}
