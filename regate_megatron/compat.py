@@ -24,11 +24,13 @@ class Setting:
         chunks: this rank's language-model chunks, unwrapped.
         config: ReGATE's settings.
         args: the framework's namespace; None outside Megatron-LM.
+        micro_batch_size: rows per microbatch; known for sure at the first step only.
     """
 
     chunks: list[Any]
     config: ReGateConfig
     args: Any = None
+    micro_batch_size: int = 1
 
     @property
     def model(self) -> Any:
@@ -89,7 +91,7 @@ def _is_gpt(chunk: Any) -> bool:
 
 
 def _fused_rope(setting: Setting) -> Any:
-    rows = setting.arg("micro_batch_size", 1)
+    rows = setting.micro_batch_size
     return f"fused RoPE with micro-batch size {rows}" if setting.model.apply_rope_fusion and rows > 1 else None
 
 
@@ -254,7 +256,7 @@ def check_support(setting: Setting) -> tuple[bool, str]:
     return True, ""
 
 
-def length_alignment(model: Any, rows_per_microbatch: int) -> int:
+def length_alignment(model: Any) -> int:
     """What kept lengths must be a multiple of: the tensor slices of sequence parallelism, and FP8's matrix sizes."""
     multiple = model.tensor_model_parallel_size if model.sequence_parallel else 1
     if not model.fp8:
@@ -262,7 +264,7 @@ def length_alignment(model: Any, rows_per_microbatch: int) -> int:
     from megatron.core.fp8_utils import get_fp8_align_size
 
     size = get_fp8_align_size(model.fp8_recipe)
-    # Rows of the local matrix, b·K/TP, must divide by the size; a K that does alone serves every b.
+    # The rows of a rank's matrices, b·K/TP, must divide by the size; a K that does alone serves every b.
     return multiple * size
 
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -130,9 +130,9 @@ class Trace:
     """``DIR/dp00000.jsonl``: one JSON object per microbatch of this data-parallel rank; planners only."""
 
     def __init__(self, directory: str, dp_rank: int) -> None:
-        path = Path(directory) / f"dp{dp_rank:05d}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", buffering=1)
+        self._path = Path(directory) / f"dp{dp_rank:05d}.jsonl"
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file: TextIO | None = None
 
     def write(
         self,
@@ -151,6 +151,8 @@ class Trace:
             iteration: as Megatron prints it, from 1.
             scores: per microbatch float64 [B, S]; None where nothing was scored (dense steps).
         """
+        if self._file is None:  # a run from the start begins the file anew, a resumed one goes on in it
+            self._file = self._path.open("w" if iteration == 1 else "a", buffering=1)
         plan_hash = plan.digest()
         for index, one in enumerate(facts):
             rows = []
@@ -186,4 +188,5 @@ class Trace:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()

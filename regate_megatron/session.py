@@ -46,14 +46,15 @@ class Session:
         self.reference: ReferenceLosses | None = None
         self.counts_own_steps = True
         self._pending: _Pending | None = None
-        self._rows_per_microbatch = getattr(args, "micro_batch_size", None)
+        self._teacher_source: tuple[Any, LanguageModelCheckpoint | None, int | None] | None = None
+        self._is_prepared = False
         self.adapter = _adapter_for(self.models[0])
         transformer = self.language_models[0].config
         self._has_pipeline = transformer.pipeline_model_parallel_size > 1
+        self._args = args
         self.planner = self.trace = None
         if topology.is_planner:
-            multiple = compat.length_alignment(transformer, self._rows_per_microbatch or 1)
-            self.planner = Planner(config, topology, multiple)
+            self.planner = Planner(config, topology, compat.length_alignment(transformer))
             self.trace = Trace(config.trace, topology.dp_rank) if config.trace else None
 
     def attach_hooks(self) -> None:
@@ -70,19 +71,33 @@ class Session:
         if self.trace:
             self.trace.close()
 
-    def load_teacher(self, teacher: Any, checkpoint: LanguageModelCheckpoint | None, pad_token: int | None) -> None:
-        """Build the teacher, unless one is given, and make it ready; all ranks call this."""
-        teacher = teacher or build_teacher(self.language_models[0], checkpoint)
-        self.reference = ReferenceLosses(
-            teacher,
-            self.topology,
-            visual=self.config.teacher_visual,
-            pad_token=pad_token,
-            rows_per_microbatch=self._rows_per_microbatch or 1,
-        )
+    def teach_with(self, teacher: Any, checkpoint: LanguageModelCheckpoint | None, pad_token: int | None) -> None:
+        """Say where the teacher comes from; it is built by :meth:`prepare`, when the student's weights are loaded."""
+        self._teacher_source = (teacher, checkpoint, pad_token)
+
+    def prepare(self, micro_batch_size: int) -> None:
+        """What needs loaded weights and a known batch; once, before the first step. All ranks call this.
+
+        Raises:
+            ReGateError: the batch size rules something out; on every rank.
+        """
+        if self._is_prepared:
+            return
+        setting = compat.Setting(self.language_models, self.config, self._args, micro_batch_size)
+        supported, reason = compat.check_support(setting)
+        if not supported:
+            raise ReGateError(reason, everywhere=True)
+        if self._teacher_source is not None:
+            teacher, checkpoint, pad_token = self._teacher_source
+            teacher = teacher or build_teacher(self.language_models[0], checkpoint)
+            self.reference = ReferenceLosses(
+                teacher, self.topology, visual=self.config.teacher_visual, pad_token=pad_token
+            )
+        self._is_prepared = True
 
     def run(self, schedule: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Run one training step of ``schedule`` with ``arguments`` (keywords of Megatron's forward-backward)."""
+        self.prepare(arguments["micro_batch_size"])
         start = time.perf_counter()
         self.phase = phase_of(
             self.step,
@@ -101,7 +116,7 @@ class Session:
             reference = None
             if self.reference is not None and self.config.needs_teacher:
                 before = self.reference.seconds
-                reference = self.reference.fetch(facts)
+                reference = self.reference.fetch(facts, arguments["micro_batch_size"])
                 teacher_seconds = self.reference.seconds - before
             if self.planner:
                 plan, scores, fallback = self.planner.plan(self.step, facts, reference)
@@ -131,7 +146,7 @@ class Session:
         self.step = pending.step + 1
         if self.planner:
             start = time.perf_counter()
-            losses = [loss_BS.float().cpu() for loss_BS in pending.losses]
+            losses = _to_host(pending.losses)
             if self.config.learns:
                 self.planner.learn(pending.facts, pending.plan, losses, is_dense=not pending.plan.is_sparse)
             if self.trace:
@@ -187,7 +202,8 @@ class Session:
         device_plans: Sequence[MicrobatchPlan | None] = [None] * arguments["num_microbatches"]
         if plan.is_sparse:
             batches = [self._elide(pulled, facts, plan) for pulled in batches]
-            device_plans = [_to_device(one) for one in plan.microbatches]
+            device = next(self.language_models[0].parameters()).device
+            device_plans = [_to_device(one, device) for one in plan.microbatches]
             if self._has_pipeline:
                 length = plan.microbatches[0].length
                 arguments = dict(arguments, seq_length=length)
@@ -237,7 +253,8 @@ def attach(
     """Attach ReGATE to this rank's model chunks; returns them, so that it serves as a pre-wrap hook.
 
     All ranks call this once, in step, after Megatron's parallel state is set up. Parameters, names and state dicts stay
-    as they are. Steps change only inside a function wrapped by :func:`wrap_forward_backward`.
+    as they are. Steps change only inside a function wrapped by :func:`wrap_forward_backward`. What needs loaded weights
+    (a teacher taken from the student) waits for the first step.
 
     Args:
         model_chunks: the chunks the framework trains, wrapped or not.
@@ -268,7 +285,7 @@ def attach(
     agree_on_error(error, topology)
     session = Session(chunks, config, topology, args)
     if config.needs_teacher:
-        session.load_teacher(teacher, checkpoint, pad_token)
+        session.teach_with(teacher, checkpoint, pad_token)
     session.attach_hooks()
     for model in session.models:
         object.__setattr__(model, _SESSION, session)
@@ -340,10 +357,18 @@ def _fresh(batch: Any) -> Any:
     return dict(batch) if isinstance(batch, dict) else batch
 
 
-def _to_device(plan: MicrobatchPlan) -> MicrobatchPlan:
-    device = torch.device("cuda", torch.cuda.current_device())
+def _to_device(plan: MicrobatchPlan, device: torch.device) -> MicrobatchPlan:
+    if device.type == "cpu":
+        return plan
     keep_idx_BK = plan.keep_idx_BK.pin_memory().to(device, non_blocking=True)
     return MicrobatchPlan(plan.dense_length, keep_idx_BK, plan.num_kept_B.pin_memory().to(device, non_blocking=True))
+
+
+def _to_host(losses: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Per-token losses of all microbatches on the CPU, in one copy; float32 [B, S] each."""
+    flat = torch.cat([loss_BS.float().reshape(-1) for loss_BS in losses]).cpu()
+    pieces = flat.split([loss_BS.numel() for loss_BS in losses])
+    return [piece.view(loss_BS.shape) for piece, loss_BS in zip(pieces, losses, strict=True)]
 
 
 def _check_static_lengths(plan: StepPlan, has_pipeline: bool) -> None:

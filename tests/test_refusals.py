@@ -25,7 +25,8 @@ def _setting(config: dict | None = None, model: dict | None = None, args: dict |
     torch.nn.Module.__init__(gpt)
     gpt.config, gpt.position_embedding_type = transformer, chunk.get("position_embedding_type", "rope")
     settings = ReGateConfig(**{"score": "student", **(config or {})})
-    return Setting([chunk.get("model_class", gpt)], settings, Namespace(**(args or {})))
+    rows = chunk.get("micro_batch_size", 1)
+    return Setting([chunk.get("model_class", gpt)], settings, Namespace(**(args or {})), rows)
 
 
 def _other_model():
@@ -68,7 +69,7 @@ REFUSED = {
     "packed SFT rows": ({"args": {"sft": True}}, "given --sft"),
     "FSDP": ({"args": {"use_megatron_fsdp": True}}, "given --use-megatron-fsdp"),
     "fused rope with two rows": (
-        {"model": {"apply_rope_fusion": True}, "args": {"micro_batch_size": 2}},
+        {"model": {"apply_rope_fusion": True}, "micro_batch_size": 2},
         "given fused RoPE with micro-batch size 2",
     ),
     "interleaving with a teacher": (

@@ -108,6 +108,7 @@ def _attach_after(inner: Callable[..., Any], config: ReGateConfig, sessions: lis
         )
         session = session_of(model)
         session.counts_own_steps = False
+        session.prepare(options.micro_batch_size)
         _keep_teacher(session, options)
         sessions[:] = [session]
         print_rank_0(attached_line(session))

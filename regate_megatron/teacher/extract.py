@@ -6,8 +6,8 @@ are and writes an index with the new names: nothing is decoded, so the copy is b
 sharding, no model is built, the vision tower is not read, and memory use does not depend on the size of the model.
 
 Kept: every tensor and object whose name starts with ``language_model.`` (its optimizer state's names do not), and the
-common state that Megatron's loader reads its arguments from. The copy is laid out as a Megatron checkpoint folder, marked
-"release": loaders start it at iteration 0 and ask for neither optimizer nor random state.
+common state that Megatron's loader reads its arguments from. The copy is laid out as a Megatron checkpoint folder,
+marked "release": loaders start it at iteration 0 and ask for neither optimizer nor random state.
 """
 
 from __future__ import annotations

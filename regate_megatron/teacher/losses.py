@@ -29,14 +29,12 @@ class ReferenceLosses:
         teacher: this rank's chunk of the frozen model.
         topology: the replica that runs it.
         visual, pad_token: see :func:`rows_for_teacher`.
-        rows_per_microbatch: b.
     """
 
-    def __init__(
-        self, teacher: Any, topology: Topology, *, visual: str, pad_token: int | None, rows_per_microbatch: int
-    ) -> None:
+    def __init__(self, teacher: Any, topology: Topology, *, visual: str, pad_token: int | None) -> None:
         self.teacher, self.topology = teacher, topology
-        self.visual, self.pad_token, self.rows_per_microbatch = visual, pad_token, rows_per_microbatch
+        self.visual, self.pad_token = visual, pad_token
+        self.device = next(teacher.parameters()).device
         self.seconds = 0.0
         self._known: dict[tuple[int, int], Tensor] = {}
         self._current = CurrentMicrobatch()
@@ -45,11 +43,12 @@ class ReferenceLosses:
         if teacher.post_process:
             teacher.output_layer.register_forward_pre_hook(self._targets_only)
 
-    def fetch(self, facts: list[MicrobatchFacts] | None) -> list[Tensor] | None:
+    def fetch(self, facts: list[MicrobatchFacts] | None, micro_batch_size: int) -> list[Tensor] | None:
         """The losses of every row's targets; all ranks of the replica call this.
 
         Args:
             facts: this step's microbatches on the planner, None elsewhere.
+            micro_batch_size: b, rows per forward of the teacher.
 
         Returns:
             On the planner one float32 [T] per row, in the order of its targets; None elsewhere.
@@ -57,7 +56,7 @@ class ReferenceLosses:
         start = time.perf_counter()
         request = self._share(self._missing(facts) if self.topology.is_planner else None)
         if request is not None:
-            losses = self._run(request)
+            losses = self._run(request, micro_batch_size)
             if self.topology.is_planner:
                 for key, loss_T, count in zip(self._asked, losses, request.num_target_N.tolist(), strict=True):
                     self._known[key] = loss_T[:count].clone()
@@ -108,7 +107,7 @@ class ReferenceLosses:
         return TeacherRows.unpack(flat)
 
     @torch.no_grad()
-    def _run(self, request: TeacherRows) -> list[Tensor]:
+    def _run(self, request: TeacherRows, micro_batch_size: int) -> list[Tensor]:
         """Per-target losses of every row on the last stage, [T] each; an empty list on other stages."""
         from megatron.core import parallel_state
         from megatron.core.pipeline_parallel import schedules
@@ -117,14 +116,14 @@ class ReferenceLosses:
             schedule = schedules.forward_backward_pipelining_without_interleaving
         else:
             schedule = schedules.forward_backward_no_pipelining
-        microbatches = _microbatches(request, self.rows_per_microbatch)
+        microbatches = _microbatches(request, micro_batch_size)
         outputs = schedule(
             forward_step_func=self._forward_step,
             data_iterator=iter(microbatches),
             model=[self.teacher],
             num_microbatches=len(microbatches),
             seq_length=request.token_NK.shape[1],
-            micro_batch_size=self.rows_per_microbatch,
+            micro_batch_size=micro_batch_size,
             forward_only=True,
             collect_non_loss_data=True,
         )
@@ -134,7 +133,7 @@ class ReferenceLosses:
 
     def _forward_step(self, microbatches: Any, model: Any) -> tuple[Tensor, Any]:
         rows: TeacherRows = next(microbatches)
-        device = torch.device("cuda", torch.cuda.current_device())
+        device = self.device
         plan = MicrobatchPlan(rows.dense_length, rows.position_NK.to(device), rows.num_read_N.to(device))
         self._target_slot_bT = rows.target_slot_NT.to(device)
         with self._current.running(plan, None):

@@ -1,6 +1,6 @@
 """Worker of test_session: claims about one rank's session, each a function here. Real GPTModel, real schedule.
 
-    torchrun --nproc-per-node 1 tests/multiprocess/run_session.py CLAIM [CLAIM ...]
+torchrun --nproc-per-node 1 tests/multiprocess/run_session.py CLAIM [CLAIM ...]
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ LLAVA = dict(GPT, model="llava")
 
 
 def config(**options) -> ReGateConfig:
-    return ReGateConfig(**{"warmup_steps": 1, "cycle_steps": 100, "dense_steps": 0, "teacher_load": "student", **options})
+    return ReGateConfig(
+        **{"warmup_steps": 1, "cycle_steps": 100, "dense_steps": 0, "teacher_load": "student", **options}
+    )
 
 
 def attached(case: dict = GPT, **options):
     models = attach(build(case), config(**options), pad_token=0)
+    session_of(models).prepare(2)
     return models, session_of(models), wrap_forward_backward(get_forward_backward_func())
 
 
@@ -86,6 +89,7 @@ def building_a_teacher_leaves_the_random_state() -> None:
     tracker = tensor_parallel.get_cuda_rng_tracker()
     before, states = torch.get_rng_state(), {k: v.clone() for k, v in tracker.get_states().items()}
     attach(models, config())
+    session_of(models).prepare(2)
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(states[k], v) for k, v in tracker.get_states().items())
 
@@ -107,6 +111,7 @@ def detach_restores_everything() -> None:
     modules = [module for model in models for module in model.modules()]
     before = [(set(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks)) for module in modules]
     attach(models, config())
+    session_of(models).prepare(2)
     assert "compacts after 1 dense layers" in describe(models) and "teacher:" in describe(models)
     detach(models)
     after = [(set(vars(module)), len(module._forward_hooks), len(module._forward_pre_hooks)) for module in modules]
@@ -132,7 +137,7 @@ def drop_equals_masked_pad() -> None:
     run(LLAVA, models, schedule, Step())
     run(LLAVA, models, schedule, Step())
     facts = session._pending.facts
-    dropped = session.reference.fetch(facts)
+    dropped = session.reference.fetch(facts, 2)
     teacher = build(LLAVA)[0].language_model
     row = 0
     for one in facts:
@@ -146,6 +151,35 @@ def drop_equals_masked_pad() -> None:
         for loss_S, target_S in zip(loss_BS, one.is_target_BS, strict=True):
             torch.testing.assert_close(dropped[row], loss_S[target_S], rtol=1e-5, atol=1e-5)
             row += 1
+
+
+def student_teacher_waits_for_loaded_weights() -> None:
+    """Attached as a pre-wrap hook, before the checkpoint is loaded, the teacher still gets the loaded weights."""
+    models = build(GPT)
+    attach(models, config())
+    with torch.no_grad():
+        for parameter in models[0].parameters():
+            parameter.mul_(0.5)
+    schedule = wrap_forward_backward(get_forward_backward_func())
+    run(GPT, models, schedule, Step())
+    for ours, theirs in zip(session_of(models).reference.teacher.parameters(), models[0].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def uninstall_restores_megatron() -> None:
+    from megatron.training import training
+
+    from regate_megatron.integrations import megatron_lm
+
+    before = dict(vars(training))
+    megatron_lm.install(config())
+    changed = {name for name, value in vars(training).items() if before.get(name) is not value}
+    wrapped = {"setup_model_and_optimizer", "get_forward_backward_func", "train_step", "training_log"}
+    assert changed == wrapped
+    megatron_lm.install(config())  # again, as in-process restart does: still one wrapper deep
+    assert all(getattr(training, name).__wrapped__ is before[name] for name in wrapped)
+    megatron_lm.uninstall()
+    assert dict(vars(training)) == before
 
 
 def unreadable_batch_is_refused() -> None:
