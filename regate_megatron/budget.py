@@ -5,7 +5,8 @@ than ``c + ceil(p·T/2)``.
 
 - ``per-sample``: every row gets what it asks for (the paper's rule); ranks may differ.
 - ``uniform``: one length for every row of every rank in a step, the larger of the mean ask over the global batch and
-  the largest floor, aligned up, capped at the dense length. Rows with room keep more of their own best targets, then fill.
+  the largest floor, aligned up, capped at the dense length. Rows with room keep more of their own best targets, then
+  fill.
 
 Shapes: R rows of this rank.
 """

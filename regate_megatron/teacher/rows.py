@@ -1,8 +1,8 @@
 """What the teacher reads: the text of each row, at its original positions, up to the last target.
 
 ``pad`` (the paper): every visual position holds the pad token, the sequence keeps its length. ``drop`` (default):
-visual positions are left out and the rest keep their original positions in the rotary embedding, which equals masking the
-placeholders in attention and is far cheaper on video.
+visual positions are left out and the rest keep their original positions in the rotary embedding, which equals masking
+the placeholders in attention and is far cheaper on video.
 
 Shapes: N rows for the teacher, K positions it reads, T targets at most; S positions of the merged row.
 """

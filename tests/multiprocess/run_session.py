@@ -8,7 +8,10 @@ from __future__ import annotations
 import sys
 import traceback
 
-from tests.multiprocess.run_parity import Step, build, run  # installs the emulation first
+from regate_megatron import emulation
+
+emulation.set_environment()
+emulation.install()
 
 import torch
 import torch.distributed as dist
@@ -18,6 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from regate_megatron import ReGateConfig, ReGateError, attach, describe, detach, wrap_forward_backward
 from regate_megatron.session import session_of
+from tests.multiprocess.run_parity import Step, build, run
 
 GPT = {"model": "gpt", "tp": 1, "pp": 1, "dense_layers": 1}
 LLAVA = dict(GPT, model="llava")

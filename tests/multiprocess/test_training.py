@@ -15,7 +15,8 @@ SCRIPT = ROOT / "tests/multiprocess/run_pretrain.py"
 MODEL = """--num-layers 4 --hidden-size 32 --num-attention-heads 4 --micro-batch-size 2 --global-batch-size 8 --lr 1e-2
  --tokenizer-type NullTokenizer --vocab-size 64 --make-vocab-size-divisible-by 16 --seq-length 32
  --max-position-embeddings 32 --position-embedding-type rope --eval-iters 1 --eval-interval 6 --log-interval 1
- --num-workers 0 --hidden-dropout 0 --attention-dropout 0 --calculate-per-token-loss --untie-embeddings-and-output-weights""".split()
+ --num-workers 0 --hidden-dropout 0 --attention-dropout 0 --calculate-per-token-loss
+ --untie-embeddings-and-output-weights""".split()
 REGATE = "--regate --regate-warmup-steps 2 --regate-cycle-steps 4 --regate-dense-steps 1".split()
 
 
