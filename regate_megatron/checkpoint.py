@@ -119,8 +119,10 @@ def open_language_model(directory: str | Path, what: str = "checkpoint") -> Lang
 
 def saved_arguments(path: Path) -> Any:
     """Megatron's arguments in a checkpoint, read weights-only; None where there are none to be read."""
+    from megatron.core import dist_checkpointing
+
     try:
-        return torch.load(path / "common.pt", map_location="cpu", weights_only=True).get("args")
+        return dist_checkpointing.load_common_state_dict(str(path)).get("args")
     except Exception:  # absent, or of a class that is not allowed: the caller does without
         return None
 

@@ -48,9 +48,10 @@ def plain(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sparse(plain, tmp_path_factory):
-    """ReGATE at TP2×PP2 with a teacher from a checkpoint, traced."""
+    """ReGATE at TP2×PP2, traced; the teacher's checkpoint has the same tokenizer, padded by another rule."""
     folder = tmp_path_factory.mktemp("sparse")
     layout = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2".split()
+    layout += ["--make-vocab-size-divisible-by", "128"]
     flags = ["--regate-teacher-load", str(plain[1]), "--regate-trace", str(folder), "--tensorboard-dir", str(folder)]
     return _train(4, *layout, *REGATE, *flags), folder
 

@@ -23,8 +23,8 @@ COMMON = """--num-layers 4 --hidden-size 64 --num-attention-heads 4 --micro-batc
  --eval-interval 4 --log-interval 1 --split 90,5,5 --seq-length 64 --position-embedding-type rope --hidden-dropout 0
  --attention-dropout 0 --calculate-per-token-loss --num-workers 0""".split()
 GPT = "--max-position-embeddings 64 --normalization RMSNorm --disable-bias-linear".split()
-VLM = """--dataloader-seq-length 32 --max-position-embeddings 256 --img-h 32 --img-w 32 --patch-dim 8 --ckpt-format torch
- --normalization LayerNorm""".split()
+VLM = """--dataloader-seq-length 32 --max-position-embeddings 256 --img-h 32 --img-w 32 --patch-dim 8
+ --ckpt-format torch --normalization LayerNorm""".split()
 REGATE = "--regate --regate-warmup-steps 2 --regate-cycle-steps 4 --regate-dense-steps 1".split()
 LAYOUTS = {
     "one": (1, []),
