@@ -2,8 +2,8 @@
 
 A frozen text-only teacher gives every answer token a reference loss; fused with a running average of the student's
 own loss it ranks the answer tokens; in sparse steps only the best-ranked go through the decoder (arXiv 2507.21420).
-A frozen text-only teacher gives every answer token a reference loss; fused with a running average of the student's
-launcher ``torchrun … -m regate_megatron SCRIPT … --regate``.
+Importing this package changes nothing: everything happens in :func:`attach` and :func:`wrap_forward_backward`, or in
+the launcher ``torchrun … -m regate_megatron SCRIPT … --regate``.
 """
 
 from typing import TYPE_CHECKING, Any

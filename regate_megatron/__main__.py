@@ -39,6 +39,7 @@ def main(argv: list[str]) -> None:
 
             megatron_lm.add_flags()
             if config is not None:
+                megatron_lm.check_flags(flags, config)
                 megatron_lm.install(config)
         runpy.run_path(script, run_name="__main__")
 

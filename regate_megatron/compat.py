@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from types import SimpleNamespace
 from typing import Any
 
 from regate_megatron.config import ReGateConfig, flag
-from regate_megatron.errors import ReGateError, refuse
+from regate_megatron.errors import refuse
 
 MEGATRON_CORE_VERSIONS = ("0.17", "0.18", "0.19", "0.20")
 
@@ -44,13 +45,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Rule:
-    """One refusal: ``given`` returns what is wrong, or None."""
+    """One refusal: ``given`` returns what is wrong, or None; ``in_flags``: the command line alone can tell."""
 
     what: str
     given: Callable[[Setting], Any]
     allowed: str
     change: str
     why: str
+    in_flags: bool = True
 
 
 def _field(name: str, harmless: tuple[Any, ...] = (None, False, 0)) -> Callable[[Setting], Any]:
@@ -131,7 +133,12 @@ def _student_teacher_with_vpp(setting: Setting) -> Any:
 
 RULES = (
     Rule(
-        "model", _model_class, "GPTModel, alone or in a LLaVAModel", "the model class", "other layers are not adapted"
+        "model",
+        _model_class,
+        "GPTModel, alone or in a LLaVAModel",
+        "the model class",
+        "other layers are not adapted",
+        in_flags=False,
     ),
     Rule(
         flag("dense_layers"),
@@ -139,6 +146,7 @@ RULES = (
         "fewer than the decoder's layers, none past the first pipeline chunk",
         "it to 1, or to a smaller number",
         "pipeline stages after the first exchange short sequences",
+        in_flags=False,
     ),
     Rule(
         flag("budget"),
@@ -235,6 +243,7 @@ RULES = (
         "micro-batch size 1, or unfused RoPE",
         "the command: add --no-rope-fusion",
         "the fused kernel takes one row of positions",
+        in_flags=False,
     ),
     Rule(
         "interleaved pipeline with a teacher",
@@ -242,14 +251,33 @@ RULES = (
         "a score without teacher (student, random) in this version",
         "--num-layers-per-virtual-pipeline-stage to none",
         "the teacher is not interleaved",
+        in_flags=False,
     ),
 )
 
 
-def check_support(setting: Setting) -> tuple[bool, str]:
+class _FlagsAsModel:
+    """Megatron's parsed flags, read as if they were the model's config."""
+
+    _OTHER_NAMES = {"num_moe_experts": "num_experts"}
+
+    def __init__(self, args: Any) -> None:
+        self._args = args
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._args, self._OTHER_NAMES.get(name, name))
+
+
+def setting_of_flags(args: Any, config: ReGateConfig) -> Setting:
+    """What Megatron's flags alone tell, before a model is built; for ``check_support(…, flags_only=True)``."""
+    chunk = SimpleNamespace(config=_FlagsAsModel(args), position_embedding_type=args.position_embedding_type)
+    return Setting([chunk], config, args)
+
+
+def check_support(setting: Setting, *, flags_only: bool = False) -> tuple[bool, str]:
     """Whether ReGATE can run as asked: ``(True, "")`` or ``(False, one-line reason)``."""
     for rule in RULES:
-        given = rule.given(setting)
+        given = rule.given(setting) if rule.in_flags or not flags_only else None
         if given is not None:
             error = refuse(rule.what, given=given, allowed=f"{rule.allowed} ({rule.why})", change=rule.change)
             return False, str(error)
@@ -291,12 +319,3 @@ def versions() -> str:
         except metadata.PackageNotFoundError:
             continue
     return ", ".join(found)
-
-
-def require(condition: Any, what: str, **form: Any) -> None:
-    """Raise the refusal of ``what`` unless ``condition`` holds."""
-    if not condition:
-        raise refuse(what, **form)
-
-
-__all__ = ["RULES", "ReGateError", "Rule", "Setting", "check_support", "language_model_of", "length_alignment"]

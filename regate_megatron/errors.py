@@ -2,9 +2,14 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
+
+
+# torchrun ends all ranks when it sees the first exit: the others wait until rank 0 has spoken.
+_SECONDS_FOR_RANK_0 = 5
 
 
 class ReGateError(ValueError):
@@ -50,5 +55,7 @@ def one_line_refusals_from_now_on() -> None:
 
 def say(error: ReGateError) -> None:
     """Print a refusal: rank 0 says what all ranks raise, any other is said by the rank that met it."""
-    if not error.everywhere or int(os.environ.get("RANK", 0)) == 0:
+    if error.everywhere and int(os.environ.get("RANK", 0)):
+        time.sleep(_SECONDS_FOR_RANK_0)
+    else:
         print(error, file=sys.stderr, flush=True)

@@ -12,17 +12,18 @@ touched; :func:`uninstall` restores them.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from regate_megatron import compat
 from regate_megatron.checkpoint import save_language_model
 from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig, add_arguments, parse_command_line
-from regate_megatron.errors import one_line_refusals, one_line_refusals_from_now_on, refuse
+from regate_megatron.errors import ReGateError, one_line_refusals, one_line_refusals_from_now_on, refuse
 from regate_megatron.metrics import Counters, log_line, ratios, reduce_counters
 from regate_megatron.session import Session, attach, session_of, wrap_forward_backward
 from regate_megatron.teacher.source import TEACHER_FOLDER, teacher_of_resumed_run
@@ -67,6 +68,8 @@ def install_from_argv() -> None:
     add_flags()
     with one_line_refusals():
         config = parse_command_line(sys.argv[1:])
+        if config is not None:
+            check_flags(sys.argv[1:], config)
     if config is not None:
         one_line_refusals_from_now_on()  # the rest of the script runs after this returns
         install(config)
@@ -86,6 +89,24 @@ def add_flags() -> None:
 
     setattr(add_megatron_arguments, _MARK, True)
     arguments.add_megatron_arguments = add_megatron_arguments
+
+
+def check_flags(flags: Sequence[str], config: ReGateConfig) -> None:
+    """Refuse what Megatron's flags alone tell is not supported, before Megatron does anything.
+
+    Raises:
+        ReGateError: every rank has the same flags, so every rank raises.
+    """
+    from megatron.training import arguments
+
+    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    try:
+        args, _ = arguments.add_megatron_arguments(parser).parse_known_args(list(flags))
+    except (argparse.ArgumentError, SystemExit):
+        return  # Megatron's own parser will say what is wrong
+    supported, reason = compat.check_support(compat.setting_of_flags(args, config), flags_only=True)
+    if not supported:
+        raise ReGateError(reason, everywhere=True)
 
 
 def uninstall() -> None:

@@ -176,6 +176,34 @@ def test_teacher_with_another_vocabulary_is_refused(plain):
     assert "a teacher with a vocabulary of 64" in line and "80 tokens" in line
 
 
-def test_unsupported_model_is_refused(plain):
+def test_unsupported_flags_are_refused_before_megatron_looks_at_them():
+    """CUDA graphs and MTP would fail in Megatron itself on this machine, for reasons of its own."""
     run = _train(1, "--window-size", "8,0", *REGATE, "--regate-score", "student", ok=False)
     assert "sliding-window attention" in _refusal(run, 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "what"),
+    [
+        (["--window-size", "8,0"], "sliding-window attention"),
+        (["--mtp-num-layers", "1"], "multi-token prediction"),
+        (["--cuda-graph-impl", "local"], "CUDA graphs"),
+        (["--overlap-moe-expert-parallel-comm"], "combined 1F1B"),
+        (["--tp-comm-overlap"], "tensor-parallel communication overlap"),
+        (["--context-parallel-size", "2"], "context parallelism"),
+        (["--num-experts", "4"], "mixture of experts"),
+        (["--multi-latent-attention"], "multi-latent attention"),
+        (["--position-embedding-type", "mrope"], "position embedding"),
+        (["--sft"], "packed rows"),
+        (["--use-megatron-fsdp"], "fully sharded data parallel"),
+    ],
+)
+def test_flags_are_refused(flags, what):
+    from regate_megatron import ReGateConfig, ReGateError
+    from regate_megatron.integrations.megatron_lm import check_flags
+
+    config = ReGateConfig(score="student")
+    check_flags(MODEL, config)
+    with pytest.raises(ReGateError, match=f"^regate: {what}: given .*; allowed .*; change .*") as refusal:
+        check_flags([*MODEL, *flags], config)
+    assert refusal.value.everywhere
