@@ -38,8 +38,8 @@ class Budget:
 
 def ceil_share(ratio: float, count_R: Tensor, divisor: int = 1) -> Tensor:
     """``ceil(ratio·count/divisor)`` exactly: a ratio of 0.1 means one tenth, not its nearest float."""
-    share = Fraction(str(ratio)) / divisor
-    return -((-count_R * share.numerator) // share.denominator)
+    share = Fraction(str(ratio)) / divisor  # Python's integers: a ratio of 17 digits times a count overflows int64
+    return torch.tensor([math.ceil(share * count) for count in count_R.tolist()], dtype=torch.int64)
 
 
 def align_up(length: int, multiple: int) -> int:

@@ -116,8 +116,8 @@ class ReGateConfig:
     def _check_number(self, name: str, allowed: str, ok: Any, example: str, integer: bool = False) -> None:
         value = getattr(self, name)
         kinds = int if integer else (int, float)
-        valid = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and ok(value)
-        if not valid:
+        is_number = isinstance(value, kinds) and not isinstance(value, bool)
+        if not (is_number and (isinstance(value, int) or math.isfinite(value)) and ok(value)):
             raise self._refuse(name, allowed, f"it to {example}, for example")
 
     def _refuse(self, name: str, allowed: str, change: str) -> Exception:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-
 # torchrun ends all ranks when it sees the first exit: the others wait until rank 0 has spoken.
 _SECONDS_FOR_RANK_0 = 5
 

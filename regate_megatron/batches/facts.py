@@ -89,6 +89,16 @@ def trailing_padding(token_BS: Tensor, is_target_BS: Tensor) -> Tensor:
     return is_run_BS & (is_run_BS.sum(dim=1, keepdim=True) > 1)
 
 
+def before_last_target(is_target_BS: Tensor, is_real_BS: Tensor) -> Tensor:
+    """What a row's key is made of: everything up to its last target, or all that is real in a row without targets.
+
+    No loss depends on what follows, so the same sample has one key however it ends or is padded; bool [B, S].
+    """
+    position_S = torch.arange(is_target_BS.shape[1])
+    last_target_B1 = torch.where(is_target_BS, position_S, -1).amax(dim=1, keepdim=True)
+    return torch.where(last_target_B1 >= 0, position_S <= last_target_B1, is_real_BS)
+
+
 def to_cpu(value: Any) -> Tensor:
     """A batch entry as a CPU tensor (batches of Megatron's data loaders are on the CPU already)."""
     return torch.as_tensor(value).detach().cpu()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regate_megatron.batches.facts import MicrobatchFacts, content_keys, to_cpu, trailing_padding
+from regate_megatron.batches.facts import MicrobatchFacts, before_last_target, content_keys, to_cpu, trailing_padding
 
 
 class GPTBatches:
@@ -18,14 +18,10 @@ class GPTBatches:
         token_BS, label_BS = to_cpu(batch["tokens"]).long(), to_cpu(batch["labels"]).long()
         is_target_BS = to_cpu(batch["loss_mask"]) > 0
         is_padding_BS = trailing_padding(token_BS, is_target_BS)
-        rows = []
-        for token_S, label_S, is_target_S, is_padding_S in zip(
-            token_BS, label_BS, is_target_BS, is_padding_BS, strict=True
-        ):
-            real = ~is_padding_S
-            labels = torch.where(is_target_S, label_S, -1)  # a label without loss is not content
-            rows.append([token_S[real].numpy(), labels[real].numpy()])
-        key_B2 = content_keys(rows)
+        is_content_BS = before_last_target(is_target_BS, ~is_padding_BS)
+        target_label_BS = torch.where(is_target_BS, label_BS, -1)  # a label without loss is not content
+        rows = zip(token_BS, target_label_BS, is_content_BS, strict=True)
+        key_B2 = content_keys([[token_S[real].numpy(), label_S[real].numpy()] for token_S, label_S, real in rows])
         return MicrobatchFacts(
             is_target_BS=is_target_BS,
             is_context_BS=~is_target_BS & ~is_padding_BS,

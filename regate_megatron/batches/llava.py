@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regate_megatron.batches.facts import MicrobatchFacts, content_keys, to_cpu, trailing_padding
+from regate_megatron.batches.facts import MicrobatchFacts, before_last_target, content_keys, to_cpu, trailing_padding
 
 _IMAGE_KEYS = ("image", "images", "imgs")
 
@@ -96,13 +96,14 @@ class LLaVABatches:
     def _content(self, token_BN: Tensor, label_BN: Tensor, is_target_BN: Tensor, is_padding_BN: Tensor, batch: dict):
         images = next((to_cpu(batch[key]) for key in _IMAGE_KEYS if batch.get(key) is not None), None)
         first_image_B = (token_BN == self.image_token).sum(dim=1).cumsum(0).tolist()
+        is_content_BN = before_last_target(is_target_BN, ~is_padding_BN)
         text_rows, picture_rows, start = [], [], 0
         for row, end in enumerate(first_image_B):
-            real = ~is_padding_BN[row]
+            real = is_content_BN[row]
             labels = torch.where(is_target_BN[row], label_BN[row], -1)
             layout = torch.tensor([self.image_length])
             text_rows.append([token_BN[row][real].numpy(), labels[real].numpy(), layout.numpy()])
-            picture_rows.append([] if images is None else [_bytes(images[start:end])])
+            picture_rows.append([_bytes(images[start:end])] if images is not None and end > start else [])
             start = end
         return text_rows, picture_rows
 

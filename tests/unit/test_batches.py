@@ -1,0 +1,321 @@
+"""Batch adapters: they read what the model would do, and edit nothing but the loss mask of elided targets."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from regate_megatron.batches import GPTBatches, LLaVABatches
+from regate_megatron.batches.facts import key_hex
+
+IMAGE = -200
+
+
+# ------------------------------------------------------------------------------------------------------------- GPT
+
+
+def _gpt(*rows: tuple[list[int], list[int]], pad: int = 0, length: int | None = None) -> dict[str, torch.Tensor]:
+    """A batch of rows (a text, the loss mask of its predictions), padded at the end as Megatron's datasets do."""
+    length = length or max(len(text) - 1 for text, _ in rows)
+    tokens, labels, masks = [], [], []
+    for text, mask in rows:
+        fill = length - len(text) + 1
+        tokens.append(text[:-1] + [pad] * fill)
+        labels.append(text[1:] + [pad] * fill)
+        masks.append(mask + [0] * fill)
+    return {
+        "tokens": torch.tensor(tokens),
+        "labels": torch.tensor(labels),
+        "loss_mask": torch.tensor(masks, dtype=torch.float32),
+    }
+
+
+FIRST = ([5, 6, 7, 8, 9], [0, 0, 1, 1])
+SECOND = ([5, 6, 7, 8, 4], [0, 0, 1, 1])  # another last label
+THIRD = ([3, 1, 2], [0, 1])
+
+
+def test_a_text_position_is_a_target_where_its_loss_mask_is_positive():
+    facts = GPTBatches().read(_gpt(FIRST, THIRD, length=6))
+    assert facts.is_target_BS.tolist() == [[False, False, True, True, False, False], [False, True] + [False] * 4]
+    assert facts.is_context_BS.tolist() == [[True, True] + [False] * 4, [True] + [False] * 5]
+    assert facts.label_BS[facts.is_target_BS].tolist() == [8, 9, 2]
+    assert facts.token_BS[0, :4].tolist() == [5, 6, 7, 8]
+    assert not facts.is_visual_BS.any()
+    assert facts.dense_length == 6
+
+
+def test_text_keys_tell_content_apart_and_are_the_same_for_both_kinds():
+    facts = GPTBatches().read(_gpt(FIRST, SECOND, FIRST))
+    assert torch.equal(facts.reference_key_B2, facts.difficulty_key_B2)
+    assert facts.reference_key_B2.dtype == torch.int64 and facts.reference_key_B2.shape == (3, 2)
+    first, second, again = map(key_hex, facts.reference_key_B2)
+    assert first == again != second and len(first) == 32
+
+
+def test_a_text_key_depends_on_which_positions_are_targets():
+    other = (FIRST[0], [0, 1, 1, 1])
+    keys = GPTBatches().read(_gpt(FIRST, other)).reference_key_B2
+    assert not torch.equal(keys[0], keys[1])
+
+
+@pytest.mark.parametrize("pad", [0, 9, 77])
+def test_a_text_key_does_not_depend_on_how_long_or_with_what_the_row_is_padded(pad):
+    alone = GPTBatches().read(_gpt(FIRST)).reference_key_B2[0]
+    for length in (6, 7, 30):
+        assert torch.equal(GPTBatches().read(_gpt(FIRST, pad=pad, length=length)).reference_key_B2[0], alone)
+
+
+def test_a_text_key_does_not_change_for_a_single_padding_token():
+    alone = GPTBatches().read(_gpt(FIRST)).reference_key_B2[0]
+    assert torch.equal(GPTBatches().read(_gpt(FIRST, length=5)).reference_key_B2[0], alone)
+
+
+def test_a_text_key_does_not_depend_on_the_batch_around_it():
+    keys = GPTBatches().read(_gpt(FIRST, SECOND, THIRD, length=9)).reference_key_B2
+    turned = GPTBatches().read(_gpt(THIRD, FIRST, SECOND, length=12)).reference_key_B2
+    assert torch.equal(turned, keys[[2, 0, 1]])
+
+
+def test_repeated_tokens_with_loss_at_the_end_of_a_row_are_no_padding():
+    keys = GPTBatches().read(_gpt(*(([5, 7, 7, 7, last], [0, 1, 1, 1]) for last in (7, 8, 9)))).reference_key_B2
+    assert len({key_hex(key) for key in keys}) == 3
+
+
+def test_labels_without_loss_are_not_content():
+    batch = _gpt(FIRST)
+    other = dict(batch, labels=batch["labels"].masked_fill(batch["loss_mask"] == 0, -100))
+    assert torch.equal(GPTBatches().read(batch).reference_key_B2, GPTBatches().read(other).reference_key_B2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_eliding_text_zeroes_the_mask_of_the_elided_targets_and_nothing_else(dtype):
+    batch = _gpt(FIRST, SECOND)
+    batch["loss_mask"] = batch["loss_mask"].to(dtype)
+    before = {name: value.clone() for name, value in batch.items()}
+    elided = torch.tensor([[False, False, True, False], [False] * 4])
+    got = GPTBatches().elide(batch, elided)
+    assert got["loss_mask"].tolist() == [[0, 0, 0, 1], [0, 0, 1, 1]]
+    assert got["loss_mask"].dtype == dtype
+    assert got["tokens"] is batch["tokens"] and got["labels"] is batch["labels"]
+    assert all(torch.equal(batch[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("missing", ["tokens", "labels", "loss_mask"])
+def test_a_batch_of_another_layout_is_a_key_error(missing):
+    batch = _gpt(FIRST)
+    del batch[missing]
+    for adapter in (GPTBatches(), LLaVABatches(3, IMAGE, 99, False)):
+        with pytest.raises(KeyError):
+            adapter.read(batch)
+
+
+# ----------------------------------------------------------------------------------------------------------- LLaVA
+
+
+@pytest.fixture(scope="module")
+def llava_model():
+    return pytest.importorskip(
+        "megatron.core.models.multimodal.llava_model", reason="megatron-core is not installed"
+    ).LLaVAModel
+
+
+def _merge(llava_model, batch: dict, adapter: LLaVABatches):
+    """What LLaVAModel itself makes of a batch: (embeddings [S, B], labels [B, S], loss mask [B, S]).
+
+    The embedding of a text entry is 1000 + its token; of a visual position -1 - its number over the batch.
+    """
+    tokens = batch["tokens"]
+    count = int((tokens == adapter.image_token).sum())
+    picture = -1.0 - torch.arange(count * adapter.image_length).view(count, adapter.image_length)
+    model = SimpleNamespace(
+        add_decoder=True,
+        pre_process=True,
+        post_process=True,
+        img_seq_len=adapter.image_length,
+        _language_is_pipeline_parallel=adapter.pads_to_max,
+        _language_max_sequence_length=adapter.max_length,
+        context_parallel_lm=1,
+        vision_model=None,
+        sound_model=None,
+    )
+    embeddings, labels, loss_mask = llava_model._preprocess_data(
+        model,
+        picture.t()[:, :, None] if count else torch.empty(0, 0, 1),
+        1000.0 + tokens[:, :, None],
+        tokens,
+        batch["loss_mask"],
+        batch["labels"],
+        False,
+        None,
+        adapter.image_token,
+        torch.ones(count, dtype=torch.int32),
+    )
+    return embeddings[:, :, 0].t(), labels, loss_mask
+
+
+def _llava(*rows: tuple[list[int], list[int]], pad: int = 0, length: int | None = None, first: int = 0) -> dict:
+    """As :func:`_gpt`, with placeholders in the texts, and for each of these a 2×2 image, numbered from ``first``."""
+    batch = _gpt(*rows, pad=pad, length=length)
+    count = int((batch["tokens"] == IMAGE).sum())
+    if count:
+        numbers = torch.arange(first, first + count, dtype=torch.float32)
+        batch["image"] = numbers[:, None, None, None].expand(count, 3, 2, 2).contiguous()
+    return batch
+
+
+def _check_against_the_model(llava_model, batch: dict, adapter: LLaVABatches, elided_share=None) -> None:
+    facts = adapter.read(batch)
+    embeddings, labels, loss_mask = _merge(llava_model, batch, adapter)
+    assert torch.equal(facts.is_target_BS, loss_mask > 0)
+    assert torch.equal(facts.label_BS[facts.is_target_BS], labels[facts.is_target_BS])
+    assert torch.equal(facts.is_visual_BS, embeddings < 0)
+    is_text = embeddings > 0
+    assert torch.equal(facts.token_BS[is_text], embeddings[is_text].long() - 1000)
+    # Every position is a target, context or padding; nothing the model leaves empty is context.
+    assert not (facts.is_target_BS & facts.is_context_BS).any()
+    assert not (facts.is_context_BS & (embeddings == 0)).any()
+    assert (facts.is_context_BS | ~facts.is_visual_BS).all()
+    last_target = torch.where(facts.is_target_BS, torch.arange(facts.dense_length), -1).amax(dim=1, keepdim=True)
+    read_before = torch.arange(facts.dense_length) <= last_target
+    assert (facts.is_target_BS | facts.is_context_BS | ~read_before).all()
+    # Eliding any targets gives the model exactly its own mask without these.
+    generator = torch.Generator().manual_seed(int(loss_mask.sum()))
+    for share in (0.5, 1.0):
+        is_elided = facts.is_target_BS & (torch.rand(facts.is_target_BS.shape, generator=generator) < share)
+        before = batch["loss_mask"].clone()
+        edited = adapter.elide(batch, is_elided)
+        assert torch.equal(batch["loss_mask"], before)
+        assert all(edited[name] is batch[name] for name in batch if name != "loss_mask")
+        assert torch.equal(_merge(llava_model, edited, adapter)[2], loss_mask.masked_fill(is_elided, 0))
+        assert int((edited["loss_mask"] != before).sum()) == int(is_elided.sum())
+
+
+V = IMAGE
+LAYOUTS = {
+    "an image first": [([V, 5, 6, 7, 8], [0, 0, 1, 1])],
+    "an image in the middle": [([5, 6, V, 7, 8, 9], [1, 1, 1, 1, 1])],
+    "an image last": [([5, 6, 7, V, 8], [1, 1, 1, 1])],
+    "two images apart": [([5, V, 6, 7, V, 8, 9], [1, 1, 1, 1, 1, 1])],
+    "two images side by side": [([5, V, V, 6, 7], [1, 1, 1, 1])],
+    "no image": [([5, 6, 7, 8], [0, 1, 1]), ([1, 2, 3, 4], [1, 1, 1])],
+    "rows of different numbers of images": [
+        ([V, 5, 6, 7, 8], [0, 0, 1, 1]),
+        ([5, 6, V, 7, V], [0, 1, 1, 1]),
+        ([1, 2, 3, 4, 5], [0, 1, 1, 1]),
+    ],
+    "no targets": [([V, 5, 6, 7], [0, 0, 0])],
+    "padded rows": [([V, 5, 6, 7, 8, 9, 3, 4], [0, 0, 1, 1, 1, 1, 1]), ([V, 5, 6, 7], [0, 0, 1])],
+}
+
+
+@pytest.mark.parametrize("rows", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    ("max_length", "pads"), [(64, False), (64, True), (6, False), (6, True)], ids=["whole", "padded", "cut", "cut-pp"]
+)
+def test_what_is_read_and_elided_is_what_the_model_merges(llava_model, rows, max_length, pads):
+    adapter = LLaVABatches(3, IMAGE, max_length, pads)
+    _check_against_the_model(llava_model, _llava(*rows), adapter)
+
+
+@st.composite
+def llava_cases(draw):
+    width = draw(st.integers(2, 8))
+    text = st.lists(st.one_of(st.just(IMAGE), st.integers(1, 5), st.integers(1, 5)), min_size=width, max_size=width)
+    mask = st.lists(st.integers(0, 1), min_size=width - 1, max_size=width - 1)
+    rows = draw(st.lists(st.tuples(text, mask), min_size=1, max_size=3))
+    adapter = LLaVABatches(draw(st.integers(1, 4)), IMAGE, draw(st.integers(1, 24)), draw(st.booleans()))
+    return _llava(*rows, length=width - 1 + draw(st.integers(0, 3))), adapter
+
+
+@given(case=llava_cases())
+def test_any_layout_is_read_and_elided_as_the_model_merges_it(llava_model, case):
+    _check_against_the_model(llava_model, *case)
+
+
+def test_the_merged_positions_of_one_row_by_hand():
+    facts = LLaVABatches(3, IMAGE, 64, False).read(_llava(([5, 6, V, 7, 8, 9], [1, 1, 1, 1, 1])))
+    assert facts.token_BS.tolist() == [[5, 6, 0, 0, 0, 7, 8]]
+    assert facts.is_visual_BS.tolist() == [[False, False, True, True, True, False, False]]
+    # Position 1 would predict the image: the model trains no token to do that.
+    assert facts.is_target_BS.tolist() == [[True, False, False, False, False, True, True]]
+    assert facts.label_BS[facts.is_target_BS].tolist() == [6, 8, 9]
+    assert facts.is_context_BS.tolist() == [[False, True, True, True, True, False, False]]
+
+
+def test_under_pipeline_parallelism_every_row_has_the_full_length_and_its_end_is_padding():
+    facts = LLaVABatches(3, IMAGE, 10, True).read(_llava(LAYOUTS["an image first"][0]))
+    assert facts.dense_length == 10
+    assert not (facts.is_target_BS | facts.is_context_BS)[:, 6:].any()
+
+
+PICTURE = ([V, 5, 6, 7, 8], [0, 0, 1, 1])
+CAPTION = ([V, 5, 6, 7, 4], [0, 0, 1, 1])
+TEXT = ([3, 5, 6, 7, 8], [0, 0, 1, 1])
+
+
+def _keys(batch: dict, image_length: int = 3, max_length: int = 64, pads: bool = False):
+    facts = LLaVABatches(image_length, IMAGE, max_length, pads).read(batch)
+    return facts.reference_key_B2, facts.difficulty_key_B2
+
+
+def test_another_picture_changes_the_difficulty_key_and_not_the_reference_key():
+    reference, difficulty = _keys(_llava(PICTURE, first=0))
+    other_reference, other_difficulty = _keys(_llava(PICTURE, first=1))
+    assert torch.equal(reference, other_reference)
+    assert not (difficulty == other_difficulty).any()
+
+
+def test_one_pixel_is_enough_to_change_the_difficulty_key():
+    batch = _llava(PICTURE)
+    other = dict(batch, image=batch["image"].clone())
+    other["image"][0, 2, 1, 1] += 1e-3
+    assert not torch.equal(_keys(batch)[1], _keys(other)[1])
+
+
+def test_another_text_or_another_layout_changes_both_keys():
+    for other in (_keys(_llava(CAPTION)), _keys(_llava(PICTURE), image_length=4)):
+        for mine, others in zip(_keys(_llava(PICTURE)), other, strict=True):
+            assert not torch.equal(mine, others)
+
+
+@pytest.mark.parametrize("max_length", [64, 32])
+def test_keys_do_not_depend_on_padding_or_on_how_the_model_pads(max_length):
+    expected = _keys(_llava(PICTURE))
+    for length in (6, 9):
+        for pads in (False, True):
+            got = _keys(_llava(PICTURE, length=length, pad=1), max_length=max_length, pads=pads)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_each_row_is_keyed_with_its_own_pictures_wherever_it_stands():
+    two = ([5, V, 6, V, 7], [1, 1, 1, 1])
+    batch = _llava(PICTURE, two, TEXT, CAPTION, first=10)
+    images = batch["image"]
+    assert len(images) == 4
+    for keys, turned in zip(
+        _keys(batch), _keys(dict(_llava(CAPTION, TEXT, PICTURE, two), image=images[[3, 0, 1, 2]])), strict=True
+    ):
+        assert torch.equal(turned, keys[[3, 2, 0, 1]])
+    swapped = _keys(dict(batch, image=images[[0, 2, 1, 3]]))[1]
+    assert (swapped == _keys(batch)[1]).all(dim=1).tolist() == [True, False, True, True]
+
+
+def test_the_same_bytes_under_another_entry_name_are_the_same_pictures():
+    batch = _llava(PICTURE, first=3)
+    renamed = {"images" if name == "image" else name: value for name, value in batch.items()}
+    assert torch.equal(_keys(batch)[1], _keys(renamed)[1])
+
+
+def test_bfloat16_pictures_are_keyed_too():
+    batch = _llava(PICTURE, first=3)
+    batch["image"] = batch["image"].bfloat16()
+    assert _keys(batch)[1].shape == (1, 2)
+
+
+def test_a_text_only_row_has_one_key_beside_pictures_and_alone():
+    assert torch.equal(_keys(_llava(PICTURE, TEXT))[1][1], _keys(_llava(TEXT))[1][0])

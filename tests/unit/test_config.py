@@ -1,0 +1,220 @@
+"""Settings: what is out of range is refused in one line, and the flags are the ones that users rely on."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+import pytest
+
+from regate_megatron import ReGateConfig, ReGateError
+from regate_megatron.config import BUDGETS, FUSIONS, SCORES, TEACHER_VISUAL, add_arguments, flag, parse
+
+FLAGS = {  # DESIGN.md section 5; a change here breaks users' scripts
+    "--regate": False,
+    "--regate-keep-ratio": 0.5,
+    "--regate-dense-layers": 1,
+    "--regate-warmup-steps": 100,
+    "--regate-cycle-steps": 128,
+    "--regate-dense-steps": 16,
+    "--regate-ema-decay": 0.9,
+    "--regate-reference-weight": 0.5,
+    "--regate-fusion": "sum",
+    "--regate-score": "regate",
+    "--regate-budget": "uniform",
+    "--regate-length-multiple": 1,
+    "--regate-teacher-load": None,
+    "--regate-teacher-visual": "drop",
+    "--regate-reference-cache": None,
+    "--regate-trace": None,
+    "--regate-seed": 1234,
+}
+
+CHOICES = {
+    "fusion": ("sum", "convex"),
+    "score": ("regate", "student", "reference", "excess", "random"),
+    "budget": ("uniform", "balanced", "per-sample"),
+    "teacher_visual": ("drop", "pad"),
+}
+
+NOT_FINITE = (float("nan"), float("inf"), -float("inf"))
+
+FROM_ZERO = ("dense_layers", "warmup_steps", "dense_steps", "seed")
+OUT_OF_RANGE = [
+    *(("keep_ratio", value) for value in (0, 0.0, -0.1, 1.0000001, 2, True, "0.5", None, *NOT_FINITE)),
+    *(("ema_decay", value) for value in (-0.01, 1, 1.0, 1.5, False, "0.9", None, *NOT_FINITE)),
+    *(("reference_weight", value) for value in (-0.01, -1, True, "0.5", None, *NOT_FINITE)),
+    *((name, value) for name in FROM_ZERO for value in (-1, 1.0, True, "1")),
+    *((name, value) for name in ("cycle_steps", "length_multiple") for value in (0, -1, 1.5, True, "1")),
+    ("seed", 2**63),
+    *((name, value) for name in CHOICES for value in ("", "other", None, 1)),
+]
+
+
+def _is_refusal(message: str, name: str) -> bool:
+    words = [message.find(word) for word in (f"{flag(name)}:", "given ", "allowed ", "change ")]
+    return message.startswith("regate: ") and "\n" not in message and min(words) > 0 and words == sorted(words)
+
+
+@pytest.mark.parametrize(("name", "value"), OUT_OF_RANGE, ids=str)
+def test_a_value_out_of_range_is_refused_in_one_line_that_says_what_to_change(name, value):
+    with pytest.raises(ReGateError) as refusal:
+        ReGateConfig(**{name: value})
+    assert _is_refusal(str(refusal.value), name)
+    given = "nothing" if value is None else value
+    assert f"given {given}; allowed " in str(refusal.value).replace("given;", "given ;")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"keep_ratio": 1},
+        {"keep_ratio": 1e-6},
+        {"ema_decay": 0},
+        {"ema_decay": 0.999999},
+        {"reference_weight": 0},
+        {"reference_weight": 7.5},
+        {"reference_weight": 1.0, "fusion": "convex"},
+        {"dense_layers": 0, "warmup_steps": 0, "dense_steps": 0},
+        {"cycle_steps": 1, "dense_steps": 1},
+        {"seed": 2**63 - 1},
+        {"seed": 0, "length_multiple": 1},
+    ],
+    ids=str,
+)
+def test_the_ends_of_each_range_are_allowed(settings):
+    config = ReGateConfig(**settings)
+    assert {name: getattr(config, name) for name in settings} == settings
+
+
+def test_more_dense_steps_than_the_cycle_has_are_refused():
+    assert ReGateConfig(cycle_steps=8, dense_steps=8).dense_steps == 8
+    with pytest.raises(ReGateError) as refusal:
+        ReGateConfig(cycle_steps=8, dense_steps=9)
+    assert _is_refusal(str(refusal.value), "dense_steps")
+    assert "given 9; allowed 0 to 8" in str(refusal.value) and "--regate-cycle-steps" in str(refusal.value)
+
+
+def test_a_reference_weight_above_one_is_refused_in_the_convex_mix_only():
+    assert ReGateConfig(reference_weight=1.5, fusion="sum").reference_weight == 1.5
+    with pytest.raises(ReGateError) as refusal:
+        ReGateConfig(reference_weight=1.5, fusion="convex")
+    assert _is_refusal(str(refusal.value), "reference_weight")
+
+
+def test_the_choices_are_the_documented_ones_and_a_refusal_lists_them_all():
+    assert {"fusion": FUSIONS, "score": SCORES, "budget": BUDGETS, "teacher_visual": TEACHER_VISUAL} == CHOICES
+    for name, choices in CHOICES.items():
+        for choice in choices:
+            assert getattr(ReGateConfig(**{name: choice}), name) == choice
+        with pytest.raises(ReGateError, match=", ".join(choices)):
+            ReGateConfig(**{name: "other"})
+
+
+@pytest.mark.parametrize("score", CHOICES["score"])
+def test_a_teacher_is_asked_for_exactly_where_the_score_uses_the_reference_loss(score):
+    config = ReGateConfig(score=score)
+    uses_reference = score in ("regate", "reference", "excess")
+    assert config.needs_teacher is uses_reference
+    dataclasses.replace(config, teacher_load="student").require_teacher()
+    if not uses_reference:
+        config.require_teacher()
+        return
+    with pytest.raises(ReGateError) as refusal:
+        config.require_teacher()
+    assert _is_refusal(str(refusal.value), "teacher_load")
+    assert "given nothing;" in str(refusal.value) and f"--regate-score {score}" in str(refusal.value)
+
+
+def test_settings_cannot_be_changed_once_checked():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ReGateConfig().keep_ratio = 2.0
+
+
+def test_the_flags_and_their_defaults_are_frozen():
+    parser = add_arguments(argparse.ArgumentParser(add_help=False))
+    assert {action.option_strings[0]: action.default for action in parser._actions} == FLAGS
+    assert all(len(action.option_strings) == 1 for action in parser._actions)
+
+
+def test_the_help_names_every_flag_and_its_default():
+    text = " ".join(add_arguments(argparse.ArgumentParser()).format_help().split())
+    for name, default in FLAGS.items():
+        assert name in text
+        assert name == "--regate" or f"(default: {default})" in text
+
+
+def test_without_the_flag_there_is_no_config():
+    assert parse([]) is None
+    assert parse(["--regate-keep-ratio", "0.25", "--lr", "1"]) is None
+    assert ReGateConfig.from_args(argparse.Namespace()) is None
+
+
+def test_the_bare_flag_gives_the_defaults():
+    assert parse(["--regate"]) == ReGateConfig()
+
+
+def test_flags_give_the_config_they_spell():
+    words = {
+        "keep_ratio": 0.25,
+        "dense_layers": 0,
+        "warmup_steps": 3,
+        "cycle_steps": 9,
+        "dense_steps": 2,
+        "ema_decay": 0.5,
+        "reference_weight": 0.75,
+        "fusion": "convex",
+        "score": "excess",
+        "budget": "per-sample",
+        "length_multiple": 64,
+        "teacher_load": "some dir/with space",
+        "teacher_visual": "pad",
+        "reference_cache": "cache",
+        "trace": "trace",
+        "seed": 7,
+    }
+    expected = ReGateConfig(**words)
+    spaced = [word for name, value in words.items() for word in (flag(name), str(value))]
+    joined = [f"{flag(name)}={value}" for name, value in words.items()]
+    assert parse(["--regate", *spaced]) == parse([*joined, "--regate"]) == expected
+    args = add_arguments(argparse.ArgumentParser()).parse_args(["--regate", *spaced])
+    assert ReGateConfig.from_args(args) == expected
+
+
+def test_flags_of_others_are_left_alone():
+    argv = ["--num-layers", "4", "--lr=1e-3", "--bf16", "--regate", "--regate-seed", "5", "positional", "--reg", "x"]
+    before = list(argv)
+    assert parse(argv) == ReGateConfig(seed=5)
+    assert argv == before
+
+
+@pytest.mark.parametrize("word", ["--regate-keep-ration", "--regate-keep", "--regate-foo=1", "--regatee"])
+def test_an_unknown_flag_of_ours_is_refused_even_when_off(word):
+    for argv in (["--regate", word], [word]):
+        with pytest.raises(ReGateError) as refusal:
+            parse(argv)
+        message = str(refusal.value)
+        assert message.startswith("regate: ") and "\n" not in message
+        assert f"given {word}; allowed --regate, " in message and "; change " in message
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--regate-seed", "x"], ["--regate-keep-ratio", "half"], ["--regate-seed"], ["--regate-dense-steps", "1.5"]],
+    ids=" ".join,
+)
+def test_a_word_of_the_wrong_kind_is_refused_and_does_not_exit(argv):
+    with pytest.raises(ReGateError) as refusal:
+        parse(["--regate", *argv])
+    assert _is_refusal(str(refusal.value), argv[0].removeprefix("--regate-").replace("-", "_"))
+
+
+def test_a_range_is_checked_on_the_command_line_too():
+    with pytest.raises(ReGateError, match=r"^regate: --regate-keep-ratio: given 1.5; allowed .*; change "):
+        parse(["--regate", "--regate-keep-ratio", "1.5"])
+
+
+@pytest.mark.parametrize("name", ["seed", "keep_ratio", "cycle_steps"])
+def test_an_integer_beyond_the_floats_is_refused_like_any_other(name):
+    with pytest.raises(ReGateError):
+        ReGateConfig(**{name: -(10**400)})

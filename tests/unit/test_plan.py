@@ -1,0 +1,113 @@
+"""Plans: what is packed comes back, every position counts in the hash, masks leave the fill out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from regate_megatron.errors import ReGateError
+from regate_megatron.plan import MicrobatchPlan, StepPlan, share_plan
+from regate_megatron.selection import pack_positions
+from regate_megatron.topology import Topology
+
+ALONE = Topology(0, 1, True, 0, 1, None, None, None)
+
+
+@st.composite
+def plans(draw):
+    microbatches = []
+    for _ in range(draw(st.integers(0, 3))):
+        dense, rows = draw(st.integers(1, 8)), draw(st.integers(1, 3))
+        row = st.lists(st.booleans(), min_size=dense, max_size=dense)
+        kept = torch.tensor(draw(st.lists(row, min_size=rows, max_size=rows)))
+        length = draw(st.integers(max(1, int(kept.sum(dim=1).max())), dense))
+        microbatches.append((kept, MicrobatchPlan(dense, *pack_positions(kept, length))))
+    step = draw(st.integers(0, 2**40))
+    return [kept for kept, _ in microbatches], StepPlan(step, tuple(plan for _, plan in microbatches))
+
+
+def _same(one: StepPlan, other: StepPlan) -> bool:
+    return (one.step, len(one.microbatches)) == (other.step, len(other.microbatches)) and all(
+        a.dense_length == b.dense_length
+        and torch.equal(a.keep_idx_BK, b.keep_idx_BK)
+        and torch.equal(a.num_kept_B, b.num_kept_B)
+        for a, b in zip(one.microbatches, other.microbatches, strict=True)
+    )
+
+
+@given(plans())
+def test_a_packed_plan_comes_back_whole(case):
+    _, plan = case
+    flat = plan.pack()
+    assert flat.dtype == torch.int64 and flat.dim() == 1
+    again = StepPlan.unpack(flat)
+    assert _same(plan, again)
+    assert again.digest() == plan.digest()
+    assert again.is_sparse == plan.is_sparse == bool(plan.microbatches)
+
+
+@given(plans())
+def test_the_mask_of_a_plan_is_the_kept_positions_without_the_fill(case):
+    kept, plan = case
+    for mask, microbatch in zip(kept, plan.microbatches, strict=True):
+        assert torch.equal(microbatch.kept_mask(), mask)
+        assert microbatch.is_kept_BK.sum(dim=1).tolist() == mask.sum(dim=1).tolist()
+
+
+def test_fill_at_position_0_does_not_mark_position_0_kept():
+    plan = MicrobatchPlan(4, torch.tensor([[2, 3, 0], [0, 3, 0]]), torch.tensor([2, 2]))
+    assert plan.kept_mask().tolist() == [[False, False, True, True], [True, False, False, True]]
+    assert plan.is_kept_BK.tolist() == [[True, True, False]] * 2
+    assert plan.length == 3
+
+
+def test_a_dense_microbatch_runs_its_dense_length():
+    assert MicrobatchPlan(7).length == 7
+    assert not StepPlan(3).is_sparse
+
+
+@given(plans(), st.data())
+def test_the_hash_changes_with_any_number_of_the_plan(case, data):
+    _, plan = case
+    flat = plan.pack()
+    headers, at = {1}, 2  # numbers that say how to read the rest: changing these alone makes no plan
+    for microbatch in plan.microbatches:
+        headers |= {at, at + 2, at + 3}
+        at += 4 + len(microbatch.num_kept_B) + microbatch.keep_idx_BK.numel()
+    index = data.draw(st.sampled_from([place for place in range(len(flat)) if place not in headers]))
+    flat[index] += data.draw(st.sampled_from([-1, 1, 2**33]))
+    assert StepPlan.unpack(flat).digest() != plan.digest()
+
+
+def test_the_hash_tells_apart_one_position_order_shape_and_step():
+    def digest(idx, num_kept, dense=8, step=5):
+        return StepPlan(step, (MicrobatchPlan(dense, torch.tensor(idx), torch.tensor(num_kept)),)).digest()
+
+    base = digest([[0, 1], [2, 3]], [2, 2])
+    others = [
+        digest([[0, 1], [2, 4]], [2, 2]),
+        digest([[2, 3], [0, 1]], [2, 2]),
+        digest([[0, 1], [2, 3]], [2, 1]),
+        digest([[0, 1], [2, 3]], [2, 2], dense=9),
+        digest([[0, 1], [2, 3]], [2, 2], step=6),
+        digest([[0, 1, 2, 3]], [2]),
+        StepPlan(5).digest(),
+    ]
+    assert base == digest([[0, 1], [2, 3]], [2, 2])
+    assert len({base, *others}) == 1 + len(others)
+    assert len(base) == 32 and int(base, 16) >= 0
+
+
+def test_two_microbatches_in_another_order_are_another_plan():
+    first = MicrobatchPlan(4, torch.tensor([[0]]), torch.tensor([1]))
+    second = MicrobatchPlan(4, torch.tensor([[1]]), torch.tensor([1]))
+    assert StepPlan(0, (first, second)).digest() != StepPlan(0, (second, first)).digest()
+
+
+def test_a_replica_of_one_rank_shares_by_itself_and_still_hears_errors():
+    plan = StepPlan(4)
+    assert share_plan(plan, ALONE) is plan
+    with pytest.raises(ReGateError, match="regate: x: given 1; allowed 2; change 3"):
+        share_plan(None, ALONE, "regate: x: given 1; allowed 2; change 3")

@@ -1,0 +1,134 @@
+"""Selection: the best-scored targets of each row, told by an obvious sort; kept positions in order, fill at the end."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from regate_megatron.selection import keep_best_targets, pack_positions
+
+INF, NAN = math.inf, math.nan
+VALUES = st.one_of(st.sampled_from([0.0, -0.0, 1.0, 1.0, 2.5, -3.0, NAN, INF, -INF]), st.floats(allow_nan=True))
+
+
+@st.composite
+def scored_rows(draw):
+    """(score, is_target, num_keep) of 1 to 4 rows of 1 to 9 positions; nothing about the number asked is promised."""
+    length = draw(st.integers(1, 9))
+    rows = draw(st.integers(1, 4))
+    row = st.tuples(
+        st.lists(VALUES, min_size=length, max_size=length),
+        st.lists(st.booleans(), min_size=length, max_size=length),
+        st.integers(0, length + 1),
+    )
+    scores, targets, counts = zip(*(draw(row) for _ in range(rows)), strict=True)
+    return torch.tensor(scores, dtype=torch.float64), torch.tensor(targets), torch.tensor(counts)
+
+
+def _oracle(score_RS, is_target_RS, num_keep_R) -> list[list[bool]]:
+    """Sort the targets of each row by (-score, position), NaN as -inf; keep the first ones."""
+    kept = []
+    for scores, targets, count in zip(score_RS.tolist(), is_target_RS.tolist(), num_keep_R.tolist(), strict=True):
+        worth = [-INF if math.isnan(score) else score for score in scores]
+        ranking = sorted((-worth[place], place) for place in range(len(worth)) if targets[place])
+        best = {place for _, place in ranking[:count]}
+        kept.append([place in best for place in range(len(worth))])
+    return kept
+
+
+@given(scored_rows())
+def test_the_kept_targets_are_those_of_a_plain_sort_by_score_then_position(rows):
+    assert keep_best_targets(*rows).tolist() == _oracle(*rows)
+
+
+@given(scored_rows(), st.randoms(use_true_random=False))
+def test_a_row_is_selected_alike_wherever_it_stands_in_the_batch(rows, order):
+    shuffled = list(range(len(rows[0])))
+    order.shuffle(shuffled)
+    assert torch.equal(keep_best_targets(*(part[shuffled] for part in rows)), keep_best_targets(*rows)[shuffled])
+
+
+@given(scored_rows())
+def test_scores_of_other_positions_do_not_matter(rows):
+    score_RS, is_target_RS, num_keep_R = rows
+    for other in (INF, -INF, NAN):
+        changed_RS = torch.where(is_target_RS, score_RS, other)
+        assert torch.equal(keep_best_targets(changed_RS, is_target_RS, num_keep_R), keep_best_targets(*rows))
+
+
+def _kept(scores, targets, count) -> list[int]:
+    mask = keep_best_targets(torch.tensor([scores]), torch.tensor([targets]), torch.tensor([count]))
+    return torch.where(mask[0])[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("scores", "targets", "count", "kept"),
+    [
+        ([1.0, 1.0, 1.0, 1.0], [0, 1, 1, 1], 2, [1, 2]),
+        ([0.0, -0.0, 0.0], [1, 1, 1], 1, [0]),
+        ([9.0, 1.0, 2.0], [0, 0, 0], 2, []),
+        ([9.0, 1.0, 2.0], [1, 1, 1], 3, [0, 1, 2]),
+        ([9.0, 1.0, 2.0], [1, 1, 1], 0, []),
+        ([5.0], [1], 1, [0]),
+        ([NAN, 1.0, 2.0], [1, 1, 1], 2, [1, 2]),
+        ([NAN, NAN], [1, 1], 1, [0]),
+        ([-INF, 1.0, -INF], [1, 1, 1], 2, [0, 1]),
+        ([-INF, -INF, 0.0], [0, 1, 0], 1, [1]),
+        ([INF, 1.0, INF], [1, 1, 1], 2, [0, 2]),
+    ],
+    ids=[
+        "ties go to the lower position",
+        "minus zero ties with zero",
+        "no targets",
+        "all targets",
+        "none asked",
+        "one token",
+        "NaN ranks last",
+        "only NaN",
+        "-inf ranks last, ties to the lower position",
+        "a target at -inf is kept before a context position",
+        "+inf ranks first",
+    ],
+)
+def test_selection_at_the_edges(scores, targets, count, kept):
+    assert _kept(scores, [bool(target) for target in targets], count) == kept
+
+
+def test_a_long_row_of_ties_keeps_its_first_targets():
+    length = 5000  # long enough for an unstable sort to show
+    assert _kept([0.25] * length, [place % 2 == 1 for place in range(length)], 700) == list(range(1, 1400, 2))
+
+
+@st.composite
+def masks_and_length(draw):
+    width = draw(st.integers(1, 9))
+    row = st.lists(st.booleans(), min_size=width, max_size=width)
+    mask = torch.tensor(draw(st.lists(row, min_size=1, max_size=4)))
+    return mask, draw(st.integers(max(1, int(mask.sum(dim=1).max())), width + 3))
+
+
+@given(masks_and_length())
+def test_packed_positions_are_the_kept_ones_ascending_then_fill_at_position_0(case):
+    kept_RS, length = case
+    keep_idx_RK, num_kept_R = pack_positions(kept_RS, length)
+    expected = [[place for place, kept in enumerate(row) if kept] for row in kept_RS.tolist()]
+    assert num_kept_R.tolist() == [len(row) for row in expected]
+    assert keep_idx_RK.tolist() == [row + [0] * (length - len(row)) for row in expected]
+    assert keep_idx_RK.dtype == torch.int64 and keep_idx_RK.is_contiguous()
+
+
+def test_a_row_that_keeps_more_than_the_length_is_refused():
+    kept = torch.tensor([[True, False, False], [True, True, True]])
+    assert pack_positions(kept, 3)[1].tolist() == [1, 3]
+    with pytest.raises(ValueError, match="keeps 3 positions, more than the length 2"):
+        pack_positions(kept, 2)
+
+
+def test_packing_changes_no_input():
+    kept = torch.tensor([[True, False, True]])
+    pack_positions(kept, 2)
+    assert kept.tolist() == [[True, False, True]]

@@ -1,0 +1,114 @@
+"""What the teacher reads: the text up to the last target at its original positions, or placeholders for the visuals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from regate_megatron.teacher.rows import TeacherRows, rows_for_teacher
+
+PAD = 99
+TENSORS = ("token_NK", "position_NK", "num_read_N", "target_slot_NT", "label_NT", "num_target_N")
+
+# One letter per merged position: v visual, c context text, t target, . padding.
+KINDS = "vct."
+
+
+def _rows(*kinds: str, visual: str) -> TeacherRows:
+    """Rows with token 10 + position (7 at visual positions) and label 50 + position."""
+    places = torch.arange(len(kinds[0]))
+    table = [[KINDS.index(letter) for letter in row] for row in kinds]
+    kind_NS = torch.tensor(table)
+    is_visual_NS, is_target_NS = kind_NS == 0, kind_NS == 2
+    token_NS = torch.where(is_visual_NS, 7, 10 + places)
+    return rows_for_teacher(
+        token_NS,
+        (50 + places).expand_as(token_NS).contiguous(),
+        is_target_NS,
+        (kind_NS == 0) | (kind_NS == 1),
+        is_visual_NS,
+        visual=visual,
+        pad_token=PAD if visual == "pad" else None,
+    )
+
+
+def test_drop_leaves_visuals_out_and_keeps_the_original_positions():
+    rows = _rows("cvvctcttc.", visual="drop")
+    assert rows.position_NK.tolist() == [[0, 3, 4, 5, 6, 7]]  # nothing after the last target
+    assert rows.token_NK.tolist() == [[10, 13, 14, 15, 16, 17]]
+    assert rows.target_slot_NT.tolist() == [[2, 4, 5]]
+    assert rows.label_NT.tolist() == [[54, 56, 57]]
+    assert rows.num_read_N.tolist() == [6] and rows.num_target_N.tolist() == [3]
+    assert rows.dense_length == 10
+
+
+def test_pad_puts_a_placeholder_at_every_visual_position():
+    rows = _rows("cvvctcttc.", visual="pad")
+    assert rows.position_NK.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    assert rows.token_NK.tolist() == [[10, PAD, PAD, 13, 14, 15, 16, 17]]
+    assert rows.target_slot_NT.tolist() == [[4, 6, 7]]
+    assert rows.label_NT.tolist() == [[54, 56, 57]]
+
+
+def test_shorter_rows_are_filled_at_the_end():
+    rows = _rows("vvvcct", "cctccc", visual="drop")
+    assert rows.num_read_N.tolist() == [3, 3] and rows.token_NK.shape == (2, 3)
+    rows = _rows("vvvcct", "ctcctt", visual="drop")
+    assert rows.num_read_N.tolist() == [3, 6] and rows.num_target_N.tolist() == [1, 3]
+    assert rows.position_NK.tolist() == [[3, 4, 5, 0, 0, 0], [0, 1, 2, 3, 4, 5]]
+    assert rows.target_slot_NT[0, 0] == 2 and rows.label_NT[0, 0] == 55
+
+
+def test_rows_without_targets_are_read_as_nothing_and_keep_the_shapes_legal():
+    rows = _rows("ccvc", "vvvv", visual="drop")
+    assert rows.num_read_N.tolist() == rows.num_target_N.tolist() == [0, 0]
+    assert rows.token_NK.shape == (2, 1) and rows.target_slot_NT.shape == (2, 1)
+    assert rows.target_slot_NT.tolist() == [[0], [0]]
+
+
+KIND_ROWS = st.integers(1, 8).flatmap(
+    lambda width: st.lists(st.text(alphabet=KINDS, min_size=width, max_size=width), min_size=1, max_size=3)
+)
+
+
+@pytest.mark.parametrize("visual", ["drop", "pad"])
+@given(kinds=KIND_ROWS)
+def test_every_row_is_what_a_walk_over_its_positions_gives(visual, kinds):
+    rows = _rows(*kinds, visual=visual)
+    assert len(rows) == len(kinds)
+    for index, row in enumerate(kinds):
+        read = [place for place in range(row.rfind("t") + 1) if row[place] in ("ct" if visual == "drop" else "vct")]
+        targets = [place for place in range(len(row)) if row[place] == "t"]
+        count, goals = int(rows.num_read_N[index]), int(rows.num_target_N[index])
+        assert rows.position_NK[index, :count].tolist() == read
+        assert rows.token_NK[index, :count].tolist() == [PAD if row[place] == "v" else 10 + place for place in read]
+        slots = rows.target_slot_NT[index, :goals]
+        assert rows.position_NK[index, slots].tolist() == targets
+        assert rows.label_NT[index, :goals].tolist() == [50 + place for place in targets]
+    assert int(rows.target_slot_NT.min()) >= 0 and int(rows.target_slot_NT.max()) < rows.token_NK.shape[1]
+    assert rows.token_NK.shape[1] == max(1, int(rows.num_read_N.max()))
+
+
+@pytest.mark.parametrize("visual", ["drop", "pad"])
+@given(kinds=KIND_ROWS)
+def test_a_packed_request_comes_back_whole(visual, kinds):
+    rows = _rows(*kinds, visual=visual)
+    flat = rows.pack()
+    assert flat.dtype == torch.int64 and flat.dim() == 1
+    again = TeacherRows.unpack(flat)
+    assert again.dense_length == rows.dense_length and len(again) == len(rows)
+    for name in TENSORS:
+        assert torch.equal(getattr(again, name), getattr(rows, name)), name
+
+
+def test_cutting_rows_changes_no_input():
+    token = torch.tensor([[1, 2, 3]])
+    label = torch.tensor([[2, 3, 4]])
+    target, context = torch.tensor([[False, False, True]]), torch.tensor([[True, True, False]])
+    visual = torch.tensor([[True, False, False]])
+    before = [part.clone() for part in (token, label, target, context, visual)]
+    for kind in ("drop", "pad"):
+        rows_for_teacher(token, label, target, context, visual, visual=kind, pad_token=PAD)
+    assert all(torch.equal(a, b) for a, b in zip(before, (token, label, target, context, visual), strict=True))
