@@ -42,6 +42,8 @@ def main(argv: list[str]) -> None:
                 megatron_lm.check_flags(flags, config)
                 megatron_lm.install(config)
         runpy.run_path(script, run_name="__main__")
+        if on_cpu:
+            emulation.leave()
 
 
 def _script_and_flags(words: list[str]) -> tuple[str, list[str]]:

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import colorsys
+import hashlib
 import io
 import json
 import os
@@ -52,22 +53,38 @@ EMOJI: dict[str, dict[str, str]] = {
     "objects": {"clothing": "👑💎", "music": "🥁🎺", "household": "🔔🔑"},
 }
 GROUNDS = {
-    "white": (255, 255, 255), "blue": (185, 218, 252), "green": (195, 238, 187),
-    "yellow": (252, 243, 175), "pink": (252, 205, 220), "grey": (200, 200, 200),
+    "white": (255, 255, 255),
+    "blue": (185, 218, 252),
+    "green": (195, 238, 187),
+    "yellow": (252, 243, 175),
+    "pink": (252, 205, 220),
+    "grey": (200, 200, 200),
 }
 NUMBERS = ("no", "one", "two", "three")
 CORNERS = ("*top* *left*", "*top* *right*", "*bottom* *left*", "*bottom* *right*")
 PAIRS = {(0, 1): "*at* the *top*", (2, 3): "*at* the *bottom*", (0, 2): "*on* the *left*", (1, 3): "*on* the *right*"}
 # (instruction, description, what follows from the name); *word* marks a word that needs the image.
 TEMPLATES = (
-    ("Describe the picture.", "The picture shows {scene}, on a {ground} background.",
-     "{names} belong to {group}, in the {subgroup} group."),
-    ("What do you see here?", "Here you can see {scene}. The background is {ground}.",
-     "In the list of emoji, {names} are filed under {group}, section {subgroup}."),
-    ("Tell me what is in this image.", "This image has a {ground} background and contains {scene}.",
-     "The section for {names} is {subgroup}, which is part of {group}."),
-    ("What is shown, and where?", "In front of a {ground} background we find {scene}.",
-     "We usually count {names} among {group}, more exactly among {subgroup} things."),
+    (
+        "Describe the picture.",
+        "The picture shows {scene}, on a {ground} background.",
+        "{names} belong to {group}, in the {subgroup} group.",
+    ),
+    (
+        "What do you see here?",
+        "Here you can see {scene}. The background is {ground}.",
+        "In the list of emoji, {names} are filed under {group}, section {subgroup}.",
+    ),
+    (
+        "Tell me what is in this image.",
+        "This image has a {ground} background and contains {scene}.",
+        "The section for {names} is {subgroup}, which is part of {group}.",
+    ),
+    (
+        "What is shown, and where?",
+        "In front of a {ground} background we find {scene}.",
+        "We usually count {names} among {group}, more exactly among {subgroup} things.",
+    ),
 )
 
 
@@ -225,6 +242,7 @@ def prepare(out: Path, num_train: int = 6144, num_heldout: int = 256, vocab_size
     from tqdm import tqdm
 
     wanted = {"num_train": num_train, "num_heldout": num_heldout, "vocab_size": vocab_size, "seed": seed}
+    wanted["source"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     if (out / "about.json").exists() and wanted.items() <= json.loads((out / "about.json").read_text()).items():
         return out
     aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")

@@ -234,3 +234,6 @@ if __name__ == "__main__":
     )
     if args.stage == "text" and args.save_llava:
         save_llava(built[0], args.save_llava)
+    # A gloo thread that still releases a tensor while Python shuts down would abort the process.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

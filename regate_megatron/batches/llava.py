@@ -38,6 +38,7 @@ class LLaVABatches:
 
     def read(self, batch: dict[str, Any]) -> MicrobatchFacts:
         """See :meth:`BatchAdapter.read`."""
+        self._check_tiles(batch)
         token_BN, label_BN = to_cpu(batch["tokens"]).long(), to_cpu(batch["labels"]).long()
         is_target_BN = self._text_targets(token_BN, to_cpu(batch["loss_mask"]) > 0)
         place_BN = self._places(token_BN)
@@ -77,6 +78,12 @@ class LLaVABatches:
         is_elided_BN = is_elided_BS.gather(1, place_BN.clamp_max(is_elided_BS.shape[1] - 1)) & inside_BN
         is_elided_BN &= token_BN != self.image_token
         return dict(batch, loss_mask=loss_mask_BN.masked_fill(is_elided_BN.to(loss_mask_BN.device), 0))
+
+    def _check_tiles(self, batch: dict[str, Any]) -> None:
+        """An image of several tiles would take several times ``image_length`` positions."""
+        for key in ("num_image_tiles", "num_tiles"):
+            if batch.get(key) is not None and bool((to_cpu(batch[key]) != 1).any()):
+                raise ValueError(f"{key} other than 1 in this version")
 
     def _text_targets(self, token_BN: Tensor, has_loss_BN: Tensor) -> Tensor:
         is_image_BN = token_BN == self.image_token

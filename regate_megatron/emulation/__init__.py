@@ -79,6 +79,15 @@ def install() -> None:
     _INSTALLED = True
 
 
+def leave() -> None:
+    """End the process groups together, where the script has not: gloo's threads may abort a rank that just exits."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def is_installed() -> bool:
     """Whether this process runs under the emulation."""
     return _INSTALLED

@@ -86,6 +86,17 @@ def test_repeated_tokens_with_loss_at_the_end_of_a_row_are_no_padding():
     assert len({key_hex(key) for key in keys}) == 3
 
 
+def test_context_that_repeats_the_last_target_is_no_padding():
+    facts = GPTBatches().read(_gpt(([7, 7, 7, 7], [0, 1, 1])))
+    assert facts.is_context_BS.tolist() == [[True, False, False]]
+
+
+def test_rows_without_targets_are_keyed_by_their_text():
+    rows = [([5, 6, 7, last, 1], [0, 0, 0, 0]) for last in (2, 3)]
+    keys = GPTBatches().read(_gpt(*rows, length=8)).reference_key_B2
+    assert not torch.equal(keys[0], keys[1])
+
+
 def test_labels_without_loss_are_not_content():
     batch = _gpt(FIRST)
     other = dict(batch, labels=batch["labels"].masked_fill(batch["loss_mask"] == 0, -100))
@@ -319,3 +330,9 @@ def test_bfloat16_pictures_are_keyed_too():
 
 def test_a_text_only_row_has_one_key_beside_pictures_and_alone():
     assert torch.equal(_keys(_llava(PICTURE, TEXT))[1][1], _keys(_llava(TEXT))[1][0])
+
+
+def test_images_of_several_tiles_are_refused_not_misread():
+    batch = _llava(PICTURE) | {"num_image_tiles": torch.tensor([2])}
+    with pytest.raises(ValueError, match="num_image_tiles other than 1"):
+        _keys(batch)
