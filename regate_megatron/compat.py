@@ -26,12 +26,14 @@ class Setting:
         config: ReGATE's settings.
         args: the framework's namespace; None outside Megatron-LM.
         micro_batch_size: rows per microbatch; known for sure at the first step only.
+        is_multimodal: whether the language model is part of a larger model.
     """
 
     chunks: list[Any]
     config: ReGateConfig
     args: Any = None
     micro_batch_size: int = 1
+    is_multimodal: bool = False
 
     @property
     def model(self) -> Any:
@@ -121,12 +123,16 @@ def _position_embedding(setting: Setting) -> Any:
     return None if kind in ("rope", "learned_absolute", "none") else kind
 
 
+def _sequence_parallel_multimodal(setting: Setting) -> Any:
+    return "--sequence-parallel with LLaVAModel" if setting.is_multimodal and setting.model.sequence_parallel else None
+
+
 def _fsdp(setting: Setting) -> Any:
     names = ("use_megatron_fsdp", "use_torch_fsdp2")
     return next((f"--{name.replace('_', '-')}" for name in names if setting.arg(name)), None)
 
 
-def _student_teacher_with_vpp(setting: Setting) -> Any:
+def _teacher_with_vpp(setting: Setting) -> Any:
     vpp = setting.model.virtual_pipeline_model_parallel_size
     return f"{vpp} virtual pipeline stages" if vpp and setting.config.needs_teacher else None
 
@@ -214,6 +220,22 @@ RULES = (
         "the model, or train it without --regate",
         "state would skip elided tokens",
     ),
+    Rule("FP4", _field("fp4"), "bf16 or FP8 in this version", "the precision flags", "lengths are not aligned for it"),
+    Rule(
+        "sequence parallelism in a multimodal model",
+        _sequence_parallel_multimodal,
+        "GPTModel with sequence parallelism, LLaVAModel without",
+        "the command: leave --sequence-parallel out",
+        "its padding and packed_seq_params are not adapted yet",
+        in_flags=False,
+    ),
+    Rule(
+        "attention masks per document with a teacher",
+        lambda s: "--reset-attention-mask" if s.config.needs_teacher and s.arg("reset_attention_mask") else None,
+        "rows read as a whole, or a score without teacher (student, random)",
+        "the command: leave --reset-attention-mask out",
+        "the teacher would read across documents",
+    ),
     Rule("CUDA graphs", _cuda_graphs, "none", "--cuda-graph-impl to none", "lengths change between steps"),
     Rule(
         "combined 1F1B",
@@ -247,7 +269,7 @@ RULES = (
     ),
     Rule(
         "interleaved pipeline with a teacher",
-        _student_teacher_with_vpp,
+        _teacher_with_vpp,
         "a score without teacher (student, random) in this version",
         "--num-layers-per-virtual-pipeline-stage to none",
         "the teacher is not interleaved",

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ from torch import Tensor
 
 from regate_megatron.batches import MicrobatchFacts
 from regate_megatron.batches.facts import key_hex
+from regate_megatron.config import flag
+from regate_megatron.errors import refuse
 from regate_megatron.plan import StepPlan
 from regate_megatron.topology import Topology
 
@@ -126,13 +130,29 @@ def log_line(iteration: int, phase: str, interval: Counters, total: Counters) ->
     )
 
 
+def check_trace_folder(directory: str) -> None:
+    """Make the folder of the trace, or refuse it.
+
+    Raises:
+        ReGateError: it cannot be made or written.
+    """
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        writable = os.access(directory, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        form = {"allowed": "a folder this process may write", "change": "the path"}
+        raise refuse(flag("trace"), given=directory, **form)
+
+
 class Trace:
     """``DIR/dp00000.jsonl``: one JSON object per microbatch of this data-parallel rank; planners only."""
 
     def __init__(self, directory: str, dp_rank: int) -> None:
         self._path = Path(directory) / f"dp{dp_rank:05d}.jsonl"
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file: TextIO | None = None
+        self.continues = False
 
     def write(
         self,
@@ -151,8 +171,8 @@ class Trace:
             iteration: as Megatron prints it, from 1.
             scores: per microbatch float64 [B, S]; None where nothing was scored (dense steps).
         """
-        if self._file is None:  # a run from the start begins the file anew, a resumed one goes on in it
-            self._file = self._path.open("w" if iteration == 1 else "a", buffering=1)
+        if self._file is None:  # opened late: a run from the start begins the file anew, a resumed one goes on in it
+            self._file = self._path.open("a" if self.continues else "w", buffering=1)
         plan_hash = plan.digest()
         for index, one in enumerate(facts):
             rows = []
@@ -170,7 +190,10 @@ class Trace:
                         "num_targets": len(positions),
                         "num_kept_targets": int((kept_BS[row] & target_S).sum()),
                         "kept": torch.where(kept_BS[row])[0].tolist(),
-                        "scores": dict(zip(map(str, positions), values, strict=False)),
+                        "scores": {
+                            str(position): value if math.isfinite(value) else None  # JSON knows no NaN
+                            for position, value in zip(positions, values, strict=False)
+                        },
                     }
                 )
             record: dict[str, Any] = {

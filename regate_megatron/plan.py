@@ -20,7 +20,7 @@ from torch import Tensor
 from regate_megatron.errors import ReGateError
 from regate_megatron.topology import Topology
 
-_HEADER = 4  # per microbatch: B, S, K, elided
+_HEADER = 3  # per microbatch: B, S, K
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class StepPlan:
         for microbatch in self.microbatches:
             rows, length = microbatch.keep_idx_BK.shape
             flat += [
-                torch.tensor([rows, microbatch.dense_length, length, 1]),
+                torch.tensor([rows, microbatch.dense_length, length]),
                 microbatch.num_kept_B,
                 microbatch.keep_idx_BK.reshape(-1),
             ]
@@ -93,7 +93,7 @@ class StepPlan:
         step, count = flat[:2].tolist()
         at, microbatches = 2, []
         for _ in range(count):
-            rows, dense_length, length, _ = flat[at : at + _HEADER].tolist()
+            rows, dense_length, length = flat[at : at + _HEADER].tolist()
             at += _HEADER
             num_kept_B, at = flat[at : at + rows], at + rows
             keep_idx_BK, at = flat[at : at + rows * length].view(rows, length), at + rows * length

@@ -100,7 +100,10 @@ class Planner:
                 for f in facts
             ]
         num_target_R = torch.cat([f.is_target_BS.sum(dim=1) for f in facts])
-        records = self.difficulty.fetch(torch.cat([f.difficulty_key_B2 for f in facts]), num_target_R)
+        if self.config.learns:
+            records = self.difficulty.fetch(torch.cat([f.difficulty_key_B2 for f in facts]), num_target_R)
+        else:
+            records = [torch.full((count,), torch.nan) for count in num_target_R.tolist()]
         scores, row = [], 0
         for one in facts:
             rows = range(row, row + len(one.is_target_BS))

@@ -12,11 +12,9 @@ def keep_best_targets(score_RS: Tensor, is_target_RS: Tensor, num_keep_R: Tensor
 
     Ties go to the lower position, so that every rank and every layout picks the same set. NaN ranks last.
     """
-    score_RS = torch.where(is_target_RS & ~score_RS.isnan(), score_RS, -torch.inf)
-    # Targets before all others even at -inf: the sort is stable, so two passes order by (target, score, position).
-    order_RS = score_RS.argsort(dim=1, descending=True, stable=True)
-    by_target_RS = (~is_target_RS.gather(1, order_RS)).to(torch.uint8).argsort(dim=1, stable=True)
-    order_RS = order_RS.gather(1, by_target_RS)
+    lowest = torch.finfo(score_RS.dtype).min
+    score_RS = score_RS.nan_to_num(nan=lowest, posinf=torch.inf, neginf=lowest)  # a target is never below the others
+    order_RS = torch.where(is_target_RS, score_RS, -torch.inf).argsort(dim=1, descending=True, stable=True)
     rank_S = torch.arange(score_RS.shape[1]).expand_as(order_RS)
     rank_RS = torch.empty_like(order_RS).scatter_(1, order_RS, rank_S)
     return is_target_RS & (rank_RS < num_keep_R[:, None])
@@ -38,9 +36,8 @@ def pack_positions(kept_RS: Tensor, length: int) -> tuple[Tensor, Tensor]:
     num_kept_R = kept_RS.sum(dim=1)
     if int(num_kept_R.max()) > length:
         raise ValueError(f"a row keeps {int(num_kept_R.max())} positions, more than the length {length}")
-    order_RS = (~kept_RS).to(torch.uint8).argsort(dim=1, stable=True)
-    keep_idx_RK = order_RS[:, :length]
-    if keep_idx_RK.shape[1] < length:
-        keep_idx_RK = torch.nn.functional.pad(keep_idx_RK, (0, length - keep_idx_RK.shape[1]))
-    is_fill_RK = torch.arange(length)[None, :] >= num_kept_R[:, None]
-    return keep_idx_RK.masked_fill(is_fill_RK, 0).contiguous(), num_kept_R
+    row_X, position_X = kept_RS.nonzero(as_tuple=True)
+    slot_RS = kept_RS.cumsum(dim=1) - 1
+    keep_idx_RK = torch.zeros(len(kept_RS), length, dtype=torch.int64)
+    keep_idx_RK[row_X, slot_RS[row_X, position_X]] = position_X
+    return keep_idx_RK, num_kept_R

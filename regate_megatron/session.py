@@ -20,10 +20,10 @@ from regate_megatron.checkpoint import LanguageModelCheckpoint
 from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import ReGateError, refuse
 from regate_megatron.hooks import CurrentMicrobatch, DecoderHook, LossHook
-from regate_megatron.metrics import Counters, Trace, count_step
+from regate_megatron.metrics import Counters, Trace, check_trace_folder, count_step
 from regate_megatron.plan import MicrobatchPlan, StepPlan, share_plan
 from regate_megatron.planner import Planner
-from regate_megatron.schedule import phase_of
+from regate_megatron.schedule import Phase, phase_of
 from regate_megatron.teacher import ReferenceLosses, build_teacher
 from regate_megatron.teacher.source import find_teacher
 from regate_megatron.topology import Topology, agree_on_error, build_topology
@@ -45,6 +45,7 @@ class Session:
         self.phase = "warmup"
         self.reference: ReferenceLosses | None = None
         self.counts_own_steps = True
+        self._dense_until = 0
         self._pending: _Pending | None = None
         self._teacher_source: tuple[Any, LanguageModelCheckpoint | None, int | None] | None = None
         self._is_prepared = False
@@ -83,7 +84,8 @@ class Session:
         """
         if self._is_prepared:
             return
-        setting = compat.Setting(self.language_models, self.config, self._args, micro_batch_size)
+        is_multimodal = self.language_models[0] is not self.models[0]
+        setting = compat.Setting(self.language_models, self.config, self._args, micro_batch_size, is_multimodal)
         supported, reason = compat.check_support(setting)
         if not supported:
             raise ReGateError(reason, everywhere=True)
@@ -95,33 +97,26 @@ class Session:
             )
         self._is_prepared = True
 
+    def resume(self, step: int) -> None:
+        """Continue a run of which ``step`` steps are done: what difficulty has learned is not there yet, so the next
+        ``dense_steps`` steps (one at least) run dense and refresh it.
+        """
+        self.step = step
+        if self.config.learns:
+            self._dense_until = step + max(1, self.config.dense_steps)
+        if self.trace:
+            self.trace.continues = True
+
     def run(self, schedule: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Run one training step of ``schedule`` with ``arguments`` (keywords of Megatron's forward-backward)."""
         self.prepare(arguments["micro_batch_size"])
-        start = time.perf_counter()
-        self.phase = phase_of(
-            self.step,
-            warmup_steps=self.config.warmup_steps,
-            cycle_steps=self.config.cycle_steps,
-            dense_steps=self.config.dense_steps,
-        )
-        iterators = arguments["data_iterator"]
-        batches = [_pull(one, arguments["num_microbatches"]) for one in _as_list(iterators)]
-        facts, error = self._read(batches)
-        self.topology.agree(error)
-        sparse = self.phase == "sparse" and self.config.elides
-        plan, scores, fallback = StepPlan(self.step), None, False
-        teacher_seconds = 0.0
-        if sparse:
-            reference = None
-            if self.reference is not None and self.config.needs_teacher:
-                before = self.reference.seconds
-                reference = self.reference.fetch(facts, arguments["micro_batch_size"])
-                teacher_seconds = self.reference.seconds - before
-            if self.planner:
-                plan, scores, fallback = self.planner.plan(self.step, facts, reference)
-            plan = share_plan(plan if self.planner else None, self.topology)
-            _check_static_lengths(plan, self._has_pipeline)
+        self.phase = self._phase()
+        batches, facts, seconds = self._gather(arguments)
+        plan, scores, fallback, teacher_seconds = StepPlan(self.step), None, False, 0.0
+        if self.phase == "sparse" and self.config.elides:
+            start = time.perf_counter()
+            plan, scores, fallback, teacher_seconds = self._plan(facts, arguments["micro_batch_size"])
+            seconds += time.perf_counter() - start - teacher_seconds
         counters = Counters(steps=1)
         if self.planner:
             counters = count_step(
@@ -131,12 +126,57 @@ class Session:
                 dense_layers=self.config.dense_layers,
                 fallback=fallback,
             )
-        counters.teacher_ms = round(1000 * teacher_seconds)
-        counters.planning_ms = round(1000 * (time.perf_counter() - start - teacher_seconds))
+        counters.planning_ms, counters.teacher_ms = round(1000 * seconds), round(1000 * teacher_seconds)
         losses: list[torch.Tensor] = []
-        result = self._run_schedule(schedule, arguments, batches, facts, plan, losses)
+        result = self._run_schedule(schedule, arguments, batches, plan, losses)
         self._pending = _Pending(self.step, self.phase, facts, plan, scores, fallback, losses, counters)
         return result
+
+    def _phase(self) -> Phase:
+        phase = phase_of(
+            self.step,
+            warmup_steps=self.config.warmup_steps,
+            cycle_steps=self.config.cycle_steps,
+            dense_steps=self.config.dense_steps,
+        )
+        return "dense" if phase == "sparse" and self.step < self._dense_until else phase
+
+    def _gather(self, arguments: dict[str, Any]) -> tuple[list[list[Any] | None], list[MicrobatchFacts] | None, float]:
+        """Pull this step's batches and read them on the planner; returns both and the seconds of reading.
+
+        Raises:
+            ReGateError: a rank could not; on every rank.
+        """
+        batches, facts, error, seconds = [], None, None, 0.0
+        try:
+            batches = [_pull(one, arguments["num_microbatches"]) for one in _as_list(arguments["data_iterator"])]
+            if self.planner:
+                start = time.perf_counter()
+                own = next(pulled for pulled in reversed(batches) if pulled is not None)
+                facts = [self.adapter.read(batch) for batch in own]
+                seconds = time.perf_counter() - start
+        except Exception as fault:  # any fault here would leave the other ranks waiting
+            form = {"allowed": "the layout of pretrain_gpt.py or pretrain_vlm.py batches", "change": "the data loader"}
+            error = str(refuse("batch", given=f"{type(fault).__name__}: {fault}", **form))
+        self.topology.agree(error)
+        return batches, facts, seconds
+
+    def _plan(
+        self, facts: list[MicrobatchFacts] | None, micro_batch_size: int
+    ) -> tuple[StepPlan, list[torch.Tensor] | None, bool, float]:
+        """Ask the teacher, plan, and share the plan; returns it, the scores, fallback, and the teacher's seconds."""
+        plan, scores, fallback, reference, error, seconds = None, None, False, None, None, 0.0
+        if self.reference is not None:
+            before = self.reference.seconds
+            reference = self.reference.fetch(facts, micro_batch_size)
+            seconds = self.reference.seconds - before
+        if self.planner:
+            try:
+                plan, scores, fallback = self.planner.plan(self.step, facts, reference)
+                _check_static_lengths(plan, self._has_pipeline)
+            except Exception as fault:  # the replica waits for this plan
+                error = str(fault) if isinstance(fault, ReGateError) else f"regate: planner: {fault!r}"
+        return share_plan(plan, self.topology, error), scores, fallback, seconds
 
     def commit(self) -> None:
         """The step counted: learn from it, count it, trace it. All ranks call this."""
@@ -145,8 +185,8 @@ class Session:
             return
         self.step = pending.step + 1
         if self.planner:
+            losses = _to_host(pending.losses)  # waits for the device, so before the clock starts
             start = time.perf_counter()
-            losses = _to_host(pending.losses)
             if self.config.learns:
                 self.planner.learn(pending.facts, pending.plan, losses, is_dense=not pending.plan.is_sparse)
             if self.trace:
@@ -180,28 +220,17 @@ class Session:
             lines.append(self.reference.describe())
         return "\n".join(lines)
 
-    def _read(self, batches: list[list[Any] | None]) -> tuple[list[MicrobatchFacts] | None, str | None]:
-        if not self.planner:
-            return None, None
-        try:
-            own = next(pulled for pulled in reversed(batches) if pulled is not None)
-            return [self.adapter.read(batch) for batch in own], None
-        except Exception as error:  # any fault here would leave the other ranks waiting
-            form = {"allowed": "the layout of pretrain_gpt.py or pretrain_vlm.py batches", "change": "the data loader"}
-            return None, str(refuse("batch", given=f"{type(error).__name__}: {error}", **form))
-
     def _run_schedule(
         self,
         schedule: Callable[..., Any],
         arguments: dict[str, Any],
         batches: list[list[Any] | None],
-        facts: list[MicrobatchFacts] | None,
         plan: StepPlan,
         losses: list[torch.Tensor],
     ) -> Any:
         device_plans: Sequence[MicrobatchPlan | None] = [None] * arguments["num_microbatches"]
         if plan.is_sparse:
-            batches = [self._elide(pulled, facts, plan) for pulled in batches]
+            batches = [self._elide(pulled, plan) for pulled in batches]
             device = next(self.language_models[0].parameters()).device
             device_plans = [_to_device(one, device) for one in plan.microbatches]
             if self._has_pipeline:
@@ -223,14 +252,11 @@ class Session:
 
         return schedule(**dict(arguments, forward_step_func=forward_step))
 
-    def _elide(self, pulled: list[Any] | None, facts: list[MicrobatchFacts] | None, plan: StepPlan) -> list[Any] | None:
+    def _elide(self, pulled: list[Any] | None, plan: StepPlan) -> list[Any] | None:
+        """Batches whose loss mask is 0 wherever a position does not run (context has none anyway)."""
         if pulled is None:
             return None
-        elided = []
-        for index, (batch, microbatch) in enumerate(zip(pulled, plan.microbatches, strict=True)):
-            is_target_BS = (facts[index] if facts else self.adapter.read(batch)).is_target_BS
-            elided.append(self.adapter.elide(batch, is_target_BS & ~microbatch.kept_mask()))
-        return elided
+        return [self.adapter.elide(b, ~p.kept_mask()) for b, p in zip(pulled, plan.microbatches, strict=True)]
 
 
 class _Pending:
@@ -267,19 +293,25 @@ def attach(
     Raises:
         ReGateError: something asked for is not supported; on every rank, before anything is changed.
     """
+    if not config.enabled:
+        return model_chunks
     chunks = list(model_chunks)
     if any(hasattr(compat.unwrap(chunk), _SESSION) for chunk in chunks):
         raise refuse("attach", given="a model that has ReGATE already", allowed="one attach", change="detach first")
     topology = build_topology()
     language_models = [compat.language_model_of(compat.unwrap(chunk)) for chunk in chunks]
+    is_multimodal = language_models[0] is not compat.unwrap(chunks[0])
     checkpoint, error = None, None
     try:
-        supported, reason = compat.check_support(compat.Setting(language_models, config, args))
+        setting = compat.Setting(language_models, config, args, is_multimodal=is_multimodal)
+        supported, reason = compat.check_support(setting)
         if not supported:
             raise ReGateError(reason)
         if teacher is None and config.needs_teacher:
             config.require_teacher()
             checkpoint = find_teacher(language_models[0], config, args, pad_token=pad_token, vocab_size=vocab_size)
+        if config.trace:
+            check_trace_folder(config.trace)
     except ReGateError as refusal:
         error = str(refusal)
     agree_on_error(error, topology)

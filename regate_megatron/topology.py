@@ -47,12 +47,14 @@ class Topology:
         return values
 
     def agree(self, error: str | None) -> None:
-        """Stop all ranks when a planner met ``error``; all ranks call this, two small reductions.
+        """Stop all ranks when one of them met ``error``; all ranks call this, three small reductions on the host.
 
         Raises:
-            ReGateError: the first planner's error, on every rank.
+            ReGateError: the first rank's error, on every rank.
         """
         flag = torch.tensor([1 if error else 0])
+        if self.replica_size > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.replica_group)
         if self.is_planner:
             flag = self.all_reduce_planners(flag, "max")
         if self.replica_size > 1:

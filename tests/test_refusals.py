@@ -25,8 +25,8 @@ def _setting(config: dict | None = None, model: dict | None = None, args: dict |
     torch.nn.Module.__init__(gpt)
     gpt.config, gpt.position_embedding_type = transformer, chunk.get("position_embedding_type", "rope")
     settings = ReGateConfig(**{"score": "student", **(config or {})})
-    rows = chunk.get("micro_batch_size", 1)
-    return Setting([chunk.get("model_class", gpt)], settings, Namespace(**(args or {})), rows)
+    chunks, rows = [chunk.get("model_class", gpt)], chunk.get("micro_batch_size", 1)
+    return Setting(chunks, settings, Namespace(**(args or {})), rows, chunk.get("is_multimodal", False))
 
 
 def _other_model():
@@ -59,6 +59,15 @@ REFUSED = {
     "sliding window": ({"model": {"window_size": (128, 0)}}, "given window_size=(128, 0)"),
     "multi-token prediction": ({"model": {"mtp_num_layers": 1}}, "given mtp_num_layers=1"),
     "linear attention": ({"model": {"linear_attention_freq": 2}}, "given linear_attention_freq=2"),
+    "FP4": ({"model": {"fp4": "e2m1"}}, "given fp4=e2m1"),
+    "sequence parallelism in a LLaVA": (
+        {"model": {"sequence_parallel": True}, "is_multimodal": True},
+        "given --sequence-parallel with LLaVAModel",
+    ),
+    "document masks with a teacher": (
+        {"config": {"score": "regate", "teacher_load": "student"}, "args": {"reset_attention_mask": True}},
+        "given --reset-attention-mask",
+    ),
     "CUDA graphs": ({"model": {"cuda_graph_impl": "local"}}, "given cuda_graph_impl=local"),
     "old CUDA graph flag": ({"model": {"enable_cuda_graph": True}}, "given enable_cuda_graph=True"),
     "combined 1F1B": (

@@ -24,6 +24,7 @@ class MicrobatchFacts:
         is_context_BS: every other position that is not padding; bool [B, S].
         is_visual_BS: context that holds an image embedding, not a token; bool [B, S].
         token_BS: input token ids; any value at visual positions and padding; int64 [B, S].
+        position_id_BS: the model's own position id of each token (learned positions read it); int64 [B, S].
         label_BS: the label each position predicts (already shifted); int64 [B, S], meaningful at targets.
         reference_key_B2: 128-bit key of token ids and layout, int64 [B, 2].
         difficulty_key_B2: 128-bit key of that and of the image bytes, int64 [B, 2].
@@ -33,6 +34,7 @@ class MicrobatchFacts:
     is_context_BS: Tensor
     is_visual_BS: Tensor
     token_BS: Tensor
+    position_id_BS: Tensor
     label_BS: Tensor
     reference_key_B2: Tensor
     difficulty_key_B2: Tensor
@@ -97,6 +99,18 @@ def before_last_target(is_target_BS: Tensor, is_real_BS: Tensor) -> Tensor:
     position_S = torch.arange(is_target_BS.shape[1])
     last_target_B1 = torch.where(is_target_BS, position_S, -1).amax(dim=1, keepdim=True)
     return torch.where(last_target_B1 >= 0, position_S <= last_target_B1, is_real_BS)
+
+
+def position_ids(batch: dict[str, Any], token_BN: Tensor) -> Tensor:
+    """The batch's position ids, or 0, 1, 2 … where it has none; int64, shaped as the tokens."""
+    given = batch.get("position_ids")
+    return torch.arange(token_BN.shape[1]).expand_as(token_BN) if given is None else to_cpu(given).long()
+
+
+def without_loss(loss_mask: Tensor, where: Tensor) -> Tensor:
+    """``loss_mask`` with 0 at ``where``; pinned if it was, so that its copy to the device stays asynchronous."""
+    masked = loss_mask.masked_fill(where.to(loss_mask.device), 0)
+    return masked.pin_memory() if loss_mask.is_pinned() else masked
 
 
 def to_cpu(value: Any) -> Tensor:

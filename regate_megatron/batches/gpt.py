@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regate_megatron.batches.facts import MicrobatchFacts, before_last_target, content_keys, to_cpu, trailing_padding
+from regate_megatron.batches.facts import (
+    MicrobatchFacts,
+    before_last_target,
+    content_keys,
+    position_ids,
+    to_cpu,
+    trailing_padding,
+    without_loss,
+)
 
 
 class GPTBatches:
@@ -27,6 +35,7 @@ class GPTBatches:
             is_context_BS=~is_target_BS & ~is_padding_BS,
             is_visual_BS=torch.zeros_like(is_target_BS),
             token_BS=token_BS,
+            position_id_BS=position_ids(batch, token_BS),
             label_BS=label_BS,
             reference_key_B2=key_B2,
             difficulty_key_B2=key_B2,
@@ -34,5 +43,4 @@ class GPTBatches:
 
     def elide(self, batch: dict[str, Any], is_elided_BS: Tensor) -> dict[str, Any]:
         """See :meth:`BatchAdapter.elide`."""
-        loss_mask = batch["loss_mask"]
-        return dict(batch, loss_mask=loss_mask.masked_fill(is_elided_BS.to(loss_mask.device), 0))
+        return dict(batch, loss_mask=without_loss(batch["loss_mask"], is_elided_BS))

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regate_megatron.batches.facts import MicrobatchFacts, before_last_target, content_keys, to_cpu, trailing_padding
+from regate_megatron.batches.facts import (
+    MicrobatchFacts,
+    before_last_target,
+    content_keys,
+    position_ids,
+    to_cpu,
+    trailing_padding,
+    without_loss,
+)
 
 _IMAGE_KEYS = ("image", "images", "imgs")
 
@@ -38,7 +46,7 @@ class LLaVABatches:
 
     def read(self, batch: dict[str, Any]) -> MicrobatchFacts:
         """See :meth:`BatchAdapter.read`."""
-        self._check_tiles(batch)
+        self._check_images(batch)
         token_BN, label_BN = to_cpu(batch["tokens"]).long(), to_cpu(batch["labels"]).long()
         is_target_BN = self._text_targets(token_BN, to_cpu(batch["loss_mask"]) > 0)
         place_BN = self._places(token_BN)
@@ -63,6 +71,7 @@ class LLaVABatches:
             is_context_BS=inside_BS & ~is_target_BS & ~is_padding_BS,
             is_visual_BS=is_visual_BS,
             token_BS=spread(token_BN, ~is_image_BN, 0),
+            position_id_BS=self._position_ids(batch, token_BN, place_BN, length),
             label_BS=spread(label_BN, ~is_image_BN, 0),
             reference_key_B2=content_keys(text_rows),
             difficulty_key_B2=content_keys(
@@ -72,18 +81,33 @@ class LLaVABatches:
 
     def elide(self, batch: dict[str, Any], is_elided_BS: Tensor) -> dict[str, Any]:
         """See :meth:`BatchAdapter.elide`."""
-        token_BN, loss_mask_BN = to_cpu(batch["tokens"]).long(), batch["loss_mask"]
+        token_BN = to_cpu(batch["tokens"]).long()
         place_BN = self._places(token_BN)
         inside_BN = place_BN < is_elided_BS.shape[1]
         is_elided_BN = is_elided_BS.gather(1, place_BN.clamp_max(is_elided_BS.shape[1] - 1)) & inside_BN
         is_elided_BN &= token_BN != self.image_token
-        return dict(batch, loss_mask=loss_mask_BN.masked_fill(is_elided_BN.to(loss_mask_BN.device), 0))
+        return dict(batch, loss_mask=without_loss(batch["loss_mask"], is_elided_BN))
 
-    def _check_tiles(self, batch: dict[str, Any]) -> None:
-        """An image of several tiles would take several times ``image_length`` positions."""
+    def _check_images(self, batch: dict[str, Any]) -> None:
+        """One image of ``image_length`` positions per placeholder; tiles and sizes would change the merged row."""
         for key in ("num_image_tiles", "num_tiles"):
             if batch.get(key) is not None and bool((to_cpu(batch[key]) != 1).any()):
                 raise ValueError(f"{key} other than 1 in this version")
+        if batch.get("imgs_sizes") is not None:
+            raise ValueError("imgs_sizes (dynamic resolution) in this version")
+        images = self._images(batch)
+        count = int((to_cpu(batch["tokens"]) == self.image_token).sum())
+        if images is not None and len(images) != count:
+            raise ValueError(f"{len(images)} images for {count} placeholders {self.image_token}")
+
+    @staticmethod
+    def _images(batch: dict[str, Any]) -> Tensor | None:
+        return next((to_cpu(batch[key]) for key in _IMAGE_KEYS if batch.get(key) is not None), None)
+
+    def _position_ids(self, batch: dict[str, Any], token_BN: Tensor, place_BN: Tensor, length: int) -> Tensor:
+        """The position id of the text entry each merged position belongs to (an image's are its placeholder's)."""
+        entry_BS = torch.searchsorted(place_BN, torch.arange(length).expand(len(place_BN), -1).contiguous())
+        return position_ids(batch, token_BN).gather(1, entry_BS.clamp_max(token_BN.shape[1] - 1))
 
     def _text_targets(self, token_BN: Tensor, has_loss_BN: Tensor) -> Tensor:
         is_image_BN = token_BN == self.image_token
@@ -101,7 +125,7 @@ class LLaVABatches:
         return self.max_length if self.pads_to_max else min(longest, self.max_length)
 
     def _content(self, token_BN: Tensor, label_BN: Tensor, is_target_BN: Tensor, is_padding_BN: Tensor, batch: dict):
-        images = next((to_cpu(batch[key]) for key in _IMAGE_KEYS if batch.get(key) is not None), None)
+        images = self._images(batch)
         first_image_B = (token_BN == self.image_token).sum(dim=1).cumsum(0).tolist()
         is_content_BN = before_last_target(is_target_BN, ~is_padding_BN)
         text_rows, picture_rows, start = [], [], 0

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regate_megatron.errors import refuse
 from regate_megatron.hooks.current import CurrentMicrobatch
 
 
@@ -97,11 +98,16 @@ class DecoderHook:
         if self.num_dense_here:
             arguments["hidden_states"] = self._forward(self.dense, **arguments)
         keep_idx_BK = plan.keep_idx_BK.to(self._device(arguments), non_blocking=True)
+        if arguments.get("packed_seq_params") is not None:
+            raise refuse(
+                "packed sequences", given="packed_seq_params", allowed="none in this version", change="the script"
+            )
         if self.compacts:
-            arguments["hidden_states"] = self._compact(arguments["hidden_states"], keep_idx_BK)
+            arguments["hidden_states"] = self._compact(arguments["hidden_states"], plan.dense_length, keep_idx_BK)
         if arguments.get("rotary_pos_emb") is not None:
             arguments["rotary_pos_emb"] = self._rotary(plan.dense_length, keep_idx_BK)
         if arguments.get("attention_mask") is not None:
+            check_length("attention mask", arguments["attention_mask"].shape[-2], plan.dense_length)
             arguments["attention_mask"] = _compact_mask(arguments["attention_mask"], keep_idx_BK)
         return self._forward(self.short, **arguments)
 
@@ -109,7 +115,7 @@ class DecoderHook:
         hidden = arguments["hidden_states"] if self.is_first_chunk else self.block.input_tensor
         return hidden.device
 
-    def _compact(self, hidden_SBH: Tensor, keep_idx_BK: Tensor) -> Tensor:
+    def _compact(self, hidden_SBH: Tensor, dense_length: int, keep_idx_BK: Tensor) -> Tensor:
         """Gather the kept positions; under sequence parallelism over the tensor group, once per microbatch."""
         sequence_parallel = self.block.config.sequence_parallel
         if sequence_parallel:
@@ -117,6 +123,7 @@ class DecoderHook:
 
             # Every rank keeps the whole sequence for a moment, so gradients come back whole: no reduction.
             hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False)
+        check_length("hidden states", hidden_SBH.shape[0], dense_length)
         index_KBH = keep_idx_BK.t()[:, :, None].expand(-1, -1, hidden_SBH.shape[-1])
         hidden_KBH = hidden_SBH.gather(0, index_KBH)
         if sequence_parallel:
@@ -134,6 +141,21 @@ class DecoderHook:
                 frequencies_S11D = frequencies_S11D[0]
             self._frequencies = {dense_length: frequencies_S11D.to(keep_idx_BK.device)}
         return self._frequencies[dense_length][:, 0, 0][keep_idx_BK.t()][:, :, None]
+
+
+def check_length(what: str, found: int, planned: int) -> None:
+    """The model's sequence must be as long as the planner read it, or positions would mean something else.
+
+    Raises:
+        ReGateError: on the rank that sees it.
+    """
+    if found != planned:
+        raise refuse(
+            what,
+            given=f"{found} positions where the batch was read as {planned}",
+            allowed="the merged rows of pretrain_gpt.py and pretrain_vlm.py",
+            change="the batch adapter, or train without --regate",
+        )
 
 
 def _compact_mask(mask: Tensor, keep_idx_BK: Tensor) -> Tensor:

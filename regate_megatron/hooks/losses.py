@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from regate_megatron.hooks.current import CurrentMicrobatch
+from regate_megatron.hooks.decoder import check_length
 
 
 class LossHook:
@@ -41,6 +42,7 @@ class LossHook:
         if plan is None:
             loss_BS = self._inner(labels, logits)
         else:
+            check_length("labels", labels.shape[1], plan.dense_length)
             keep_idx_BK = plan.keep_idx_BK.to(labels.device, non_blocking=True)
             is_fill_BK = ~plan.is_kept_BK.to(labels.device, non_blocking=True)
             loss_BK = self._inner(labels.gather(1, keep_idx_BK), logits).masked_fill(is_fill_BK, 0)

@@ -130,6 +130,12 @@ def _attach_after(inner: Callable[..., Any], config: ReGateConfig, sessions: lis
         session = session_of(model)
         session.counts_own_steps = False
         session.prepare(options.micro_batch_size)
+        if options.iteration:
+            session.resume(options.iteration)
+            print_rank_0(
+                f"[regate] resumed at iteration {options.iteration}: difficulty is not saved in this version and "
+                "starts empty; dense steps come first"
+            )
         _keep_teacher(session, options)
         sessions[:] = [session]
         print_rank_0(attached_line(session))

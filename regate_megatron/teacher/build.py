@@ -72,7 +72,9 @@ def build_teacher(student: Any, checkpoint: LanguageModelCheckpoint | None) -> A
         if parameter is not None:
             teacher.to(device=parameter.device, dtype=parameter.dtype)
         if checkpoint is None:
-            teacher.load_state_dict(student.state_dict(), strict=False)
+            weights = {key: value for key, value in student.state_dict().items() if "_extra_state" not in key}
+            missing, _ = teacher.load_state_dict(weights, strict=False)
+            assert all("_extra_state" in key for key in missing), missing
         else:
             load_language_model(teacher, checkpoint)
     teacher.requires_grad_(False)

@@ -89,7 +89,7 @@ class ReferenceLosses:
                 ]
             )
 
-        names = ("token_BS", "label_BS", "is_target_BS", "is_context_BS", "is_visual_BS")
+        names = ("token_BS", "position_id_BS", "label_BS", "is_target_BS", "is_context_BS", "is_visual_BS")
         return rows_for_teacher(*map(stack, names), visual=self.visual, pad_token=self.pad_token)
 
     def _share(self, request: TeacherRows | None) -> TeacherRows | None:
@@ -139,7 +139,7 @@ class ReferenceLosses:
         with self._current.running(plan, None):
             output = model(
                 rows.token_NK.to(device),
-                rows.position_NK.to(device),
+                rows.position_id_NK.to(device),
                 attention_mask=None,
                 labels=rows.label_NT.to(device) if model.post_process else None,
             )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from regate_megatron.selection import pack_positions
 
-_FIELDS = ("token_NK", "position_NK", "num_read_N", "target_slot_NT", "label_NT", "num_target_N")
+_FIELDS = ("token_NK", "position_NK", "position_id_NK", "num_read_N", "target_slot_NT", "label_NT", "num_target_N")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class TeacherRows:
     Attributes:
         dense_length: S, for positions.
         token_NK: input tokens; fill at the end of a row.
-        position_NK: their positions in the merged row.
+        position_NK: their positions in the merged row, for the rotary embedding.
+        position_id_NK: their position ids, for learned positions.
         num_read_N: real entries per row.
         target_slot_NT: where in K each target is predicted.
         label_NT: the token it predicts.
@@ -36,6 +37,7 @@ class TeacherRows:
     dense_length: int
     token_NK: Tensor
     position_NK: Tensor
+    position_id_NK: Tensor
     num_read_N: Tensor
     target_slot_NT: Tensor
     label_NT: Tensor
@@ -65,6 +67,7 @@ class TeacherRows:
 
 def rows_for_teacher(
     token_NS: Tensor,
+    position_id_NS: Tensor,
     label_NS: Tensor,
     is_target_NS: Tensor,
     is_context_NS: Tensor,
@@ -76,7 +79,7 @@ def rows_for_teacher(
     """Cut rows down to what the teacher reads.
 
     Args:
-        token_NS, label_NS: int64 [N, S]. The masks: bool [N, S], see :class:`MicrobatchFacts`.
+        token_NS, position_id_NS, label_NS: int64 [N, S]. The masks: bool [N, S], see :class:`MicrobatchFacts`.
         visual: "drop" or "pad".
         pad_token: the placeholder's id for "pad".
     """
@@ -97,6 +100,7 @@ def rows_for_teacher(
         dense_length=num_positions,
         token_NK=token_NS.gather(1, position_NK),
         position_NK=position_NK,
+        position_id_NK=position_id_NS.gather(1, position_NK),
         num_read_N=num_read_N,
         target_slot_NT=slot_NS.gather(1, target_NT).clamp_min(0),
         label_NT=label_NS.gather(1, target_NT),

@@ -52,6 +52,7 @@ def build(case: dict) -> list[torch.nn.Module]:
             num_layers=LAYERS,
             hidden_size=HIDDEN,
             num_attention_heads=4,
+            num_query_groups=case.get("groups", 4),
             use_cpu_initialization=True,
             hidden_dropout=0.0,
             attention_dropout=0.0,
@@ -90,7 +91,7 @@ def _gpt(config, case, first, last, vp_stage):
         pre_process=first,
         post_process=last,
         position_embedding_type=case.get("positions", "rope"),
-        share_embeddings_and_output_weights=False,
+        share_embeddings_and_output_weights=case.get("tied", False),
         vp_stage=vp_stage,
     )
 
@@ -125,7 +126,7 @@ def _llava(config, case, first, last, _):
         drop_vision_class_token=True,
         vision_projection_config=projection,
         vision_projection_layer_spec=get_submodules(spec.submodules.mlp),
-        language_position_embedding_type="rope",
+        language_position_embedding_type=case.get("positions", "rope"),
         pre_process=first,
         post_process=last,
         add_encoder=first,

@@ -186,6 +186,40 @@ def uninstall_restores_megatron() -> None:
     assert dict(vars(training)) == before
 
 
+def resumed_run_refreshes_difficulty_first() -> None:
+    """Nothing learned is saved yet: a run that continues in a sparse phase begins with its dense steps."""
+    models, session, schedule = attached(dense_steps=2, warmup_steps=0)
+    session.resume(50)
+    phases = []
+    for _ in range(4):
+        run(GPT, models, schedule, Step())
+        phases.append((session.phase, session._pending.plan.is_sparse))
+    assert phases == [("dense", False), ("dense", False), ("sparse", True), ("sparse", True)]
+
+
+def another_length_than_planned_is_refused() -> None:
+    models, session, schedule = attached(score="student")
+    run(GPT, models, schedule, Step())
+    read = session.adapter.read
+
+    class Longer:
+        elide = session.adapter.elide
+
+        @staticmethod
+        def read(batch):
+            longer = {key: torch.nn.functional.pad(value, (0, 2)) for key, value in batch.items()}
+            return read(longer)
+
+    session.adapter = Longer()
+    session.adapter.elide = lambda batch, where: batch
+    try:
+        run(GPT, models, schedule, Step())
+    except ReGateError as error:
+        assert "24 positions where the batch was read as 26" in str(error)
+    else:
+        raise AssertionError("a plan of another length was run")
+
+
 def unreadable_batch_is_refused() -> None:
     models, _, schedule = attached(score="student")
 

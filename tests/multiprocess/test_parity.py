@@ -37,6 +37,8 @@ ONE_RANK = [
     _case("gpt-n1-per-sample", budget="per-sample"),
     _case("llava-n1-per-sample", model="llava", budget="per-sample"),
     _case("gpt-n1-even", multiple=2),
+    _case("gpt-n1-tied-grouped", tied=True, groups=2),
+    _case("llava-n1-learned-positions", model="llava", positions="learned_absolute"),
 ]
 FOUR_RANKS = [
     *_grid("@tp2-pp2", (None, "uniform"), tp=2, pp=2),
@@ -48,6 +50,7 @@ FOUR_RANKS = [
     _case("llava-n1-pad@tp2-pp2", model="llava", tp=2, pp=2, visual="pad"),
     _case("gpt-n1-per-sample@tp2-dp2", tp=2, budget="per-sample"),
     _case("gpt-n1-even@tp2-sp-pp2", tp=2, pp=2, sp=True, multiple=2),
+    _case("gpt-n1-tied-grouped@tp2-pp2", tp=2, pp=2, tied=True, groups=2),
     _case("gpt-n1-student@pp2-vpp2-dp2", pp=2, vpp=2, score="student"),
 ]
 

@@ -25,6 +25,7 @@ def _rows(*kinds: str, visual: str) -> TeacherRows:
     token_NS = torch.where(is_visual_NS, 7, 10 + places)
     return rows_for_teacher(
         token_NS,
+        places.expand_as(token_NS),
         (50 + places).expand_as(token_NS).contiguous(),
         is_target_NS,
         (kind_NS == 0) | (kind_NS == 1),
@@ -110,5 +111,14 @@ def test_cutting_rows_changes_no_input():
     visual = torch.tensor([[True, False, False]])
     before = [part.clone() for part in (token, label, target, context, visual)]
     for kind in ("drop", "pad"):
-        rows_for_teacher(token, label, target, context, visual, visual=kind, pad_token=PAD)
+        rows_for_teacher(
+            token,
+            torch.arange(token.shape[1]).expand_as(token),
+            label,
+            target,
+            context,
+            visual,
+            visual=kind,
+            pad_token=PAD,
+        )
     assert all(torch.equal(a, b) for a, b in zip(before, (token, label, target, context, visual), strict=True))
