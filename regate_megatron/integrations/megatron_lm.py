@@ -48,7 +48,7 @@ def install(config: ReGateConfig) -> None:
         raise refuse(
             "megatron.training",
             given=f"{compat.versions()} without {', '.join(missing)}",
-            allowed=f"megatron-core {', '.join(compat.MEGATRON_CORE_VERSIONS)}",
+            allowed=f"megatron-core {compat.MEGATRON_CORE}",
             change="the version",
         )
     for name, wrap in wrappers.items():

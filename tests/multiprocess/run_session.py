@@ -6,6 +6,7 @@ torchrun --nproc-per-node 1 tests/multiprocess/run_session.py CLAIM [CLAIM ...]
 from __future__ import annotations
 
 import sys
+import tempfile
 import traceback
 
 from regate_megatron import emulation
@@ -20,6 +21,7 @@ from megatron.core import tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from regate_megatron import ReGateConfig, ReGateError, attach, describe, detach, wrap_forward_backward
+from regate_megatron.checkpoint import save_language_model
 from regate_megatron.session import session_of
 from tests.multiprocess.run_parity import Step, build, run
 
@@ -125,14 +127,51 @@ def detach_restores_everything() -> None:
     detach(models)  # twice is harmless
 
 
+def refused(words: str, action) -> None:
+    """``action`` must be refused in the one-line form, with ``words`` in it."""
+    try:
+        action()
+    except ReGateError as error:
+        assert str(error).startswith("regate: ") and words in str(error), error
+        assert "allowed" in str(error) and "change" in str(error)
+    else:
+        raise AssertionError(f"not refused: {words}")
+
+
 def attaching_twice_is_refused() -> None:
     models = attach(build(GPT), config(score="student"))
-    try:
-        attach(models, config(score="student"))
-    except ReGateError as error:
-        assert "given a model that has ReGATE already" in str(error)
-    else:
-        raise AssertionError("attached twice")
+    refused("given a model that has ReGATE already", lambda: attach(models, config(score="student")))
+
+
+def pad_without_a_pad_token_is_refused() -> None:
+    for pad_token in (None, -1):
+        settings = config(teacher_visual="pad")
+        refused(f"whose pad id is {pad_token}", lambda: attach(build(LLAVA), settings, pad_token=pad_token))  # noqa: B023
+
+
+def refused_attach_leaves_the_model_as_it_was() -> None:
+    models = build(dict(GPT, dense_layers=9))
+    before = set(vars(models[0])), set(vars(models[0].decoder))
+    refused("given 9 with 4 decoder layers", lambda: attach(models, config(dense_layers=9)))
+    assert before == (set(vars(models[0])), set(vars(models[0].decoder)))
+
+
+def unwritable_trace_is_refused() -> None:
+    with tempfile.NamedTemporaryFile() as file:  # a file where a folder should be
+        settings = config(score="student", trace=f"{file.name}/trace")
+        refused("--regate-trace: given", lambda: attach(build(GPT), settings))
+
+
+def teacher_of_another_architecture_is_refused() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        save_language_model(build(GPT)[0], f"{folder}/teacher")
+        attach(build(GPT), config(teacher_load=f"{folder}/teacher"))
+        refused("with output_layer.weight of shape none", lambda: attach_tied_teacher(folder))
+
+
+def attach_tied_teacher(folder: str) -> None:
+    save_language_model(build(dict(GPT, tied=True))[0], f"{folder}/tied")
+    attach(build(GPT), config(teacher_load=f"{folder}/tied"))
 
 
 def drop_equals_masked_pad() -> None:
@@ -212,12 +251,7 @@ def another_length_than_planned_is_refused() -> None:
 
     session.adapter = Longer()
     session.adapter.elide = lambda batch, where: batch
-    try:
-        run(GPT, models, schedule, Step())
-    except ReGateError as error:
-        assert "24 positions where the batch was read as 26" in str(error)
-    else:
-        raise AssertionError("a plan of another length was run")
+    refused("24 positions where the batch was read as 26", lambda: run(GPT, models, schedule, Step()))
 
 
 def unreadable_batch_is_refused() -> None:
@@ -226,12 +260,7 @@ def unreadable_batch_is_refused() -> None:
     def broken(**arguments):
         return schedule(**dict(arguments, data_iterator=iter([{"tokens": torch.zeros(2, 4)}] * 4)))
 
-    try:
-        run(GPT, models, broken, Step())
-    except ReGateError as error:
-        assert "batch: given KeyError: 'labels'" in str(error)
-    else:
-        raise AssertionError("a batch without labels was read")
+    refused("batch: given KeyError: 'labels'", lambda: run(GPT, models, broken, Step()))
 
 
 def main(names: list[str]) -> None:
