@@ -22,6 +22,10 @@ EMBEDDING = "embedding.word_embeddings.weight"
 LANGUAGE_MODEL_PREFIX = "language_model."
 _TRACKER = "latest_checkpointed_iteration.txt"
 _INDEX = ".metadata"
+_NORM_NAMES = (
+    (".input_layernorm.", ".self_attention.linear_qkv.layer_norm_"),
+    (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
+)
 _INDEX_MODULES = tuple(f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner"))
 _INDEX_NAMES = {
     ("collections", "OrderedDict"),
@@ -47,6 +51,19 @@ class LanguageModelCheckpoint:
     path: Path
     prefix: str
     shapes: dict[str, tuple[int, ...]]
+
+    def key_of(self, key: str) -> str:
+        """The name of a tensor in this checkpoint: norms are stored apart, or under the linear layer they precede.
+
+        Transformer Engine fuses the two, Megatron's local GPT spec stores its names, and its local LLaVA spec does not.
+        """
+        if key in self.shapes:
+            return key
+        for apart, fused in _NORM_NAMES:
+            for ours, theirs in ((apart, fused), (fused, apart)):
+                if ours in key and (other := key.replace(ours, theirs)) in self.shapes:
+                    return other
+        return key
 
     @property
     def vocab_size(self) -> int:
@@ -133,6 +150,10 @@ def load_language_model(model: Any, checkpoint: LanguageModelCheckpoint) -> None
 
     template = model.sharded_state_dict(prefix=checkpoint.prefix)
     template = {key: value for key, value in template.items() if "_extra_state" not in key}
+    for value in template.values():
+        if hasattr(value, "key"):
+            own = value.key.removeprefix(checkpoint.prefix)
+            value.key = checkpoint.prefix + checkpoint.key_of(own)
     loaded = dist_checkpointing.load(template, str(checkpoint.path))
     weights = {key[len(checkpoint.prefix) :]: value for key, value in loaded.items() if torch.is_tensor(value)}
     missing = set(dict(model.named_parameters())) - set(weights)

@@ -56,7 +56,7 @@ def _check_architecture(student: Any, checkpoint: LanguageModelCheckpoint) -> No
     for value in student.sharded_state_dict().values():
         if not isinstance(value, ShardedTensor):
             continue
-        found = checkpoint.shapes.get(value.key)
+        found = checkpoint.shapes.get(checkpoint.key_of(value.key))
         want = tuple(value.global_shape)
         if value.key in (EMBEDDING, "output_layer.weight") and found:
             found, want = found[1:], want[1:]

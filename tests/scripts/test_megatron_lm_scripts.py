@@ -78,6 +78,18 @@ def test_pretrain_gpt_trains_alike_in_every_layout(gpt_runs, start, layout, dens
     assert "sparse (1/1 steps sparse) | targets kept 256/512 (50.0%)" in run.output
 
 
+def test_pretrain_vlm_takes_a_teacher_of_pretrain_gpt(tmp_path):
+    """The two scripts' local specs name their norms differently; a torch_dist teacher serves both, in any layout."""
+    flags = ["--normalization", "LayerNorm", "--untie-embeddings-and-output-weights"]
+    command = ["-m", "regate_megatron", "--cpu", str(CHECKOUT / "pretrain_gpt.py"), *COMMON]
+    succeed(
+        1,
+        [*command, *flags, *"--max-position-embeddings 64 --train-iters 1 --save-interval 1 --save".split(), tmp_path],
+    )
+    run = _run("pretrain_vlm.py", "tp2-pp2", *REGATE, "--regate-teacher-load", str(tmp_path))
+    assert len(_losses(run.output)) == 6 and "sparse (1/1 steps sparse) | targets kept 128/256 (50.0%)" in run.output
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pretrain_vlm_runs(layout, tmp_path):
     flags = ["--regate-teacher-load", "student", "--regate-trace", str(tmp_path)]
