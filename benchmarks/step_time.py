@@ -120,7 +120,7 @@ class Runner:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         from regate_megatron import attach, wrap_forward_backward
-        from regate_megatron.session import session_of
+        from regate_megatron.api import session_of
 
         self.model, self.forward_step, self.session = build(), forward_step, None
         self.model.model_type = ModelType.encoder_or_decoder  # as megatron.training sets it

@@ -12,7 +12,7 @@ from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import ReGateError
 
 if TYPE_CHECKING:
-    from regate_megatron.session import attach, describe, detach, wrap_forward_backward
+    from regate_megatron.api import attach, describe, detach, wrap_forward_backward
 
 __version__ = "0.1.0"
 __all__ = ["ReGateConfig", "ReGateError", "attach", "describe", "detach", "wrap_forward_backward"]
@@ -21,7 +21,7 @@ __all__ = ["ReGateConfig", "ReGateError", "attach", "describe", "detach", "wrap_
 def __getattr__(name: str) -> Any:
     """Load the parts that need Megatron only when they are asked for."""
     if name in ("attach", "describe", "detach", "wrap_forward_backward"):
-        from regate_megatron import session
+        from regate_megatron import api
 
-        return getattr(session, name)
+        return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from regate_megatron import compat
+from regate_megatron.api import attach, session_of, wrap_forward_backward
 from regate_megatron.checkpoint import save_language_model
 from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig, add_arguments, parse_command_line
 from regate_megatron.errors import ReGateError, one_line_refusals, one_line_refusals_from_now_on, refuse
 from regate_megatron.metrics import Counters, log_line, ratios, reduce_counters
-from regate_megatron.session import Session, attach, session_of, wrap_forward_backward
+from regate_megatron.session import Session
 from regate_megatron.teacher.source import TEACHER_FOLDER, teacher_of_resumed_run
 
 _MARK = "_regate"

@@ -35,7 +35,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import get_submodules
 
 from regate_megatron import ReGateConfig, attach, detach, wrap_forward_backward
-from regate_megatron.session import session_of
+from regate_megatron.api import session_of
 
 LAYERS, HIDDEN, VOCAB, TEXT, ROWS, GLOBAL_ROWS = 4, 32, 64, 24, 2, 8
 IMAGE, PATCH = 16, 8

@@ -21,8 +21,8 @@ from megatron.core import tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from regate_megatron import ReGateConfig, ReGateError, attach, describe, detach, wrap_forward_backward
+from regate_megatron.api import session_of
 from regate_megatron.checkpoint import save_language_model
-from regate_megatron.session import session_of
 from tests.multiprocess.run_parity import Step, build, run
 
 GPT = {"model": "gpt", "tp": 1, "pp": 1, "dense_layers": 1}

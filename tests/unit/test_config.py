@@ -10,7 +10,7 @@ import pytest
 from regate_megatron import ReGateConfig, ReGateError
 from regate_megatron.config import BUDGETS, FUSIONS, SCORES, TEACHER_VISUAL, add_arguments, flag, parse
 
-FLAGS = {  # DESIGN.md section 5; a change here breaks users' scripts
+FLAGS = {  # a change here breaks users' scripts
     "--regate": False,
     "--regate-keep-ratio": 0.5,
     "--regate-dense-layers": 1,
