@@ -36,7 +36,7 @@ def one_line_refusals() -> Iterator[None]:
         yield
     except ReGateError as error:
         say(error)
-        sys.exit(1)
+        leave()
 
 
 def one_line_refusals_from_now_on() -> None:
@@ -46,10 +46,25 @@ def one_line_refusals_from_now_on() -> None:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, ReGateError):
             say(error)
+            leave()
         else:
             before(kind, error, trace)
 
     sys.excepthook = hook
+
+
+def leave() -> None:
+    """End this process with exit code 1.
+
+    With process groups alive at once: gloo's threads may abort a rank that tears its interpreter down, and its peers
+    with it, before they have spoken.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    sys.exit(1)
 
 
 def say(error: ReGateError) -> None:
