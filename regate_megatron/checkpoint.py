@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from regate_megatron.errors import refuse
 
@@ -112,7 +113,7 @@ def open_language_model(directory: str | Path, what: str = "checkpoint") -> Lang
     path = find_iteration(directory, what)
     try:
         metadata = dist_checkpointing.load_tensors_metadata(str(path))
-    except Exception as error:  # whatever a damaged file makes the reader raise
+    except (Exception, CheckpointException) as error:  # whatever a damaged file makes the reader raise
         raise refuse(
             what, given=f"{path}, unreadable ({type(error).__name__})", allowed="a complete checkpoint", change="it"
         ) from error
@@ -145,7 +146,11 @@ def saved_arguments(path: Path) -> Any:
 
 
 def load_language_model(model: Any, checkpoint: LanguageModelCheckpoint) -> None:
-    """Load the weights of ``checkpoint`` into a sharded language model, in place; all ranks call this."""
+    """Load the weights of ``checkpoint`` into a sharded language model, in place; all ranks call this.
+
+    Raises:
+        ReGateError: a data file is damaged or missing, on the ranks that read it.
+    """
     from megatron.core import dist_checkpointing
 
     template = model.sharded_state_dict(prefix=checkpoint.prefix)
@@ -154,7 +159,15 @@ def load_language_model(model: Any, checkpoint: LanguageModelCheckpoint) -> None
         if hasattr(value, "key"):
             own = value.key.removeprefix(checkpoint.prefix)
             value.key = checkpoint.prefix + checkpoint.key_of(own)
-    loaded = dist_checkpointing.load(template, str(checkpoint.path))
+    try:
+        loaded = dist_checkpointing.load(template, str(checkpoint.path))
+    except (Exception, CheckpointException) as error:  # torch's own is no Exception; damaged files raise anything
+        raise refuse(
+            "checkpoint",
+            given=f"{checkpoint.path}, whose data cannot be read ({type(error).__name__})",
+            allowed="a complete checkpoint",
+            change="to one saved or copied in full",
+        ) from error
     weights = {key[len(checkpoint.prefix) :]: value for key, value in loaded.items() if torch.is_tensor(value)}
     missing = set(dict(model.named_parameters())) - set(weights)
     assert not missing, f"loaded no value for {sorted(missing)}"

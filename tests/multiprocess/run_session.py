@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import traceback
+from pathlib import Path
 
 from regate_megatron import emulation
 
@@ -167,6 +168,15 @@ def teacher_of_another_architecture_is_refused() -> None:
         save_language_model(build(GPT)[0], f"{folder}/teacher")
         attach(build(GPT), config(teacher_load=f"{folder}/teacher"))
         refused("with output_layer.weight of shape none", lambda: attach_tied_teacher(folder))
+
+
+def truncated_teacher_is_refused() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        save_language_model(build(GPT)[0], f"{folder}/teacher")
+        data = next(Path(folder, "teacher").glob("*.distcp"))
+        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+        models = attach(build(GPT), config(teacher_load=f"{folder}/teacher"))
+        refused("whose data cannot be read", lambda: session_of(models).prepare(2))
 
 
 def attach_tied_teacher(folder: str) -> None:
