@@ -185,7 +185,7 @@ class Trace:
                 values = scores[index][row][target_S].tolist() if scores is not None else []
                 rows.append(
                     {
-                        "sample_key": key_hex(one.difficulty_key_B2[row]),
+                        "sample_key": key_hex(one.difficulty_key_N2[row]),
                         "num_context": int(one.is_context_BS[row].sum()),
                         "num_targets": len(positions),
                         "num_kept_targets": int((kept_BS[row] & target_S).sum()),

@@ -1,6 +1,7 @@
 """The planner, one per data-parallel replica: scores targets, keeps the best, learns from the student's losses.
 
-Shapes: R rows of this rank in a step (all microbatches), S positions, K positions that run, T targets of a row.
+Shapes: R rows of this rank in a step (all microbatches), N samples, S positions, K positions that run, X targets of a
+microbatch, T of a sample.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Planner:
         """The plan of a sparse step; all planners call this, over the planners' group.
 
         Args:
-            reference: per row of the step the teacher's losses of its targets, float32 [T]; None without teacher.
+            reference: per sample of the step the teacher's losses of its targets, float32 [T]; None without teacher.
 
         Returns:
             the plan (dense when any rank met a non-finite score), the scores per microbatch [B, S], and whether it
@@ -78,16 +79,16 @@ class Planner:
             losses: per microbatch float [B, S], on the CPU.
             is_dense: whether every target ran; only then the prior learns.
         """
-        key_R2 = torch.cat([one.difficulty_key_B2 for one in facts])
-        loss_by_row, labels, values = [], [], []
+        losses_N, labels, values = [], [], []
         for index, (one, loss_BS) in enumerate(zip(facts, losses, strict=True)):
             loss_BS = loss_BS.float()
             if not is_dense:
                 loss_BS = loss_BS.masked_fill(~plan.microbatches[index].kept_mask(), torch.nan)
-            loss_by_row += [loss_S[target_S] for loss_S, target_S in zip(loss_BS, one.is_target_BS, strict=True)]
+            loss_X = loss_BS[one.is_target_BS]
+            losses_N += loss_X.split(one.num_target_N.tolist())
             labels.append(one.label_BS[one.is_target_BS])
-            values.append(loss_BS[one.is_target_BS].double())
-        self.difficulty.update(key_R2, loss_by_row)
+            values.append(loss_X.double())
+        self.difficulty.update(torch.cat([one.difficulty_key_N2 for one in facts]), losses_N)
         if is_dense:
             label_X, loss_X = torch.cat(labels), torch.cat(values)
             finite_X = loss_X.isfinite()
@@ -96,33 +97,31 @@ class Planner:
     def _scores(self, step: int, facts: Sequence[MicrobatchFacts], reference: Sequence[Tensor] | None) -> list[Tensor]:
         if self.config.score == "random":
             return [
-                scoring.random_score(f.difficulty_key_B2, f.dense_length, seed=self.config.seed, step=step)
+                _scatter(
+                    scoring.random_score(f.difficulty_key_N2[f.sample_X], f.place_X, seed=self.config.seed, step=step),
+                    f.is_target_BS,
+                )
                 for f in facts
             ]
-        num_target_R = torch.cat([f.is_target_BS.sum(dim=1) for f in facts])
+        num_target_N = torch.cat([f.num_target_N for f in facts])
         if self.config.learns:
-            records = self.difficulty.fetch(torch.cat([f.difficulty_key_B2 for f in facts]), num_target_R)
+            records = self.difficulty.fetch(torch.cat([f.difficulty_key_N2 for f in facts]), num_target_N)
         else:
-            records = [torch.full((count,), torch.nan) for count in num_target_R.tolist()]
-        scores, row = [], 0
+            records = [torch.full((count,), torch.nan) for count in num_target_N.tolist()]
+        scores, sample = [], 0
         for one in facts:
-            rows = range(row, row + len(one.is_target_BS))
-            row = rows.stop
-            known = torch.cat([records[r] for r in rows]).double()
-            prior = self.prior.look_up(one.label_BS[one.is_target_BS])
-            difficulty_BS = _scatter(torch.where(known.isnan(), prior, known), one.is_target_BS)
-            reference_BS = None
-            if reference is not None:
-                reference_BS = _scatter(torch.cat([reference[r] for r in rows]), one.is_target_BS)
-            scores.append(
-                scoring.fuse(
-                    difficulty_BS,
-                    reference_BS,
-                    score=self.config.score,
-                    fusion=self.config.fusion,
-                    reference_weight=self.config.reference_weight,
-                )
+            own = slice(sample, sample + one.num_samples)
+            sample = own.stop
+            known_X = torch.cat(records[own]).double()
+            prior_X = self.prior.look_up(one.label_BS[one.is_target_BS])
+            score_X = scoring.fuse(
+                torch.where(known_X.isnan(), prior_X, known_X),
+                torch.cat(reference[own]) if reference is not None else None,
+                score=self.config.score,
+                fusion=self.config.fusion,
+                reference_weight=self.config.reference_weight,
             )
+            scores.append(_scatter(score_X, one.is_target_BS))
         return scores
 
 

@@ -1,6 +1,6 @@
 """Difficulty and reference loss to the score that ranks target tokens. Torch only.
 
-Shapes: R rows, S positions of the merged sequence. Losses are negative log-likelihoods in nats.
+Shapes: X targets, of any samples. Losses are negative log-likelihoods in nats.
 """
 
 import torch
@@ -11,40 +11,40 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
 def fuse(
-    difficulty_RS: Tensor, reference_RS: Tensor | None, *, score: str, fusion: str, reference_weight: float
+    difficulty_X: Tensor, reference_X: Tensor | None, *, score: str, fusion: str, reference_weight: float
 ) -> Tensor:
-    """The score of every position, float64 [R, S]; larger is kept first. Paper: ``d = m + λ·ℓref``.
+    """The score of every target, float64 [X]; larger is kept first. Paper: ``d = m + λ·ℓref``.
 
     Args:
-        difficulty_RS: m, the running average of the student's loss, float [R, S].
-        reference_RS: ℓref, the frozen teacher's loss, float [R, S]; None where ``score`` is "student".
+        difficulty_X: m, the running average of the student's loss, float [X].
+        reference_X: ℓref, the frozen teacher's loss, float [X]; None where ``score`` is "student".
         score: "regate" (fused), "student" (m), "reference" (ℓref) or "excess" (m − ℓref, as Rho-1).
         fusion: "sum" (the printed formula) or "convex" ((1−λ)·m + λ·ℓref, which fits the paper's ablation better).
         reference_weight: λ.
     """
-    difficulty_RS = difficulty_RS.double()
+    difficulty_X = difficulty_X.double()
     if score == "student":
-        return difficulty_RS
-    reference_RS = reference_RS.double()
+        return difficulty_X
+    reference_X = reference_X.double()
     if score == "reference":
-        return reference_RS
+        return reference_X
     if score == "excess":
-        return difficulty_RS - reference_RS
+        return difficulty_X - reference_X
     student_weight = 1.0 if fusion == "sum" else 1.0 - reference_weight
-    return student_weight * difficulty_RS + reference_weight * reference_RS
+    return student_weight * difficulty_X + reference_weight * reference_X
 
 
-def random_score(key_R2: Tensor, num_positions: int, *, seed: int, step: int) -> Tensor:
-    """A score in [0, 1) that depends on (seed, step, content key, position) alone; float64 [R, S].
+def random_score(key_X2: Tensor, place_X: Tensor, *, seed: int, step: int) -> Tensor:
+    """A score in [0, 1) that depends on (seed, step, content key, place) alone; float64 [X].
 
     Args:
-        key_R2: 128-bit content keys as int64 [R, 2]; the same sample scores the same on any rank and in any layout.
-        num_positions: S.
+        key_X2: 128-bit content keys as int64 [X, 2]; the same sample scores the same on any rank and in any layout.
+        place_X: places in the sample, int64 [X].
     """
-    state_R1 = _mix(_mix(key_R2[:, :1] ^ _mix(torch.tensor(seed) + _GOLDEN)) ^ key_R2[:, 1:])
-    state_R1 = _mix(state_R1 + _GOLDEN * torch.tensor(step + 1))
-    state_RS = _mix(state_R1 + _GOLDEN * torch.arange(1, num_positions + 1, dtype=torch.int64))
-    return _shift_right(state_RS, 11).double() / float(1 << 53)
+    state_X = _mix(_mix(key_X2[..., 0] ^ _mix(torch.tensor(seed) + _GOLDEN)) ^ key_X2[..., 1])
+    state_X = _mix(state_X + _GOLDEN * torch.tensor(step + 1))
+    state_X = _mix(state_X + _GOLDEN * (place_X + 1))
+    return _shift_right(state_X, 11).double() / float(1 << 53)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -74,7 +74,7 @@ class Samples:
         result = {}
         for row in range(len(self.entries)):
             batch = {name: value[None] for name, value in self.entries[row].items()}
-            result[key_hex(adapter.read(batch).difficulty_key_B2[0])] = row
+            result[key_hex(adapter.read(batch).difficulty_key_N2[0])] = row
         return result
 
 

@@ -1,12 +1,14 @@
 """The canonical facts of a microbatch, and the interface of the adapters that read them.
 
-Shapes: B rows of the microbatch, S positions of the merged row as the decoder sees it dense.
+Shapes: B rows of the microbatch, S positions of the merged row as the decoder sees it dense, N samples of the
+microbatch (B of them, unless rows are packed), X targets of the microbatch, row by row in order of position.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,8 +28,10 @@ class MicrobatchFacts:
         token_BS: input token ids; any value at visual positions and padding; int64 [B, S].
         position_id_BS: the model's own position id of each token (learned positions read it); int64 [B, S].
         label_BS: the label each position predicts (already shifted); int64 [B, S], meaningful at targets.
-        reference_key_B2: 128-bit key of token ids and layout, int64 [B, 2].
-        difficulty_key_B2: 128-bit key of that and of the image bytes, int64 [B, 2].
+        reference_key_N2: 128-bit key of a sample's token ids and layout, int64 [N, 2].
+        difficulty_key_N2: 128-bit key of that and of the image bytes, int64 [N, 2].
+        sample_BS: which of the N samples a position belongs to, ascending along the rows, padding included; int64
+            [B, S]. None: every row is one sample.
     """
 
     is_target_BS: Tensor
@@ -36,13 +40,61 @@ class MicrobatchFacts:
     token_BS: Tensor
     position_id_BS: Tensor
     label_BS: Tensor
-    reference_key_B2: Tensor
-    difficulty_key_B2: Tensor
+    reference_key_N2: Tensor
+    difficulty_key_N2: Tensor
+    sample_BS: Tensor | None = None
 
     @property
     def dense_length(self) -> int:
         """S, the positions a dense step runs per row."""
         return self.is_target_BS.shape[1]
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return len(self.difficulty_key_N2)
+
+    @cached_property
+    def sample_X(self) -> Tensor:
+        """The sample of each target; int64 [X], ascending."""
+        if self.sample_BS is None:
+            return torch.where(self.is_target_BS)[0]
+        return self.sample_BS[self.is_target_BS]
+
+    @cached_property
+    def num_target_N(self) -> Tensor:
+        """Targets of each sample; int64 [N]. What is kept per target is split by it."""
+        return torch.bincount(self.sample_X, minlength=self.num_samples)
+
+    @cached_property
+    def row_N(self) -> Tensor:
+        """The row each sample lies in; int64 [N], ascending."""
+        if self.sample_BS is None:
+            return torch.arange(self.num_samples)
+        return torch.arange(len(self.sample_BS)).repeat_interleave(self.sample_BS[:, -1].diff(prepend=_BEFORE))
+
+    @cached_property
+    def start_N(self) -> Tensor:
+        """Where in its row each sample starts; int64 [N]."""
+        if self.sample_BS is None:
+            return torch.zeros(self.num_samples, dtype=torch.int64)
+        length_N = torch.bincount(self.sample_BS.flatten(), minlength=self.num_samples)
+        return (length_N.cumsum(0) - length_N) % self.dense_length
+
+    def row_of(self, name: str, sample: int) -> Tensor:
+        """A [B, S] attribute cut to one sample, from its first position to its last; [S'] with S' <= S."""
+        value_S = getattr(self, name)[self.row_N[sample]]
+        if self.sample_BS is None:
+            return value_S
+        return value_S[self.sample_BS[self.row_N[sample]] == sample]
+
+    @cached_property
+    def place_X(self) -> Tensor:
+        """The place of each target in its sample, counted from 0; int64 [X]."""
+        return torch.where(self.is_target_BS)[1] - self.start_N[self.sample_X]
+
+
+_BEFORE = torch.tensor([-1])
 
 
 class BatchAdapter(Protocol):

@@ -29,7 +29,7 @@ class GPTBatches:
         is_content_BS = before_last_target(is_target_BS, ~is_padding_BS)
         target_label_BS = torch.where(is_target_BS, label_BS, -1)  # a label without loss is not content
         rows = zip(token_BS, target_label_BS, is_content_BS, strict=True)
-        key_B2 = content_keys([[token_S[real].numpy(), label_S[real].numpy()] for token_S, label_S, real in rows])
+        key_N2 = content_keys([[token_S[real].numpy(), label_S[real].numpy()] for token_S, label_S, real in rows])
         return MicrobatchFacts(
             is_target_BS=is_target_BS,
             is_context_BS=~is_target_BS & ~is_padding_BS,
@@ -37,8 +37,8 @@ class GPTBatches:
             token_BS=token_BS,
             position_id_BS=position_ids(batch, token_BS),
             label_BS=label_BS,
-            reference_key_B2=key_B2,
-            difficulty_key_B2=key_B2,
+            reference_key_N2=key_N2,
+            difficulty_key_N2=key_N2,
         )
 
     def elide(self, batch: dict[str, Any], is_elided_BS: Tensor) -> dict[str, Any]:

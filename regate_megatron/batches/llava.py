@@ -73,8 +73,8 @@ class LLaVABatches:
             token_BS=spread(token_BN, ~is_image_BN, 0),
             position_id_BS=self._position_ids(batch, token_BN, place_BN, length),
             label_BS=spread(label_BN, ~is_image_BN, 0),
-            reference_key_B2=content_keys(text_rows),
-            difficulty_key_B2=content_keys(
+            reference_key_N2=content_keys(text_rows),
+            difficulty_key_N2=content_keys(
                 [text + pictures for text, pictures in zip(text_rows, picture_rows, strict=True)]
             ),
         )

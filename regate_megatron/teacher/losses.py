@@ -3,6 +3,8 @@
 The planner asks; its whole replica runs the sharded teacher through Megatron's pipeline schedule; the planner gets one
 loss per target. Logits are made at target positions only. What the teacher has scored once is remembered by content.
 
+A row of the teacher is one sample: packed samples are read apart, as the student reads them.
+
 Shapes: see :mod:`regate_megatron.teacher.rows`; b rows per teacher microbatch, H hidden, R rows of this rank in a step.
 """
 
@@ -44,14 +46,14 @@ class ReferenceLosses:
             teacher.output_layer.register_forward_pre_hook(self._targets_only)
 
     def fetch(self, facts: list[MicrobatchFacts] | None, micro_batch_size: int) -> list[Tensor] | None:
-        """The losses of every row's targets; all ranks of the replica call this.
+        """The losses of every sample's targets; all ranks of the replica call this.
 
         Args:
             facts: this step's microbatches on the planner, None elsewhere.
             micro_batch_size: b, rows per forward of the teacher.
 
         Returns:
-            On the planner one float32 [T] per row, in the order of its targets; None elsewhere.
+            On the planner one float32 [T] per sample, in the order of its targets; None elsewhere.
         """
         start = time.perf_counter()
         request = self._share(self._missing(facts) if self.topology.is_planner else None)
@@ -63,7 +65,7 @@ class ReferenceLosses:
         self.seconds += time.perf_counter() - start
         if not self.topology.is_planner:
             return None
-        return [self._known[key] for one in facts for key in _keys(one.reference_key_B2)]
+        return [self._known[key] for one in facts for key in _keys(one.reference_key_N2)]
 
     def describe(self) -> str:
         """One line: what the teacher is and what it has seen."""
@@ -71,23 +73,18 @@ class ReferenceLosses:
         return f"teacher: {parameters:,} parameters on this rank, visual positions {self.visual}"
 
     def _missing(self, facts: list[MicrobatchFacts]) -> TeacherRows | None:
-        rows: dict[tuple[int, int], tuple[MicrobatchFacts, int]] = {}
+        samples: dict[tuple[int, int], tuple[MicrobatchFacts, int]] = {}
         for one in facts:
-            for row, key in enumerate(_keys(one.reference_key_B2)):
+            for sample, key in enumerate(_keys(one.reference_key_N2)):
                 if key not in self._known:
-                    rows[key] = (one, row)
-        self._asked = list(rows)
-        if not rows:
+                    samples[key] = (one, sample)
+        self._asked = list(samples)
+        if not samples:
             return None
-        length = max(one.dense_length for one, _ in rows.values())
 
         def stack(name: str) -> Tensor:
-            return torch.stack(
-                [
-                    torch.nn.functional.pad(getattr(one, name)[row], (0, length - one.dense_length))
-                    for one, row in rows.values()
-                ]
-            )
+            pieces = [one.row_of(name, sample) for one, sample in samples.values()]
+            return torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
 
         names = ("token_BS", "position_id_BS", "label_BS", "is_target_BS", "is_context_BS", "is_visual_BS")
         return rows_for_teacher(*map(stack, names), visual=self.visual, pad_token=self.pad_token)
@@ -152,8 +149,8 @@ class ReferenceLosses:
         return (hidden_KbH.gather(0, index_TbH), *inputs[1:])
 
 
-def _keys(key_B2: Tensor) -> list[tuple[int, int]]:
-    return [(first, second) for first, second in key_B2.tolist()]
+def _keys(key_N2: Tensor) -> list[tuple[int, int]]:
+    return [(first, second) for first, second in key_N2.tolist()]
 
 
 def _microbatches(request: TeacherRows, size: int) -> list[TeacherRows]:

@@ -335,7 +335,7 @@ def check(case: dict) -> dict:
     kept = {}
     if session.planner:
         for index, one in enumerate(facts):
-            for row, key in enumerate(one.difficulty_key_B2.tolist()):
+            for row, key in enumerate(one.difficulty_key_N2.tolist()):
                 real = plan.microbatches[index].kept_mask()[row] & (one.is_target_BS | one.is_context_BS)[row]
                 total = (sparse.losses[index] * sparse.loss_masks[index])[row].sum()
                 kept[str(key)] = [torch.where(real)[0].tolist(), float(total), plan.microbatches[index].length]

@@ -51,38 +51,38 @@ def test_a_text_position_is_a_target_where_its_loss_mask_is_positive():
 
 def test_text_keys_tell_content_apart_and_are_the_same_for_both_kinds():
     facts = GPTBatches().read(_gpt(FIRST, SECOND, FIRST))
-    assert torch.equal(facts.reference_key_B2, facts.difficulty_key_B2)
-    assert facts.reference_key_B2.dtype == torch.int64 and facts.reference_key_B2.shape == (3, 2)
-    first, second, again = map(key_hex, facts.reference_key_B2)
+    assert torch.equal(facts.reference_key_N2, facts.difficulty_key_N2)
+    assert facts.reference_key_N2.dtype == torch.int64 and facts.reference_key_N2.shape == (3, 2)
+    first, second, again = map(key_hex, facts.reference_key_N2)
     assert first == again != second and len(first) == 32
 
 
 def test_a_text_key_depends_on_which_positions_are_targets():
     other = (FIRST[0], [0, 1, 1, 1])
-    keys = GPTBatches().read(_gpt(FIRST, other)).reference_key_B2
+    keys = GPTBatches().read(_gpt(FIRST, other)).reference_key_N2
     assert not torch.equal(keys[0], keys[1])
 
 
 @pytest.mark.parametrize("pad", [0, 9, 77])
 def test_a_text_key_does_not_depend_on_how_long_or_with_what_the_row_is_padded(pad):
-    alone = GPTBatches().read(_gpt(FIRST)).reference_key_B2[0]
+    alone = GPTBatches().read(_gpt(FIRST)).reference_key_N2[0]
     for length in (6, 7, 30):
-        assert torch.equal(GPTBatches().read(_gpt(FIRST, pad=pad, length=length)).reference_key_B2[0], alone)
+        assert torch.equal(GPTBatches().read(_gpt(FIRST, pad=pad, length=length)).reference_key_N2[0], alone)
 
 
 def test_a_text_key_does_not_change_for_a_single_padding_token():
-    alone = GPTBatches().read(_gpt(FIRST)).reference_key_B2[0]
-    assert torch.equal(GPTBatches().read(_gpt(FIRST, length=5)).reference_key_B2[0], alone)
+    alone = GPTBatches().read(_gpt(FIRST)).reference_key_N2[0]
+    assert torch.equal(GPTBatches().read(_gpt(FIRST, length=5)).reference_key_N2[0], alone)
 
 
 def test_a_text_key_does_not_depend_on_the_batch_around_it():
-    keys = GPTBatches().read(_gpt(FIRST, SECOND, THIRD, length=9)).reference_key_B2
-    turned = GPTBatches().read(_gpt(THIRD, FIRST, SECOND, length=12)).reference_key_B2
+    keys = GPTBatches().read(_gpt(FIRST, SECOND, THIRD, length=9)).reference_key_N2
+    turned = GPTBatches().read(_gpt(THIRD, FIRST, SECOND, length=12)).reference_key_N2
     assert torch.equal(turned, keys[[2, 0, 1]])
 
 
 def test_repeated_tokens_with_loss_at_the_end_of_a_row_are_no_padding():
-    keys = GPTBatches().read(_gpt(*(([5, 7, 7, 7, last], [0, 1, 1, 1]) for last in (7, 8, 9)))).reference_key_B2
+    keys = GPTBatches().read(_gpt(*(([5, 7, 7, 7, last], [0, 1, 1, 1]) for last in (7, 8, 9)))).reference_key_N2
     assert len({key_hex(key) for key in keys}) == 3
 
 
@@ -93,14 +93,14 @@ def test_context_that_repeats_the_last_target_is_no_padding():
 
 def test_rows_without_targets_are_keyed_by_their_text():
     rows = [([5, 6, 7, last, 1], [0, 0, 0, 0]) for last in (2, 3)]
-    keys = GPTBatches().read(_gpt(*rows, length=8)).reference_key_B2
+    keys = GPTBatches().read(_gpt(*rows, length=8)).reference_key_N2
     assert not torch.equal(keys[0], keys[1])
 
 
 def test_labels_without_loss_are_not_content():
     batch = _gpt(FIRST)
     other = dict(batch, labels=batch["labels"].masked_fill(batch["loss_mask"] == 0, -100))
-    assert torch.equal(GPTBatches().read(batch).reference_key_B2, GPTBatches().read(other).reference_key_B2)
+    assert torch.equal(GPTBatches().read(batch).reference_key_N2, GPTBatches().read(other).reference_key_N2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
@@ -271,7 +271,7 @@ TEXT = ([3, 5, 6, 7, 8], [0, 0, 1, 1])
 
 def _keys(batch: dict, image_length: int = 3, max_length: int = 64, pads: bool = False):
     facts = LLaVABatches(image_length, IMAGE, max_length, pads).read(batch)
-    return facts.reference_key_B2, facts.difficulty_key_B2
+    return facts.reference_key_N2, facts.difficulty_key_N2
 
 
 def test_another_picture_changes_the_difficulty_key_and_not_the_reference_key():

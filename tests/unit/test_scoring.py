@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regate_megatron.scoring import fuse, random_score
+from regate_megatron.scoring import fuse
+from regate_megatron.scoring import random_score as random_score_X
 
 DIFFICULTY = torch.tensor([[0.5, 2.0, 8.0], [0.0, 1.0, 3.25]])
 REFERENCE = torch.tensor([[4.0, 1.0, 0.25], [2.0, 0.0, 1.5]])
@@ -28,6 +29,11 @@ FORMULAS = {
     ("excess", "sum", 0.5): [[-3.5, 1.0, 7.75], [-2.0, 1.0, 1.75]],
     ("excess", "convex", 0.5): [[-3.5, 1.0, 7.75], [-2.0, 1.0, 1.75]],
 }
+
+
+def random_score(key_R2: torch.Tensor, num_places: int, *, seed: int, step: int) -> torch.Tensor:
+    """The score at every place of every row; [R, S]."""
+    return random_score_X(key_R2[:, None, :], torch.arange(num_places), seed=seed, step=step)
 
 
 @pytest.mark.parametrize(("names", "expected"), FORMULAS.items(), ids=str)
