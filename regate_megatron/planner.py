@@ -66,8 +66,7 @@ class Planner:
             row = rows.stop
             kept_BS = selection.keep_best_targets(score_BS, one.is_target_BS, allowance.num_keep_R[rows])
             length = int(allowance.length_R[rows][0])
-            keep_idx_BK, num_kept_B = selection.pack_positions(kept_BS | one.is_context_BS, length)
-            microbatches.append(MicrobatchPlan(one.dense_length, keep_idx_BK, num_kept_B))
+            microbatches.append(MicrobatchPlan.of(kept_BS | one.is_context_BS, length))
         return StepPlan(step, tuple(microbatches)), scores, False
 
     def learn(

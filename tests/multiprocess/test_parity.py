@@ -37,6 +37,9 @@ ONE_RANK = [
     _case("gpt-n1-per-sample", budget="per-sample"),
     _case("llava-n1-per-sample", model="llava", budget="per-sample"),
     _case("gpt-n1-even", multiple=2),
+    _case("llava-n1-even", model="llava", multiple=2),
+    *(_case(f"{m}-n{n}-by4", model=m, multiple=4, dense_layers=n) for m in ("gpt", "llava") for n in (0, 1)),
+    _case("gpt-n1-by8", multiple=8),
     _case("gpt-n1-tied-grouped", tied=True, groups=2),
     _case("llava-n1-learned-positions", model="llava", positions="learned_absolute"),
 ]
@@ -51,7 +54,13 @@ FOUR_RANKS = [
     _case("gpt-n1-per-sample@tp2-dp2", tp=2, budget="per-sample"),
     _case("gpt-n1-even@tp2-sp-pp2", tp=2, pp=2, sp=True, multiple=2),
     _case("gpt-n1-tied-grouped@tp2-pp2", tp=2, pp=2, tied=True, groups=2),
-    _case("gpt-n1-student@pp2-vpp2-dp2", pp=2, vpp=2, score="student"),
+    _case("gpt-n1-plain@pp2-vpp2-dp2", pp=2, vpp=2),
+    *(_case(f"{m}-n1-by4@cp2-dp2", model=m, cp=2) for m in ("gpt", "llava")),
+    *(_case(f"{m}-n1-by4@tp2-sp-cp2", model=m, tp=2, sp=True, cp=2, recompute="uniform") for m in ("gpt", "llava")),
+    *(_case(f"{m}-n0-by4@cp2-pp2", model=m, cp=2, pp=2, dense_layers=0) for m in ("gpt", "llava")),
+    _case("gpt-n1-by8@cp4", cp=4),
+    _case("llava-n1-even@tp2-sp-dp2", model="llava", tp=2, sp=True, multiple=2),
+    _case("llava-n1-even@tp2-sp-pp2", model="llava", tp=2, sp=True, pp=2, multiple=2),
 ]
 
 
