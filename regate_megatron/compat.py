@@ -109,9 +109,12 @@ def _cuda_graphs(setting: Setting) -> Any:
     )
 
 
-def _budget_with_pipeline(setting: Setting) -> Any:
-    stages = setting.model.pipeline_model_parallel_size
-    return f"per-sample with {stages} pipeline stages" if setting.config.budget == "per-sample" and stages > 1 else None
+def _several_lengths(setting: Setting) -> Any:
+    stages, experts = setting.model.pipeline_model_parallel_size, setting.model.expert_model_parallel_size
+    if setting.config.budget == "uniform" or stages == experts == 1:
+        return None
+    where = f"{stages} pipeline stages" if stages > 1 else f"{experts} ranks that share experts"
+    return f"{setting.config.budget} with {where}"
 
 
 def _dataset_rows(setting: Setting) -> Any:
@@ -148,13 +151,10 @@ RULES = (
     ),
     Rule(
         flag("budget"),
-        lambda s: "balanced" if s.config.budget == "balanced" else None,
-        "uniform or per-sample in this version",
+        _several_lengths,
+        "uniform with pipeline stages or expert parallelism",
         "it to uniform",
-        "not built yet",
-    ),
-    Rule(
-        flag("budget"), _budget_with_pipeline, "uniform with pipeline stages", "it to uniform", "static pipeline shapes"
+        "pipeline shapes and expert exchanges need one length",
     ),
     Rule(
         flag("reference_cache"),

@@ -125,6 +125,7 @@ class Session:
                 num_layers=self.language_models[0].config.num_layers,
                 dense_layers=self.config.dense_layers,
                 fallback=fallback,
+                balance=self.planner.balance if plan.is_sparse else None,
             )
         counters.planning_ms, counters.teacher_ms = round(1000 * seconds), round(1000 * teacher_seconds)
         losses: list[torch.Tensor] = []

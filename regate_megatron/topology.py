@@ -48,6 +48,14 @@ class Topology:
             dist.all_reduce(values, getattr(dist.ReduceOp, op.upper()), group=self.planner_group)
         return values
 
+    def all_gather_planners(self, values: Tensor) -> Tensor:
+        """Stack a CPU vector of every planner, in order of replicas; [k] -> [D, k]; planners only."""
+        gathered_Dk = values.new_empty(self.dp_size, len(values))
+        if self.dp_size == 1:
+            return gathered_Dk.copy_(values)
+        dist.all_gather(list(gathered_Dk), values, group=self.planner_group)
+        return gathered_Dk
+
     def agree(self, error: str | None) -> None:
         """Stop all ranks when one of them met ``error``; all ranks call this, three small reductions on the host.
 

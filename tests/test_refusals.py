@@ -46,7 +46,10 @@ REFUSED = {
         },
         "given 3 with 2 layers in the first pipeline chunk",
     ),
-    "balanced budget": ({"config": {"budget": "balanced"}}, "given balanced"),
+    "balanced budget with shared experts": (
+        {"config": {"budget": "balanced"}, "model": {"expert_model_parallel_size": 4}},
+        "given balanced with 4 ranks that share experts",
+    ),
     "per-sample budget with stages": (
         {"config": {"budget": "per-sample"}, "model": {"pipeline_model_parallel_size": 2}},
         "given per-sample with 2 pipeline stages",
