@@ -47,14 +47,16 @@ class Session:
         self._pending: _Pending | None = None
         self._teacher_source: tuple[Any, LanguageModelCheckpoint | None, int | None] | None = None
         self._is_prepared = False
-        self.adapter = _adapter_for(self.models[0])
+        self.adapter = _adapter_for(self.models[0], args)
         transformer = self.language_models[0].config
         self._has_pipeline = transformer.pipeline_model_parallel_size > 1
         self._layout = Layout.of_model(transformer, sequence_parallel=transformer.sequence_parallel)
         self._args = args
         self.planner = self.trace = None
         if topology.is_planner:
-            self.planner = Planner(config, topology, compat.length_alignment(transformer))
+            self.planner = Planner(
+                config, topology, compat.length_alignment(transformer), compat.segment_alignment(transformer)
+            )
             self.trace = Trace(config.trace, topology.dp_rank) if config.trace else None
 
     def attach_hooks(self) -> None:
@@ -277,7 +279,7 @@ class _Pending:
         self.scores, self.fallback, self.losses, self.counters = scores, fallback, losses, counters
 
 
-def _adapter_for(model: Any) -> BatchAdapter:
+def _adapter_for(model: Any, args: Any) -> BatchAdapter:
     if getattr(model, "language_model", None) is None:
         return GPTBatches()
     return LLaVABatches(
@@ -286,6 +288,7 @@ def _adapter_for(model: Any) -> BatchAdapter:
         max_length=model._language_max_sequence_length,
         pads_to_max=model._language_is_pipeline_parallel,
         multiple=_llava_multiple(model),
+        packs=_llava_packs(model, args),
     )
 
 
@@ -294,6 +297,13 @@ def _llava_multiple(model: Any) -> int:
     context = model.context_parallel_lm
     tensor = model.tensor_model_parallel_size_lm if model.sequence_parallel_lm else 1
     return (2 * context if context > 1 else 1) * tensor
+
+
+def _llava_packs(model: Any, args: Any) -> bool | str:
+    """Whether the script hands a LLaVAModel the rows of a microbatch as one: Megatron-LM's do, to pad them for CP."""
+    if args is None or model.context_parallel_lm == 1:
+        return False
+    return "always" if getattr(args, "use_packed_sequence", False) else True
 
 
 def _as_list(iterators: Any) -> list[Any]:
