@@ -99,11 +99,11 @@ class Planner:
             return length_M
         need_M = length_M.clone()
         for index, (one, kept_BS) in enumerate(zip(facts, kept, strict=True)):
-            if one.sample_BS is not None:
+            if one.sample_BS is not None and not one.joins_rows:
                 need_M[index] = align_up(int(self._slots(one, kept_BS).sum()), self.multiple)
         if self.config.budget == "uniform":
             need_M = self.topology.all_gather_planners(need_M.amax().reshape(1)).amax().expand_as(need_M)
-        dense_M = torch.tensor([one.dense_length for one in facts])
+        dense_M = torch.tensor([one.planned_length for one in facts])
         return torch.minimum(torch.maximum(length_M, need_M), dense_M)
 
     def _slots(self, facts: MicrobatchFacts, kept_BS: Tensor) -> Tensor:
@@ -113,6 +113,8 @@ class Planner:
 
     def _packing(self, facts: MicrobatchFacts, kept_BS: Tensor, length: int) -> Packing:
         """The segments of a packed row; the last one takes what is left of the row."""
+        if facts.joins_rows:
+            return Packing(facts.segment_length_N, torch.full((facts.num_samples,), length))
         slots_N = self._slots(facts, kept_BS)
         slots_N[-1] += length - int(slots_N.sum())
         return Packing(facts.segment_length_N, slots_N)
@@ -121,18 +123,18 @@ class Planner:
         self, facts: Sequence[MicrobatchFacts], context: Sequence[Tensor], scores: Sequence[Tensor]
     ) -> selection.Rows:
         """The step's rows with their groups: samples, or whole rows where a packed row counts as one."""
-        rows = len(facts[0].is_target_BS)
         if self.config.packed_ratio == "row":
-            num_target_G = torch.cat([one.is_target_BS.sum(dim=1) for one in facts])
+            num_target_G = torch.cat([one.count_by_row(one.is_target_BS) for one in facts])
             row_G = torch.arange(len(num_target_G))
         else:
+            rows = int(facts[0].planned_row_N[-1]) + 1
             num_target_G = torch.cat([one.num_target_N for one in facts])
-            row_G = torch.cat([one.row_N + index * rows for index, one in enumerate(facts)])
+            row_G = torch.cat([one.planned_row_N + index * rows for index, one in enumerate(facts)])
         return selection.Rows(
-            num_context_R=torch.cat([context_BS.sum(dim=1) for context_BS in context]),
+            num_context_R=torch.cat([one.count_by_row(c) for one, c in zip(facts, context, strict=True)]),
             num_target_G=num_target_G,
             row_G=row_G,
-            dense_M=torch.tensor([one.dense_length for one in facts]),
+            dense_M=torch.tensor([one.planned_length for one in facts]),
             key_M=torch.stack([one.difficulty_key_N2[0, 0] for one in facts]),
             score_X=torch.cat([s[one.is_target_BS] for s, one in zip(scores, facts, strict=True)]),
         )

@@ -87,6 +87,7 @@ class LLaVABatches:
         return MicrobatchFacts(
             **merged,
             sample_BS=sample_BS,
+            joins_rows=sample_BS is not None,
             reference_key_N2=content_keys(text_rows),
             difficulty_key_N2=content_keys(
                 [text + pictures for text, pictures in zip(text_rows, picture_rows, strict=True)]
