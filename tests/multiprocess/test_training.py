@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -219,3 +220,14 @@ def test_resumed_run_keeps_its_teacher_and_refreshes_difficulty(tmp_path):
     records = [json.loads(line) for line in (tmp_path / "trace" / "dp00000.jsonl").read_text().splitlines()]
     phases = {record["iteration"]: record["phase"] for record in records}
     assert phases == {1: "warmup", 2: "warmup", 3: "dense", 4: "sparse", 5: "dense", 6: "sparse"}
+
+
+def test_a_plan_that_differs_on_one_rank_stops_all_ranks():
+    flags = ["--tensor-model-parallel-size", "2", *REGATE, "--regate-score", "student"]
+    worker = str(ROOT / "tests/multiprocess/run_diverged.py")
+    start = time.monotonic()
+    run = torchrun(4, [worker, "--cpu", str(SCRIPT), *MODEL, "--train-iters", "6", *flags], timeout_s=200)
+    assert run.returncode != 0
+    assert "step plan: given different plans on one replica" in run.errors
+    assert run.output.count("[regate] iteration") == 3  # it stopped at the first sparse step
+    assert time.monotonic() - start < 200, "the ranks ended by themselves"

@@ -1,0 +1,94 @@
+"""Worker of test_bitwise: fifty optimizer steps with ReGATE at keep ratio 1.0 and without it, compared bit for bit.
+
+Megatron's own DDP and distributed optimizer, gradients reduced and weights gathered while the schedule runs.
+
+    torchrun --nproc-per-node 4 tests/multiprocess/run_bitwise.py gpt@tp2-dp2 llava@tp2-pp2
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from run_parity import Step, build, mpu, run, tensor_parallel  # installs the emulation first
+
+from regate_megatron import ReGateConfig, attach, wrap_forward_backward
+
+STEPS = 50
+CASES = {
+    "gpt@tp2-dp2": {"model": "gpt", "tp": 2, "pp": 1},
+    "gpt@pp2-vpp2-dp2": {"model": "gpt", "tp": 1, "pp": 2, "vpp": 2},
+    "gpt@cp2-tp2-sp": {"model": "gpt", "tp": 2, "pp": 1, "cp": 2, "sp": True},
+    "llava@tp2-pp2": {"model": "llava", "tp": 2, "pp": 2},
+    "llava@dp4": {"model": "llava", "tp": 1, "pp": 1},
+}
+DDP = DistributedDataParallelConfig(
+    use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=2000
+)
+
+
+def train(case: dict, *, with_regate: bool) -> tuple[list, list[torch.Tensor]]:
+    """Losses and gradient norms of every step, and the weights at the end."""
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    models = build(case)
+    models = [DistributedDataParallel(m.config, DDP, m, disable_bucketing=i > 0) for i, m in enumerate(models)]
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(optimizer="adam", lr=1e-3, use_distributed_optimizer=True, overlap_param_gather=True), models
+    )
+    transformer = models[0].config
+    several = len(models) > 1
+    transformer.no_sync_func = [m.no_sync for m in models] if several else models[0].no_sync
+    transformer.grad_sync_func = [m.start_grad_sync for m in models] if several else models[0].start_grad_sync
+    transformer.param_sync_func = [m.start_param_sync for m in models] if several else models[0].start_param_sync
+    transformer.finalize_model_grads_func = finalize_model_grads
+    transformer.grad_scale_func = optimizer.scale_loss
+    schedule = get_forward_backward_func()
+    if with_regate:
+        config = ReGateConfig(
+            keep_ratio=1.0, warmup_steps=2, cycle_steps=4, dense_steps=1, teacher_load="student", score="regate"
+        )
+        attach(models, config, pad_token=0)
+        schedule = wrap_forward_backward(schedule)
+    history = []
+    for _ in range(STEPS):
+        for model in models:
+            model.zero_grad_buffer()
+        optimizer.zero_grad()
+        step = Step()
+        run(case, models, schedule, step)
+        _, norm, _ = optimizer.step()
+        history.append(([loss_BS.clone() for loss_BS in step.losses], float(norm)))
+    return history, [parameter.detach().clone() for model in models for parameter in model.parameters()]
+
+
+def main(names: list[str]) -> None:
+    dist.init_process_group(backend="gloo")
+    for name in names:
+        case = CASES[name]
+        mpu.initialize_model_parallel(
+            case["tp"],
+            case["pp"],
+            virtual_pipeline_model_parallel_size=case.get("vpp"),
+            context_parallel_size=case.get("cp", 1),
+        )
+        case = dict(case, dense_layers=1)
+        plain, plain_weights = train(case, with_regate=False)
+        ours, our_weights = train(case, with_regate=True)
+        assert len({norm for _, norm in plain}) > STEPS // 2, "nothing was trained"
+        for number, ((losses, norm), (our_losses, our_norm)) in enumerate(zip(plain, ours, strict=True)):
+            assert norm == our_norm, f"{name}: gradient norm of step {number}"
+            assert all(map(torch.equal, losses, our_losses)), f"{name}: losses of step {number}"
+        assert all(map(torch.equal, plain_weights, our_weights)), f"{name}: weights"
+        if dist.get_rank() == 0:
+            print(f"equal over {STEPS} steps: {name}", flush=True)
+        mpu.destroy_model_parallel()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
