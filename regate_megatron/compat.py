@@ -258,6 +258,14 @@ RULES = (
         "the command: leave the flag out",
         "not built yet",
     ),
+    Rule(
+        "loss scaled per turn",
+        lambda s: "--use-loss-scaling" if s.arg("use_loss_scaling") else None,
+        "the mean over tokens",
+        "the command: leave --use-loss-scaling out",
+        "it finds turns by runs of the loss mask, which elision cuts",
+        in_flags=False,
+    ),
     Rule("fully sharded data parallel", _fsdp, "Megatron's DDP", "the command: leave the flag out", "not built yet"),
     Rule(
         "fused RoPE",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from regate_megatron import compat
-from regate_megatron.batches import BatchAdapter, GPTBatches, LLaVABatches, MicrobatchFacts
+from regate_megatron.batches import BatchAdapter, MicrobatchFacts, adapter_for
 from regate_megatron.checkpoint import LanguageModelCheckpoint
 from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import ReGateError, refuse
@@ -31,7 +31,14 @@ from regate_megatron.topology import Topology
 class Session:
     """ReGATE on one rank: its hooks, and on planners the planner. Made by :func:`attach`."""
 
-    def __init__(self, models: Sequence[Any], config: ReGateConfig, topology: Topology, args: Any) -> None:
+    def __init__(
+        self,
+        models: Sequence[Any],
+        config: ReGateConfig,
+        topology: Topology,
+        args: Any,
+        pad_token: int | None = None,
+    ) -> None:
         self.config, self.topology = config, topology
         self.models = [compat.unwrap(model) for model in models]
         self.language_models = [compat.language_model_of(model) for model in self.models]
@@ -46,7 +53,7 @@ class Session:
         self._pending: _Pending | None = None
         self._teacher_source: tuple[Any, LanguageModelCheckpoint | None, int | None] | None = None
         self._is_prepared = False
-        self.adapter = _adapter_for(self.models[0])
+        self.adapter: BatchAdapter = adapter_for(self.models[0], pad_token)
         transformer = self.language_models[0].config
         self._has_pipeline = transformer.pipeline_model_parallel_size > 1
         self._args = args
@@ -262,17 +269,6 @@ class _Pending:
     def __init__(self, step, phase, facts, plan, scores, fallback, losses, counters) -> None:
         self.step, self.phase, self.facts, self.plan = step, phase, facts, plan
         self.scores, self.fallback, self.losses, self.counters = scores, fallback, losses, counters
-
-
-def _adapter_for(model: Any) -> BatchAdapter:
-    if getattr(model, "language_model", None) is None:
-        return GPTBatches()
-    return LLaVABatches(
-        image_length=model.img_seq_len,
-        image_token=model.image_token_index,
-        max_length=model._language_max_sequence_length,
-        pads_to_max=model._language_is_pipeline_parallel,
-    )
 
 
 def _as_list(iterators: Any) -> list[Any]:
