@@ -11,7 +11,7 @@ from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
 
-from regate_megatron.config import ReGateConfig, flag
+from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig, flag
 from regate_megatron.errors import refuse
 
 MEGATRON_CORE = "0.19 (0.17, 0.18 and 0.20 are not yet run)"
@@ -130,6 +130,11 @@ def _sequence_parallel_multimodal(setting: Setting) -> Any:
 def _fsdp(setting: Setting) -> Any:
     names = ("use_megatron_fsdp", "use_torch_fsdp2")
     return next((f"--{name.replace('_', '-')}" for name in names if setting.arg(name)), None)
+
+
+def _adapters_in_teacher(setting: Setting) -> Any:
+    takes_student = setting.config.needs_teacher and setting.config.teacher_load == STUDENT_AS_TEACHER
+    return "student, which has adapters" if takes_student and setting.arg("peft") else None
 
 
 def _teacher_with_vpp(setting: Setting) -> Any:
@@ -257,6 +262,14 @@ RULES = (
         "one sample per row in this version",
         "the command: leave the flag out",
         "not built yet",
+    ),
+    Rule(
+        flag("teacher_load"),
+        _adapters_in_teacher,
+        "a checkpoint of the base language model where the student has adapters (peft)",
+        "it to that checkpoint",
+        "the student's weights have other names",
+        in_flags=False,
     ),
     Rule(
         "loss scaled per turn",
