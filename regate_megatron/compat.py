@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -108,9 +109,12 @@ def _cuda_graphs(setting: Setting) -> Any:
     )
 
 
-def _budget_with_pipeline(setting: Setting) -> Any:
-    stages = setting.model.pipeline_model_parallel_size
-    return f"per-sample with {stages} pipeline stages" if setting.config.budget == "per-sample" and stages > 1 else None
+def _several_lengths(setting: Setting) -> Any:
+    stages, experts = setting.model.pipeline_model_parallel_size, setting.model.expert_model_parallel_size
+    if setting.config.budget == "uniform" or stages == experts == 1:
+        return None
+    where = f"{stages} pipeline stages" if stages > 1 else f"{experts} ranks that share experts"
+    return f"{setting.config.budget} with {where}"
 
 
 def _dataset_rows(setting: Setting) -> Any:
@@ -123,10 +127,6 @@ def _position_embedding(setting: Setting) -> Any:
     return None if kind in ("rope", "learned_absolute", "none") else kind
 
 
-def _sequence_parallel_multimodal(setting: Setting) -> Any:
-    return "--sequence-parallel with LLaVAModel" if setting.is_multimodal and setting.model.sequence_parallel else None
-
-
 def _fsdp(setting: Setting) -> Any:
     names = ("use_megatron_fsdp", "use_torch_fsdp2")
     return next((f"--{name.replace('_', '-')}" for name in names if setting.arg(name)), None)
@@ -135,11 +135,6 @@ def _fsdp(setting: Setting) -> Any:
 def _adapters_in_teacher(setting: Setting) -> Any:
     takes_student = setting.config.needs_teacher and setting.config.teacher_load == STUDENT_AS_TEACHER
     return "student, which has adapters" if takes_student and setting.arg("peft") else None
-
-
-def _teacher_with_vpp(setting: Setting) -> Any:
-    vpp = setting.model.virtual_pipeline_model_parallel_size
-    return f"{vpp} virtual pipeline stages" if vpp and setting.config.needs_teacher else None
 
 
 RULES = (
@@ -161,26 +156,16 @@ RULES = (
     ),
     Rule(
         flag("budget"),
-        lambda s: "balanced" if s.config.budget == "balanced" else None,
-        "uniform or per-sample in this version",
+        _several_lengths,
+        "uniform with pipeline stages or expert parallelism",
         "it to uniform",
-        "not built yet",
-    ),
-    Rule(
-        flag("budget"), _budget_with_pipeline, "uniform with pipeline stages", "it to uniform", "static pipeline shapes"
+        "pipeline shapes and expert exchanges need one length",
     ),
     Rule(
         flag("reference_cache"),
         lambda s: s.config.reference_cache,
         "no cache directory in this version (losses are kept in memory)",
         "the command: leave the flag out",
-        "not built yet",
-    ),
-    Rule(
-        "context parallelism",
-        lambda s: n if (n := s.model.context_parallel_size) > 1 else None,
-        "1 in this version",
-        "--context-parallel-size to 1",
         "not built yet",
     ),
     Rule(
@@ -226,14 +211,6 @@ RULES = (
         "state would skip elided tokens",
     ),
     Rule("FP4", _field("fp4"), "bf16 or FP8 in this version", "the precision flags", "lengths are not aligned for it"),
-    Rule(
-        "sequence parallelism in a multimodal model",
-        _sequence_parallel_multimodal,
-        "GPTModel with sequence parallelism, LLaVAModel without",
-        "the command: leave --sequence-parallel out",
-        "its padding and packed_seq_params are not adapted yet",
-        in_flags=False,
-    ),
     Rule(
         "attention masks per document with a teacher",
         lambda s: "--reset-attention-mask" if s.config.needs_teacher and s.arg("reset_attention_mask") else None,
@@ -288,14 +265,6 @@ RULES = (
         "the fused kernel takes one row of positions",
         in_flags=False,
     ),
-    Rule(
-        "interleaved pipeline with a teacher",
-        _teacher_with_vpp,
-        "a score without teacher (student, random) in this version",
-        "--num-layers-per-virtual-pipeline-stage to none",
-        "the teacher is not interleaved",
-        in_flags=False,
-    ),
 )
 
 
@@ -328,15 +297,21 @@ def check_support(setting: Setting, *, flags_only: bool = False) -> tuple[bool, 
 
 
 def length_alignment(model: Any) -> int:
-    """What kept lengths must be a multiple of: the tensor slices of sequence parallelism, and FP8's matrix sizes."""
-    multiple = model.tensor_model_parallel_size if model.sequence_parallel else 1
-    if not model.fp8:
-        return multiple
-    from megatron.core.fp8_utils import get_fp8_align_size
+    """What kept lengths must be a multiple of: what context and sequence parallelism cut, and FP8's matrix sizes."""
+    context = model.context_parallel_size
+    slices = context * (model.tensor_model_parallel_size if model.sequence_parallel else 1)
+    if model.fp8:
+        from megatron.core.fp8_utils import get_fp8_align_size
 
-    size = get_fp8_align_size(model.fp8_recipe)
-    # The rows of a rank's matrices, b·K/TP, must divide by the size; a K that does alone serves every b.
-    return multiple * size
+        # The rows of a rank's matrices, b·K/(CP·TP), must divide by the size; a K that does alone serves every b.
+        slices *= get_fp8_align_size(model.fp8_recipe)
+    return math.lcm(slices, segment_alignment(model))
+
+
+def segment_alignment(model: Any) -> int:
+    """What the segments of a packed row must be multiples of: context parallelism cuts each by itself."""
+    context = model.context_parallel_size
+    return 2 * context if context > 1 else 1
 
 
 def unwrap(module: Any) -> Any:

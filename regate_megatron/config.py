@@ -17,6 +17,8 @@ SCORES = ("regate", "student", "reference", "excess", "random")
 SCORES_WITH_TEACHER = ("regate", "reference", "excess")
 FUSIONS = ("sum", "convex")
 BUDGETS = ("uniform", "balanced", "per-sample")
+PACKED_RATIOS = ("row", "sample")
+CONTEXTS = ("all", "read")
 TEACHER_VISUAL = ("drop", "pad")
 STUDENT_AS_TEACHER = "student"
 
@@ -48,8 +50,17 @@ class ReGateConfig:
     budget: str = _option(
         "uniform", "how many positions a row keeps: one length for all, equal totals per rank, own share", BUDGETS
     )
-    length_multiple: int = _option(
-        1, "align kept lengths to a multiple of this, beside what the layout needs", metavar="N"
+    length_multiple: int | None = _option(
+        None,
+        "kept lengths are a multiple of this, beside what the layout needs; none: of the largest power of two up to "
+        "1/16 of the dense length, so that few lengths occur",
+        metavar="N",
+    )
+    packed_ratio: str = _option(
+        "sample", "what has its own share and floor in a packed row: each of its samples, or the row", PACKED_RATIOS
+    )
+    context: str = _option(
+        "all", "context that runs: all of a row, or what its targets can read (up to its last one)", CONTEXTS
     )
     teacher_load: str | None = _option(
         None, "Megatron torch_dist checkpoint of the frozen text-only teacher, or 'student'", metavar="DIR|student"
@@ -72,7 +83,8 @@ class ReGateConfig:
         for name, low in (("dense_layers", 0), ("warmup_steps", 0), ("dense_steps", 0)):
             self._check_number(name, f"an integer of {low} or more", lambda v, low=low: v >= low, str(low + 1), True)
         self._check_number("cycle_steps", "an integer of 1 or more", lambda v: v >= 1, "128", True)
-        self._check_number("length_multiple", "an integer of 1 or more", lambda v: v >= 1, "64", True)
+        if self.length_multiple is not None:
+            self._check_number("length_multiple", "an integer of 1 or more", lambda v: v >= 1, "64", True)
         self._check_number("seed", "an integer of 0 or more, below 2**63", lambda v: 0 <= v < 2**63, "1234", True)
         for field in dataclasses.fields(self):
             choices = field.metadata["choices"]
@@ -148,7 +160,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     Ranges and choices are left to :class:`ReGateConfig`, so that every refusal has one form.
     """
     group = parser.add_argument_group(title="regate", description="reference-guided adaptive token elision")
-    types = {"int": int, "float": float, "str": str, "str | None": str}
+    types = {"int": int, "float": float, "str": str, "str | None": str, "int | None": int}
     for field in dataclasses.fields(ReGateConfig):
         help_text = field.metadata["help"].replace("%", "%%")
         if field.name == "enabled":

@@ -2,7 +2,9 @@
 
 Every number counts the same everywhere: *targets* are positions with loss; *kept* are targets that ran in a step;
 *positions* are what a row runs after the dense layers, fill included; *dense-equivalent* is the share of decoder
-layer-positions that ran, dense layers included, against running every position in every layer. Fill is never kept.
+layer-positions that ran, dense layers included, against running every position in every layer; *max/mean* compares
+the positions that data-parallel ranks ran in sparse steps, step by step: every step waits for the slowest rank. Fill is
+never kept.
 """
 
 from __future__ import annotations
@@ -27,6 +29,21 @@ from regate_megatron.plan import StepPlan
 from regate_megatron.topology import Topology
 
 
+@dataclass(frozen=True)
+class Balance:
+    """Positions that data-parallel ranks run in one sparse step, alignment and fill included.
+
+    Attributes:
+        slowest, own, mean: of the rank that runs most, of this rank, of all ranks.
+        achievable: the least max/mean that contexts and row lengths allow; None where the budget does not balance.
+    """
+
+    slowest: int
+    own: int
+    mean: float
+    achievable: float | None = None
+
+
 @dataclass
 class Counters:
     """Sums over steps (and, once reduced, over data-parallel ranks)."""
@@ -41,6 +58,9 @@ class Counters:
     positions_run: int = 0
     layer_positions_dense: int = 0
     layer_positions_run: int = 0
+    sparse_positions: int = 0  # run in sparse steps: by this rank,
+    sparse_positions_slowest: int = 0  # by the slowest rank of each step,
+    sparse_positions_achievable: int = 0  # and by it, had the step the least max/mean that it allows
     planning_ms: int = 0
     teacher_ms: int = 0
 
@@ -60,10 +80,19 @@ class Counters:
 
 
 def count_step(
-    facts: Sequence[MicrobatchFacts], plan: StepPlan, *, num_layers: int, dense_layers: int, fallback: bool
+    facts: Sequence[MicrobatchFacts],
+    plan: StepPlan,
+    *,
+    num_layers: int,
+    dense_layers: int,
+    fallback: bool,
+    balance: Balance | None = None,
 ) -> Counters:
-    """Count one step of one data-parallel rank."""
+    """Count one step of one data-parallel rank; ``balance`` is known in sparse steps."""
     counters = Counters(steps=1, sparse_steps=int(plan.is_sparse), fallback_steps=int(fallback))
+    if balance is not None:
+        counters.sparse_positions, counters.sparse_positions_slowest = balance.own, balance.slowest
+        counters.sparse_positions_achievable = round((balance.achievable or 0) * balance.mean)
     for index, one in enumerate(facts):
         rows, dense = one.is_target_BS.shape
         targets = int(one.is_target_BS.sum())
@@ -108,6 +137,9 @@ def ratios(counters: Counters) -> dict[str, float]:
         "regate/targets-kept": counters.targets_kept / max(counters.targets_total, 1),
         "regate/positions-run": counters.positions_run / max(counters.positions_dense, 1),
         "regate/dense-equivalent": counters.layer_positions_run / max(counters.layer_positions_dense, 1),
+        "regate/max-mean-positions": counters.sparse_positions_slowest / counters.sparse_positions
+        if counters.sparse_positions
+        else 1.0,
         "regate/sparse-steps": counters.sparse_steps / steps,
         "regate/fallback-steps": float(counters.fallback_steps),
         "regate/planning-ms-per-step": counters.planning_ms / steps,
@@ -125,9 +157,19 @@ def log_line(iteration: int, phase: str, interval: Counters, total: Counters) ->
         f" | positions run {interval.positions_run}/{interval.positions_dense} ({share['regate/positions-run']:.1%})"
         f" | dense-equivalent {share['regate/dense-equivalent']:.1%}"
         f" (all steps {ratios(total)['regate/dense-equivalent']:.1%})"
+        f"{_balance(interval)}"
         f" | per step: planning {interval.planning_ms / steps:.1f} ms, teacher {interval.teacher_ms / steps:.1f} ms"
         f"{fallback}"
     )
+
+
+def _balance(interval: Counters) -> str:
+    """max/mean positions over data-parallel ranks, and beside it what was achievable if that is not balanced either."""
+    if not interval.sparse_positions:
+        return ""
+    text = f" | max/mean over ranks {ratios(interval)['regate/max-mean-positions']:.3f}"
+    achievable = interval.sparse_positions_achievable / interval.sparse_positions
+    return text + (f" (achievable {achievable:.3f})" if achievable > 1.02 else "")
 
 
 def check_trace_folder(directory: str) -> None:

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from regate_megatron import budget, scoring, selection
+from regate_megatron import scoring, selection
 from regate_megatron.batches import MicrobatchFacts
+from regate_megatron.budget import Alignment
 from regate_megatron.config import ReGateConfig
 from regate_megatron.difficulty import DifficultyStore, TokenPrior
+from regate_megatron.metrics import Balance
 from regate_megatron.plan import MicrobatchPlan, StepPlan
 from regate_megatron.topology import Topology
 
@@ -26,12 +28,16 @@ class Planner:
         config: the settings.
         topology: this rank is a planner in it.
         multiple: alignment of kept lengths that the layout needs.
+
+    Attributes:
+        balance: how the positions of the last sparse plan are spread over data-parallel ranks.
     """
 
     def __init__(self, config: ReGateConfig, topology: Topology, multiple: int) -> None:
         self.config, self.topology, self.multiple = config, topology, multiple
         self.difficulty = DifficultyStore(config.ema_decay, topology)
         self.prior = TokenPrior(config.ema_decay)
+        self.balance: Balance | None = None
 
     def plan(
         self, step: int, facts: Sequence[MicrobatchFacts], reference: Sequence[Tensor] | None
@@ -45,30 +51,52 @@ class Planner:
             the plan (dense when any rank met a non-finite score), the scores per microbatch [B, S], and whether it
             fell back to dense.
         """
+        self.balance = None
         scores = self._scores(step, facts, reference)
         finite = all(bool(s[f.is_target_BS].isfinite().all()) for s, f in zip(scores, facts, strict=True))
         if int(self.topology.all_reduce_planners(torch.tensor([int(not finite)]), "max")):
             return StepPlan(step), scores, True
-        allowance = budget.plan_budget(
-            torch.cat([f.is_context_BS.sum(dim=1) for f in facts]),
-            torch.cat([f.is_target_BS.sum(dim=1) for f in facts]),
-            torch.tensor([f.dense_length for f in facts for _ in f.is_target_BS]),
+        context = [self._context_that_runs(one) for one in facts]
+        chosen = selection.select(
+            self._rows(facts, context, scores),
             kind=self.config.budget,
             keep_ratio=self.config.keep_ratio,
-            multiple=self.multiple,
-            extra_multiple=self.config.length_multiple,
-            rows_per_microbatch=len(facts[0].is_target_BS),
-            all_reduce=self.topology.all_reduce_planners,
+            alignment=Alignment(self.multiple, self.config.length_multiple),
+            all_gather=self.topology.all_gather_planners,
         )
-        microbatches, row = [], 0
-        for one, score_BS in zip(facts, scores, strict=True):
-            rows = slice(row, row + len(score_BS))
-            row = rows.stop
-            kept_BS = selection.keep_best_targets(score_BS, one.is_target_BS, allowance.num_keep_R[rows])
-            length = int(allowance.length_R[rows][0])
-            keep_idx_BK, num_kept_B = selection.pack_positions(kept_BS | one.is_context_BS, length)
-            microbatches.append(MicrobatchPlan(one.dense_length, keep_idx_BK, num_kept_B))
+        microbatches, is_kept = [], chosen.is_kept_X.split([int(one.num_target_N.sum()) for one in facts])
+        for one, context_BS, is_kept_X, length in zip(facts, context, is_kept, chosen.length_M.tolist(), strict=True):
+            kept_BS = context_BS.masked_scatter(one.is_target_BS, is_kept_X)
+            microbatches.append(MicrobatchPlan.of(kept_BS, length))
+        own = sum(one.keep_idx_BK.numel() for one in microbatches)
+        positions_D1 = self.topology.all_gather_planners(torch.tensor([own]))
+        self.balance = Balance(int(positions_D1.max()), own, float(positions_D1.double().mean()), chosen.achievable)
         return StepPlan(step, tuple(microbatches)), scores, False
+
+    def _context_that_runs(self, facts: MicrobatchFacts) -> Tensor:
+        if self.config.context == "all":
+            return facts.is_context_BS
+        return facts.is_context_BS & selection.read_by_targets(facts.is_target_BS)
+
+    def _rows(
+        self, facts: Sequence[MicrobatchFacts], context: Sequence[Tensor], scores: Sequence[Tensor]
+    ) -> selection.Rows:
+        """The step's rows with their groups: samples, or whole rows where a packed row counts as one."""
+        rows = len(facts[0].is_target_BS)
+        if self.config.packed_ratio == "row":
+            num_target_G = torch.cat([one.is_target_BS.sum(dim=1) for one in facts])
+            row_G = torch.arange(len(num_target_G))
+        else:
+            num_target_G = torch.cat([one.num_target_N for one in facts])
+            row_G = torch.cat([one.row_N + index * rows for index, one in enumerate(facts)])
+        return selection.Rows(
+            num_context_R=torch.cat([context_BS.sum(dim=1) for context_BS in context]),
+            num_target_G=num_target_G,
+            row_G=row_G,
+            dense_M=torch.tensor([one.dense_length for one in facts]),
+            key_M=torch.stack([one.difficulty_key_N2[0, 0] for one in facts]),
+            score_X=torch.cat([s[one.is_target_BS] for s, one in zip(scores, facts, strict=True)]),
+        )
 
     def learn(
         self, facts: Sequence[MicrobatchFacts], plan: StepPlan, losses: Sequence[Tensor], *, is_dense: bool

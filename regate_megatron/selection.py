@@ -1,23 +1,144 @@
-"""Scores and a budget to kept positions. Torch only; every function is exact and the same on every rank.
+"""Scores and lengths to kept positions. Torch only; every function is exact and the same on every rank.
 
-Shapes: R rows, S positions of the merged sequence, K kept positions per row.
+**The rule.** A row that keeps k targets keeps the k best-scored ones among the sets that hold the floor of each of
+its groups: the floor's best targets of each group, then the best of all others. *It is optimal*: take any allowed
+set; if it lacks one of a group's best, swapping that in for a lower one of the group loses nothing and keeps every
+floor, so some best set holds the floor's best of each group; the other k − sum of floors places are free, and filled
+best with the best of what remains. (Bases of a partition matroid with lower bounds.) Ties go to the lower position;
+NaN ranks last.
+
+How many targets each row keeps is decided before: by counts in ``uniform`` and ``per-sample`` (:mod:`.budget`), by
+scores in ``balanced`` (:mod:`.balance`).
+
+Shapes: R rows, S positions of the merged sequence, K kept positions per row, X targets in order of row and position, G
+groups of targets (rows, or samples of packed rows; in order).
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from regate_megatron import balance, budget
+from regate_megatron.budget import Alignment, AllGather
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one rank in one step, M microbatches of R/M adjacent rows; on the CPU.
+
+    Attributes:
+        num_context_R: context positions that must run, int64.
+        num_target_G: targets of each group, int64.
+        row_G: the row of each group, int64, ascending.
+        dense_M: dense length of each microbatch, int64.
+        key_M: a content key of each microbatch, int64; breaks ties of ``balanced`` alike wherever a row is.
+        score_X: float64.
+    """
+
+    num_context_R: Tensor
+    num_target_G: Tensor
+    row_G: Tensor
+    dense_M: Tensor
+    key_M: Tensor
+    score_X: Tensor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a rank runs.
+
+    Attributes:
+        length_M: positions each row of a microbatch runs, fill included; int64.
+        is_kept_X: which targets are kept; bool.
+        achievable: least max/mean over ranks that any totals could have; ``balanced`` only, else None.
+    """
+
+    length_M: Tensor
+    is_kept_X: Tensor
+    achievable: float | None = None
+
+
+def select(rows: Rows, *, kind: str, keep_ratio: float, alignment: Alignment, all_gather: AllGather) -> Selection:
+    """Lengths and kept targets of this rank's rows.
+
+    Called by the planner of every data-parallel replica; ``uniform`` and ``balanced`` communicate over all of them,
+    once.
+
+    Args:
+        kind: "uniform", "balanced" or "per-sample".
+        keep_ratio: p.
+        alignment: what lengths are a multiple of.
+        all_gather: see :data:`~regate_megatron.budget.AllGather`.
+    """
+    demand = budget.demand_of(rows.num_context_R, rows.num_target_G, rows.row_G, rows.dense_M, keep_ratio=keep_ratio)
+    group_X = torch.arange(len(rows.row_G)).repeat_interleave(rows.num_target_G)
+    row_X = rows.row_G[group_X]
+    first_G = demand.ask_G if kind == "per-sample" else demand.floor_G  # what is each group's own
+    rank_X = rank_targets(rows.score_X, row_X, group_X, first_G)
+    achievable = None
+    if kind == "per-sample":
+        length_M, num_keep_R = budget.per_sample_lengths(demand, alignment)
+    elif kind == "uniform":
+        length_M, num_keep_R = budget.uniform_lengths(demand, alignment, all_gather)
+    else:
+        span = balance.span_of(demand, alignment)
+        total, achievable = balance.agree_on_total(demand, span, all_gather)
+        length_M = balance.spread_total(
+            total,
+            span,
+            rows=demand.rows,
+            score_X=rows.score_X,
+            rank_X=rank_X,
+            row_X=row_X,
+            context_R=rows.num_context_R,
+            key_M=rows.key_M,
+        )
+        num_keep_R = length_M.repeat_interleave(demand.rows) - rows.num_context_R
+    return Selection(length_M, rank_X < num_keep_R[row_X], achievable)
+
+
+def rank_targets(score_X: Tensor, row_X: Tensor, group_X: Tensor, floor_G: Tensor) -> Tensor:
+    """The place of each target in the order in which its row keeps targets, from 0; int64 [X].
+
+    The floor's best targets of each group come first, then the others; both by score, ties by position.
+
+    Args:
+        row_X, group_X: row and group of each target, int64, ascending.
+        floor_G: how many targets of each group come first, int64.
+    """
+    lowest = torch.finfo(score_X.dtype).min
+    best_X = score_X.nan_to_num(nan=lowest, posinf=torch.inf, neginf=lowest).argsort(descending=True, stable=True)
+    if torch.equal(row_X, group_X):  # one group per row: its best come first anyway
+        return _places(best_X, row_X)
+    is_first_X = _places(best_X, group_X) < floor_G[group_X]
+    return _places(best_X, 2 * row_X + ~is_first_X, row_X)
+
+
+def _places(best_X: Tensor, key_X: Tensor, row_X: Tensor | None = None) -> Tensor:
+    """Places from 0 within each row when targets go by key, then as in ``best_X``; by default keys are the rows."""
+    row_X = key_X if row_X is None else row_X
+    order_X = best_X[key_X[best_X].argsort(stable=True)]
+    start_R = torch.searchsorted(row_X, torch.arange(int(row_X[-1]) + 1)) if len(row_X) else row_X
+    places_X = torch.empty_like(order_X)
+    places_X[order_X] = torch.arange(len(order_X)) - start_R[row_X[order_X]]
+    return places_X
+
 
 def keep_best_targets(score_RS: Tensor, is_target_RS: Tensor, num_keep_R: Tensor) -> Tensor:
-    """Mark the ``num_keep_R`` best-scored targets of each row; bool [R, S].
+    """Mark the ``num_keep_R`` best-scored targets of each row, each row one group; bool [R, S]."""
+    row_X = torch.where(is_target_RS)[0]
+    kept_RS = torch.zeros_like(is_target_RS)
+    kept_RS[is_target_RS] = rank_targets(score_RS[is_target_RS], row_X, row_X, num_keep_R) < num_keep_R[row_X]
+    return kept_RS
 
-    Ties go to the lower position, so that every rank and every layout picks the same set. NaN ranks last.
+
+def read_by_targets(is_target_RS: Tensor) -> Tensor:
+    """Mark the positions up to each row's last target; bool [R, S].
+
+    Under causal attention no loss depends on what follows, nor any gradient: leaving it out changes neither.
     """
-    lowest = torch.finfo(score_RS.dtype).min
-    score_RS = score_RS.nan_to_num(nan=lowest, posinf=torch.inf, neginf=lowest)  # a target is never below the others
-    order_RS = torch.where(is_target_RS, score_RS, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    rank_S = torch.arange(score_RS.shape[1]).expand_as(order_RS)
-    rank_RS = torch.empty_like(order_RS).scatter_(1, order_RS, rank_S)
-    return is_target_RS & (rank_RS < num_keep_R[:, None])
+    return is_target_RS.flip(1).cumsum(dim=1).flip(1) > 0
 
 
 def pack_positions(kept_RS: Tensor, length: int) -> tuple[Tensor, Tensor]:

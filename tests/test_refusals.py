@@ -46,13 +46,15 @@ REFUSED = {
         },
         "given 3 with 2 layers in the first pipeline chunk",
     ),
-    "balanced budget": ({"config": {"budget": "balanced"}}, "given balanced"),
+    "balanced budget with shared experts": (
+        {"config": {"budget": "balanced"}, "model": {"expert_model_parallel_size": 4}},
+        "given balanced with 4 ranks that share experts",
+    ),
     "per-sample budget with stages": (
         {"config": {"budget": "per-sample"}, "model": {"pipeline_model_parallel_size": 2}},
         "given per-sample with 2 pipeline stages",
     ),
     "reference cache": ({"config": {"reference_cache": "somewhere"}}, "given somewhere"),
-    "context parallelism": ({"model": {"context_parallel_size": 2}}, "given 2"),
     "experts": ({"model": {"num_moe_experts": 8}}, "given 8 experts"),
     "mrope": ({"position_embedding_type": "mrope"}, "given mrope"),
     "multi-latent attention": ({"model": {"multi_latent_attention": True}}, "given multi_latent_attention=True"),
@@ -60,10 +62,6 @@ REFUSED = {
     "multi-token prediction": ({"model": {"mtp_num_layers": 1}}, "given mtp_num_layers=1"),
     "linear attention": ({"model": {"linear_attention_freq": 2}}, "given linear_attention_freq=2"),
     "FP4": ({"model": {"fp4": "e2m1"}}, "given fp4=e2m1"),
-    "sequence parallelism in a LLaVA": (
-        {"model": {"sequence_parallel": True}, "is_multimodal": True},
-        "given --sequence-parallel with LLaVAModel",
-    ),
     "document masks with a teacher": (
         {"config": {"score": "regate", "teacher_load": "student"}, "args": {"reset_attention_mask": True}},
         "given --reset-attention-mask",
@@ -80,13 +78,6 @@ REFUSED = {
     "fused rope with two rows": (
         {"model": {"apply_rope_fusion": True}, "micro_batch_size": 2},
         "given fused RoPE with micro-batch size 2",
-    ),
-    "interleaving with a teacher": (
-        {
-            "config": {"score": "regate", "teacher_load": "student"},
-            "model": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
-        },
-        "given 2 virtual pipeline stages",
     ),
 }
 

@@ -37,6 +37,7 @@ def adapter_for(model: Any, pad_token: int | None) -> BatchAdapter:
             image_token=model.image_token_index,
             max_length=model._language_max_sequence_length,
             pads_to_max=model._language_is_pipeline_parallel,
+            multiple=_llava_multiple(model),
         )
         return MultimodalBatches(merged, pad_token)
     return QwenVLBatches(
@@ -44,3 +45,10 @@ def adapter_for(model: Any, pad_token: int | None) -> BatchAdapter:
         video_token=model.config.video_token_id,
         merge_size=model.config.vision_config.spatial_merge_size,
     )
+
+
+def _llava_multiple(model: Any) -> int:
+    """What a LLaVAModel pads its merged rows to."""
+    context = model.context_parallel_lm
+    tensor = model.tensor_model_parallel_size_lm if model.sequence_parallel_lm else 1
+    return (2 * context if context > 1 else 1) * tensor

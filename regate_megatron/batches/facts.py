@@ -74,11 +74,18 @@ class MicrobatchFacts:
         return torch.arange(len(self.sample_BS)).repeat_interleave(self.sample_BS[:, -1].diff(prepend=_BEFORE))
 
     @cached_property
+    def segment_length_N(self) -> Tensor:
+        """Lengths of what context parallelism cuts by itself: the whole row, or the samples of a packed one; int64."""
+        if self.sample_BS is None:
+            return torch.tensor([self.dense_length])
+        return torch.bincount(self.sample_BS.flatten(), minlength=self.num_samples)
+
+    @cached_property
     def start_N(self) -> Tensor:
         """Where in its row each sample starts; int64 [N]."""
         if self.sample_BS is None:
             return torch.zeros(self.num_samples, dtype=torch.int64)
-        length_N = torch.bincount(self.sample_BS.flatten(), minlength=self.num_samples)
+        length_N = self.segment_length_N
         return (length_N.cumsum(0) - length_N) % self.dense_length
 
     def row_of(self, name: str, sample: int) -> Tensor:

@@ -24,6 +24,7 @@ from regate_megatron.batches.facts import (
     trailing_padding,
     without_loss,
 )
+from regate_megatron.budget import align_up
 
 _IMAGE_KEYS = ("image", "images", "imgs")
 
@@ -36,6 +37,7 @@ class LLaVABatches:
         image_length: visual positions per image (``LLaVAModel.img_seq_len``).
         image_token: the placeholder's id (``LLaVAModel.image_token_index``).
         max_length: the language model's longest merged row; longer ones are cut by the model.
+        multiple: what the model pads merged rows to (sequence and context parallelism cut them evenly).
         pads_to_max: whether the model pads every merged row to ``max_length`` (it does under pipeline parallelism).
     """
 
@@ -43,6 +45,7 @@ class LLaVABatches:
     image_token: int
     max_length: int
     pads_to_max: bool
+    multiple: int = 1
 
     def read(self, batch: dict[str, Any]) -> MicrobatchFacts:
         """See :meth:`BatchAdapter.read`."""
@@ -63,7 +66,7 @@ class LLaVABatches:
         is_text_BS = spread(torch.ones_like(is_target_BN), ~is_image_BN, 0)
         is_target_BS = spread(is_target_BN, ~is_image_BN, 0)
         is_padding_BS = spread(is_padding_BN, ~is_image_BN, 0)
-        inside_BS = torch.arange(length) <= place_BN[:, -1:]
+        inside_BS = torch.arange(length) <= place_BN[:, -1:].clamp_max(self.max_length - 1)
         is_visual_BS = inside_BS & ~is_text_BS
         text_rows, picture_rows = self._content(token_BN, label_BN, is_target_BN, is_padding_BN, batch)
         return MicrobatchFacts(
@@ -122,7 +125,9 @@ class LLaVABatches:
 
     def _merged_length(self, token_BN: Tensor) -> int:
         longest = int(self._places(token_BN)[:, -1].max()) + 1
-        return self.max_length if self.pads_to_max else min(longest, self.max_length)
+        if self.pads_to_max:
+            return self.max_length
+        return align_up(min(longest, self.max_length), self.multiple)
 
     def _content(self, token_BN: Tensor, label_BN: Tensor, is_target_BN: Tensor, is_padding_BN: Tensor, batch: dict):
         images = self._images(batch)

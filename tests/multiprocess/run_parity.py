@@ -33,9 +33,12 @@ from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import get_submodules
+from megatron.core.utils import get_batch_on_this_cp_rank
 
 from regate_megatron import ReGateConfig, attach, detach, wrap_forward_backward
 from regate_megatron.api import session_of
+from regate_megatron.budget import align_up
+from regate_megatron.sharding import places
 
 LAYERS, HIDDEN, VOCAB, TEXT, ROWS, GLOBAL_ROWS = 4, 32, 64, 24, 2, 8
 IMAGE, PATCH = 16, 8
@@ -61,8 +64,9 @@ def build(case: dict) -> list[torch.nn.Module]:
             virtual_pipeline_model_parallel_size=virtual,
             microbatch_group_size_per_vp_stage=case["pp"],
             pipeline_dtype=torch.float32,
+            context_parallel_size=case.get("cp", 1),
             sequence_parallel=case.get("sp", False),
-            calculate_per_token_loss=True,
+            calculate_per_token_loss=case.get("per_token_loss", True),
             deallocate_pipeline_outputs=True,
             **recompute(case.get("recompute")),
         )
@@ -72,6 +76,14 @@ def build(case: dict) -> list[torch.nn.Module]:
         chunk.model_type = ModelType.encoder_or_decoder  # Megatron's get_model sets it
         fill_by_name(chunk)
     return chunks
+
+
+def merged_length(case: dict) -> int:
+    """Positions of a row inside the model; a LLaVAModel pads its own to what SP and CP cut."""
+    if case["model"] == "gpt":
+        return TEXT
+    cp = case.get("cp", 1)
+    return align_up(TEXT - 1 + VISUAL, (2 * cp if cp > 1 else 1) * (case["tp"] if case.get("sp") else 1))
 
 
 def recompute(method: str | None) -> dict:
@@ -120,7 +132,7 @@ def _llava(config, case, first, last, _):
         language_transformer_config=config,
         language_transformer_layer_spec=spec,
         language_vocab_size=VOCAB,
-        language_max_sequence_length=TEXT - 1 + VISUAL,
+        language_max_sequence_length=merged_length(case),
         vision_transformer_config=vision,
         vision_transformer_layer_spec=get_vit_layer_with_local_spec(),
         drop_vision_class_token=True,
@@ -190,6 +202,8 @@ class Step:
 
     def __call__(self, iterator, model):
         batch = next(iterator)
+        if "image" not in batch:  # a LLaVAModel cuts its merged rows itself
+            batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
         mask = batch["loss_mask"]
         if "image" in batch:
             output, mask = model(
@@ -216,13 +230,12 @@ def run(case: dict, models: list, schedule, step: Step) -> None:
     def make():
         return iter([dict(batch) for batch in own])
 
-    length = TEXT if case["model"] == "gpt" else TEXT - 1 + VISUAL
     schedule(
         forward_step_func=step,
         data_iterator=[make() for _ in models] if case.get("vpp") else make(),
         model=models if case.get("vpp") else models[0],
         num_microbatches=len(own),
-        seq_length=length,
+        seq_length=merged_length(case),
         micro_batch_size=ROWS,
         forward_only=False,
     )
@@ -247,9 +260,12 @@ def masked_full_length(case: dict, models: list, plan, dense_layers: int, loss_m
         hidden_BSS = ~kept_BS[:, None, :] | torch.ones(length, length, dtype=torch.bool).triu(1)
         hidden_BSS[:, range(length), range(length)] = False  # no row may be empty: softmax of nothing is NaN
 
+        own = places(torch.tensor([length]), cp_size=mpu.get_context_parallel_world_size())
+        own_BqS = hidden_BSS[:, own.positions_of(mpu.get_context_parallel_rank())]
+
         def mask_keys(layer, args, kwargs):
             if layer.layer_number > dense_layers:
-                kwargs = dict(kwargs, attention_mask=hidden_BSS[:, None])
+                kwargs = dict(kwargs, attention_mask=own_BqS[:, None])
             return args, kwargs
 
         hooks = [
@@ -266,8 +282,20 @@ def masked_full_length(case: dict, models: list, plan, dense_layers: int, loss_m
     return step
 
 
+def whole(own_BS: torch.Tensor) -> torch.Tensor:
+    """Put rows together that the context ranks hold parts of."""
+    group, size = mpu.get_context_parallel_group(), mpu.get_context_parallel_world_size()
+    parts = [torch.empty_like(own_BS) for _ in range(size)]
+    dist.all_gather(parts, own_BS.contiguous(), group=group)
+    cut = places(torch.tensor([own_BS.shape[1] * size]), cp_size=size)
+    return torch.stack(parts)[cut.rank_L, :, cut.index_L].t().contiguous()
+
+
 def gradients(models: list) -> dict[str, torch.Tensor]:
-    """Gradients by name; those of sequence-parallel weights summed over the tensor group, as Megatron does."""
+    """Gradients by name, summed as Megatron sums them.
+
+    Over the context group, and over the tensor group those of weights that sequence parallelism gives a part of.
+    """
     found = {}
     for chunk, model in enumerate(models):
         for name, parameter in model.named_parameters():
@@ -276,6 +304,7 @@ def gradients(models: list) -> dict[str, torch.Tensor]:
             found[f"{chunk}.{name}"] = gradient = parameter.grad.clone()
             if getattr(parameter, "sequence_parallel", False):
                 dist.all_reduce(gradient, group=mpu.get_tensor_model_parallel_group())
+            dist.all_reduce(gradient, group=mpu.get_context_parallel_group())
     return found
 
 
@@ -291,6 +320,7 @@ def check(case: dict) -> dict:
         score=case.get("score", "regate"),
         budget=case.get("budget", "uniform"),
         length_multiple=case.get("multiple", 1),
+        context=case.get("context", "all"),
         teacher_load="student",
         teacher_visual=case.get("visual", "drop"),
     )
@@ -304,7 +334,8 @@ def check(case: dict) -> dict:
     pending = session._pending
     plan, facts = pending.plan, pending.facts
     assert plan.is_sparse and pending.phase == "sparse"
-    assert all(one.length < one.dense_length for one in plan.microbatches), "nothing was shortened"
+    shortened = [one.length < one.dense_length for one in plan.microbatches]
+    assert all(shortened) or (case.get("budget") == "balanced" and any(shortened)), "nothing was shortened"
     sparse_gradients = gradients(models)
     session.commit()
     detach(models)
@@ -314,6 +345,9 @@ def check(case: dict) -> dict:
     assert not {"forward", "compute_language_model_loss", "_regate_session"} & own, "detach left something behind"
 
     oracle = masked_full_length(case, models, plan, case["dense_layers"], sparse.loss_masks)
+    for step in (sparse, oracle):
+        step.losses = [whole(loss_BS) for loss_BS in step.losses]
+    sparse.loss_masks = [whole(mask_BS) for mask_BS in sparse.loss_masks]
     loss_error = 0.0
     for index, (loss_BS, mask_BS, oracle_BS) in enumerate(
         zip(sparse.losses, sparse.loss_masks, oracle.losses, strict=True)
@@ -332,26 +366,38 @@ def check(case: dict) -> dict:
         difference = float((gradient - oracle_gradients[name]).abs().max())
         assert difference <= 1e-5 * max(1.0, scale), f"{name}: {difference} of {scale}"
         gradient_error = max(gradient_error, difference / max(1.0, scale))
-    kept = {}
+    kept, positions = {}, 0
     if session.planner:
+        positions = session.planner.balance.own
         for index, one in enumerate(facts):
             for row, key in enumerate(one.difficulty_key_N2.tolist()):
                 real = plan.microbatches[index].kept_mask()[row] & (one.is_target_BS | one.is_context_BS)[row]
                 total = (sparse.losses[index] * sparse.loss_masks[index])[row].sum()
                 kept[str(key)] = [torch.where(real)[0].tolist(), float(total), plan.microbatches[index].length]
     gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, kept)
+    dist.all_gather_object(gathered, (kept, positions))
     errors = torch.tensor([loss_error, gradient_error])
     dist.all_reduce(errors, dist.ReduceOp.MAX)
-    merged = {key: value for part in gathered for key, value in part.items()}
-    return {"kept": merged, "loss_error": float(errors[0]), "gradient_error": float(errors[1])}
+    merged = {key: value for part, _ in gathered for key, value in part.items()}
+    positions = [count for _, count in gathered if count]
+    return {
+        "kept": merged,
+        "positions": positions,
+        "loss_error": float(errors[0]),
+        "gradient_error": float(errors[1]),
+    }
 
 
 def main(cases_file: str, results_file: str) -> None:
     dist.init_process_group(backend="gloo")
     results = {}
     for case in json.loads(Path(cases_file).read_text()):
-        mpu.initialize_model_parallel(case["tp"], case["pp"], virtual_pipeline_model_parallel_size=case.get("vpp"))
+        mpu.initialize_model_parallel(
+            case["tp"],
+            case["pp"],
+            virtual_pipeline_model_parallel_size=case.get("vpp"),
+            context_parallel_size=case.get("cp", 1),
+        )
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         try:
             results[case["name"]] = check(case)

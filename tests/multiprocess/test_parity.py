@@ -36,7 +36,16 @@ ONE_RANK = [
     _case("llava-n1-pad", model="llava", visual="pad"),
     _case("gpt-n1-per-sample", budget="per-sample"),
     _case("llava-n1-per-sample", model="llava", budget="per-sample"),
+    _case("gpt-n1-balanced", budget="balanced"),
+    _case("llava-n1-balanced", model="llava", budget="balanced"),
+    _case("gpt-n1-mean-balanced", budget="balanced", per_token_loss=False),
+    _case("gpt-n1-read", context="read"),
+    _case("llava-n0-read", model="llava", context="read", dense_layers=0),
+    _case("gpt-n1-read-per-sample", context="read", budget="per-sample"),
     _case("gpt-n1-even", multiple=2),
+    _case("llava-n1-even", model="llava", multiple=2),
+    *(_case(f"{m}-n{n}-by4", model=m, multiple=4, dense_layers=n) for m in ("gpt", "llava") for n in (0, 1)),
+    _case("gpt-n1-by8", multiple=8),
     _case("gpt-n1-tied-grouped", tied=True, groups=2),
     _case("llava-n1-learned-positions", model="llava", positions="learned_absolute"),
 ]
@@ -49,9 +58,20 @@ FOUR_RANKS = [
     _case("gpt-n1-learned-positions@tp2-pp2", tp=2, pp=2, positions="learned_absolute"),
     _case("llava-n1-pad@tp2-pp2", model="llava", tp=2, pp=2, visual="pad"),
     _case("gpt-n1-per-sample@tp2-dp2", tp=2, budget="per-sample"),
+    _case("gpt-n1-balanced@tp2-dp2", tp=2, budget="balanced"),
+    _case("gpt-n1-balanced@dp4", budget="balanced"),
+    _case("llava-n1-balanced@dp4", model="llava", budget="balanced"),
+    _case("gpt-n1-read@dp4", context="read"),
+    _case("gpt-n1-read-per-sample@tp2-dp2", tp=2, context="read", budget="per-sample"),
     _case("gpt-n1-even@tp2-sp-pp2", tp=2, pp=2, sp=True, multiple=2),
     _case("gpt-n1-tied-grouped@tp2-pp2", tp=2, pp=2, tied=True, groups=2),
-    _case("gpt-n1-student@pp2-vpp2-dp2", pp=2, vpp=2, score="student"),
+    _case("gpt-n1-plain@pp2-vpp2-dp2", pp=2, vpp=2),
+    *(_case(f"{m}-n1-by4@cp2-dp2", model=m, cp=2) for m in ("gpt", "llava")),
+    *(_case(f"{m}-n1-by4@tp2-sp-cp2", model=m, tp=2, sp=True, cp=2, recompute="uniform") for m in ("gpt", "llava")),
+    *(_case(f"{m}-n0-by4@cp2-pp2", model=m, cp=2, pp=2, dense_layers=0) for m in ("gpt", "llava")),
+    _case("gpt-n1-by8@cp4", cp=4),
+    _case("llava-n1-even@tp2-sp-dp2", model="llava", tp=2, sp=True, multiple=2),
+    _case("llava-n1-even@tp2-sp-pp2", model="llava", tp=2, sp=True, pp=2, multiple=2),
 ]
 
 
@@ -84,7 +104,22 @@ def test_sparse_step_equals_masked_dense_step_in_layout(four_ranks, name):
     assert four_ranks[name]["gradient_error"] <= 1e-5
 
 
-@pytest.mark.parametrize("name", [case["name"] for case in FOUR_RANKS])
+@pytest.mark.parametrize("name", [case["name"] for case in FOUR_RANKS if case.get("budget") == "balanced"])
+def test_balanced_ranks_run_the_same_number_of_positions(four_ranks, name):
+    positions = four_ranks[name]["positions"]
+    assert len(positions) == (2 if "dp2" in name else 4)
+    assert max(positions) * len(positions) <= 1.02 * sum(positions)
+
+
+def test_context_that_nothing_reads_can_be_left_out(one_rank):
+    """The batch has a row without targets, which then keeps nothing, and rows that go on after their last target."""
+    every, read = ({k: v[0] for k, v in one_rank[name]["kept"].items()} for name in ("gpt-n1-plain", "gpt-n1-read"))
+    assert min(len(kept) for kept in read.values()) == 0 < min(len(kept) for kept in every.values())
+    lengths = [{v[2] for v in one_rank[name]["kept"].values()} for name in ("gpt-n1-plain", "gpt-n1-read")]
+    assert max(lengths[1]) < max(lengths[0])
+
+
+@pytest.mark.parametrize("name", [case["name"] for case in FOUR_RANKS if case.get("budget") != "balanced"])
 def test_layout_keeps_the_same_positions(one_rank, four_ranks, name):
     alone, here = one_rank[name.split("@")[0]]["kept"], four_ranks[name]["kept"]
     assert alone.keys() == here.keys() and len(alone) == 8

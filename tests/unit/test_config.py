@@ -8,7 +8,17 @@ import dataclasses
 import pytest
 
 from regate_megatron import ReGateConfig, ReGateError
-from regate_megatron.config import BUDGETS, FUSIONS, SCORES, TEACHER_VISUAL, add_arguments, flag, parse
+from regate_megatron.config import (
+    BUDGETS,
+    CONTEXTS,
+    FUSIONS,
+    PACKED_RATIOS,
+    SCORES,
+    TEACHER_VISUAL,
+    add_arguments,
+    flag,
+    parse,
+)
 
 FLAGS = {  # a change here breaks users' scripts
     "--regate": False,
@@ -22,7 +32,9 @@ FLAGS = {  # a change here breaks users' scripts
     "--regate-fusion": "sum",
     "--regate-score": "regate",
     "--regate-budget": "uniform",
-    "--regate-length-multiple": 1,
+    "--regate-length-multiple": None,
+    "--regate-packed-ratio": "sample",
+    "--regate-context": "all",
     "--regate-teacher-load": None,
     "--regate-teacher-visual": "drop",
     "--regate-reference-cache": None,
@@ -34,6 +46,8 @@ CHOICES = {
     "fusion": ("sum", "convex"),
     "score": ("regate", "student", "reference", "excess", "random"),
     "budget": ("uniform", "balanced", "per-sample"),
+    "packed_ratio": ("row", "sample"),
+    "context": ("all", "read"),
     "teacher_visual": ("drop", "pad"),
 }
 
@@ -103,7 +117,8 @@ def test_a_reference_weight_above_one_is_refused_in_the_convex_mix_only():
 
 
 def test_the_choices_are_the_documented_ones_and_a_refusal_lists_them_all():
-    assert {"fusion": FUSIONS, "score": SCORES, "budget": BUDGETS, "teacher_visual": TEACHER_VISUAL} == CHOICES
+    of_code = {"fusion": FUSIONS, "score": SCORES, "budget": BUDGETS, "teacher_visual": TEACHER_VISUAL}
+    assert of_code | {"packed_ratio": PACKED_RATIOS, "context": CONTEXTS} == CHOICES
     for name, choices in CHOICES.items():
         for choice in choices:
             assert getattr(ReGateConfig(**{name: choice}), name) == choice
@@ -167,6 +182,8 @@ def test_flags_give_the_config_they_spell():
         "score": "excess",
         "budget": "per-sample",
         "length_multiple": 64,
+        "packed_ratio": "row",
+        "context": "read",
         "teacher_load": "some dir/with space",
         "teacher_visual": "pad",
         "reference_cache": "cache",

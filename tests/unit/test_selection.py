@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regate_megatron.selection import keep_best_targets, pack_positions
+from regate_megatron.budget import Alignment
+from regate_megatron.selection import Rows, keep_best_targets, pack_positions, rank_targets, read_by_targets, select
 
 INF, NAN = math.inf, math.nan
 VALUES = st.one_of(st.sampled_from([0.0, -0.0, 1.0, 1.0, 2.5, -3.0, NAN, INF, -INF]), st.floats(allow_nan=True))
@@ -132,3 +134,107 @@ def test_packing_changes_no_input():
     kept = torch.tensor([[True, False, True]])
     pack_positions(kept, 2)
     assert kept.tolist() == [[True, False, True]]
+
+
+# ------------------------------------------------------------------------------------------------------- packed rows
+
+
+@st.composite
+def packed_rows(draw):
+    """Per row its samples, per sample (scores of its targets, floor); at most 7 targets in a row."""
+    rows = []
+    for _ in range(draw(st.integers(1, 3))):
+        samples, left = [], 7
+        for _ in range(draw(st.integers(1, 3))):
+            count = draw(st.integers(0, left))
+            left -= count
+            scores = draw(st.lists(VALUES, min_size=count, max_size=count))
+            samples.append((scores, draw(st.integers(0, count))))
+        rows.append(samples)
+    return rows
+
+
+def _flat(rows):
+    samples = [(row, scores, floor) for row, own in enumerate(rows) for scores, floor in own]
+    score_X = torch.tensor([score for _, scores, _ in samples for score in scores], dtype=torch.float64)
+    row_X = torch.tensor([row for row, scores, _ in samples for _ in scores], dtype=torch.int64)
+    group_X = torch.tensor([g for g, (_, scores, _) in enumerate(samples) for _ in scores], dtype=torch.int64)
+    return score_X, row_X, group_X, torch.tensor([floor for _, _, floor in samples], dtype=torch.int64)
+
+
+def _best_set(samples, num_keep):
+    """The best set of ``num_keep`` targets that holds every floor, by trying all: higher scores first, ties lower."""
+    targets = [(sample, score) for sample, (scores, _) in enumerate(samples) for score in scores]
+    worth = [-INF if math.isnan(score) else score for _, score in targets]
+    allowed = [
+        chosen
+        for chosen in itertools.combinations(range(len(targets)), num_keep)
+        if all(
+            sum(targets[place][0] == sample for place in chosen) >= floor for sample, (_, floor) in enumerate(samples)
+        )
+    ]
+    # Sorted from the best: a set is better if its scores are, one by one; in a matroid one set is best in all places.
+    return min(allowed, key=lambda chosen: sorted((-worth[place], place) for place in chosen))
+
+
+@given(packed_rows())
+def test_packed_rows_keep_the_best_set_that_holds_the_floor_of_every_sample(rows):
+    score_X, row_X, group_X, floor_G = _flat(rows)
+    rank_X = rank_targets(score_X, row_X, group_X, floor_G)
+    for row, samples in enumerate(rows):
+        places = rank_X[row_X == row].tolist()
+        assert sorted(places) == list(range(len(places)))
+        for num_keep in range(sum(floor for _, floor in samples), len(places) + 1):
+            assert [at for at, place in enumerate(places) if place < num_keep] == sorted(_best_set(samples, num_keep))
+
+
+def _select_packed(rows, contexts, *, kind, ratio, of_rows=False):
+    groups = [[sum(len(scores) for scores, _ in own)] if of_rows else [len(s) for s, _ in own] for own in rows]
+    chosen = select(
+        Rows(
+            num_context_R=torch.tensor(contexts),
+            num_target_G=torch.tensor([count for own in groups for count in own]),
+            row_G=torch.tensor([row for row, own in enumerate(groups) for _ in own]),
+            dense_M=torch.tensor([16] * len(rows)),
+            key_M=torch.arange(len(rows)),
+            score_X=_flat(rows)[0],
+        ),
+        kind=kind,
+        keep_ratio=ratio,
+        alignment=Alignment(1, 1),
+        all_gather=lambda values: values[None],
+    )
+    kept, counts = iter(chosen.is_kept_X.tolist()), []
+    for own in rows:
+        counts.append([sum(next(kept) for _ in scores) for scores, _ in own])
+    return chosen.length_M.tolist(), counts
+
+
+@given(packed_rows(), st.sampled_from([0.1, 0.5, 0.75, 1.0]))
+def test_per_sample_keeps_of_every_sample_exactly_its_share(rows, ratio):
+    _, counts = _select_packed(rows, [2] * len(rows), kind="per-sample", ratio=ratio)
+    assert counts == [[math.ceil(ratio * len(scores)) for scores, _ in own] for own in rows]
+
+
+@given(packed_rows(), st.sampled_from(["uniform", "balanced"]), st.sampled_from([0.1, 0.5, 0.75]))
+def test_no_sample_of_a_packed_row_falls_below_its_floor(rows, kind, ratio):
+    _, counts = _select_packed(rows, [2] * len(rows), kind=kind, ratio=ratio)
+    for own, held in zip(rows, counts, strict=True):
+        assert all(have >= math.ceil(ratio * len(scores) / 2) for (scores, _), have in zip(own, held, strict=True))
+
+
+def test_a_packed_row_can_count_as_one():
+    rows = [[([9.0, 8.0, 7.0, 6.0], 0), ([1.0, 2.0, 3.0, 4.0], 0)]]
+    assert _select_packed(rows, [2], kind="per-sample", ratio=0.5) == ([6], [[2, 2]])
+    assert _select_packed(rows, [2], kind="per-sample", ratio=0.5, of_rows=True) == ([6], [[4, 0]])
+    assert _select_packed(rows, [2], kind="uniform", ratio=0.5) == ([6], [[3, 1]])
+
+
+# ------------------------------------------------------------------------------------------------- context that is read
+
+
+@given(masks_and_length())
+def test_a_position_is_read_if_a_target_of_its_row_is_there_or_later(case):
+    is_target_RS, _ = case
+    expected = [[any(row[place:]) for place in range(len(row))] for row in is_target_RS.tolist()]
+    assert read_by_targets(is_target_RS).tolist() == expected

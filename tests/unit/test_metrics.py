@@ -1,0 +1,60 @@
+"""Counts and the log line: what is run, kept and balanced, over steps and data-parallel ranks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+
+from regate_megatron.metrics import Balance, Counters, count_step, log_line, ratios
+from regate_megatron.plan import MicrobatchPlan, StepPlan
+
+FACTS = SimpleNamespace(
+    is_target_BS=torch.tensor([[False, True, True, True]]), is_context_BS=torch.tensor([[True, False, False, False]])
+)
+SPARSE = StepPlan(3, (MicrobatchPlan.of(torch.tensor([[True, False, True, False]]), 3),))  # one slot of fill
+
+
+def _step(own: int, slowest: int, mean: float, achievable: float | None = None) -> Counters:
+    balance = Balance(slowest, own, mean, achievable)
+    return count_step([FACTS], SPARSE, num_layers=4, dense_layers=1, fallback=False, balance=balance)
+
+
+def _interval(*steps: Counters) -> Counters:
+    total = Counters()
+    for step in steps:
+        total.add(step)
+    return total
+
+
+def test_fill_is_run_and_not_kept():
+    counters = _step(3, 3, 3.0)
+    assert (counters.targets_total, counters.targets_kept) == (3, 1)
+    assert (counters.positions_dense, counters.positions_run) == (4, 3)
+    assert ratios(counters)["regate/dense-equivalent"] == (4 + 3 * 3) / 16
+
+
+def test_max_mean_compares_the_slowest_rank_of_every_step():
+    """Two ranks that take turns at being the slower one are not balanced, though their sums are."""
+    ranks = [_interval(_step(90, 110, 100.0), _step(110, 110, 100.0))]
+    ranks += [_interval(_step(110, 110, 100.0), _step(90, 110, 100.0))]
+    assert ratios(_interval(*ranks))["regate/max-mean-positions"] == 1.1
+    assert "| max/mean over ranks 1.100 |" in log_line(4, "sparse", _interval(*ranks), Counters())
+
+
+def test_what_was_achievable_stands_beside_it_where_that_is_not_balanced():
+    ranks = _interval(_step(100, 150, 125.0, 1.2), _step(150, 150, 125.0, 1.2))
+    assert "| max/mean over ranks 1.200 (achievable 1.200) |" in log_line(4, "sparse", ranks, Counters())
+    ranks = _interval(_step(100, 102, 101.0, 1.0), _step(102, 102, 101.0, 1.0))
+    assert "| max/mean over ranks 1.010 |" in log_line(4, "sparse", ranks, Counters())
+
+
+def test_dense_steps_say_nothing_of_balance():
+    counters = count_step([FACTS], StepPlan(0), num_layers=4, dense_layers=1, fallback=False)
+    assert "max/mean" not in log_line(1, "dense", counters, Counters())
+    assert ratios(counters)["regate/max-mean-positions"] == 1.0
+
+
+def test_counters_travel_as_numbers():
+    counters = _step(90, 110, 100.0, 1.3)
+    assert Counters.from_tensor(counters.to_tensor()) == counters
