@@ -44,6 +44,7 @@ def adapter_for(model: Any, pad_token: int | None) -> BatchAdapter:
         image_token=model.config.image_token_id,
         video_token=model.config.video_token_id,
         merge_size=model.config.vision_config.spatial_merge_size,
+        rope_index=model.get_rope_index,
     )
 
 

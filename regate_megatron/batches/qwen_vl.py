@@ -1,8 +1,8 @@
 """Batches of Megatron-Bridge's Qwen-VL models: one input id per visual token, so merged positions = text positions.
 
 The collators of Bridge write the placeholders of an image or video out in full (``image_token`` or ``video_token``, one
-id per merged patch) and put pixels and grids into a ``visual_inputs`` object. Position ids with three axes (mRoPE) are
-made by the model from ids and grids.
+id per merged patch) and put pixels and grids into a ``visual_inputs`` object. The position ids of the batch are
+ignored: the model makes its own, with three axes (mRoPE), from ids and grids, and the adapter asks the same function.
 
 A visual position with loss (an image inside an answer) is context here: it always runs, and its loss counts as ever.
 
@@ -11,6 +11,7 @@ Shapes: B rows, S positions, I images (or videos) of the microbatch in the order
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,16 +34,18 @@ _KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_gri
 
 @dataclass(frozen=True)
 class QwenVLBatches:
-    """Adapter for Qwen2.5-VL and Qwen3-VL batches of Megatron-Bridge.
+    """Adapter for Qwen2.5-VL batches of Megatron-Bridge.
 
     Attributes:
         image_token, video_token: the placeholders' ids (``config.image_token_id``, ``config.video_token_id``).
         merge_size: patches per side that become one visual token (``vision_config.spatial_merge_size``).
+        rope_index: the model's ``get_rope_index``; without one positions are 0, 1, 2 …
     """
 
     image_token: int
     video_token: int
     merge_size: int
+    rope_index: Callable[..., tuple[Tensor, Tensor]] | None = None
 
     def read(self, batch: dict[str, Any]) -> MicrobatchFacts:
         """See :meth:`BatchAdapter.read`."""
@@ -58,7 +61,7 @@ class QwenVLBatches:
             is_context_BS=~is_target_BS & ~is_padding_BS,
             is_visual_BS=is_visual_BS,
             token_BS=token_BS,
-            position_id_BS=position_ids({}, token_BS),
+            position_id_BS=self._position_ids(batch, token_BS),
             label_BS=label_BS,
             reference_key_N2=content_keys(text_rows),
             difficulty_key_N2=content_keys(
@@ -82,6 +85,17 @@ class QwenVLBatches:
         if mask is not None and tuple(mask.shape) == tuple(token_BS.shape):
             return to_cpu(mask) == 0
         return trailing_padding(token_BS, is_target_BS)
+
+    def _position_ids(self, batch: dict[str, Any], token_BS: Tensor) -> Tensor:
+        """As ``Qwen25VLModel.forward`` makes them, axes last: int64 [B, S, 3]; [B, S] without ``rope_index``."""
+        if self.rope_index is None:
+            return position_ids({}, token_BS)
+        kind_BS = (token_BS == self.image_token).int() + 2 * (token_BS == self.video_token).int()
+        visual = _visual_inputs(batch)
+        grids = [visual.get(grid_name) for _, grid_name in _KINDS]
+        seconds = visual.get("second_per_grid_ts")
+        position_3BS, _ = self.rope_index(token_BS, kind_BS, *grids, second_per_grid_ts=seconds, attention_mask=None)
+        return position_3BS.permute(1, 2, 0).long()
 
     def _content(
         self,

@@ -43,7 +43,7 @@ from transformer_engine.pytorch import quantization
 
 from regate_megatron import ReGateConfig, attach, describe, detach
 from regate_megatron.api import session_of
-from regate_megatron.hooks import CurrentMicrobatch, DecoderHook
+from regate_megatron.hooks import CurrentMicrobatch, DecoderHook, Layout, shard_plan
 from regate_megatron.hooks.decoder import LayerRange
 from regate_megatron.plan import MicrobatchPlan
 from regate_megatron.teacher import build_teacher
@@ -245,13 +245,15 @@ def delayed_scaling_is_updated_once_per_microbatch() -> None:
     current, updates = CurrentMicrobatch(), []
     hook = DecoderHook(model, current, dense_layers=1)
     keep_idx_BK = torch.arange(0, TEXT, 2).expand(2, -1).contiguous()
-    plan = MicrobatchPlan(TEXT, keep_idx_BK, torch.full((2,), keep_idx_BK.shape[1]))
+    plan = MicrobatchPlan(TEXT, keep_idx_BK, torch.ones_like(keep_idx_BK, dtype=torch.bool))
+    layout = Layout.of_model(model.config, sequence_parallel=False)
+    sharded = shard_plan(plan, layout, torch.device("cpu"), moves_hidden=True, moves_losses=True)
     tokens = torch.ones(2, TEXT, dtype=torch.int64)
     manager = quantization.FP8GlobalStateManager
     with (
         mock.patch.object(manager, "is_fp8_available", lambda: (True, "")),
         mock.patch.object(manager, "reduce_and_update_fp8_tensors", lambda forward: updates.append(forward)),
-        current.running(plan, None),
+        current.running(sharded, None),
     ):
         model(tokens, torch.arange(TEXT).expand_as(tokens), None)
     hook.detach()

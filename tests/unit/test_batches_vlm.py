@@ -202,3 +202,12 @@ def test_qwen_elide_edits_the_loss_mask_only():
     elided = QWEN.elide(batch, torch.tensor([[False, False, False, False, True, False]]))
     assert elided["loss_mask"].tolist() == [[0, 0, 0, 1, 0, 0]] and batch["loss_mask"].tolist() == [MASK]
     assert all(elided[name] is batch[name] for name in batch if name != "loss_mask")
+
+
+def test_qwen_positions_are_the_model_s_own_with_their_axes_last():
+    def rope_index(tokens, kinds, image_grid, video_grid, *, second_per_grid_ts, attention_mask):
+        assert kinds.tolist() == [[0, 1, 1, 0, 0, 0]] and video_grid is second_per_grid_ts is attention_mask is None
+        return torch.stack([torch.arange(6)[None] * axis for axis in image_grid[0].tolist()]), None
+
+    adapter = QwenVLBatches(PICTURE_TOKEN, VIDEO_TOKEN, 2, rope_index)
+    assert adapter.read(_one(1.0)).position_id_BS[0, 3].tolist() == [3, 6, 12]
