@@ -21,6 +21,7 @@ from megatron.bridge.models.qwen_vl import Qwen25VLModelProvider
 from megatron.bridge.training.utils.visual_inputs import GenericVisualInputs
 from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
+from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
@@ -73,7 +74,9 @@ def build():
     )
     provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
     provider.finalize()
-    return provider.provide(pre_process=True, post_process=True)
+    model = provider.provide(pre_process=True, post_process=True)
+    model.model_type = ModelType.encoder_or_decoder  # get_model sets it
+    return model
 
 
 def batch(seed: int) -> dict:
