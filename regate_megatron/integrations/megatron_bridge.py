@@ -23,7 +23,7 @@ from megatron.bridge.utils.common_utils import print_rank_0, print_rank_last
 
 from regate_megatron.api import attach, detach, session_of, wrap_forward_backward
 from regate_megatron.config import ReGateConfig
-from regate_megatron.errors import one_line_refusals
+from regate_megatron.errors import one_line_refusals, refuse
 from regate_megatron.integrations.megatron_lm import attached_line, keep_teacher, report
 
 _SCHEDULE, _MARK = "get_forward_backward_func", "_regate"
@@ -64,6 +64,11 @@ class _ReGateCallback(Callback):
 
     @one_line_refusals()
     def on_train_start(self, context: CallbackContext) -> None:
+        if context.state.cfg.dist.use_decentralized_pg:
+            form = {"allowed": "Megatron's global groups", "change": "dist.use_decentralized_pg to False"}
+            error = refuse("process groups", given="use_decentralized_pg", **form)
+            error.everywhere = True  # every rank has the same settings
+            raise error
         options, size = _options(context.state), context.state.tokenizer.vocab_size
         attach(context.model, self.config, args=options, pad_token=self.pad_token, vocab_size=size)
         session = session_of(context.model)
@@ -104,7 +109,9 @@ def _options(state: Any) -> SimpleNamespace:
         iteration=state.train_state.step,
         micro_batch_size=settings.train.micro_batch_size,
         peft=settings.peft,
-        sft=any(getattr(data, name, False) for name in ("enable_offline_packing", "enable_in_batch_packing")),
+        use_packed_sequence=any(
+            getattr(data, name, False) for name in ("enable_offline_packing", "enable_in_batch_packing")
+        ),
         reset_attention_mask=getattr(data, "reset_attention_mask", False),
         use_megatron_fsdp=settings.dist.use_megatron_fsdp,
         use_torch_fsdp2=settings.dist.use_torch_fsdp2,
