@@ -193,7 +193,7 @@ def train(case: dict, step, batches) -> dict:
     config = ReGateConfig(warmup_steps=2, cycle_steps=100, dense_steps=0, teacher_load="student")
     attach(models, config, pad_token=PAD)
     session, schedule = session_of(models), wrap_forward_backward(get_forward_backward_func())
-    keys, losses = [], []
+    keys, losses, counted = [], [], 0
     for _ in range(STEPS):
         reports = schedule(
             forward_step_func=step,
@@ -206,11 +206,12 @@ def train(case: dict, step, batches) -> dict:
         )
         total, count = sum(report["lm loss"] for report in reports)
         losses.append(float(total / count))
+        counted += int(count)
         keys += [key_hex(key) for facts in session._pending.facts for key in facts.difficulty_key_N2]
     session.commit()
     totals = dataclasses.asdict(session.totals)
     detach(models)
-    return {"keys": keys, "losses": losses, "totals": totals}
+    return {"keys": keys, "losses": losses, "counted": counted, "totals": totals}
 
 
 def main(folder: str, results: str) -> None:

@@ -42,6 +42,11 @@ def test_sparse_steps_run_shorter_on_energon_s_batches(runs, model):
 
 
 @pytest.mark.parametrize("model", ["llava", "gpt"])
+def test_the_script_s_loss_counts_kept_targets_only(runs, model):
+    assert runs[model]["counted"] == runs[model]["totals"]["targets_kept"]
+
+
+@pytest.mark.parametrize("model", ["llava", "gpt"])
 def test_a_sample_has_one_key_in_every_epoch_and_batch(runs, model):
     """Energon shuffles anew in the second pass; its own keys differ between versions, ours are made of content."""
     keys = runs[model]["keys"]
