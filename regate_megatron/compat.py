@@ -117,9 +117,23 @@ def _several_lengths(setting: Setting) -> Any:
     return f"{setting.config.budget} with {where}"
 
 
-def _dataset_rows(setting: Setting) -> Any:
-    names = ("sft", "dataloader_inter_document_masking", "use_packed_sequence", "hybrid_context_parallel")
-    return next((f"--{name.replace('_', '-')}" for name in names if setting.arg(name)), None)
+def _packed_rows(setting: Setting) -> Any:
+    """Forms of packing that cannot be exact, or that Megatron itself cannot run."""
+    packs = next((name for name in _PACKING_FLAGS if setting.arg(name)), None)
+    if setting.arg("hybrid_context_parallel"):
+        return "--hybrid-context-parallel"
+    if packs is None:
+        return None
+    if setting.model.pipeline_model_parallel_size > 1 and setting.micro_batch_size > 1:
+        return f"--{packs.replace('_', '-')} with pipeline stages and micro-batch size {setting.micro_batch_size}"
+    if packs == "dataloader_inter_document_masking" and setting.model.context_parallel_size > 1:
+        return "--dataloader-inter-document-masking with context parallelism"
+    if setting.model.apply_rope_fusion:
+        return f"--{packs.replace('_', '-')} with fused RoPE"
+    return None
+
+
+_PACKING_FLAGS = ("sft", "dataloader_inter_document_masking", "use_packed_sequence")
 
 
 def _position_embedding(setting: Setting) -> Any:
@@ -235,10 +249,12 @@ RULES = (
     ),
     Rule(
         "packed rows",
-        _dataset_rows,
-        "one sample per row in this version",
-        "the command: leave the flag out",
-        "not built yet",
+        _packed_rows,
+        "--sft, --dataloader-inter-document-masking without context parallelism, --use-packed-sequence; unfused RoPE, "
+        "and with pipeline stages one row per microbatch",
+        "the command: leave the flag out, or add --no-rope-fusion",
+        "the kernels would read other positions or segments",
+        in_flags=False,
     ),
     Rule(
         flag("teacher_load"),

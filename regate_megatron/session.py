@@ -54,14 +54,16 @@ class Session:
         self._pending: _Pending | None = None
         self._teacher_source: tuple[Any, LanguageModelCheckpoint | None, int | None] | None = None
         self._is_prepared = False
-        self.adapter: BatchAdapter = adapter_for(self.models[0], pad_token)
+        self.adapter: BatchAdapter = adapter_for(self.models[0], pad_token, args)
         transformer = self.language_models[0].config
         self._has_pipeline = transformer.pipeline_model_parallel_size > 1
         self._layout = Layout.of_model(transformer, sequence_parallel=transformer.sequence_parallel)
         self._args = args
         self.planner = self.trace = None
         if topology.is_planner:
-            self.planner = Planner(config, topology, compat.length_alignment(transformer))
+            self.planner = Planner(
+                config, topology, compat.length_alignment(transformer), compat.segment_alignment(transformer)
+            )
             self.trace = Trace(config.trace, topology.dp_rank) if config.trace else None
 
     def attach_hooks(self) -> None:

@@ -73,7 +73,19 @@ REFUSED = {
         "given overlap_moe_expert_parallel_comm=True",
     ),
     "TP overlap": ({"model": {"tp_comm_overlap": True}}, "given tp_comm_overlap=True"),
-    "packed SFT rows": ({"args": {"sft": True}}, "given --sft"),
+    "packed rows with fused rope": (
+        {"args": {"sft": True}, "model": {"apply_rope_fusion": True}},
+        "given --sft with fused RoPE",
+    ),
+    "packed rows of several with stages": (
+        {"args": {"sft": True}, "model": {"pipeline_model_parallel_size": 2}, "micro_batch_size": 2},
+        "given --sft with pipeline stages and micro-batch size 2",
+    ),
+    "documents with context parallelism": (
+        {"args": {"dataloader_inter_document_masking": True}, "model": {"context_parallel_size": 2}},
+        "given --dataloader-inter-document-masking with context parallelism",
+    ),
+    "hybrid context parallelism": ({"args": {"hybrid_context_parallel": True}}, "given --hybrid-context-parallel"),
     "FSDP": ({"args": {"use_megatron_fsdp": True}}, "given --use-megatron-fsdp"),
     "fused rope with two rows": (
         {"model": {"apply_rope_fusion": True}, "micro_batch_size": 2},

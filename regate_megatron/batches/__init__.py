@@ -22,12 +22,13 @@ __all__ = [
 ]
 
 
-def adapter_for(model: Any, pad_token: int | None) -> BatchAdapter:
+def adapter_for(model: Any, pad_token: int | None, args: Any = None) -> BatchAdapter:
     """The adapter of the batches that scripts for this model read.
 
     Args:
         model: the framework's model, unwrapped: a language model, or one with a ``language_model`` inside.
         pad_token: the tokenizer's pad id, where the batch says by it which labels have no loss.
+        args: the framework's namespace, for how its script packs rows.
     """
     if getattr(model, "language_model", None) is None:
         return GPTBatches()
@@ -38,6 +39,7 @@ def adapter_for(model: Any, pad_token: int | None) -> BatchAdapter:
             max_length=model._language_max_sequence_length,
             pads_to_max=model._language_is_pipeline_parallel,
             multiple=_llava_multiple(model),
+            packs=_llava_packs(model, args),
         )
         return MultimodalBatches(merged, pad_token)
     return QwenVLBatches(
@@ -53,3 +55,10 @@ def _llava_multiple(model: Any) -> int:
     context = model.context_parallel_lm
     tensor = model.tensor_model_parallel_size_lm if model.sequence_parallel_lm else 1
     return (2 * context if context > 1 else 1) * tensor
+
+
+def _llava_packs(model: Any, args: Any) -> bool | str:
+    """Whether the script hands a LLaVAModel the rows of a microbatch as one: Megatron-LM's do, to pad them for CP."""
+    if args is None or model.context_parallel_lm == 1:
+        return False
+    return "always" if getattr(args, "use_packed_sequence", False) else True

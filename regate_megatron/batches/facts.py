@@ -32,6 +32,8 @@ class MicrobatchFacts:
         difficulty_key_N2: 128-bit key of that and of the image bytes, int64 [N, 2].
         sample_BS: which of the N samples a position belongs to, ascending along the rows, padding included; int64
             [B, S]. None: every row is one sample.
+        joins_rows: the samples are rows of one length that only the layout lays one after the other: they are planned
+            as rows, as in every other layout.
     """
 
     is_target_BS: Tensor
@@ -43,6 +45,7 @@ class MicrobatchFacts:
     reference_key_N2: Tensor
     difficulty_key_N2: Tensor
     sample_BS: Tensor | None = None
+    joins_rows: bool = False
 
     @property
     def dense_length(self) -> int:
@@ -65,6 +68,22 @@ class MicrobatchFacts:
     def num_target_N(self) -> Tensor:
         """Targets of each sample; int64 [N]. What is kept per target is split by it."""
         return torch.bincount(self.sample_X, minlength=self.num_samples)
+
+    @cached_property
+    def planned_row_N(self) -> Tensor:
+        """The row each sample is planned as a part of; int64 [N], ascending."""
+        return torch.arange(self.num_samples) if self.joins_rows else self.row_N
+
+    @property
+    def planned_length(self) -> int:
+        """The dense length of rows as they are planned."""
+        return self.dense_length // self.num_samples if self.joins_rows else self.dense_length
+
+    def count_by_row(self, where_BS: Tensor) -> Tensor:
+        """How many positions are marked in each row as it is planned; int64."""
+        return (
+            torch.bincount(self.sample_BS[where_BS], minlength=self.num_samples) if self.joins_rows else where_BS.sum(1)
+        )
 
     @cached_property
     def row_N(self) -> Tensor:

@@ -1,8 +1,8 @@
 """What Megatron itself needs on a CPU.
 
 Patched: ``WrappedTorchNorm.__new__``, the defaults of ``CLIPViTModel.__init__``, ``DotProductAttention`` (see
-:mod:`.attention`), what ``llava_model`` asks of Transformer Engine, ``state_dict`` and ``load_state_dict`` of
-``DistributedOptimizer``, ``compile_helpers`` and, where there is a megatron.training, its
+:mod:`.attention`), what ``core.utils`` and ``llava_model`` ask of Transformer Engine, ``state_dict`` and
+``load_state_dict`` of ``DistributedOptimizer``, ``compile_helpers`` and, where there is a megatron.training, its
 ``initialize._warmup_jit_function``.
 """
 
@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+import types
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def install() -> None:
     _patch_norm()
     _patch_clip_norm()
     attention.install()
-    _patch_llava()
+    _patch_transformer_engine()
     _patch_distributed_optimizer()
     _patch_compile_helpers()
     _patch_warmup()
@@ -67,13 +68,15 @@ def _patch_clip_norm() -> None:
     init.__defaults__ = tuple(WrappedTorchNorm if d is torch.nn.LayerNorm else d for d in init.__defaults__ or ())
 
 
-def _patch_llava() -> None:
-    """``LLaVAModel`` wants Transformer Engine for sequence and context parallelism; the emulated attention serves."""
-    import types
-
+def _patch_transformer_engine() -> None:
+    """Where Megatron asks Transformer Engine to cut packed rows, and where ``LLaVAModel`` insists on its attention."""
+    from megatron.core import utils
     from megatron.core.models.multimodal import llava_model
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
+    tex = types.SimpleNamespace(thd_get_partitioned_indices=attention.partitioned_indices)
+    if getattr(utils, "tex", tex) is None:
+        utils.tex = tex
     if getattr(llava_model, "HAVE_TE", False):
         return
     stand_ins = {
@@ -81,7 +84,7 @@ def _patch_llava() -> None:
         "HAVE_TEX": True,
         "TEDotProductAttention": DotProductAttention,
         "is_te_min_version": lambda *args, **kwargs: True,
-        "tex": types.SimpleNamespace(thd_get_partitioned_indices=attention.partitioned_indices),
+        "tex": tex,
     }
     for name, value in stand_ins.items():
         if hasattr(llava_model, name):

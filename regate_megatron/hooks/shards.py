@@ -222,6 +222,7 @@ def _exchange(
 
 
 def _cumulative(length_N: Tensor) -> Tensor:
+    """Where rows or segments start and the last one ends."""
     return torch.nn.functional.pad(length_N.cumsum(0), (1, 0)).int()
 
 

@@ -64,11 +64,7 @@ class _ReGateCallback(Callback):
 
     @one_line_refusals()
     def on_train_start(self, context: CallbackContext) -> None:
-        if context.state.cfg.dist.use_decentralized_pg:
-            form = {"allowed": "Megatron's global groups", "change": "dist.use_decentralized_pg to False"}
-            error = refuse("process groups", given="use_decentralized_pg", **form)
-            error.everywhere = True  # every rank has the same settings
-            raise error
+        _check(context.state.cfg)
         options, size = _options(context.state), context.state.tokenizer.vocab_size
         attach(context.model, self.config, args=options, pad_token=self.pad_token, vocab_size=size)
         session = session_of(context.model)
@@ -100,19 +96,26 @@ class _ReGateCallback(Callback):
         uninstall()
 
 
+def _check(settings: Any) -> None:
+    """Refuse what Bridge's settings alone tell: its packed batches have a layout of their own, its groups may be."""
+    names = ("dist.use_decentralized_pg", "dataset.enable_in_batch_packing", "dataset.enable_offline_packing")
+    for room, name in (name.split(".") for name in names):
+        if getattr(getattr(settings, room), name, False):
+            error = refuse("Megatron-Bridge", given=f"{room}.{name}", allowed="it off", change="it to False")
+            error.everywhere = True  # every rank has the same settings
+            raise error
+
+
 def _options(state: Any) -> SimpleNamespace:
     """What the checks read of Megatron-LM's namespace, from Bridge's settings."""
-    settings, data = state.cfg, state.cfg.dataset
+    settings = state.cfg
     return SimpleNamespace(
         load=settings.checkpoint.load,
         save=settings.checkpoint.save,
         iteration=state.train_state.step,
         micro_batch_size=settings.train.micro_batch_size,
         peft=settings.peft,
-        use_packed_sequence=any(
-            getattr(data, name, False) for name in ("enable_offline_packing", "enable_in_batch_packing")
-        ),
-        reset_attention_mask=getattr(data, "reset_attention_mask", False),
+        reset_attention_mask=getattr(settings.dataset, "reset_attention_mask", False),
         use_megatron_fsdp=settings.dist.use_megatron_fsdp,
         use_torch_fsdp2=settings.dist.use_torch_fsdp2,
     )

@@ -30,17 +30,18 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.multimodal.llava_model import DEFAULT_IMAGE_TOKEN_INDEX, LLaVAModel
 from megatron.core.models.multimodal.llava_spec import decoder_model_with_local_default_spec
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import get_submodules
-from megatron.core.utils import get_batch_on_this_cp_rank
+from megatron.core.utils import flatten_batch_for_packed_sequences, get_batch_on_this_cp_rank
 
 from regate_megatron import ReGateConfig, attach, detach, wrap_forward_backward
 from regate_megatron.api import session_of
 from regate_megatron.budget import align_up
 from regate_megatron.sharding import places
 
-LAYERS, HIDDEN, VOCAB, TEXT, ROWS, GLOBAL_ROWS = 4, 32, 64, 24, 2, 8
+LAYERS, HIDDEN, VOCAB, TEXT, GLOBAL_ROWS = 4, 32, 64, 24, 8
 IMAGE, PATCH = 16, 8
 VISUAL = (IMAGE // PATCH) ** 2
 
@@ -173,23 +174,39 @@ def batches(case: dict) -> list[dict]:
         tokens[row, end:], mask[row, end - 1 :] = 0, 0
     image = torch.randn(GLOBAL_ROWS, 3, IMAGE, IMAGE, generator=generator)
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-    own = []
-    for start in range(rank * ROWS, GLOBAL_ROWS, size * ROWS):
-        rows = slice(start, start + ROWS)
+    own, num_rows = [], case.get("rows", 2)
+    for start in range(rank * num_rows, GLOBAL_ROWS, size * num_rows):
+        rows = slice(start, start + num_rows)
         batch = {
             "tokens": tokens[rows, :-1].clone(),
             "labels": tokens[rows, 1:].clone(),
             "loss_mask": mask[rows].clone(),
         }
-        batch["position_ids"] = torch.arange(TEXT).expand(ROWS, -1)
+        batch["position_ids"] = torch.arange(TEXT).expand(num_rows, -1)
         if case["model"] == "llava":
-            place = 0 if start % 4 else 3  # a picture first, or after some text
+            place = 0 if start // 2 % 2 else 3  # a picture first, or after some text
             batch["tokens"][:, place] = DEFAULT_IMAGE_TOKEN_INDEX
             batch["labels"] = torch.cat([batch["tokens"][:, 1:], batch["labels"][:, -1:]], dim=1).clamp_min(0)
             batch["loss_mask"][:, : place + 1] = 0
             batch["image"] = image[rows]
+        if case.get("packed"):
+            pack(batch, start)
         own.append(batch)
     return own
+
+
+def pack(batch: dict, start: int) -> None:
+    """Make packed rows of a batch: two or three segments each, multiples of 4 as Megatron's SFT dataset cuts at CP2."""
+    rows = len(batch["tokens"])
+    cu_seqlens = torch.full((rows, TEXT + 1), TEXT)
+    for row in range(rows):
+        cuts = [[8, 20], [12], [4, 16], [16]][(start + row) % 4]
+        starts = torch.tensor([0, *cuts, TEXT])
+        cu_seqlens[row, : len(starts)] = starts
+        batch["position_ids"] = batch["position_ids"].clone()
+        batch["position_ids"][row] = torch.cat([torch.arange(size) for size in starts.diff().tolist()])
+    batch["cu_seqlens_padded"] = None
+    batch["cu_seqlens"], batch["max_seqlen"] = cu_seqlens.int(), cu_seqlens.diff(dim=1).amax(dim=1)
 
 
 class Step:
@@ -202,6 +219,11 @@ class Step:
 
     def __call__(self, iterator, model):
         batch = next(iterator)
+        packed_seq_params = None
+        if "cu_seqlens" in batch:
+            batch = flatten_batch_for_packed_sequences(batch)
+            lengths, longest = batch["cu_seqlens"].squeeze(0), int(batch["max_seqlen"])
+            packed_seq_params = PackedSeqParams("thd", lengths, lengths, max_seqlen_q=longest, max_seqlen_kv=longest)
         if "image" not in batch:  # a LLaVAModel cuts its merged rows itself
             batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
         mask = batch["loss_mask"]
@@ -210,7 +232,13 @@ class Step:
                 batch["image"], batch["tokens"], batch["position_ids"], None, batch["labels"], batch["loss_mask"]
             )
         else:
-            output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+            output = model(
+                batch["tokens"],
+                batch["position_ids"],
+                None,
+                labels=batch["labels"],
+                packed_seq_params=packed_seq_params,
+            )
 
         def loss_func(loss_BS):
             mask_BS = self.forced_masks[len(self.losses)] if self.forced_masks else mask
@@ -236,7 +264,7 @@ def run(case: dict, models: list, schedule, step: Step) -> None:
         model=models if case.get("vpp") else models[0],
         num_microbatches=len(own),
         seq_length=merged_length(case),
-        micro_batch_size=ROWS,
+        micro_batch_size=case.get("rows", 2),
         forward_only=False,
     )
 
@@ -260,7 +288,7 @@ def masked_full_length(case: dict, models: list, plan, dense_layers: int, loss_m
         hidden_BSS = ~kept_BS[:, None, :] | torch.ones(length, length, dtype=torch.bool).triu(1)
         hidden_BSS[:, range(length), range(length)] = False  # no row may be empty: softmax of nothing is NaN
 
-        own = places(torch.tensor([length]), cp_size=mpu.get_context_parallel_world_size())
+        own = places(segments(plan.microbatches[index]), cp_size=mpu.get_context_parallel_world_size())
         own_BqS = hidden_BSS[:, own.positions_of(mpu.get_context_parallel_rank())]
 
         def mask_keys(layer, args, kwargs):
@@ -282,12 +310,17 @@ def masked_full_length(case: dict, models: list, plan, dense_layers: int, loss_m
     return step
 
 
-def whole(own_BS: torch.Tensor) -> torch.Tensor:
+def segments(plan) -> torch.Tensor:
+    """What context parallelism cuts by itself."""
+    return plan.packing.dense_length_N if plan.packing else torch.tensor([plan.dense_length])
+
+
+def whole(own_BS: torch.Tensor, plan) -> torch.Tensor:
     """Put rows together that the context ranks hold parts of."""
     group, size = mpu.get_context_parallel_group(), mpu.get_context_parallel_world_size()
     parts = [torch.empty_like(own_BS) for _ in range(size)]
     dist.all_gather(parts, own_BS.contiguous(), group=group)
-    cut = places(torch.tensor([own_BS.shape[1] * size]), cp_size=size)
+    cut = places(segments(plan), cp_size=size)
     return torch.stack(parts)[cut.rank_L, :, cut.index_L].t().contiguous()
 
 
@@ -346,8 +379,10 @@ def check(case: dict) -> dict:
 
     oracle = masked_full_length(case, models, plan, case["dense_layers"], sparse.loss_masks)
     for step in (sparse, oracle):
-        step.losses = [whole(loss_BS) for loss_BS in step.losses]
-    sparse.loss_masks = [whole(mask_BS) for mask_BS in sparse.loss_masks]
+        step.losses = [whole(*pair) for pair in zip(step.losses, plan.microbatches[: len(step.losses)], strict=True)]
+    sparse.loss_masks = [
+        whole(*pair) for pair in zip(sparse.loss_masks, plan.microbatches[: len(sparse.loss_masks)], strict=True)
+    ]
     loss_error = 0.0
     for index, (loss_BS, mask_BS, oracle_BS) in enumerate(
         zip(sparse.losses, sparse.loss_masks, oracle.losses, strict=True)
@@ -370,10 +405,14 @@ def check(case: dict) -> dict:
     if session.planner:
         positions = session.planner.balance.own
         for index, one in enumerate(facts):
-            for row, key in enumerate(one.difficulty_key_N2.tolist()):
-                real = plan.microbatches[index].kept_mask()[row] & (one.is_target_BS | one.is_context_BS)[row]
-                total = (sparse.losses[index] * sparse.loss_masks[index])[row].sum()
-                kept[str(key)] = [torch.where(real)[0].tolist(), float(total), plan.microbatches[index].length]
+            real_BS = plan.microbatches[index].kept_mask() & (one.is_target_BS | one.is_context_BS)
+            loss_BS = sparse.losses[index] * sparse.loss_masks[index]
+            for sample, key in enumerate(one.difficulty_key_N2.tolist()):
+                own_S = True if one.sample_BS is None else one.sample_BS[0] == sample
+                row = int(one.row_N[sample])
+                places_kept = torch.where(real_BS[row] & own_S)[0] - one.start_N[sample]
+                total = (loss_BS[row] * own_S).sum()
+                kept[str(key)] = [places_kept.tolist(), float(total), plan.microbatches[index].length]
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (kept, positions))
     errors = torch.tensor([loss_error, gradient_error])
