@@ -42,9 +42,9 @@ from megatron.energon.task_encoder.base import stateless
 from regate_megatron import ReGateConfig, attach, detach, wrap_forward_backward
 from regate_megatron.api import session_of
 from regate_megatron.batches.facts import key_hex
-from tests.multiprocess.run_parity import IMAGE, ROWS, TEXT, VISUAL, build
+from tests.multiprocess.run_parity import IMAGE, TEXT, VISUAL, build
 
-PAD, PROMPT, SAMPLES, MICROBATCHES, STEPS = 0, [3, 4], 12, 2, 5
+PAD, PROMPT, SAMPLES, ROWS, MICROBATCHES, STEPS = 0, [3, 4], 12, 2, 2, 5
 
 
 def write_dataset(folder: Path) -> None:
