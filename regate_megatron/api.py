@@ -37,7 +37,7 @@ def attach(
         teacher: a frozen language model sharded like the student (its chunk, or the list of its chunks), in place of
             ``config.teacher_load``.
         args: the framework's namespace, for checks and defaults.
-        pad_token: the tokenizer's pad id, for ``teacher_visual="pad"``.
+        pad_token: the tokenizer's pad id, for ``teacher_visual="pad"`` and batches without a loss mask.
         vocab_size: the student tokenizer's true size, to check the teacher's against.
 
     Raises:
@@ -65,7 +65,7 @@ def attach(
     except Exception as fault:  # whatever it is, the other ranks wait to hear of it
         error = str(fault) if isinstance(fault, ReGateError) else f"regate: attach: {fault!r}"
     agree_on_error(error, topology)
-    session = Session(chunks, config, topology, args)
+    session = Session(chunks, config, topology, args, pad_token)
     if config.needs_teacher:
         session.teach_with(teacher, checkpoint, pad_token)
     session.attach_hooks()

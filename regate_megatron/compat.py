@@ -12,7 +12,7 @@ from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
 
-from regate_megatron.config import ReGateConfig, flag
+from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig, flag
 from regate_megatron.errors import refuse
 
 MEGATRON_CORE = "0.19 (0.17, 0.18 and 0.20 are not yet run)"
@@ -146,6 +146,11 @@ def _fsdp(setting: Setting) -> Any:
     return next((f"--{name.replace('_', '-')}" for name in names if setting.arg(name)), None)
 
 
+def _adapters_in_teacher(setting: Setting) -> Any:
+    takes_student = setting.config.needs_teacher and setting.config.teacher_load == STUDENT_AS_TEACHER
+    return "student, which has adapters" if takes_student and setting.arg("peft") else None
+
+
 RULES = (
     Rule(
         "model",
@@ -249,6 +254,22 @@ RULES = (
         "and with pipeline stages one row per microbatch",
         "the command: leave the flag out, or add --no-rope-fusion",
         "the kernels would read other positions or segments",
+        in_flags=False,
+    ),
+    Rule(
+        flag("teacher_load"),
+        _adapters_in_teacher,
+        "a checkpoint of the base language model where the student has adapters (peft)",
+        "it to that checkpoint",
+        "the student's weights have other names",
+        in_flags=False,
+    ),
+    Rule(
+        "loss scaled per turn",
+        lambda s: "--use-loss-scaling" if s.arg("use_loss_scaling") else None,
+        "the mean over tokens",
+        "the command: leave --use-loss-scaling out",
+        "it finds turns by runs of the loss mask, which elision cuts",
         in_flags=False,
     ),
     Rule("fully sharded data parallel", _fsdp, "Megatron's DDP", "the command: leave the flag out", "not built yet"),

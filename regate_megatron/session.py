@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from regate_megatron import compat
-from regate_megatron.batches import BatchAdapter, GPTBatches, LLaVABatches, MicrobatchFacts
+from regate_megatron.batches import BatchAdapter, MicrobatchFacts, adapter_for
 from regate_megatron.checkpoint import LanguageModelCheckpoint
 from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import ReGateError, refuse
@@ -32,7 +32,14 @@ from regate_megatron.topology import Topology
 class Session:
     """ReGATE on one rank: its hooks, and on planners the planner. Made by :func:`attach`."""
 
-    def __init__(self, models: Sequence[Any], config: ReGateConfig, topology: Topology, args: Any) -> None:
+    def __init__(
+        self,
+        models: Sequence[Any],
+        config: ReGateConfig,
+        topology: Topology,
+        args: Any,
+        pad_token: int | None = None,
+    ) -> None:
         self.config, self.topology = config, topology
         self.models = [compat.unwrap(model) for model in models]
         self.language_models = [compat.language_model_of(model) for model in self.models]
@@ -47,7 +54,7 @@ class Session:
         self._pending: _Pending | None = None
         self._teacher_source: tuple[Any, LanguageModelCheckpoint | None, int | None] | None = None
         self._is_prepared = False
-        self.adapter = _adapter_for(self.models[0], args)
+        self.adapter: BatchAdapter = adapter_for(self.models[0], pad_token, args)
         transformer = self.language_models[0].config
         self._has_pipeline = transformer.pipeline_model_parallel_size > 1
         self._layout = Layout.of_model(transformer, sequence_parallel=transformer.sequence_parallel)
@@ -277,33 +284,6 @@ class _Pending:
     def __init__(self, step, phase, facts, plan, scores, fallback, losses, counters) -> None:
         self.step, self.phase, self.facts, self.plan = step, phase, facts, plan
         self.scores, self.fallback, self.losses, self.counters = scores, fallback, losses, counters
-
-
-def _adapter_for(model: Any, args: Any) -> BatchAdapter:
-    if getattr(model, "language_model", None) is None:
-        return GPTBatches()
-    return LLaVABatches(
-        image_length=model.img_seq_len,
-        image_token=model.image_token_index,
-        max_length=model._language_max_sequence_length,
-        pads_to_max=model._language_is_pipeline_parallel,
-        multiple=_llava_multiple(model),
-        packs=_llava_packs(model, args),
-    )
-
-
-def _llava_multiple(model: Any) -> int:
-    """What a LLaVAModel pads its merged rows to."""
-    context = model.context_parallel_lm
-    tensor = model.tensor_model_parallel_size_lm if model.sequence_parallel_lm else 1
-    return (2 * context if context > 1 else 1) * tensor
-
-
-def _llava_packs(model: Any, args: Any) -> bool | str:
-    """Whether the script hands a LLaVAModel the rows of a microbatch as one: Megatron-LM's do, to pad them for CP."""
-    if args is None or model.context_parallel_lm == 1:
-        return False
-    return "always" if getattr(args, "use_packed_sequence", False) else True
 
 
 def _as_list(iterators: Any) -> list[Any]:

@@ -137,7 +137,7 @@ def _attach_after(inner: Callable[..., Any], config: ReGateConfig, sessions: lis
                 f"[regate] resumed at iteration {options.iteration}: difficulty is not saved in this version and "
                 "starts empty; dense steps come first"
             )
-        _keep_teacher(session, options)
+        keep_teacher(session, options)
         sessions[:] = [session]
         print_rank_0(attached_line(session))
         return result
@@ -177,18 +177,23 @@ def _log_after(inner: Callable[..., Any], sessions: list[Session]) -> Callable[.
         result = inner(*args, **kwargs)
         iteration, session = signature.bind(*args, **kwargs).arguments["iteration"], sessions[0]
         if iteration % get_args().log_interval == 0 and session.interval.steps:
-            interval = reduce_counters(session.interval, session.topology)
-            total = reduce_counters(session.totals, session.topology)
-            session.interval = Counters()
-            print_rank_last(log_line(iteration, session.phase, interval, total))
-            if writer := get_tensorboard_writer():
-                for name, value in ratios(interval).items():
-                    writer.add_scalar(name, value, iteration)
-            if wandb_writer := get_wandb_writer():
-                wandb_writer.log(ratios(interval), iteration)
+            report(session, iteration, print_rank_last, get_tensorboard_writer(), get_wandb_writer())
         return result
 
     return training_log
+
+
+def report(session: Session, iteration: int, say: Callable[[str], None], tensorboard: Any, wandb: Any) -> None:
+    """Tell what ran since the last report: a line, and scalars where there is a writer. All ranks call this."""
+    interval = reduce_counters(session.interval, session.topology)
+    total = reduce_counters(session.totals, session.topology)
+    session.interval = Counters()
+    say(log_line(iteration, session.phase, interval, total))
+    if tensorboard:
+        for name, value in ratios(interval).items():
+            tensorboard.add_scalar(name, value, iteration)
+    if wandb:
+        wandb.log(ratios(interval), iteration)
 
 
 def attached_line(session: Session) -> str:
@@ -207,7 +212,7 @@ def attached_line(session: Session) -> str:
     return f"[regate] attached to {type(session.models[0]).__name__} ({layout}): " + "; ".join(parts)
 
 
-def _keep_teacher(session: Session, options: Any) -> None:
+def keep_teacher(session: Session, options: Any) -> None:
     """Save a teacher taken from the student beside the checkpoints, so that a resumed run has the same one."""
     if session.config.teacher_load != STUDENT_AS_TEACHER or not session.config.needs_teacher or not options.save:
         return

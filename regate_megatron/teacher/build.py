@@ -87,7 +87,8 @@ def random_state_untouched() -> Iterator[None]:
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     tracker = get_cuda_rng_tracker()
-    states, cpu_state = copy.copy(tracker.get_states()), torch.get_rng_state()
+    states = {name: _snapshot(state) for name, state in tracker.get_states().items()}
+    cpu_state = torch.get_rng_state()
     cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     try:
         yield
@@ -96,3 +97,8 @@ def random_state_untouched() -> Iterator[None]:
         torch.set_rng_state(cpu_state)
         if cuda_state is not None:
             torch.cuda.set_rng_state(cuda_state)
+
+
+def _snapshot(state: Any) -> Any:
+    """Megatron replaces a tensor when it draws; a generator (Transformer Engine's tracker) draws in place."""
+    return state.clone_state() if isinstance(state, torch.Generator) else state

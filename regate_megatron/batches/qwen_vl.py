@@ -1,0 +1,148 @@
+"""Batches of Megatron-Bridge's Qwen-VL models: one input id per visual token, so merged positions = text positions.
+
+The collators of Bridge write the placeholders of an image or video out in full (``image_token`` or ``video_token``, one
+id per merged patch) and put pixels and grids into a ``visual_inputs`` object. The position ids of the batch are
+ignored: the model makes its own, with three axes (mRoPE), from ids and grids, and the adapter asks the same function.
+
+A visual position with loss (an image inside an answer) is context here: it always runs, and its loss counts as ever.
+
+Shapes: B rows, S positions, I images (or videos) of the microbatch in the order of their placeholders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regate_megatron.batches.facts import (
+    MicrobatchFacts,
+    before_last_target,
+    content_keys,
+    position_ids,
+    to_cpu,
+    trailing_padding,
+    without_loss,
+)
+
+_KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
+
+
+@dataclass(frozen=True)
+class QwenVLBatches:
+    """Adapter for Qwen2.5-VL batches of Megatron-Bridge.
+
+    Attributes:
+        image_token, video_token: the placeholders' ids (``config.image_token_id``, ``config.video_token_id``).
+        merge_size: patches per side that become one visual token (``vision_config.spatial_merge_size``).
+        rope_index: the model's ``get_rope_index``; without one positions are 0, 1, 2 …
+    """
+
+    image_token: int
+    video_token: int
+    merge_size: int
+    rope_index: Callable[..., tuple[Tensor, Tensor]] | None = None
+
+    def read(self, batch: dict[str, Any]) -> MicrobatchFacts:
+        """See :meth:`BatchAdapter.read`."""
+        if any(batch.get(key) is not None for key in ("cu_seqlens_q", "cu_seqlens")):
+            raise ValueError("packed rows (enable_in_batch_packing) in this version")
+        token_BS, label_BS = self._tokens(batch), to_cpu(batch["labels"]).long()
+        is_visual_BS = (token_BS == self.image_token) | (token_BS == self.video_token)
+        is_target_BS = (to_cpu(batch["loss_mask"]) > 0) & ~is_visual_BS
+        is_padding_BS = self._padding(batch, token_BS, is_target_BS) & ~is_visual_BS & ~is_target_BS
+        text_rows, picture_rows = self._content(batch, token_BS, label_BS, is_target_BS, is_padding_BS)
+        return MicrobatchFacts(
+            is_target_BS=is_target_BS,
+            is_context_BS=~is_target_BS & ~is_padding_BS,
+            is_visual_BS=is_visual_BS,
+            token_BS=token_BS,
+            position_id_BS=self._position_ids(batch, token_BS),
+            label_BS=label_BS,
+            reference_key_N2=content_keys(text_rows),
+            difficulty_key_N2=content_keys(
+                [text + pictures for text, pictures in zip(text_rows, picture_rows, strict=True)]
+            ),
+        )
+
+    def elide(self, batch: dict[str, Any], is_elided_BS: Tensor) -> dict[str, Any]:
+        """See :meth:`BatchAdapter.elide`."""
+        return dict(batch, loss_mask=without_loss(batch["loss_mask"], is_elided_BS))
+
+    @staticmethod
+    def _tokens(batch: dict[str, Any]) -> Tensor:
+        given = batch.get("tokens")
+        return to_cpu(batch["input_ids"] if given is None else given).long()
+
+    @staticmethod
+    def _padding(batch: dict[str, Any], token_BS: Tensor, is_target_BS: Tensor) -> Tensor:
+        """Rows are padded twice, by the processor and by the collator, with different ids: believe the mask."""
+        mask = batch.get("attention_mask")
+        if mask is not None and tuple(mask.shape) == tuple(token_BS.shape):
+            return to_cpu(mask) == 0
+        return trailing_padding(token_BS, is_target_BS)
+
+    def _position_ids(self, batch: dict[str, Any], token_BS: Tensor) -> Tensor:
+        """As ``Qwen25VLModel.forward`` makes them, axes last: int64 [B, S, 3]; [B, S] without ``rope_index``."""
+        if self.rope_index is None:
+            return position_ids({}, token_BS)
+        kind_BS = (token_BS == self.image_token).int() + 2 * (token_BS == self.video_token).int()
+        visual = _visual_inputs(batch)
+        grids = [visual.get(grid_name) for _, grid_name in _KINDS]
+        seconds = visual.get("second_per_grid_ts")
+        position_3BS, _ = self.rope_index(token_BS, kind_BS, *grids, second_per_grid_ts=seconds, attention_mask=None)
+        return position_3BS.permute(1, 2, 0).long()
+
+    def _content(
+        self,
+        batch: dict[str, Any],
+        token_BS: Tensor,
+        label_BS: Tensor,
+        is_target_BS: Tensor,
+        is_padding_BS: Tensor,
+    ) -> tuple[list[list[np.ndarray]], list[list[np.ndarray]]]:
+        """Per row what the reference key is made of (ids, labels, grids), and the pixels the difficulty key adds."""
+        is_content_BS = before_last_target(is_target_BS, ~is_padding_BS)
+        target_label_BS = torch.where(is_target_BS, label_BS, -1)
+        rows = zip(token_BS, target_label_BS, is_content_BS, strict=True)
+        text_rows = [[token_S[real].numpy(), label_S[real].numpy()] for token_S, label_S, real in rows]
+        picture_rows: list[list[np.ndarray]] = [[] for _ in text_rows]
+        visual = _visual_inputs(batch)
+        for token, (pixel_name, grid_name) in zip((self.image_token, self.video_token), _KINDS, strict=True):
+            pixels, grid_I3 = visual.get(pixel_name), visual.get(grid_name)
+            count_B = (token_BS == token).sum(dim=1)
+            if pixels is None or grid_I3 is None:
+                if bool(count_B.any()):
+                    raise ValueError(f"placeholders {token} without {pixel_name}")
+                continue
+            for row, image, patches in self._images(count_B, grid_I3, pixels):
+                text_rows[row].append(grid_I3[image].numpy())
+                if token == self.video_token and "second_per_grid_ts" in visual:  # spaces the frames' positions
+                    text_rows[row].append(visual["second_per_grid_ts"][image : image + 1].double().numpy())
+                picture_rows[row].append(patches.contiguous().view(torch.uint8).reshape(-1).numpy())
+        return text_rows, picture_rows
+
+    def _images(self, count_B: Tensor, grid_I3: Tensor, pixels: Tensor) -> list[tuple[int, int, Tensor]]:
+        """(row, image, its patches) for every image: rows take images in order until their placeholders are used."""
+        patches_I = grid_I3.prod(dim=-1)
+        last_token_I = (patches_I // self.merge_size**2).cumsum(0)
+        last_token_B = count_B.cumsum(0)
+        fits = bool(torch.isin(last_token_B[count_B > 0], last_token_I).all()) and last_token_I[-1] == last_token_B[-1]
+        if not fits or int(patches_I.sum()) != len(pixels):
+            raise ValueError(
+                f"{len(pixels)} patches in grids of {patches_I.tolist()} for rows of {count_B.tolist()} placeholders"
+            )
+        row_I = torch.searchsorted(last_token_B, last_token_I).tolist()
+        pieces = pixels.split(patches_I.tolist())
+        return [(row, image, piece) for image, (row, piece) in enumerate(zip(row_I, pieces, strict=True))]
+
+
+def _visual_inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Pixels and grids, flat as the model takes them; empty for a batch of text."""
+    given = batch.get("visual_inputs")
+    fields = given.normalized_for_model() if given is not None else {}
+    return {name: to_cpu(value) for name, value in fields.items() if torch.is_tensor(value)}

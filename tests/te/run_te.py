@@ -1,0 +1,278 @@
+"""Worker of test_te_specs: claims about Transformer Engine's side of what the hooks rely on; no kernel runs.
+
+Without a GPU Transformer Engine imports and builds modules, so names, signatures and attributes are checked on real
+ones. What needs a kernel (forward, FP8) is checked nowhere here.
+
+    torchrun --nproc-per-node 1 tests/te/run_te.py CLAIM [CLAIM ...]
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import inspect
+import sys
+import textwrap
+import traceback
+from unittest import mock
+
+from regate_megatron import emulation
+
+emulation.set_environment()
+emulation.install()
+
+import torch
+import torch.distributed as dist
+import transformer_engine.pytorch as te
+from megatron.core import parallel_state as mpu
+from megatron.core import recompute, tensor_parallel
+from megatron.core.extensions import transformer_engine as extensions
+from megatron.core.fp8_utils import get_fp8_align_size, get_fp8_recipe
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.multimodal.llava_model import LLaVAModel
+from megatron.core.models.multimodal.llava_spec import decoder_model_with_transformer_engine_default_spec
+from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_transformer_engine_spec
+from megatron.core.transformer import TransformerConfig, transformer_block
+from megatron.core.transformer.spec_utils import get_submodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from transformer_engine.pytorch import quantization
+
+from regate_megatron import ReGateConfig, attach, describe, detach
+from regate_megatron.api import session_of
+from regate_megatron.hooks import CurrentMicrobatch, DecoderHook, Layout, shard_plan
+from regate_megatron.hooks.decoder import LayerRange
+from regate_megatron.plan import MicrobatchPlan
+from regate_megatron.teacher import build_teacher
+from regate_megatron.teacher.build import random_state_untouched
+
+LAYERS, HIDDEN, VOCAB, TEXT = 4, 32, 64, 24
+RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+
+
+def settings(**options) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=LAYERS,
+        hidden_size=HIDDEN,
+        num_attention_heads=4,
+        use_cpu_initialization=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        **options,
+    )
+
+
+def gpt(**options) -> GPTModel:
+    config, spec = settings(**options), get_gpt_layer_with_transformer_engine_spec()
+    return GPTModel(config, spec, VOCAB, TEXT, position_embedding_type="rope").bfloat16()
+
+
+def llava() -> LLaVAModel:
+    spec = decoder_model_with_transformer_engine_default_spec()
+    vision = settings()
+    vision.vision_model_type = "clip"
+    return LLaVAModel(
+        language_transformer_config=settings(),
+        language_transformer_layer_spec=spec,
+        language_vocab_size=VOCAB,
+        language_max_sequence_length=TEXT,
+        vision_transformer_config=vision,
+        vision_transformer_layer_spec=get_vit_layer_with_transformer_engine_spec(),
+        drop_vision_class_token=True,
+        vision_projection_config=settings(ffn_hidden_size=HIDDEN),
+        vision_projection_layer_spec=get_submodules(spec.submodules.mlp),
+        language_position_embedding_type="rope",
+        img_h=16,
+        img_w=16,
+        patch_dim=8,
+    )
+
+
+def attach_keeps_names(model: torch.nn.Module) -> None:
+    """Attach, look, detach; hooks come and go, no name changes."""
+    names, parameters = list(model.state_dict()), [name for name, _ in model.named_parameters()]
+    attach([model], ReGateConfig(teacher_load="student"), pad_token=0)
+    session = session_of([model])
+    assert "compacts after 1 dense layers" in describe([model])
+    hook = session.hooks[0]
+    assert [layer.layer_number for layer in hook.dense.layers + hook.short.layers] == [1, 2, 3, 4]
+    assert hook.dense.final_layernorm is None and hook.short.final_layernorm is hook.block.final_layernorm
+    assert list(model.state_dict()) == names and [name for name, _ in model.named_parameters()] == parameters
+    session.prepare(2)
+    assert all("transformer_engine" in str(type(x.self_attention.core_attention).__mro__) for x in hook.short.layers)
+    detach([model])
+    assert "forward" not in vars(hook.block) and describe([model]) == "regate is not attached"
+
+
+def gpt_of_te_layers_is_attached() -> None:
+    model = gpt()
+    layer = model.decoder.layers[0]
+    assert isinstance(layer.self_attention.linear_qkv, extensions.TELayerNormColumnParallelLinear)
+    assert isinstance(layer.self_attention.core_attention, extensions.TEDotProductAttention)
+    assert isinstance(layer.mlp.linear_fc2, extensions.TERowParallelLinear)
+    attach_keeps_names(model)
+
+
+def llava_of_te_layers_is_attached() -> None:
+    attach_keeps_names(llava())
+
+
+def final_norm_is_te_s_own() -> None:
+    """Megatron makes its output viewless; the short range must be the one that has it."""
+    norm = gpt().decoder.final_layernorm
+    assert isinstance(norm, (te.LayerNorm, te.RMSNorm)), type(norm)
+
+
+def forward_of_the_block_has_the_hook_s_parameters() -> None:
+    names = list(inspect.signature(transformer_block.TransformerBlock.forward).parameters)
+    assert names[:3] == ["self", "hidden_states", "attention_mask"], names
+    assert {"rotary_pos_emb", "packed_seq_params", "padding_mask", "attention_bias"} <= set(names), names
+
+
+def layers_get_all_by_keyword() -> None:
+    names = set(inspect.signature(TransformerLayer._forward_attention).parameters)
+    assert {"hidden_states", "attention_mask", "rotary_pos_emb", "packed_seq_params", "padding_mask"} <= names, names
+
+
+def te_attention_takes_what_megatron_passes() -> None:
+    names = list(inspect.signature(extensions.TEDotProductAttention.forward).parameters)[1:]
+    first = ["query", "key", "value", "attention_mask", "attn_mask_type", "attention_bias", "packed_seq_params"]
+    assert names[: len(first)] == first, names
+
+
+def te_recompute_saves_positional_arguments() -> None:
+    """FP8 recompute is TE's; what a layer needs must come as a positional tensor after these four."""
+    names = list(inspect.signature(extensions.te_checkpoint).parameters)
+    expected = ["forward_func", "distribute_saved_activations", "get_rng_state_tracker", "tp_group", "args", "kwargs"]
+    assert names == expected, names
+    assert recompute.te_checkpoint is extensions.te_checkpoint
+
+
+# What TransformerBlock.forward and its recompute read of the block. A range has its own of the first; the rest is the
+# block's. A name that appears here later must be thought about, so the sets are closed.
+OF_THE_RANGE = {"layers", "num_layers_per_pipeline_rank", "pre_process", "final_layernorm", "config"}
+OF_THE_BLOCK = {
+    "pg_collection",
+    "vp_stage",
+    "input_tensor",
+    "training",
+    "offload_context",
+    "group_prefetch_offload_commit_async",
+}
+
+
+def layer_ranges_have_all_that_the_block_s_forward_reads() -> None:
+    block = gpt().decoder
+    read = set()
+    for function in (transformer_block.TransformerBlock.forward, recompute.checkpointed_forward):
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+                read.add(node.attr)
+    assert read <= OF_THE_RANGE | OF_THE_BLOCK, f"think about {read - OF_THE_RANGE - OF_THE_BLOCK}"
+    block.input_tensor = torch.zeros(1)
+    view = LayerRange(block, 1, LAYERS, takes_input=False, is_end=True)
+    assert vars(view).keys() >= OF_THE_RANGE
+    for name in OF_THE_BLOCK:
+        assert getattr(view, name) is getattr(block, name), name
+    block.eval()
+    assert view.training is False
+
+
+def lengths_are_aligned_as_te_asks() -> None:
+    for recipe in RECIPES:
+        ours = get_fp8_align_size(recipe)
+        theirs = quantization.get_align_size_for_quantization(get_fp8_recipe(settings(fp8="hybrid", fp8_recipe=recipe)))
+        assert ours % theirs == 0, f"{recipe}: {ours} where TE asks for {theirs}"
+
+
+def te_s_own_check_of_fp8_lengths_is_met() -> None:
+    from transformer_engine.pytorch.utils import assert_dim_for_fp8_exec
+
+    for recipe in RECIPES:
+        assert_dim_for_fp8_exec(torch.empty(get_fp8_align_size(recipe), 1, HIDDEN))
+    with contextlib.suppress(ValueError):
+        assert_dim_for_fp8_exec(torch.empty(7, 1, HIDDEN))
+        raise AssertionError("TE took 7 positions")
+
+
+def first_and_last_layers_are_told_by_their_global_number() -> None:
+    """``first_last_layers_bf16`` asks for the layer's own number, so a range does not shift it."""
+    from megatron.core.fp8_utils import is_first_last_bf16_layer
+
+    config = settings(fp8="hybrid", fp8_recipe="tensorwise", first_last_layers_bf16=True)
+    plain = [is_first_last_bf16_layer(config, number) for number in range(LAYERS)]
+    block = gpt().decoder
+    view = LayerRange(block, 1, LAYERS, takes_input=True, is_end=True)
+    assert [is_first_last_bf16_layer(config, layer.layer_number - 1) for layer in view.layers] == plain[1:]
+
+
+def teacher_of_an_fp8_student_has_no_fp8() -> None:
+    for recipe in RECIPES:
+        student = gpt(fp8="hybrid", fp8_recipe=recipe)
+        teacher = build_teacher(student, None)
+        assert teacher.config.fp8 is None and student.config.fp8 == "hybrid"
+        assert not any(module.fp8_initialized for module in teacher.modules() if hasattr(module, "fp8_initialized"))
+        ours, theirs = dict(teacher.named_parameters()), dict(student.named_parameters())
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert all(value.dtype == torch.bfloat16 and not value.requires_grad for value in ours.values())
+
+
+def building_a_teacher_leaves_te_s_random_state() -> None:
+    """TE's tracker (``--te-rng-tracker``) holds generators, which draw in place; here a CPU's in place of a GPU's."""
+    tracker, generator = extensions.TECudaRNGStatesTracker(), torch.Generator().manual_seed(5)
+    tracker.set_states({"model-parallel-rng": generator})
+    before = generator.get_state()
+    with mock.patch.object(tensor_parallel, "get_cuda_rng_tracker", lambda: tracker), random_state_untouched():
+        torch.rand(3, generator=tracker.get_states()["model-parallel-rng"])
+    assert torch.equal(tracker.get_states()["model-parallel-rng"].get_state(), before)
+
+
+def delayed_scaling_is_updated_once_per_microbatch() -> None:
+    """TE rolls every amax history when the outermost FP8 region ends: two regions would roll it twice.
+
+    The regions are TE's own; its layers need a GPU, so Megatron's local ones run in them, and TE is told that there is
+    FP8 hardware.
+    """
+    model = GPTModel(settings(), get_gpt_layer_local_spec(), VOCAB, TEXT, position_embedding_type="rope").bfloat16()
+    model.config.fp8, model.config.fp8_recipe = "hybrid", "delayed"
+    model.decoder.final_layernorm = None  # TE's, even for local layers
+    current, updates = CurrentMicrobatch(), []
+    hook = DecoderHook(model, current, dense_layers=1)
+    keep_idx_BK = torch.arange(0, TEXT, 2).expand(2, -1).contiguous()
+    plan = MicrobatchPlan(TEXT, keep_idx_BK, torch.ones_like(keep_idx_BK, dtype=torch.bool))
+    layout = Layout.of_model(model.config, sequence_parallel=False)
+    sharded = shard_plan(plan, layout, torch.device("cpu"), moves_hidden=True, moves_losses=True)
+    tokens = torch.ones(2, TEXT, dtype=torch.int64)
+    manager = quantization.FP8GlobalStateManager
+    with (
+        mock.patch.object(manager, "is_fp8_available", lambda: (True, "")),
+        mock.patch.object(manager, "reduce_and_update_fp8_tensors", lambda forward: updates.append(forward)),
+        current.running(sharded, None),
+    ):
+        model(tokens, torch.arange(TEXT).expand_as(tokens), None)
+    hook.detach()
+    assert updates == [True], updates
+
+
+def main(names: list[str]) -> None:
+    dist.init_process_group(backend="gloo")
+    mpu.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    for name in names:
+        try:
+            globals()[name]()
+            print(f"holds: {name}", flush=True)
+        except Exception:
+            traceback.print_exc()
+            print(f"fails: {name}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

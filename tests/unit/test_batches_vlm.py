@@ -1,0 +1,213 @@
+"""Adapters of examples/multimodal and of Megatron-Bridge's Qwen-VL: what they read, and that they edit losses only."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from regate_megatron.batches import LLaVABatches, MultimodalBatches, QwenVLBatches
+
+IMAGE, PAD, IGNORE = -200, 0, -100
+
+
+# ------------------------------------------------------------------------------------------- examples/multimodal
+
+
+def _multimodal(*rows: tuple[list[int], list[int]], images: bool = True, length: int = 7) -> dict[str, torch.Tensor]:
+    """Rows of (tokens, labels not yet shifted); every placeholder has an image of ones."""
+    tokens, labels = torch.full((len(rows), length), PAD), torch.full((len(rows), length + 1), PAD)
+    for row, (text, target) in enumerate(rows):
+        tokens[row, : len(text)], labels[row, : len(target)] = torch.tensor(text), torch.tensor(target)
+    count, dummy = sum(text.count(IMAGE) for text, _ in rows), torch.zeros(1, 1, dtype=torch.int32)
+    return {
+        "__key__": ["a"] * len(rows),
+        "tokens": tokens,
+        "labels": labels,
+        "imgs": torch.ones(count, 3, 2, 2) if images else torch.zeros(1, 1),
+        "num_tiles": torch.ones(count, dtype=torch.int32) if images else dummy,
+        "cu_lengths": dummy,
+        "max_lengths": dummy,
+    }
+
+
+PICTURE = ([IMAGE, 5, 6, 7, 8], [IGNORE, IGNORE, 6, 7, 8])  # an image, a prompt of one word, an answer of three
+TEXT_ONLY = ([5, 6, 7, 8], [IGNORE, 6, 7, 8])
+
+
+def _adapter(image_length: int = 2) -> MultimodalBatches:
+    return MultimodalBatches(LLaVABatches(image_length, IMAGE, 99, False), PAD)
+
+
+def test_labels_of_multimodal_batches_are_shifted_and_make_the_loss_mask():
+    facts = _adapter().read(_multimodal(PICTURE))
+    # merged row: two visual positions, then 5 6 7 8 and padding; 5 predicts 6, 6 predicts 7, 7 predicts 8
+    assert torch.where(facts.is_target_BS[0])[0].tolist() == [2, 3, 4]
+    assert facts.label_BS[facts.is_target_BS].tolist() == [6, 7, 8]
+    assert torch.where(facts.is_visual_BS[0])[0].tolist() == [0, 1]
+
+
+def test_dummy_image_of_a_text_batch_is_no_image():
+    facts = _adapter().read(_multimodal(TEXT_ONLY, images=False))
+    assert not facts.is_visual_BS.any() and facts.label_BS[facts.is_target_BS].tolist() == [6, 7, 8]
+
+
+def test_an_elided_target_of_a_multimodal_batch_loses_its_label_and_nothing_else_changes():
+    adapter, batch = _adapter(), _multimodal(PICTURE, TEXT_ONLY)
+    before = {name: value.clone() if torch.is_tensor(value) else value for name, value in batch.items()}
+    facts = adapter.read(batch)
+    is_elided_BS = torch.zeros_like(facts.is_target_BS)
+    is_elided_BS[0, 3] = is_elided_BS[1, 0] = True
+    elided = adapter.elide(batch, is_elided_BS)
+    assert elided["labels"][0].tolist() == [IGNORE, IGNORE, 6, IGNORE, 8, 0, 0, 0]
+    assert elided["labels"][1].tolist() == [IGNORE, IGNORE, 7, 8, 0, 0, 0, 0]
+    assert all(elided[name] is batch[name] for name in batch if name != "labels")
+    assert all(torch.equal(batch[n], before[n]) for n in batch if torch.is_tensor(batch[n])), "the batch was edited"
+    left = adapter.read(elided).is_target_BS
+    assert torch.equal(left, facts.is_target_BS & ~is_elided_BS)
+
+
+def test_packed_multimodal_batches_are_refused():
+    batch = dict(_multimodal(PICTURE), cu_lengths=torch.tensor([[0, 4, 7]]))
+    with pytest.raises(ValueError, match="packed rows"):
+        _adapter().read(batch)
+
+
+def test_batches_with_a_loss_mask_pass_through():
+    batch = {
+        "tokens": torch.tensor([[5, 6]]),
+        "labels": torch.tensor([[6, 7]]),
+        "loss_mask": torch.tensor([[0.0, 1.0]]),
+    }
+    assert _adapter().read(batch).is_target_BS.tolist() == [[False, True]]
+    assert _adapter().elide(batch, torch.tensor([[False, True]]))["loss_mask"].tolist() == [[0.0, 0.0]]
+
+
+# ------------------------------------------------------------------------------------------------------ Qwen-VL
+
+PICTURE_TOKEN, VIDEO_TOKEN = 91, 92
+
+
+class _Visual(SimpleNamespace):
+    """Stands where Megatron-Bridge's ``GenericVisualInputs`` does: non-empty fields, flat."""
+
+    def normalized_for_model(self):
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def _grid(*sizes: tuple[int, int, int]) -> torch.Tensor:
+    return torch.tensor(sizes)
+
+
+def _pixels(*values: float, patches: int) -> torch.Tensor:
+    return torch.cat([torch.full((patches, 6), value) for value in values])
+
+
+def _qwen(rows: list[list[int]], masks: list[list[float]], **visual) -> dict:
+    tokens = torch.tensor(rows)
+    mask = torch.tensor(masks)
+    labels = torch.cat([tokens[:, 1:], torch.full((len(rows), 1), IGNORE)], dim=1).masked_fill(mask == 0, IGNORE)
+    inputs = _Visual(**visual) if visual else None
+    return {"input_ids": tokens, "labels": labels, "loss_mask": mask, "visual_inputs": inputs}
+
+
+QWEN = QwenVLBatches(PICTURE_TOKEN, VIDEO_TOKEN, merge_size=2)
+ROW, MASK = [7, PICTURE_TOKEN, PICTURE_TOKEN, 8, 9, 6], [0, 0, 0, 1, 1, 0]
+OTHER, OTHER_MASK = [PICTURE_TOKEN, PICTURE_TOKEN, 7, 8, 5, 4], [0, 0, 0, 1, 1, 0]
+TWO_BY_FOUR = (1, 2, 4)  # eight patches, two visual tokens
+
+
+def _one(value: float) -> dict:
+    visual = {"pixel_values": _pixels(value, patches=8), "image_grid_thw": _grid(TWO_BY_FOUR)}
+    return _qwen([ROW], [MASK], **visual)
+
+
+def _pair(first: float, second: float) -> dict:
+    pixels = _pixels(first, second, patches=8)
+    grid = _grid(TWO_BY_FOUR, TWO_BY_FOUR)
+    return _qwen([ROW, OTHER], [MASK, OTHER_MASK], pixel_values=pixels, image_grid_thw=grid)
+
+
+def test_qwen_placeholders_are_visual_context_and_answers_are_targets():
+    facts = QWEN.read(_one(1.0))
+    assert torch.where(facts.is_visual_BS[0])[0].tolist() == [1, 2]
+    assert torch.where(facts.is_target_BS[0])[0].tolist() == [3, 4]
+    assert facts.label_BS[facts.is_target_BS].tolist() == [9, 6]
+    assert torch.equal(facts.is_context_BS, ~facts.is_target_BS)
+
+
+def test_qwen_keys_tell_pixels_apart_and_do_not_depend_on_the_batch():
+    alone, other, pair = QWEN.read(_one(1.0)), QWEN.read(_one(2.0)), QWEN.read(_pair(1.0, 3.0))
+    assert torch.equal(alone.reference_key_N2, other.reference_key_N2)
+    assert not torch.equal(alone.difficulty_key_N2, other.difficulty_key_N2)
+    assert torch.equal(alone.difficulty_key_N2[0], pair.difficulty_key_N2[0])
+    swapped = QWEN.read(_pair(1.0, 4.0))
+    assert torch.equal(pair.difficulty_key_N2[0], swapped.difficulty_key_N2[0])
+    assert not torch.equal(pair.difficulty_key_N2[1], swapped.difficulty_key_N2[1])
+
+
+def test_qwen_reference_key_depends_on_the_grid():
+    """Another grid of as many patches gives the text other positions."""
+    wide = QWEN.read(_one(1.0))
+    tall = QWEN.read(_qwen([ROW], [MASK], pixel_values=_pixels(1.0, patches=8), image_grid_thw=_grid((1, 4, 2))))
+    assert not torch.equal(wide.reference_key_N2, tall.reference_key_N2)
+
+
+def test_rows_without_pictures_do_not_take_those_of_others():
+    text = [7, 8, 9, 5, 4, 3]
+    visual = {"pixel_values": _pixels(1.0, patches=8), "image_grid_thw": _grid(TWO_BY_FOUR)}
+    mixed = QWEN.read(_qwen([text, ROW, text], [MASK] * 3, **visual))
+    alone = QWEN.read(_qwen([text], [MASK]))
+    assert torch.equal(mixed.difficulty_key_N2[[0, 2]], alone.difficulty_key_N2.expand(2, -1))
+    assert torch.equal(mixed.difficulty_key_N2[1], QWEN.read(_one(1.0)).difficulty_key_N2[0])
+
+
+def test_qwen_padding_is_told_by_the_mask_where_there_is_one():
+    """The processor pads with one id, the collator behind it with another."""
+    row = [7, 8, 9, 2, 2, 0]
+    batch = dict(_qwen([row], [[0, 1, 0, 0, 0, 0]]), attention_mask=torch.tensor([[1, 1, 1, 0, 0, 0]]))
+    assert QWEN.read(batch).is_context_BS.tolist() == [[True, False, True, False, False, False]]
+
+
+def test_loss_at_a_visual_position_stays_context():
+    batch = _one(1.0)
+    batch["loss_mask"][0, 2] = 1
+    facts = QWEN.read(batch)
+    assert not facts.is_target_BS[0, 2] and facts.is_context_BS[0, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"cu_seqlens_q": torch.tensor([0, 3, 6])}, "packed rows"),
+        ({"visual_inputs": None}, "without pixel_values"),
+        (
+            {"visual_inputs": _Visual(pixel_values=_pixels(1.0, patches=8), image_grid_thw=_grid((1, 2, 2)))},
+            r"grids of \[4\]",
+        ),
+        (
+            {"visual_inputs": _Visual(pixel_values=_pixels(1, 1, patches=8), image_grid_thw=_grid(*[TWO_BY_FOUR] * 2))},
+            "placeholders",
+        ),
+    ],
+)
+def test_qwen_batches_that_cannot_be_read_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        QWEN.read(dict(_one(1.0), **change))
+
+
+def test_qwen_elide_edits_the_loss_mask_only():
+    batch = _one(1.0)
+    elided = QWEN.elide(batch, torch.tensor([[False, False, False, False, True, False]]))
+    assert elided["loss_mask"].tolist() == [[0, 0, 0, 1, 0, 0]] and batch["loss_mask"].tolist() == [MASK]
+    assert all(elided[name] is batch[name] for name in batch if name != "loss_mask")
+
+
+def test_qwen_positions_are_the_model_s_own_with_their_axes_last():
+    def rope_index(tokens, kinds, image_grid, video_grid, *, second_per_grid_ts, attention_mask):
+        assert kinds.tolist() == [[0, 1, 1, 0, 0, 0]] and video_grid is second_per_grid_ts is attention_mask is None
+        return torch.stack([torch.arange(6)[None] * axis for axis in image_grid[0].tolist()]), None
+
+    adapter = QwenVLBatches(PICTURE_TOKEN, VIDEO_TOKEN, 2, rope_index)
+    assert adapter.read(_one(1.0)).position_id_BS[0, 3].tolist() == [3, 6, 12]
