@@ -28,14 +28,16 @@ class GPTBatches:
         is_padding_BS = trailing_padding(token_BS, is_target_BS)
         is_content_BS = before_last_target(is_target_BS, ~is_padding_BS)
         target_label_BS = torch.where(is_target_BS, label_BS, -1)  # a label without loss is not content
-        rows = zip(token_BS, target_label_BS, is_content_BS, strict=True)
-        key_N2 = content_keys([[token_S[real].numpy(), label_S[real].numpy()] for token_S, label_S, real in rows])
+        position_id_BS = position_ids(batch, token_BS)
+        parts = [token_BS, target_label_BS, *([position_id_BS] if position_id_BS.dim() == 3 else [])]
+        rows = zip(is_content_BS, *parts, strict=True)
+        key_N2 = content_keys([[part_S[real].numpy() for part_S in parts_S] for real, *parts_S in rows])
         return MicrobatchFacts(
             is_target_BS=is_target_BS,
             is_context_BS=~is_target_BS & ~is_padding_BS,
             is_visual_BS=torch.zeros_like(is_target_BS),
             token_BS=token_BS,
-            position_id_BS=position_ids(batch, token_BS),
+            position_id_BS=position_id_BS,
             label_BS=label_BS,
             reference_key_N2=key_N2,
             difficulty_key_N2=key_N2,

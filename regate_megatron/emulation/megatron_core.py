@@ -1,8 +1,8 @@
 """What Megatron itself needs on a CPU.
 
-Patched: ``WrappedTorchNorm.__new__``, the defaults of ``CLIPViTModel.__init__``, ``DotProductAttention.__init__``,
-``state_dict`` and ``load_state_dict`` of ``DistributedOptimizer``, ``compile_helpers`` and, where there is a
-megatron.training, its ``initialize._warmup_jit_function``.
+Patched: ``WrappedTorchNorm.__new__``, the defaults of ``CLIPViTModel.__init__``, ``TENorm`` as the hybrid stack knows
+it, ``DotProductAttention.__init__``, ``state_dict`` and ``load_state_dict`` of ``DistributedOptimizer``,
+``compile_helpers`` and, where there is a megatron.training, its ``initialize._warmup_jit_function``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ def install() -> None:
     """Patch megatron.core, whichever copy comes first on the path."""
     _patch_norm()
     _patch_clip_norm()
+    _patch_hybrid_norm()
     _patch_attention()
+    _patch_latent_attention()
     _patch_distributed_optimizer()
     _patch_compile_helpers()
     _patch_warmup()
@@ -63,6 +65,17 @@ def _patch_clip_norm() -> None:
     init.__defaults__ = tuple(WrappedTorchNorm if d is torch.nn.LayerNorm else d for d in init.__defaults__ or ())
 
 
+def _patch_hybrid_norm() -> None:
+    """The final norm of a hybrid stack is Transformer Engine's by name, whatever norms its spec asks for."""
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    try:
+        from megatron.core.models.hybrid import hybrid_block
+    except ImportError:  # before 0.18
+        return
+    hybrid_block.TENorm = WrappedTorchNorm
+
+
 def _patch_attention() -> None:
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
@@ -76,6 +89,23 @@ def _patch_attention() -> None:
                 f"given --context-parallel-size {config.context_parallel_size}; allowed 1; change it to 1 or use GPUs"
             )
         original(self, config, *args, **kwargs)
+
+    DotProductAttention.__init__ = init
+
+
+def _patch_latent_attention() -> None:
+    """Multi-latent attention tells its core attention the sizes of heads, which only Transformer Engine's is told."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    original = DotProductAttention.__init__
+
+    @functools.wraps(original)
+    def init(
+        self: Any, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **kwargs: Any
+    ) -> None:
+        original(self, *args, **kwargs)
+        if v_channels is not None:  # what comes out per head; the scale, the one use of the other, is given
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
     DotProductAttention.__init__ = init
 

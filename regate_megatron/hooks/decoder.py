@@ -9,13 +9,12 @@ Each range is the framework's forward with its recompute, quantisation and offlo
 Means: an instance attribute ``forward`` on the block. Layer hooks would run once per layer and again in recompute, and
 a module spec would change what users configured.
 
-Shapes: S dense positions, K positions that run, B rows, H hidden, D rotary. With sequence parallelism hidden states
+Shapes: S dense positions, K positions that run, B rows, H hidden. With sequence parallelism hidden states
 hold a 1/TP slice of S or K.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 from typing import Any
 
@@ -24,35 +23,17 @@ from torch import Tensor
 
 from regate_megatron.errors import refuse
 from regate_megatron.hooks.current import CurrentMicrobatch
-
-
-class LayerRange:
-    """A view of a transformer block that has some of its layers; every other attribute is the block's own.
-
-    The block's ``forward`` runs on it unbound, and so does recompute, which keeps it in its closure.
-    """
-
-    def __init__(self, block: Any, start: int, stop: int, *, takes_input: bool, is_end: bool) -> None:
-        self._block = block
-        self.layers = list(block.layers)[start:stop]
-        self.num_layers_per_pipeline_rank = len(self.layers)
-        self.pre_process = takes_input  # whether hidden states come as an argument or from the previous stage
-        self.final_layernorm = block.final_layernorm if is_end else None
-        self.config = block.config
-        if start and block.config.recompute_method == "block":
-            # "block" recomputes the first N layers of a stage: the dense range has used up some of them.
-            self.config = copy.copy(block.config)
-            self.config.recompute_num_layers = max(0, block.config.recompute_num_layers - start)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._block, name)
+from regate_megatron.hooks.experts import Experts
+from regate_megatron.hooks.hybrid import HybridRange, is_hybrid
+from regate_megatron.hooks.positions import Positions
+from regate_megatron.hooks.ranges import LayerRange
 
 
 class DecoderHook:
     """Compaction of one model chunk's decoder.
 
     Args:
-        model: the language model (``GPTModel``); its ``decoder`` gets the hook.
+        model: the language model (``GPTModel`` or ``HybridModel``); its ``decoder`` gets the hook.
         current: where the plan of the forward in progress is found.
         dense_layers: layers that see every position; all of them lie in the first chunk.
         arrives_short: the model's input holds kept positions only (the teacher's does).
@@ -66,17 +47,20 @@ class DecoderHook:
         self.compacts = self.is_first_chunk and not arrives_short
         num_dense = dense_layers if self.compacts else 0
         self.num_dense_here = num_dense
-        self.dense = LayerRange(self.block, 0, num_dense, takes_input=True, is_end=False)
-        self.short = LayerRange(
+        range_of = HybridRange if is_hybrid(self.block) else LayerRange
+        self.dense = range_of(self.block, 0, num_dense, takes_input=True, is_end=False)
+        self.short = range_of(
             self.block, num_dense, len(self.block.layers), takes_input=self.is_first_chunk, is_end=True
         )
         self._forward = type(self.block).forward
         self._signature = inspect.signature(self._forward)
-        self._frequencies: dict[int, Tensor] = {}
+        self.positions, self.experts = Positions(model, arrives_short=arrives_short), Experts(self.block)
         self.block.forward = self.forward
 
     def detach(self) -> None:
         """Give the block its own forward back."""
+        self.positions.detach()
+        self.experts.detach()
         del self.block.forward
 
     def describe(self) -> str:
@@ -104,8 +88,12 @@ class DecoderHook:
             )
         if self.compacts:
             arguments["hidden_states"] = self._compact(arguments["hidden_states"], plan.dense_length, keep_idx_BK)
-        if arguments.get("rotary_pos_emb") is not None:
-            arguments["rotary_pos_emb"] = self._rotary(plan.dense_length, keep_idx_BK)
+        given = arguments.get("rotary_pos_emb")
+        arguments["rotary_pos_emb"] = self.positions.rotary(given, plan.dense_length, keep_idx_BK)
+        is_fill_BK = ~plan.is_kept_BK.to(keep_idx_BK.device, non_blocking=True)
+        padding_mask = self.experts.padding(arguments.get("padding_mask"), is_fill_BK, keep_idx_BK, plan.dense_length)
+        if padding_mask is not None:
+            arguments["padding_mask"] = padding_mask
         if arguments.get("attention_mask") is not None:
             check_length("attention mask", arguments["attention_mask"].shape[-2], plan.dense_length)
             arguments["attention_mask"] = _compact_mask(arguments["attention_mask"], keep_idx_BK)
@@ -131,16 +119,6 @@ class DecoderHook:
 
             hidden_KBH = scatter_to_sequence_parallel_region(hidden_KBH)
         return hidden_KBH
-
-    def _rotary(self, dense_length: int, keep_idx_BK: Tensor) -> Tensor:
-        """Rotary frequencies of the kept positions at their original places, [K, B, 1, D]."""
-        frequencies_S11D = self._frequencies.get(dense_length)
-        if frequencies_S11D is None:
-            frequencies_S11D = self.model.rotary_pos_emb.get_emb(dense_length)
-            if isinstance(frequencies_S11D, tuple):  # yarn returns its attention scale beside them
-                frequencies_S11D = frequencies_S11D[0]
-            self._frequencies = {dense_length: frequencies_S11D.to(keep_idx_BK.device)}
-        return self._frequencies[dense_length][:, 0, 0][keep_idx_BK.t()][:, :, None]
 
 
 def check_length(what: str, found: int, planned: int) -> None:

@@ -133,10 +133,11 @@ class ReferenceLosses:
         device = self.device
         plan = MicrobatchPlan(rows.dense_length, rows.position_NK.to(device), rows.num_read_N.to(device))
         self._target_slot_bT = rows.target_slot_NT.to(device)
+        position_id_bK = rows.position_id_NK.to(device)
         with self._current.running(plan, None):
             output = model(
                 rows.token_NK.to(device),
-                rows.position_id_NK.to(device),
+                position_id_bK.permute(2, 0, 1) if position_id_bK.dim() == 3 else position_id_bK,
                 attention_mask=None,
                 labels=rows.label_NT.to(device) if model.post_process else None,
             )

@@ -14,13 +14,13 @@ from tests.launch import ROOT, succeed
 WORKER = "tests/multiprocess/run_parity.py"
 
 
-def _case(name: str, **options) -> dict:
+def case(name: str, **options) -> dict:
     return {"name": name, "model": "gpt", "tp": 1, "pp": 1, "dense_layers": 1, **options}
 
 
 def _grid(layout: str, recomputes: tuple, **options) -> list[dict]:
     return [
-        _case(f"{model}-n{n}-{method or 'plain'}{layout}", model=model, dense_layers=n, recompute=method, **options)
+        case(f"{model}-n{n}-{method or 'plain'}{layout}", model=model, dense_layers=n, recompute=method, **options)
         for model in ("gpt", "llava")
         for n in (0, 1)
         for method in recomputes
@@ -29,33 +29,33 @@ def _grid(layout: str, recomputes: tuple, **options) -> list[dict]:
 
 ONE_RANK = [
     *_grid("", (None, "uniform", "block")),
-    _case("gpt-n2-block", dense_layers=2, recompute="block"),
-    _case("llava-n2-plain", model="llava", dense_layers=2),
-    _case("gpt-n1-learned-positions", positions="learned_absolute"),
-    _case("gpt-n1-student", score="student"),
-    _case("llava-n1-pad", model="llava", visual="pad"),
-    _case("gpt-n1-per-sample", budget="per-sample"),
-    _case("llava-n1-per-sample", model="llava", budget="per-sample"),
-    _case("gpt-n1-even", multiple=2),
-    _case("gpt-n1-tied-grouped", tied=True, groups=2),
-    _case("llava-n1-learned-positions", model="llava", positions="learned_absolute"),
+    case("gpt-n2-block", dense_layers=2, recompute="block"),
+    case("llava-n2-plain", model="llava", dense_layers=2),
+    case("gpt-n1-learned-positions", positions="learned_absolute"),
+    case("gpt-n1-student", score="student"),
+    case("llava-n1-pad", model="llava", visual="pad"),
+    case("gpt-n1-per-sample", budget="per-sample"),
+    case("llava-n1-per-sample", model="llava", budget="per-sample"),
+    case("gpt-n1-even", multiple=2),
+    case("gpt-n1-tied-grouped", tied=True, groups=2),
+    case("llava-n1-learned-positions", model="llava", positions="learned_absolute"),
 ]
 FOUR_RANKS = [
     *_grid("@tp2-pp2", (None, "uniform"), tp=2, pp=2),
-    *(_case(f"{m}-n1-plain@tp2-dp2", model=m, tp=2) for m in ("gpt", "llava")),
-    *(_case(f"{m}-n1-plain@pp2-dp2", model=m, pp=2) for m in ("gpt", "llava")),
-    *(_case(f"{m}-n1-plain@dp4", model=m) for m in ("gpt", "llava")),
-    _case("gpt-n2-block@tp2-pp2", tp=2, pp=2, dense_layers=2, recompute="block"),
-    _case("gpt-n1-learned-positions@tp2-pp2", tp=2, pp=2, positions="learned_absolute"),
-    _case("llava-n1-pad@tp2-pp2", model="llava", tp=2, pp=2, visual="pad"),
-    _case("gpt-n1-per-sample@tp2-dp2", tp=2, budget="per-sample"),
-    _case("gpt-n1-even@tp2-sp-pp2", tp=2, pp=2, sp=True, multiple=2),
-    _case("gpt-n1-tied-grouped@tp2-pp2", tp=2, pp=2, tied=True, groups=2),
-    _case("gpt-n1-student@pp2-vpp2-dp2", pp=2, vpp=2, score="student"),
+    *(case(f"{m}-n1-plain@tp2-dp2", model=m, tp=2) for m in ("gpt", "llava")),
+    *(case(f"{m}-n1-plain@pp2-dp2", model=m, pp=2) for m in ("gpt", "llava")),
+    *(case(f"{m}-n1-plain@dp4", model=m) for m in ("gpt", "llava")),
+    case("gpt-n2-block@tp2-pp2", tp=2, pp=2, dense_layers=2, recompute="block"),
+    case("gpt-n1-learned-positions@tp2-pp2", tp=2, pp=2, positions="learned_absolute"),
+    case("llava-n1-pad@tp2-pp2", model="llava", tp=2, pp=2, visual="pad"),
+    case("gpt-n1-per-sample@tp2-dp2", tp=2, budget="per-sample"),
+    case("gpt-n1-even@tp2-sp-pp2", tp=2, pp=2, sp=True, multiple=2),
+    case("gpt-n1-tied-grouped@tp2-pp2", tp=2, pp=2, tied=True, groups=2),
+    case("gpt-n1-student@pp2-vpp2-dp2", pp=2, vpp=2, score="student"),
 ]
 
 
-def _run(num_ranks: int, cases: list[dict], folder) -> dict:
+def run_cases(num_ranks: int, cases: list[dict], folder) -> dict:
     given, results = folder / "cases.json", folder / "results.json"
     given.write_text(json.dumps(cases))
     succeed(num_ranks, [str(ROOT / WORKER), str(given), str(results)])
@@ -64,12 +64,12 @@ def _run(num_ranks: int, cases: list[dict], folder) -> dict:
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory) -> dict:
-    return _run(1, ONE_RANK, tmp_path_factory.mktemp("one"))
+    return run_cases(1, ONE_RANK, tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory) -> dict:
-    return _run(4, FOUR_RANKS, tmp_path_factory.mktemp("four"))
+    return run_cases(4, FOUR_RANKS, tmp_path_factory.mktemp("four"))
 
 
 @pytest.mark.parametrize("name", [case["name"] for case in ONE_RANK])
