@@ -47,24 +47,45 @@ class TeacherRows:
     def __len__(self) -> int:
         return len(self.token_NK)
 
+    @property
+    def sizes(self) -> Tensor:
+        """N, S, position axes beyond one, K and T; int64 [5]."""
+        axes = self.position_id_NK.shape[2] if self.position_id_NK.dim() == 3 else 0
+        return torch.tensor([len(self), self.dense_length, axes, self.token_NK.shape[1], self.label_NT.shape[1]])
+
     def pack(self) -> Tensor:
         """The request as one int64 vector."""
-        axes = self.position_id_NK.shape[2] if self.position_id_NK.dim() == 3 else 0
-        head = torch.tensor([len(self), self.dense_length, axes, self.token_NK.shape[1], self.label_NT.shape[1]])
-        return torch.cat([head, *(getattr(self, name).reshape(-1) for name in _FIELDS)])
+        return torch.cat([self.sizes, *(getattr(self, name).reshape(-1) for name in _FIELDS)])
 
     @classmethod
     def unpack(cls, flat: Tensor) -> TeacherRows:
         """The inverse of :meth:`pack`."""
-        num_rows, dense_length, axes, length, targets = flat[:5].tolist()
-        widths = {"K": (length,), "T": (targets,), "N": ()}
         at, fields = 5, {}
-        for name in _FIELDS:
-            shape = (num_rows, *widths[name[-1]], *((axes,) if axes and name == "position_id_NK" else ()))
+        for name, shape in _shapes(flat[:5]).items():
             size = math.prod(shape)
             fields[name] = flat[at : at + size].view(shape)
             at += size
-        return cls(dense_length, **fields)
+        return cls(int(flat[1]), **fields)
+
+
+def grown(rows: TeacherRows | None, sizes: Tensor) -> TeacherRows:
+    """A request of the sizes given, none below its own: empty rows at the end, fill at the end of rows."""
+    fields = {}
+    for name, shape in _shapes(sizes).items():
+        fields[name] = torch.zeros(shape, dtype=torch.int64)
+        if rows is not None:
+            own = getattr(rows, name)
+            fields[name][tuple(slice(size) for size in own.shape)] = own
+    return TeacherRows(int(sizes[1]), **fields)
+
+
+def _shapes(sizes: Tensor) -> dict[str, tuple[int, ...]]:
+    num_rows, _, axes, length, targets = sizes.tolist()
+    widths = {"K": (length,), "T": (targets,), "N": ()}
+    shapes = {name: (num_rows, *widths[name[-1]]) for name in _FIELDS}
+    if axes:
+        shapes["position_id_NK"] += (axes,)
+    return shapes
 
 
 def rows_for_teacher(
