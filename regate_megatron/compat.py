@@ -13,8 +13,10 @@ from typing import Any
 
 from regate_megatron.config import ReGateConfig, flag
 from regate_megatron.errors import refuse
-from regate_megatron.hooks.hybrid import inexact_layers, main_pattern
 
+# Layers of a HybridModel whose tokens meet in softmax attention over the whole sequence, or not at all.
+_EXACT_LAYERS = "*+-E"
+_OTHER_LAYERS = {"M": "Mamba", "G": "gated delta net", "D": "sparse attention"}
 MEGATRON_CORE = "0.19 (0.17, 0.18 and 0.20 are not yet run)"
 
 
@@ -74,9 +76,10 @@ def _layers_of_first_chunk(setting: Setting) -> int:
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
     stages = setting.model.pipeline_model_parallel_size
-    if segments := main_pattern(_pattern(setting)):
-        if "|" in segments:
-            return len(segments.split("|")[0])
+    if pattern := _pattern(setting):
+        segments = pattern.split("/")[0].split("|")  # stages parted by "|"; what follows "/" predicts ahead
+        if len(segments) > 1:
+            return len(segments[0])
         return setting.model.num_layers_in_first_pipeline_stage or setting.model.num_layers // stages
     if stages == 1 and not setting.model.virtual_pipeline_model_parallel_size:
         return setting.model.num_layers
@@ -113,7 +116,8 @@ def _is_known(chunk: Any) -> bool:
 
 
 def _inexact_layers(setting: Setting) -> Any:
-    return ", ".join(inexact_layers(_pattern(setting))) or None
+    kinds = sorted(set((_pattern(setting) or "").split("/")[0]) - set(_EXACT_LAYERS + "|"))
+    return ", ".join(_OTHER_LAYERS.get(kind, kind) for kind in kinds) or None
 
 
 def _more_than_one_token(setting: Setting) -> Any:

@@ -11,10 +11,6 @@ from typing import Any
 
 from regate_megatron.hooks.ranges import LayerRange
 
-# Layers whose tokens meet in softmax attention over the whole sequence, or not at all: attention, MLA, MLP, experts.
-_EXACT_LAYERS = "*+-E"
-_OTHER_LAYERS = {"M": "Mamba", "G": "gated delta net", "D": "sparse attention"}
-
 
 class HybridRange(LayerRange):
     """A view of a ``HybridStack`` that has some of its layers."""
@@ -27,14 +23,3 @@ class HybridRange(LayerRange):
 def is_hybrid(block: Any) -> bool:
     """Whether a decoder is a ``HybridStack``."""
     return hasattr(block, "layer_type_list")
-
-
-def main_pattern(pattern: str | None) -> str:
-    """The decoder's own layers in a hybrid layer pattern, stages parted by ``|``; what follows ``/`` predicts ahead."""
-    return (pattern or "").split("/")[0]
-
-
-def inexact_layers(pattern: str | None) -> list[str]:
-    """Names of the layer kinds in a hybrid layer pattern that cannot leave tokens out exactly."""
-    kinds = sorted(set(main_pattern(pattern)) - set(_EXACT_LAYERS + "|"))
-    return [_OTHER_LAYERS.get(kind, kind) for kind in kinds]
