@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 8 -m regate_megatron pretrain_gpt.py <its flags> --regate --regate-teacher-load student
     torchrun --nproc-per-node 4 -m regate_megatron --cpu pretrain_gpt.py <its flags> --regate …    (no GPU: gloo)
+    python -m regate_megatron doctor    what this environment has, and what is supported
 
 The script runs unmodified; its own checkout comes first on the path, before an installed megatron-core. Without a flag
 that starts with ``--regate`` nothing of Megatron is touched.
@@ -21,6 +22,10 @@ _USAGE = "torchrun … -m regate_megatron [--cpu] SCRIPT [its flags] [--regate �
 
 def main(argv: list[str]) -> None:
     """Run the script named in ``argv``; exits with 1 and one line on a refusal."""
+    if argv == ["doctor"] and not Path("doctor").is_file():
+        from regate_megatron import doctor
+
+        sys.exit(doctor.main())
     with one_line_refusals():
         on_cpu = argv[:1] == ["--cpu"]
         script, flags = _script_and_flags(argv[1:] if on_cpu else argv)

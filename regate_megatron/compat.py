@@ -15,6 +15,9 @@ from typing import Any
 from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig, flag
 from regate_megatron.errors import refuse
 
+# Layers of a HybridModel whose tokens meet in softmax attention over the whole sequence, or not at all.
+_EXACT_LAYERS = "*+-E"
+_OTHER_LAYERS = {"M": "Mamba", "G": "gated delta net", "D": "sparse attention"}
 MEGATRON_CORE = "0.19 (0.17, 0.18 and 0.20 are not yet run)"
 
 
@@ -66,10 +69,19 @@ def _field(name: str, harmless: tuple[Any, ...] = (None, False, 0)) -> Callable[
     return given
 
 
+def _first_field(*names: str) -> Callable[[Setting], Any]:
+    return lambda setting: next((found for name in names if (found := _field(name)(setting))), None)
+
+
 def _layers_of_first_chunk(setting: Setting) -> int:
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
     stages = setting.model.pipeline_model_parallel_size
+    if pattern := _pattern(setting):
+        segments = pattern.split("/")[0].split("|")  # stages parted by "|"; what follows "/" predicts ahead
+        if len(segments) > 1:
+            return len(segments[0])
+        return setting.model.num_layers_in_first_pipeline_stage or setting.model.num_layers // stages
     if stages == 1 and not setting.model.virtual_pipeline_model_parallel_size:
         return setting.model.num_layers
     vp_stage = 0 if setting.model.virtual_pipeline_model_parallel_size else None
@@ -84,15 +96,51 @@ def _too_many_dense_layers(setting: Setting) -> Any:
     return f"{dense} with {first} layers in the first pipeline chunk" if dense > first else None
 
 
+def _pattern(setting: Setting) -> str | None:
+    """The layer pattern of a HybridModel; None for a GPTModel."""
+    return getattr(setting.chunks[0], "hybrid_layer_pattern", None)
+
+
 def _model_class(setting: Setting) -> Any:
     names = [type(chunk).__name__ for chunk in setting.chunks]
-    return None if all(_is_gpt(chunk) for chunk in setting.chunks) else ", ".join(names)
+    return None if all(_is_known(chunk) for chunk in setting.chunks) else ", ".join(names)
 
 
-def _is_gpt(chunk: Any) -> bool:
+def _is_known(chunk: Any) -> bool:
     from megatron.core.models.gpt import GPTModel
 
-    return isinstance(chunk, GPTModel)
+    try:
+        from megatron.core.models.hybrid.hybrid_model import HybridModel
+    except ImportError:  # before 0.18
+        return isinstance(chunk, GPTModel)
+    return isinstance(chunk, (GPTModel, HybridModel))
+
+
+def _inexact_layers(setting: Setting) -> Any:
+    kinds = sorted(set((_pattern(setting) or "").split("/")[0]) - set(_EXACT_LAYERS + "|"))
+    return ", ".join(_OTHER_LAYERS.get(kind, kind) for kind in kinds) or None
+
+
+def _more_than_one_token(setting: Setting) -> Any:
+    depths = (_pattern(setting) or "").count("/")
+    return _field("mtp_num_layers")(setting) or (f"{depths} in the layer pattern" if depths else None)
+
+
+def _routing(setting: Setting) -> Any:
+    kinds = setting.model.moe_router_load_balancing_type
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    wrong = [kind for kind in kinds if kind in ("sinkhorn", "quantile_balancing")]
+    return ", ".join(wrong) or _first_field("moe_router_force_load_balancing", "moe_enable_routing_replay")(setting)
+
+
+def _dispatcher(setting: Setting) -> Any:
+    if setting.model.num_moe_experts and setting.model.moe_token_dispatcher_type == "flex":
+        return "moe_token_dispatcher_type=flex"
+    return _first_field("moe_enable_deepep", "moe_paged_stash")(setting)
+
+
+def _fused_latent_rope(setting: Setting) -> Any:
+    return "fused RoPE" if setting.model.multi_latent_attention and setting.model.apply_rope_fusion else None
 
 
 def _fused_rope(setting: Setting) -> Any:
@@ -138,7 +186,9 @@ _PACKING_FLAGS = ("sft", "dataloader_inter_document_masking", "use_packed_sequen
 
 def _position_embedding(setting: Setting) -> Any:
     kind = setting.chunks[0].position_embedding_type
-    return None if kind in ("rope", "learned_absolute", "none") else kind
+    if kind == "mrope" and setting.model.context_parallel_size > 1:
+        return "mrope with context parallelism"
+    return None if kind in ("rope", "yarn", "mrope", "learned_absolute", "none") else kind
 
 
 def _fsdp(setting: Setting) -> Any:
@@ -155,10 +205,17 @@ RULES = (
     Rule(
         "model",
         _model_class,
-        "GPTModel, alone or in a LLaVAModel",
+        "GPTModel or HybridModel, alone or in a LLaVAModel",
         "the model class",
         "other layers are not adapted",
         in_flags=False,
+    ),
+    Rule(
+        "layers of a hybrid model",
+        _inexact_layers,
+        "attention, multi-latent attention, MLP and expert layers",
+        "the layer pattern, or train it without --regate",
+        "state or convolution would skip elided tokens",
     ),
     Rule(
         flag("dense_layers"),
@@ -183,25 +240,41 @@ RULES = (
         "not built yet",
     ),
     Rule(
-        "mixture of experts",
-        lambda s: f"{n} experts" if (n := s.model.num_moe_experts) else None,
-        "dense MLPs in this version",
-        "the model",
-        "not built yet",
+        "expert routing",
+        _routing,
+        "top-k routing, with auxiliary losses or expert bias",
+        "--moe-router-load-balancing-type",
+        "a token's expert would depend on elided tokens",
+    ),
+    Rule(
+        "expert capacity",
+        _first_field(
+            *("moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity", "moe_expert_rank_capacity_factor"),
+        ),
+        "experts that drop no token",
+        "the command: leave the capacity out",
+        "which tokens are dropped would depend on the length",
+    ),
+    Rule(
+        "expert dispatcher",
+        _dispatcher,
+        "allgather or alltoall, without fixed buffers",
+        "--moe-token-dispatcher-type",
+        "buffers are sized at first use",
     ),
     Rule(
         "position embedding",
         _position_embedding,
-        "rope, learned_absolute or none in this version",
+        "rope, yarn, mrope, learned_absolute or none",
         "--position-embedding-type",
-        "not built yet",
+        "relative distances would count kept tokens only",
     ),
     Rule(
         "multi-latent attention",
-        _field("multi_latent_attention"),
-        "standard attention in this version",
-        "the model",
-        "not built yet",
+        _fused_latent_rope,
+        "unfused RoPE",
+        "the command: add --no-rope-fusion",
+        "the fused kernel makes its own positions",
     ),
     Rule(
         "sliding-window attention",
@@ -212,7 +285,7 @@ RULES = (
     ),
     Rule(
         "multi-token prediction",
-        _field("mtp_num_layers"),
+        _more_than_one_token,
         "no MTP layers",
         "--mtp-num-layers to none",
         "targets would become the next kept token",
@@ -231,6 +304,13 @@ RULES = (
         "rows read as a whole, or a score without teacher (student, random)",
         "the command: leave --reset-attention-mask out",
         "the teacher would read across documents",
+    ),
+    Rule(
+        "activation offloading",
+        _first_field("cpu_offloading", "fine_grained_activation_offloading"),
+        "activations that stay on the device, recomputed or not",
+        "the command: leave it out",
+        "needs a GPU to be tried",
     ),
     Rule("CUDA graphs", _cuda_graphs, "none", "--cuda-graph-impl to none", "lengths change between steps"),
     Rule(
@@ -298,7 +378,12 @@ class _FlagsAsModel:
 
 def setting_of_flags(args: Any, config: ReGateConfig) -> Setting:
     """What Megatron's flags alone tell, before a model is built; for ``check_support(…, flags_only=True)``."""
-    chunk = SimpleNamespace(config=_FlagsAsModel(args), position_embedding_type=args.position_embedding_type)
+    pattern = getattr(args, "hybrid_layer_pattern", None) or getattr(args, "hybrid_override_pattern", None)
+    chunk = SimpleNamespace(
+        config=_FlagsAsModel(args),
+        position_embedding_type=args.position_embedding_type,
+        hybrid_layer_pattern=pattern,
+    )
     return Setting([chunk], config, args)
 
 

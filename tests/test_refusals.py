@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer import TransformerConfig
 
 from regate_megatron.compat import RULES, Setting, check_support
@@ -21,9 +22,12 @@ def _setting(config: dict | None = None, model: dict | None = None, args: dict |
     transformer = TransformerConfig(num_layers=4, hidden_size=32, num_attention_heads=4)
     for name, value in (model or {}).items():
         setattr(transformer, name, value)
-    gpt = GPTModel.__new__(GPTModel)
+    pattern = chunk.get("pattern")
+    kind = HybridModel if pattern else GPTModel
+    gpt = kind.__new__(kind)
     torch.nn.Module.__init__(gpt)
     gpt.config, gpt.position_embedding_type = transformer, chunk.get("position_embedding_type", "rope")
+    gpt.hybrid_layer_pattern = pattern
     settings = ReGateConfig(**{"score": "student", **(config or {})})
     chunks, rows = [chunk.get("model_class", gpt)], chunk.get("micro_batch_size", 1)
     return Setting(chunks, settings, Namespace(**(args or {})), rows, chunk.get("is_multimodal", False))
@@ -55,9 +59,38 @@ REFUSED = {
         "given per-sample with 2 pipeline stages",
     ),
     "reference cache": ({"config": {"reference_cache": "somewhere"}}, "given somewhere"),
-    "experts": ({"model": {"num_moe_experts": 8}}, "given 8 experts"),
-    "mrope": ({"position_embedding_type": "mrope"}, "given mrope"),
-    "multi-latent attention": ({"model": {"multi_latent_attention": True}}, "given multi_latent_attention=True"),
+    "Mamba layers": ({"pattern": "M*-M*-"}, "given Mamba"),
+    "layers of two kinds that carry state": ({"pattern": "GD|-E"}, "given sparse attention, gated delta net"),
+    "more dense layers than the first segment": (
+        {"pattern": "*-|*-", "config": {"dense_layers": 3}},
+        "given 3 with 2 layers in the first pipeline chunk",
+    ),
+    "sinkhorn": ({"model": {"moe_router_load_balancing_type": "sinkhorn"}}, "given sinkhorn"),
+    "quantile balancing among others": (
+        {"model": {"moe_router_load_balancing_type": ["aux_loss", "quantile_balancing"]}},
+        "given quantile_balancing",
+    ),
+    "random routing": (
+        {"model": {"moe_router_force_load_balancing": True}},
+        "given moe_router_force_load_balancing=True",
+    ),
+    "expert capacity": ({"model": {"moe_expert_capacity_factor": 1.25}}, "given moe_expert_capacity_factor=1.25"),
+    "capacity per expert rank": (
+        {"model": {"moe_expert_rank_capacity_factor": 1.5}},
+        "given moe_expert_rank_capacity_factor=1.5",
+    ),
+    "flex dispatcher": (
+        {"model": {"num_moe_experts": 4, "moe_token_dispatcher_type": "flex"}},
+        "given moe_token_dispatcher_type=flex",
+    ),
+    "paged stash": ({"model": {"moe_paged_stash": True}}, "given moe_paged_stash=True"),
+    "positions of another kind": ({"position_embedding_type": "relative"}, "given relative"),
+    "fused rope in latent attention": (
+        {"model": {"multi_latent_attention": True, "apply_rope_fusion": True}},
+        "given fused RoPE",
+    ),
+    "prediction depths in a layer pattern": ({"pattern": "*-*-/*-"}, "given 1 in the layer pattern"),
+    "offloaded activations": ({"model": {"cpu_offloading": True}}, "given cpu_offloading=True"),
     "sliding window": ({"model": {"window_size": (128, 0)}}, "given window_size=(128, 0)"),
     "multi-token prediction": ({"model": {"mtp_num_layers": 1}}, "given mtp_num_layers=1"),
     "linear attention": ({"model": {"linear_attention_freq": 2}}, "given linear_attention_freq=2"),
@@ -86,6 +119,15 @@ REFUSED = {
         "given --dataloader-inter-document-masking with context parallelism",
     ),
     "hybrid context parallelism": ({"args": {"hybrid_context_parallel": True}}, "given --hybrid-context-parallel"),
+    "adapters in the student as teacher": (
+        {"config": {"score": "regate", "teacher_load": "student"}, "args": {"peft": "lora"}},
+        "given student, which has adapters",
+    ),
+    "loss scaled per turn": ({"args": {"use_loss_scaling": True}}, "given --use-loss-scaling"),
+    "mrope with context parallelism": (
+        {"position_embedding_type": "mrope", "model": {"context_parallel_size": 2}},
+        "given mrope with context parallelism",
+    ),
     "FSDP": ({"args": {"use_megatron_fsdp": True}}, "given --use-megatron-fsdp"),
     "fused rope with two rows": (
         {"model": {"apply_rope_fusion": True}, "micro_batch_size": 2},
@@ -103,11 +145,27 @@ def test_refusal_names_given_allowed_and_change(name):
     assert f": {given}; allowed " in reason and "; change " in reason
 
 
-def test_plain_model_is_supported():
-    assert check_support(_setting()) == (True, "")
+SUPPORTED = {
+    "GPTModel": {},
+    "hybrid of attention, MLP and experts": {"pattern": "*-|*E"},
+    "hybrid of latent attention": {"pattern": "+-+-", "model": {"multi_latent_attention": True}},
+    "yarn": {"position_embedding_type": "yarn"},
+    "mrope": {"position_embedding_type": "mrope"},
+    "experts over ranks": {"model": {"num_moe_experts": 4, "expert_model_parallel_size": 2}},
+}
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_supported_model_is_not_refused(name):
+    assert check_support(_setting(**SUPPORTED[name])) == (True, "")
 
 
 def test_every_rule_is_tested():
-    """A rule added without a case above would go unnoticed."""
-    whats = {check_support(_setting(**options))[1].split(": ")[1] for options, _ in REFUSED.values()}
-    assert whats == {rule.what for rule in RULES}
+    """A rule added without a case above that it is the first to refuse would go unnoticed."""
+
+    def refusing(options: dict) -> int:
+        setting = _setting(**options)
+        return next(index for index, rule in enumerate(RULES) if rule.given(setting) is not None)
+
+    tested = {refusing(options) for options, _ in REFUSED.values()}
+    assert [rule.what for index, rule in enumerate(RULES) if index not in tested] == []

@@ -26,7 +26,8 @@ class MicrobatchFacts:
         is_context_BS: every other position that is not padding; bool [B, S].
         is_visual_BS: context that holds an image embedding, not a token; bool [B, S].
         token_BS: input token ids; any value at visual positions and padding; int64 [B, S].
-        position_id_BS: the model's own position id of each token (learned positions read it); int64 [B, S].
+        position_id_BS: the model's own position id of each token (learned positions and mrope read it); int64 [B, S],
+            with mrope [B, S, 3].
         label_BS: the label each position predicts (already shifted); int64 [B, S], meaningful at targets.
         reference_key_N2: 128-bit key of a sample's token ids and layout, int64 [N, 2].
         difficulty_key_N2: 128-bit key of that and of the image bytes, int64 [N, 2].
@@ -180,9 +181,12 @@ def before_last_target(is_target_BS: Tensor, is_real_BS: Tensor) -> Tensor:
 
 
 def position_ids(batch: dict[str, Any], token_BN: Tensor) -> Tensor:
-    """The batch's position ids, or 0, 1, 2 … where it has none; int64, shaped as the tokens."""
+    """The batch's position ids, or 0, 1, 2 … where it has none; int64 [B, N], those of mrope [B, N, 3]."""
     given = batch.get("position_ids")
-    return torch.arange(token_BN.shape[1]).expand_as(token_BN) if given is None else to_cpu(given).long()
+    if given is None:
+        return torch.arange(token_BN.shape[1]).expand_as(token_BN)
+    ids = to_cpu(given).long()
+    return ids.permute(1, 2, 0) if ids.dim() == 3 else ids
 
 
 def without_loss(loss_mask: Tensor, where: Tensor) -> Tensor:

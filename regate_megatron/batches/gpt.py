@@ -33,17 +33,19 @@ class GPTBatches:
         if batch.get("cu_seqlens") is not None:
             sample_BS = samples_of(to_cpu(batch["cu_seqlens"]).long(), token_BS.shape[1])
             token_BS, label_BS, is_target_BS, position_id_BS = (
-                value.reshape(1, -1) for value in (token_BS, label_BS, is_target_BS, position_id_BS)
+                value.reshape(1, -1, *value.shape[2:]) for value in (token_BS, label_BS, is_target_BS, position_id_BS)
             )
         # One row per sample: a packed row cut at its segments.
-        token_NS, target_NS, target_label_NS = (
-            by_sample(value, sample_BS) for value in (token_BS, is_target_BS, torch.where(is_target_BS, label_BS, -1))
-        )  # a label without loss is not content
+        content = [token_BS, torch.where(is_target_BS, label_BS, -1)]  # a label without loss is not content
+        if position_id_BS.dim() == 3:  # mrope: where pictures lie
+            content.append(position_id_BS)
         key_N2, is_padding = [], []
-        for token_S, target_S, label_S in zip(token_NS, target_NS, target_label_NS, strict=True):
-            padding_S = trailing_padding(token_S[None], target_S[None])[0]
+        for target_S, *content_S in zip(
+            *(by_sample(value, sample_BS) for value in (is_target_BS, *content)), strict=True
+        ):
+            padding_S = trailing_padding(content_S[0][None], target_S[None])[0]
             real_S = before_last_target(target_S[None], ~padding_S[None])[0]
-            key_N2.append([token_S[real_S].numpy(), label_S[real_S].numpy()])
+            key_N2.append([part_S[real_S].numpy() for part_S in content_S])
             is_padding.append(padding_S)
         is_padding_BS = torch.cat(is_padding).view_as(is_target_BS)
         key_N2 = content_keys(key_N2)

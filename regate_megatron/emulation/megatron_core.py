@@ -1,9 +1,9 @@
 """What Megatron itself needs on a CPU.
 
-Patched: ``WrappedTorchNorm.__new__``, the defaults of ``CLIPViTModel.__init__``, ``DotProductAttention`` (see
-:mod:`.attention`), what ``core.utils`` and ``llava_model`` ask of Transformer Engine, ``state_dict`` and
-``load_state_dict`` of ``DistributedOptimizer``, ``compile_helpers`` and, where there is a megatron.training, its
-``initialize._warmup_jit_function``.
+Patched: ``WrappedTorchNorm.__new__``, the defaults of ``CLIPViTModel.__init__``, ``TENorm`` as the hybrid stack knows
+it, ``DotProductAttention`` (see :mod:`.attention`), what ``core.utils`` and ``llava_model`` ask of Transformer Engine,
+``state_dict`` and ``load_state_dict`` of ``DistributedOptimizer``, ``compile_helpers`` and, where there is a
+megatron.training, its ``initialize._warmup_jit_function``.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ def install() -> None:
     """Patch megatron.core, whichever copy comes first on the path."""
     _patch_norm()
     _patch_clip_norm()
+    _patch_hybrid_norm()
     attention.install()
     _patch_transformer_engine()
+    _patch_latent_attention()
     _patch_distributed_optimizer()
     _patch_compile_helpers()
     _patch_warmup()
@@ -68,6 +70,17 @@ def _patch_clip_norm() -> None:
     init.__defaults__ = tuple(WrappedTorchNorm if d is torch.nn.LayerNorm else d for d in init.__defaults__ or ())
 
 
+def _patch_hybrid_norm() -> None:
+    """The final norm of a hybrid stack is Transformer Engine's by name, whatever norms its spec asks for."""
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    try:
+        from megatron.core.models.hybrid import hybrid_block
+    except ImportError:  # before 0.18
+        return
+    hybrid_block.TENorm = WrappedTorchNorm
+
+
 def _patch_transformer_engine() -> None:
     """Where Megatron asks Transformer Engine to cut packed rows, and where ``LLaVAModel`` insists on its attention."""
     from megatron.core import utils
@@ -89,6 +102,23 @@ def _patch_transformer_engine() -> None:
     for name, value in stand_ins.items():
         if hasattr(llava_model, name):
             setattr(llava_model, name, value)
+
+
+def _patch_latent_attention() -> None:
+    """Multi-latent attention tells its core attention the sizes of heads, which only Transformer Engine's is told."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    original = DotProductAttention.__init__
+
+    @functools.wraps(original)
+    def init(
+        self: Any, *args: Any, k_channels: int | None = None, v_channels: int | None = None, **kwargs: Any
+    ) -> None:
+        original(self, *args, **kwargs)
+        if v_channels is not None:  # what comes out per head; the scale, the one use of the other, is given
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+    DotProductAttention.__init__ = init
 
 
 def _patch_distributed_optimizer() -> None:

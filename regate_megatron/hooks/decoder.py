@@ -14,9 +14,9 @@ Shapes: S dense positions, K slots that run, k those of this context rank, B row
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,36 +24,18 @@ from torch import Tensor
 
 from regate_megatron.errors import refuse
 from regate_megatron.hooks.current import CurrentMicrobatch
+from regate_megatron.hooks.experts import Experts
+from regate_megatron.hooks.hybrid import HybridRange, is_hybrid
+from regate_megatron.hooks.positions import Positions
+from regate_megatron.hooks.ranges import LayerRange
 from regate_megatron.hooks.shards import ShardedPlan
-
-
-class LayerRange:
-    """A view of a transformer block that has some of its layers; every other attribute is the block's own.
-
-    The block's ``forward`` runs on it unbound, and so does recompute, which keeps it in its closure.
-    """
-
-    def __init__(self, block: Any, start: int, stop: int, *, takes_input: bool, is_end: bool) -> None:
-        self._block = block
-        self.layers = list(block.layers)[start:stop]
-        self.num_layers_per_pipeline_rank = len(self.layers)
-        self.pre_process = takes_input  # whether hidden states come as an argument or from the previous stage
-        self.final_layernorm = block.final_layernorm if is_end else None
-        self.config = block.config
-        if start and block.config.recompute_method == "block":
-            # "block" recomputes the first N layers of a stage: the dense range has used up some of them.
-            self.config = copy.copy(block.config)
-            self.config.recompute_num_layers = max(0, block.config.recompute_num_layers - start)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._block, name)
 
 
 class DecoderHook:
     """Compaction of one model chunk's decoder.
 
     Args:
-        model: the language model (``GPTModel``); its ``decoder`` gets the hook.
+        model: the language model (``GPTModel`` or ``HybridModel``); its ``decoder`` gets the hook.
         current: where the plan of the forward in progress is found.
         dense_layers: layers that see every position; all of them lie in the first chunk.
         arrives_short: the model's input holds kept positions only (the teacher's does).
@@ -67,17 +49,20 @@ class DecoderHook:
         self.compacts = self.is_first_chunk and not arrives_short
         num_dense = dense_layers if self.compacts else 0
         self.num_dense_here = num_dense
-        self.dense = LayerRange(self.block, 0, num_dense, takes_input=True, is_end=False)
-        self.short = LayerRange(
+        range_of = HybridRange if is_hybrid(self.block) else LayerRange
+        self.dense = range_of(self.block, 0, num_dense, takes_input=True, is_end=False)
+        self.short = range_of(
             self.block, num_dense, len(self.block.layers), takes_input=self.is_first_chunk, is_end=True
         )
         self._forward = type(self.block).forward
         self._signature = inspect.signature(self._forward)
-        self._frequencies: dict[int, Tensor] = {}
+        self.positions, self.experts = Positions(model, arrives_short=arrives_short), Experts(self.block)
         self.block.forward = self.forward
 
     def detach(self) -> None:
         """Give the block its own forward back."""
+        self.positions.detach()
+        self.experts.detach()
         del self.block.forward
 
     def describe(self) -> str:
@@ -96,28 +81,33 @@ class DecoderHook:
             return self._forward(self.block, *args, **kwargs)
         arguments = self._signature.bind(self.block, *args, **kwargs).arguments
         arguments.pop("self")
+        with self._one_region():
+            return self._dense_then_short(arguments, plan)
+
+    def _one_region(self) -> Any:
+        """One FP8 region round both ranges: delayed scaling rolls and reduces its amax history once per region."""
+        config = self.block.config
+        if not config.fp8 or config.fp8_recipe != "delayed":
+            return nullcontext()
+        from megatron.core.fp8_utils import get_fp8_context
+
+        return get_fp8_context(config)
+
+    def _dense_then_short(self, arguments: dict[str, Any], plan: ShardedPlan) -> Any:
         if self.num_dense_here:
             arguments["hidden_states"] = self._forward(self.dense, **arguments)
         if self.compacts:
             check_length("hidden states", arguments["hidden_states"].shape[0], plan.local_length)
             arguments["hidden_states"] = plan.hidden.to_short(arguments["hidden_states"])
-        if arguments.get("rotary_pos_emb") is not None:
-            arguments["rotary_pos_emb"] = self._rotary(plan)
+        arguments["rotary_pos_emb"] = self.positions.rotary(arguments.get("rotary_pos_emb"), plan)
+        padding_mask = self.experts.padding(arguments.get("padding_mask"), plan)
+        if padding_mask is not None:
+            arguments["padding_mask"] = padding_mask
         if arguments.get("attention_mask") is not None:
             arguments["attention_mask"] = _short_mask(arguments["attention_mask"], plan)
         if arguments.get("packed_seq_params") is not None:
             arguments["packed_seq_params"] = _short_packing(arguments["packed_seq_params"], plan)
         return self._forward(self.short, **arguments)
-
-    def _rotary(self, plan: ShardedPlan) -> Tensor:
-        """Rotary frequencies of this rank's slots at their original places, [k, B, 1, D]."""
-        frequencies_S11D = self._frequencies.get(plan.rotary_length)
-        if frequencies_S11D is None:
-            frequencies_S11D = self.model.rotary_pos_emb.get_emb(plan.rotary_length)
-            if isinstance(frequencies_S11D, tuple):  # yarn returns its attention scale beside them
-                frequencies_S11D = frequencies_S11D[0]
-            self._frequencies = {plan.rotary_length: frequencies_S11D.to(plan.place_Bk.device)}
-        return self._frequencies[plan.rotary_length][:, 0, 0][plan.place_Bk.t()][:, :, None]
 
 
 def check_length(what: str, found: int, planned: int) -> None:

@@ -156,11 +156,6 @@ class ShardedPlan:
     is_packed: bool
     cp_size: int
 
-    @property
-    def rotary_length(self) -> int:
-        """How many positions the rotary table must cover."""
-        return self.dense_length
-
 
 def shard_plan(
     plan: MicrobatchPlan, layout: Layout, device: torch.device, *, moves_hidden: bool, moves_losses: bool

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from regate_megatron.checkpoint import LanguageModelCheckpoint, load_language_model
+from regate_megatron.hooks.hybrid import is_hybrid
 
 _NO_CALLBACKS = {
     "timers": None,
@@ -32,16 +33,20 @@ _NO_CALLBACKS = {
     "recompute_method": None,
     "recompute_num_layers": None,
     "cpu_offloading": False,
+    "fine_grained_activation_offloading": False,
     "defer_embedding_wgrad_compute": False,
     "variable_seq_lengths": False,
 }
+
+# What says which layers a GPTModel and a HybridModel have; rotary options come with the student's rotary module.
+_LAYERS_OF = {False: ("transformer_layer_spec",), True: ("hybrid_stack_spec", "hybrid_layer_pattern")}
 
 
 def build_teacher(student: Any, checkpoint: LanguageModelCheckpoint | None) -> Any:
     """A frozen copy of the student's language-model chunk; all ranks call this (embeddings are tied across stages).
 
     Args:
-        student: this rank's ``GPTModel`` chunk, its weights loaded.
+        student: this rank's ``GPTModel`` or ``HybridModel`` chunk, its weights loaded.
         checkpoint: where the weights come from; None: from ``student`` itself.
     """
     config = copy.copy(student.config)
@@ -52,7 +57,6 @@ def build_teacher(student: Any, checkpoint: LanguageModelCheckpoint | None) -> A
     with random_state_untouched(), torch.no_grad():
         teacher = type(student)(
             config=config,
-            transformer_layer_spec=student.transformer_layer_spec,
             vocab_size=vocab_size,
             max_sequence_length=student.max_sequence_length,
             pre_process=student.pre_process,
@@ -61,10 +65,9 @@ def build_teacher(student: Any, checkpoint: LanguageModelCheckpoint | None) -> A
             parallel_output=student.parallel_output,
             share_embeddings_and_output_weights=student.share_embeddings_and_output_weights,
             position_embedding_type=student.position_embedding_type,
-            rotary_percent=student.rotary_percent,
-            rotary_base=student.rotary_base,
             pg_collection=student.pg_collection,
             vp_stage=getattr(student, "vp_stage", None),
+            **{name: getattr(student, name) for name in _LAYERS_OF[is_hybrid(student.decoder)]},
         )
         if hasattr(student, "rotary_pos_emb"):
             teacher.rotary_pos_emb = student.rotary_pos_emb  # no weights; keeps every rope option of the student

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from regate_megatron.batches import MicrobatchFacts
-from regate_megatron.teacher.rows import TeacherRows, rows_for_teacher
+from regate_megatron.teacher.rows import TeacherRows, grown, rows_for_teacher
 from regate_megatron.teacher.run import TeacherRun
 from regate_megatron.topology import Topology
 
@@ -49,11 +49,12 @@ class ReferenceLosses:
             On the planner one float32 [T] per sample, in the order of its targets; None elsewhere.
         """
         start = time.perf_counter()
-        request = self._share(self._missing(facts) if self.topology.is_planner else None)
+        request = self._share(self._level(self._missing(facts)) if self.topology.is_planner else None)
         if request is not None:
             losses = self.run(request, micro_batch_size)
             if self.topology.is_planner:
-                for key, loss_T, count in zip(self._asked, losses, request.num_target_N.tolist(), strict=True):
+                counts = request.num_target_N.tolist()  # rows of other replicas' making come after those asked for
+                for key, loss_T, count in zip(self._asked, losses, counts, strict=False):
                     self._known[key] = loss_T[:count].clone()
         self.seconds += time.perf_counter() - start
         if not self.topology.is_planner:
@@ -83,6 +84,17 @@ class ReferenceLosses:
         return rows_for_teacher(
             *map(stack, names), visual=self.visual, pad_token=self.pad_token, multiple=self.run.length_multiple
         )
+
+    def _level(self, request: TeacherRows | None) -> TeacherRows | None:
+        """With expert parallelism, a request as large as any replica's: their experts meet in every layer.
+
+        All planners call this, over their group, one small reduction; without expert parallelism none communicates.
+        """
+        if getattr(self.run.config, "expert_model_parallel_size", 1) == 1:
+            return request
+        own = request.sizes if request is not None else torch.zeros(5, dtype=torch.int64)
+        sizes = self.topology.all_reduce_planners(own, "max")
+        return grown(request, sizes) if int(sizes[0]) else None
 
     def _share(self, request: TeacherRows | None) -> TeacherRows | None:
         if self.topology.replica_size == 1:

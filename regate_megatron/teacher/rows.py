@@ -9,6 +9,7 @@ Shapes: N rows for the teacher, K positions it reads, T targets at most; S posit
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,7 @@ class TeacherRows:
         dense_length: S, for positions.
         token_NK: input tokens; fill at the end of a row.
         position_NK: their positions in the merged row, for the rotary embedding.
-        position_id_NK: their position ids, for learned positions.
+        position_id_NK: their position ids, for learned positions; with mrope [N, K, 3].
         num_read_N: real entries per row.
         target_slot_NT: where in K each target is predicted.
         label_NT: the token it predicts.
@@ -47,10 +48,15 @@ class TeacherRows:
     def __len__(self) -> int:
         return len(self.token_NK)
 
+    @property
+    def sizes(self) -> Tensor:
+        """N, S, position axes beyond one, K and T; int64 [5]."""
+        axes = self.position_id_NK.shape[2] if self.position_id_NK.dim() == 3 else 0
+        return torch.tensor([len(self), self.dense_length, axes, self.token_NK.shape[1], self.label_NT.shape[1]])
+
     def pack(self) -> Tensor:
         """The request as one int64 vector."""
-        head = torch.tensor([len(self), self.dense_length, self.token_NK.shape[1], self.label_NT.shape[1]])
-        return torch.cat([head, *(getattr(self, name).reshape(-1) for name in _FIELDS)])
+        return torch.cat([self.sizes, *(getattr(self, name).reshape(-1) for name in _FIELDS)])
 
     def rows_at(self, index_b: Tensor) -> TeacherRows:
         """Some of the rows."""
@@ -59,15 +65,32 @@ class TeacherRows:
     @classmethod
     def unpack(cls, flat: Tensor) -> TeacherRows:
         """The inverse of :meth:`pack`."""
-        num_rows, dense_length, length, targets = flat[:4].tolist()
-        widths = {"K": length, "T": targets}
-        at, fields = 4, {}
-        for name in _FIELDS:
-            width = widths.get(name[-1])
-            size = num_rows * (width or 1)
-            fields[name] = flat[at : at + size].view(num_rows, width) if width else flat[at : at + size]
+        at, fields = 5, {}
+        for name, shape in _shapes(flat[:5]).items():
+            size = math.prod(shape)
+            fields[name] = flat[at : at + size].view(shape)
             at += size
-        return cls(dense_length, **fields)
+        return cls(int(flat[1]), **fields)
+
+
+def grown(rows: TeacherRows | None, sizes: Tensor) -> TeacherRows:
+    """A request of the sizes given, none below its own: empty rows at the end, fill at the end of rows."""
+    fields = {}
+    for name, shape in _shapes(sizes).items():
+        fields[name] = torch.zeros(shape, dtype=torch.int64)
+        if rows is not None:
+            own = getattr(rows, name)
+            fields[name][tuple(slice(size) for size in own.shape)] = own
+    return TeacherRows(int(sizes[1]), **fields)
+
+
+def _shapes(sizes: Tensor) -> dict[str, tuple[int, ...]]:
+    num_rows, _, axes, length, targets = sizes.tolist()
+    widths = {"K": (length,), "T": (targets,), "N": ()}
+    shapes = {name: (num_rows, *widths[name[-1]]) for name in _FIELDS}
+    if axes:
+        shapes["position_id_NK"] += (axes,)
+    return shapes
 
 
 def rows_for_teacher(
@@ -85,7 +108,8 @@ def rows_for_teacher(
     """Cut rows down to what the teacher reads.
 
     Args:
-        token_NS, position_id_NS, label_NS: int64 [N, S]. The masks: bool [N, S], see :class:`MicrobatchFacts`.
+        token_NS, position_id_NS, label_NS: int64 [N, S], position ids of mrope [N, S, 3].
+        is_target_NS, is_context_NS, is_visual_NS: bool [N, S], see :class:`MicrobatchFacts`.
         visual: "drop" or "pad".
         pad_token: the placeholder's id for "pad".
         multiple: K is aligned up to it.
@@ -107,7 +131,7 @@ def rows_for_teacher(
         dense_length=num_positions,
         token_NK=token_NS.gather(1, position_NK),
         position_NK=position_NK,
-        position_id_NK=position_id_NS.gather(1, position_NK),
+        position_id_NK=position_id_NS[torch.arange(len(position_NK))[:, None], position_NK],
         num_read_N=num_read_N,
         target_slot_NT=slot_NS.gather(1, target_NT).clamp_min(0),
         label_NT=label_NS.gather(1, target_NT),

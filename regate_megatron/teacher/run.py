@@ -98,9 +98,10 @@ class TeacherRun:
         slots_k = places(torch.tensor([length]), cp_size=self.layout.cp_size).positions_of(self.layout.cp_rank)
         targets = self._targets = targets_of(rows, self.layout.cp_size, self.layout.cp_rank).to(device)
         with self._current.running(sharded, None):
+            position_id_bk = rows.position_id_NK[:, slots_k].to(device)
             output = model(
                 rows.token_NK[:, slots_k].to(device),
-                rows.position_id_NK[:, slots_k].to(device),
+                position_id_bk.permute(2, 0, 1) if position_id_bk.dim() == 3 else position_id_bk,
                 attention_mask=None,
                 labels=targets.label_bt if model.post_process else None,
             )

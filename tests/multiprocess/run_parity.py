@@ -26,13 +26,14 @@ from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.multimodal.llava_model import DEFAULT_IMAGE_TOKEN_INDEX, LLaVAModel
 from megatron.core.models.multimodal.llava_spec import decoder_model_with_local_default_spec
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.spec_utils import get_submodules
 from megatron.core.utils import flatten_batch_for_packed_sequences, get_batch_on_this_cp_rank
 
@@ -40,6 +41,7 @@ from regate_megatron import ReGateConfig, attach, detach, wrap_forward_backward
 from regate_megatron.api import session_of
 from regate_megatron.budget import align_up
 from regate_megatron.sharding import places
+from tests.multiprocess.hybrid import hybrid_model
 
 LAYERS, HIDDEN, VOCAB, TEXT, GLOBAL_ROWS = 4, 32, 64, 24, 8
 IMAGE, PATCH = 16, 8
@@ -52,7 +54,8 @@ def build(case: dict) -> list[torch.nn.Module]:
     for vp_stage in range(virtual or 1):
         first = mpu.is_pipeline_first_stage(ignore_virtual=True) and vp_stage == 0
         last = mpu.is_pipeline_last_stage(ignore_virtual=True) and vp_stage == (virtual or 1) - 1
-        config = TransformerConfig(
+        own = {**case.get("config", {}), **recompute(case.get("recompute"))}
+        config = (MLATransformerConfig if case.get("mla") else TransformerConfig)(
             num_layers=LAYERS,
             hidden_size=HIDDEN,
             num_attention_heads=4,
@@ -69,13 +72,20 @@ def build(case: dict) -> list[torch.nn.Module]:
             sequence_parallel=case.get("sp", False),
             calculate_per_token_loss=case.get("per_token_loss", True),
             deallocate_pipeline_outputs=True,
-            **recompute(case.get("recompute")),
+            expert_model_parallel_size=case.get("ep", 1),
+            expert_tensor_parallel_size=case.get("etp"),
+            **{"add_bias_linear": not own.get("num_moe_experts"), **own},
         )
-        make = _llava if case["model"] == "llava" else _gpt
+        for name, value in case.get("set", {}).items():  # what Megatron's scripts set on a finished config
+            setattr(config, name, value)
+        make = {"llava": _llava, "hybrid": _hybrid}.get(case["model"], _gpt)
         chunks.append(make(config, case, first, last, vp_stage if virtual else None))
     for chunk in chunks:
         chunk.model_type = ModelType.encoder_or_decoder  # Megatron's get_model sets it
         fill_by_name(chunk)
+        for name in case.get("frozen", ()):
+            if getattr(chunk, name) is not None:
+                getattr(chunk, name).requires_grad_(False)
     return chunks
 
 
@@ -88,9 +98,11 @@ def merged_length(case: dict) -> int:
 
 
 def recompute(method: str | None) -> dict:
-    """Full recompute, "uniform" or "block" (two layers of each stage)."""
+    """Full recompute, "uniform" or "block" (two layers of each stage), or of the modules named, joined by "+"."""
     if not method:
         return {}
+    if method not in ("uniform", "block"):
+        return {"recompute_granularity": "selective", "recompute_modules": method.split("+")}
     num = 1 if method == "uniform" else 2
     return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": num}
 
@@ -98,7 +110,7 @@ def recompute(method: str | None) -> dict:
 def _gpt(config, case, first, last, vp_stage):
     return GPTModel(
         config,
-        get_gpt_layer_local_spec(),
+        get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage),
         VOCAB,
         TEXT,
         pre_process=first,
@@ -106,11 +118,16 @@ def _gpt(config, case, first, last, vp_stage):
         position_embedding_type=case.get("positions", "rope"),
         share_embeddings_and_output_weights=case.get("tied", False),
         vp_stage=vp_stage,
+        **case.get("gpt", {}),
     )
 
 
+def _hybrid(config, case, first, last, vp_stage):
+    return hybrid_model(config, {"vocab": VOCAB, "length": TEXT, **case}, first, last, vp_stage)
+
+
 def _llava(config, case, first, last, _):
-    spec = decoder_model_with_local_default_spec(None, False)
+    spec = decoder_model_with_local_default_spec(config.num_moe_experts, False)
     vision = TransformerConfig(
         num_layers=1,
         hidden_size=HIDDEN,
@@ -138,7 +155,7 @@ def _llava(config, case, first, last, _):
         vision_transformer_layer_spec=get_vit_layer_with_local_spec(),
         drop_vision_class_token=True,
         vision_projection_config=projection,
-        vision_projection_layer_spec=get_submodules(spec.submodules.mlp),
+        vision_projection_layer_spec=get_submodules(decoder_model_with_local_default_spec(None, False).submodules.mlp),
         language_position_embedding_type=case.get("positions", "rope"),
         pre_process=first,
         post_process=last,
@@ -183,6 +200,9 @@ def batches(case: dict) -> list[dict]:
             "loss_mask": mask[rows].clone(),
         }
         batch["position_ids"] = torch.arange(TEXT).expand(num_rows, -1)
+        if case.get("positions") == "mrope":  # a grid of pictures: places repeat and go back, one per axis
+            axes = [torch.arange(TEXT) // d % 7 for d in (1, 2, 5)]
+            batch["position_ids"] = torch.stack(axes)[:, None].expand(-1, num_rows, -1)
         if case["model"] == "llava":
             place = 0 if start // 2 % 2 else 3  # a picture first, or after some text
             batch["tokens"][:, place] = DEFAULT_IMAGE_TOKEN_INDEX
@@ -254,6 +274,7 @@ def run(case: dict, models: list, schedule, step: Step) -> None:
     own = batches(case)
     for model in models:
         model.zero_grad(set_to_none=True)
+    reset_counts(models)
 
     def make():
         return iter([dict(batch) for batch in own])
@@ -269,14 +290,47 @@ def run(case: dict, models: list, schedule, step: Step) -> None:
     )
 
 
+def routers(models) -> list:
+    layers = [layer for model in language_models(models) for layer in model.decoder.layers]
+    return [(layer, layer.mlp.router) for layer in layers if hasattr(getattr(layer, "mlp", None), "router")]
+
+
+def reset_counts(models) -> None:
+    """Forget what routers counted, as Megatron's training loop does after each step."""
+    get_moe_metrics_tracker().metrics.clear()
+    for _, router in routers(models):
+        router.reset_global_aux_loss_tracker()
+        if router.enable_expert_bias:
+            router.local_tokens_per_expert.zero_()
+
+
+def router_counts(models) -> dict[str, torch.Tensor]:
+    """Tokens per expert, which move the expert bias, and the auxiliary losses that were logged."""
+    counted = {
+        f"tokens of layer {layer.layer_number}": router.local_tokens_per_expert.clone()
+        for layer, router in routers(models)
+        if router.enable_expert_bias
+    }
+    logged = {name: entry.values.clone() for name, entry in get_moe_metrics_tracker().metrics.items()}
+    return counted | logged
+
+
+def local_slice(mask_BS: torch.Tensor, case: dict) -> torch.Tensor:
+    """This rank's part of the sequence, where it is sharded."""
+    if not case.get("sp"):
+        return mask_BS
+    return mask_BS.chunk(case["tp"], dim=1)[mpu.get_tensor_model_parallel_rank()]
+
+
 def language_models(models):
     return [getattr(model, "language_model", None) or model for model in models]
 
 
-def masked_full_length(case: dict, models: list, plan, dense_layers: int, loss_masks: list) -> Step:
-    """The oracle's step; see the module's docstring."""
+def masked_full_length(case: dict, models: list, plan, dense_layers: int, loss_masks: list) -> tuple[Step, dict]:
+    """The oracle's step, see the module's docstring, and what its routers would have counted of the kept tokens."""
     done: dict[int, int] = {}
     step = Step(loss_masks)
+    counts: dict[str, torch.Tensor] = {}
     for model in language_models(models):
         model.config.recompute_granularity = None  # the hooks below are gone when layers would run again
 
@@ -294,12 +348,22 @@ def masked_full_length(case: dict, models: list, plan, dense_layers: int, loss_m
         def mask_keys(layer, args, kwargs):
             if layer.layer_number > dense_layers:
                 kwargs = dict(kwargs, attention_mask=own_BqS[:, None])
+                if case.get("aux"):
+                    kwargs["padding_mask"] = local_slice(~kept_BS, case)
             return args, kwargs
+
+        def count_kept(router, _, output):
+            routing_NE = output[1]
+            if router.layer_number > dense_layers:
+                routing_NE = routing_NE & local_slice(kept_BS, case).t().reshape(-1, 1)
+            name = f"tokens of layer {router.layer_number}"
+            counts[name] = counts.get(name, 0) + routing_NE.sum(dim=0).float()
 
         hooks = [
             layer.register_forward_pre_hook(mask_keys, with_kwargs=True)
             for layer in language_models([model])[0].decoder.layers
         ]
+        hooks += [r.register_forward_hook(count_kept) for _, r in routers([model]) if r.enable_expert_bias]
         try:
             return step(iterator, model)
         finally:
@@ -307,7 +371,8 @@ def masked_full_length(case: dict, models: list, plan, dense_layers: int, loss_m
                 hook.remove()
 
     run(case, models, get_forward_backward_func(), forward_step)
-    return step
+    logged = {key: value for key, value in router_counts(models).items() if not key.startswith("tokens")}
+    return step, counts | logged
 
 
 def segments(plan) -> torch.Tensor:
@@ -369,15 +434,14 @@ def check(case: dict) -> dict:
     assert plan.is_sparse and pending.phase == "sparse"
     shortened = [one.length < one.dense_length for one in plan.microbatches]
     assert all(shortened) or (case.get("budget") == "balanced" and any(shortened)), "nothing was shortened"
-    sparse_gradients = gradients(models)
+    sparse_gradients, sparse_counts = gradients(models), router_counts(models)
     session.commit()
     detach(models)
-    own = {key for model in models for key in vars(model)} | {
-        key for lm in language_models(models) for key in vars(lm.decoder)
-    }
-    assert not {"forward", "compute_language_model_loss", "_regate_session"} & own, "detach left something behind"
+    own = {key for model in models for module in model.modules() for key in vars(module)}
+    hooked = {"forward", "compute_language_model_loss", "_apply_expert_bias", "_regate_session"}
+    assert not hooked & own, "detach left something behind"
 
-    oracle = masked_full_length(case, models, plan, case["dense_layers"], sparse.loss_masks)
+    oracle, oracle_counts = masked_full_length(case, models, plan, case["dense_layers"], sparse.loss_masks)
     for step in (sparse, oracle):
         step.losses = [whole(*pair) for pair in zip(step.losses, plan.microbatches[: len(step.losses)], strict=True)]
     sparse.loss_masks = [
@@ -393,6 +457,9 @@ def check(case: dict) -> dict:
         active = mask_BS > 0
         torch.testing.assert_close(loss_BS[active], oracle_BS[active], rtol=1e-6, atol=1e-6)
         loss_error = max([loss_error, *(loss_BS - oracle_BS)[active].abs().tolist()])
+    assert sparse_counts.keys() == oracle_counts.keys()
+    for name, value in sparse_counts.items():
+        torch.testing.assert_close(value, oracle_counts[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
     oracle_gradients = gradients(models)
     assert sparse_gradients.keys() == oracle_gradients.keys()
     gradient_error = 0.0
@@ -436,6 +503,8 @@ def main(cases_file: str, results_file: str) -> None:
             case["pp"],
             virtual_pipeline_model_parallel_size=case.get("vpp"),
             context_parallel_size=case.get("cp", 1),
+            expert_model_parallel_size=case.get("ep", 1),
+            expert_tensor_parallel_size=case.get("etp"),
         )
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         try:

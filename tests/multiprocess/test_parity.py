@@ -14,13 +14,13 @@ from tests.launch import ROOT, succeed
 WORKER = "tests/multiprocess/run_parity.py"
 
 
-def _case(name: str, **options) -> dict:
+def case(name: str, **options) -> dict:
     return {"name": name, "model": "gpt", "tp": 1, "pp": 1, "dense_layers": 1, **options}
 
 
 def _grid(layout: str, recomputes: tuple, **options) -> list[dict]:
     return [
-        _case(f"{model}-n{n}-{method or 'plain'}{layout}", model=model, dense_layers=n, recompute=method, **options)
+        case(f"{model}-n{n}-{method or 'plain'}{layout}", model=model, dense_layers=n, recompute=method, **options)
         for model in ("gpt", "llava")
         for n in (0, 1)
         for method in recomputes
@@ -29,61 +29,61 @@ def _grid(layout: str, recomputes: tuple, **options) -> list[dict]:
 
 ONE_RANK = [
     *_grid("", (None, "uniform", "block")),
-    _case("gpt-n2-block", dense_layers=2, recompute="block"),
-    _case("llava-n2-plain", model="llava", dense_layers=2),
-    _case("gpt-n1-learned-positions", positions="learned_absolute"),
-    _case("gpt-n1-student", score="student"),
-    _case("llava-n1-pad", model="llava", visual="pad"),
-    _case("gpt-n1-per-sample", budget="per-sample"),
-    _case("llava-n1-per-sample", model="llava", budget="per-sample"),
-    _case("gpt-n1-balanced", budget="balanced"),
-    _case("llava-n1-balanced", model="llava", budget="balanced"),
-    _case("gpt-n1-mean-balanced", budget="balanced", per_token_loss=False),
-    _case("gpt-n1-read", context="read"),
-    _case("llava-n0-read", model="llava", context="read", dense_layers=0),
-    _case("gpt-n1-read-per-sample", context="read", budget="per-sample"),
-    _case("gpt-n1-even", multiple=2),
-    _case("llava-n1-even", model="llava", multiple=2),
-    *(_case(f"{m}-n{n}-by4", model=m, multiple=4, dense_layers=n) for m in ("gpt", "llava") for n in (0, 1)),
-    _case("gpt-n1-by8", multiple=8),
-    _case("packed-n1", packed=True),
-    _case("packed-n0", packed=True, dense_layers=0),
-    _case("packed-n1-rows1", packed=True, rows=1),
-    _case("packed-n1-read-per-sample", packed=True, rows=1, context="read", budget="per-sample"),
-    _case("gpt-n1-tied-grouped", tied=True, groups=2),
-    _case("llava-n1-learned-positions", model="llava", positions="learned_absolute"),
+    case("gpt-n2-block", dense_layers=2, recompute="block"),
+    case("llava-n2-plain", model="llava", dense_layers=2),
+    case("gpt-n1-learned-positions", positions="learned_absolute"),
+    case("gpt-n1-student", score="student"),
+    case("llava-n1-pad", model="llava", visual="pad"),
+    case("gpt-n1-per-sample", budget="per-sample"),
+    case("llava-n1-per-sample", model="llava", budget="per-sample"),
+    case("gpt-n1-balanced", budget="balanced"),
+    case("llava-n1-balanced", model="llava", budget="balanced"),
+    case("gpt-n1-mean-balanced", budget="balanced", per_token_loss=False),
+    case("gpt-n1-read", context="read"),
+    case("llava-n0-read", model="llava", context="read", dense_layers=0),
+    case("gpt-n1-read-per-sample", context="read", budget="per-sample"),
+    case("gpt-n1-even", multiple=2),
+    case("llava-n1-even", model="llava", multiple=2),
+    *(case(f"{m}-n{n}-by4", model=m, multiple=4, dense_layers=n) for m in ("gpt", "llava") for n in (0, 1)),
+    case("gpt-n1-by8", multiple=8),
+    case("packed-n1", packed=True),
+    case("packed-n0", packed=True, dense_layers=0),
+    case("packed-n1-rows1", packed=True, rows=1),
+    case("packed-n1-read-per-sample", packed=True, rows=1, context="read", budget="per-sample"),
+    case("gpt-n1-tied-grouped", tied=True, groups=2),
+    case("llava-n1-learned-positions", model="llava", positions="learned_absolute"),
 ]
 FOUR_RANKS = [
     *_grid("@tp2-pp2", (None, "uniform"), tp=2, pp=2),
-    *(_case(f"{m}-n1-plain@tp2-dp2", model=m, tp=2) for m in ("gpt", "llava")),
-    *(_case(f"{m}-n1-plain@pp2-dp2", model=m, pp=2) for m in ("gpt", "llava")),
-    *(_case(f"{m}-n1-plain@dp4", model=m) for m in ("gpt", "llava")),
-    _case("gpt-n2-block@tp2-pp2", tp=2, pp=2, dense_layers=2, recompute="block"),
-    _case("gpt-n1-learned-positions@tp2-pp2", tp=2, pp=2, positions="learned_absolute"),
-    _case("llava-n1-pad@tp2-pp2", model="llava", tp=2, pp=2, visual="pad"),
-    _case("gpt-n1-per-sample@tp2-dp2", tp=2, budget="per-sample"),
-    _case("gpt-n1-balanced@tp2-dp2", tp=2, budget="balanced"),
-    _case("gpt-n1-balanced@dp4", budget="balanced"),
-    _case("llava-n1-balanced@dp4", model="llava", budget="balanced"),
-    _case("gpt-n1-read@dp4", context="read"),
-    _case("gpt-n1-read-per-sample@tp2-dp2", tp=2, context="read", budget="per-sample"),
-    _case("gpt-n1-even@tp2-sp-pp2", tp=2, pp=2, sp=True, multiple=2),
-    _case("gpt-n1-tied-grouped@tp2-pp2", tp=2, pp=2, tied=True, groups=2),
-    _case("gpt-n1-plain@pp2-vpp2-dp2", pp=2, vpp=2),
-    *(_case(f"{m}-n1-by4@cp2-dp2", model=m, cp=2) for m in ("gpt", "llava")),
-    *(_case(f"{m}-n1-by4@tp2-sp-cp2", model=m, tp=2, sp=True, cp=2, recompute="uniform") for m in ("gpt", "llava")),
-    *(_case(f"{m}-n0-by4@cp2-pp2", model=m, cp=2, pp=2, dense_layers=0) for m in ("gpt", "llava")),
-    _case("gpt-n1-by8@cp4", cp=4),
-    _case("packed-n1@cp2-dp2", packed=True, cp=2),
-    _case("packed-n0@tp2-sp-cp2", packed=True, cp=2, tp=2, sp=True, dense_layers=0),
-    _case("packed-n1-rows1@tp2-pp2", packed=True, tp=2, pp=2, rows=1, recompute="uniform"),
-    _case("packed-n1-rows1@cp2-pp2", packed=True, cp=2, pp=2, rows=1),
-    _case("llava-n1-even@tp2-sp-dp2", model="llava", tp=2, sp=True, multiple=2),
-    _case("llava-n1-even@tp2-sp-pp2", model="llava", tp=2, sp=True, pp=2, multiple=2),
+    *(case(f"{m}-n1-plain@tp2-dp2", model=m, tp=2) for m in ("gpt", "llava")),
+    *(case(f"{m}-n1-plain@pp2-dp2", model=m, pp=2) for m in ("gpt", "llava")),
+    *(case(f"{m}-n1-plain@dp4", model=m) for m in ("gpt", "llava")),
+    case("gpt-n2-block@tp2-pp2", tp=2, pp=2, dense_layers=2, recompute="block"),
+    case("gpt-n1-learned-positions@tp2-pp2", tp=2, pp=2, positions="learned_absolute"),
+    case("llava-n1-pad@tp2-pp2", model="llava", tp=2, pp=2, visual="pad"),
+    case("gpt-n1-per-sample@tp2-dp2", tp=2, budget="per-sample"),
+    case("gpt-n1-balanced@tp2-dp2", tp=2, budget="balanced"),
+    case("gpt-n1-balanced@dp4", budget="balanced"),
+    case("llava-n1-balanced@dp4", model="llava", budget="balanced"),
+    case("gpt-n1-read@dp4", context="read"),
+    case("gpt-n1-read-per-sample@tp2-dp2", tp=2, context="read", budget="per-sample"),
+    case("gpt-n1-even@tp2-sp-pp2", tp=2, pp=2, sp=True, multiple=2),
+    case("gpt-n1-tied-grouped@tp2-pp2", tp=2, pp=2, tied=True, groups=2),
+    case("gpt-n1-plain@pp2-vpp2-dp2", pp=2, vpp=2),
+    *(case(f"{m}-n1-by4@cp2-dp2", model=m, cp=2) for m in ("gpt", "llava")),
+    *(case(f"{m}-n1-by4@tp2-sp-cp2", model=m, tp=2, sp=True, cp=2, recompute="uniform") for m in ("gpt", "llava")),
+    *(case(f"{m}-n0-by4@cp2-pp2", model=m, cp=2, pp=2, dense_layers=0) for m in ("gpt", "llava")),
+    case("gpt-n1-by8@cp4", cp=4),
+    case("packed-n1@cp2-dp2", packed=True, cp=2),
+    case("packed-n0@tp2-sp-cp2", packed=True, cp=2, tp=2, sp=True, dense_layers=0),
+    case("packed-n1-rows1@tp2-pp2", packed=True, tp=2, pp=2, rows=1, recompute="uniform"),
+    case("packed-n1-rows1@cp2-pp2", packed=True, cp=2, pp=2, rows=1),
+    case("llava-n1-even@tp2-sp-dp2", model="llava", tp=2, sp=True, multiple=2),
+    case("llava-n1-even@tp2-sp-pp2", model="llava", tp=2, sp=True, pp=2, multiple=2),
 ]
 
 
-def _run(num_ranks: int, cases: list[dict], folder) -> dict:
+def run_cases(num_ranks: int, cases: list[dict], folder) -> dict:
     given, results = folder / "cases.json", folder / "results.json"
     given.write_text(json.dumps(cases))
     succeed(num_ranks, [str(ROOT / WORKER), str(given), str(results)])
@@ -92,12 +92,12 @@ def _run(num_ranks: int, cases: list[dict], folder) -> dict:
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory) -> dict:
-    return _run(1, ONE_RANK, tmp_path_factory.mktemp("one"))
+    return run_cases(1, ONE_RANK, tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory) -> dict:
-    return _run(4, FOUR_RANKS, tmp_path_factory.mktemp("four"))
+    return run_cases(4, FOUR_RANKS, tmp_path_factory.mktemp("four"))
 
 
 @pytest.mark.parametrize("name", [case["name"] for case in ONE_RANK])

@@ -17,11 +17,6 @@ NAMES = [
     for node in ast.parse(WORKER.read_text()).body
     if isinstance(node, ast.FunctionDef) and node.name not in HELPERS
 ]
-KNOWN = {"delayed_scaling_is_updated_once_per_microbatch": "the two ranges of the decoder are two FP8 regions"}
-CLAIMS = [
-    pytest.param(claim, marks=[pytest.mark.xfail(reason=KNOWN[claim], strict=True)] if claim in KNOWN else [])
-    for claim in NAMES
-]
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +24,6 @@ def verdicts():
     return succeed(1, [str(WORKER), *NAMES])
 
 
-@pytest.mark.parametrize("claim", CLAIMS)
+@pytest.mark.parametrize("claim", NAMES)
 def test_claim_holds(verdicts, claim):
     assert f"holds: {claim}\n" in verdicts.output, verdicts.errors[-6000:]

@@ -1,0 +1,33 @@
+"""A view of a transformer block that has some of its layers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+
+class LayerRange:
+    """Some layers of a ``TransformerBlock``; every other attribute is the block's own.
+
+    The block's ``forward`` runs on it unbound, and so does recompute, which keeps it in its closure.
+
+    Args:
+        start, stop: which of the block's layers.
+        takes_input: whether hidden states come as an argument, not from the previous stage.
+        is_end: whether the block's final norm belongs to the range.
+    """
+
+    def __init__(self, block: Any, start: int, stop: int, *, takes_input: bool, is_end: bool) -> None:
+        self._block = block
+        self.layers = list(block.layers)[start:stop]
+        self.num_layers_per_pipeline_rank = len(self.layers)
+        self.pre_process = takes_input
+        self.final_layernorm = getattr(block, "final_layernorm", None) if is_end else None
+        self.config = block.config
+        if start and block.config.recompute_method == "block":
+            # "block" recomputes the first N layers of a stage: the dense range has used up some of them.
+            self.config = copy.copy(block.config)
+            self.config.recompute_num_layers = max(0, block.config.recompute_num_layers - start)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._block, name)
