@@ -165,13 +165,6 @@ RULES = (
         flag("budget"), _budget_with_pipeline, "uniform with pipeline stages", "it to uniform", "static pipeline shapes"
     ),
     Rule(
-        flag("reference_cache"),
-        lambda s: s.config.reference_cache,
-        "no cache directory in this version (losses are kept in memory)",
-        "the command: leave the flag out",
-        "not built yet",
-    ),
-    Rule(
         "context parallelism",
         lambda s: n if (n := s.model.context_parallel_size) > 1 else None,
         "1 in this version",

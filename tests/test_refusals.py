@@ -51,7 +51,6 @@ REFUSED = {
         {"config": {"budget": "per-sample"}, "model": {"pipeline_model_parallel_size": 2}},
         "given per-sample with 2 pipeline stages",
     ),
-    "reference cache": ({"config": {"reference_cache": "somewhere"}}, "given somewhere"),
     "context parallelism": ({"model": {"context_parallel_size": 2}}, "given 2"),
     "experts": ({"model": {"num_moe_experts": 8}}, "given 8 experts"),
     "mrope": ({"position_embedding_type": "mrope"}, "given mrope"),
