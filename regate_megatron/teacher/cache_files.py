@@ -58,7 +58,8 @@ class LossFile:
         head = _checked_frame(path)
         try:
             with pa.memory_map(str(path)) as source:
-                base = source.read_buffer(0).address
+                base = source.read_buffer(1).address
+                source.seek(0)
                 reader = pa.ipc.open_file(source)
                 if not reader.schema.equals(LOSS_SCHEMA) or reader.num_record_batches != 1:
                     raise DamagedFile("another layout")

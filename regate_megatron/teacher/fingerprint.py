@@ -89,7 +89,7 @@ def _add_up(pieces: Iterable[_Piece], topology: Topology, source: str = "the mod
     dist.all_gather_object(parts, (sums, tensors), group=topology.world_group)
     tensors = {name: found for _, part in parts for name, found in part.items()}
     totals = [sum(part[lane] for part, _ in parts) % 2**64 for lane in range(len(_LANES))]
-    return xxhash.xxh3_128_hexdigest(json.dumps([totals, sorted(tensors.items())]))
+    return xxhash.xxh3_128_hexdigest(json.dumps([totals, sorted(tensors.items())]).encode())
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def _sum_of(name: str, shape: tuple[int, ...], offset: tuple[int, ...], values: 
     for start in range(0, len(bits_RC), step):
         block_RC = bits_RC[start : start + step].long()
         total += int(((block_RC * b_C).sum(dim=1) * a_R[start : start + step]).sum())  # int64 wraps, as meant
-    return total * (xxhash.xxh3_64_intdigest(name, seed=salt & 0xFFFFFFFF) | 1) % 2**64
+    return total * (xxhash.xxh3_64_intdigest(name.encode(), seed=salt & 0xFFFFFFFF) | 1) % 2**64
 
 
 def _odd(index: np.ndarray, salt: int) -> Tensor:
@@ -165,7 +165,7 @@ def _note_of(checkpoint: LanguageModelCheckpoint, cache: Path) -> Path:
     path = checkpoint.path.resolve()
     files = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in path.iterdir())
     state = json.dumps([str(path), checkpoint.prefix, files])
-    return cache / NOTES / f"{xxhash.xxh3_128_hexdigest(state)}.json"
+    return cache / NOTES / f"{xxhash.xxh3_128_hexdigest(state.encode())}.json"
 
 
 def _read_note(note: Path) -> str | None:

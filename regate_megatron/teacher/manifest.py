@@ -72,7 +72,7 @@ def teacher_identity(
 
 def fingerprint(identity: dict[str, Any]) -> str:
     """A short name of a teacher."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True))
+    return xxhash.xxh3_128_hexdigest(json.dumps(identity, sort_keys=True).encode())
 
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:

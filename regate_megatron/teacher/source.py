@@ -57,7 +57,8 @@ def hash_of_tokenizer(tokenizer: Any, args: Any) -> str | None:
     try:
         vocabulary = tokenizer.vocab
         pairs = vocabulary.items() if isinstance(vocabulary, dict) else enumerate(vocabulary)
-        return xxhash.xxh3_128_hexdigest(repr(sorted((str(one), str(other)) for one, other in pairs)))
+        text = repr(sorted((str(one), str(other)) for one, other in pairs))
+        return xxhash.xxh3_128_hexdigest(text.encode())
     except Exception:  # tokenizers raise whatever they like
         pass
     model = getattr(args, "tokenizer_model", None)
@@ -68,7 +69,7 @@ def hash_of_tokenizer(tokenizer: Any, args: Any) -> str | None:
     digest = xxhash.xxh3_128()
     for file in files:
         if file.is_file():
-            digest.update(file.name)
+            digest.update(file.name.encode())
             digest.update(file.read_bytes())
     return digest.hexdigest() if files else None
 

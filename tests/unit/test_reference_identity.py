@@ -1,0 +1,144 @@
+"""Whose losses a cache holds, the fingerprint of weights, and weights that wait on the host."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from regate_megatron.errors import ReGateError
+from regate_megatron.teacher.fingerprint import _LANES, _sum_of
+from regate_megatron.teacher.manifest import claim, fingerprint, read_manifest
+from regate_megatron.teacher.offload import Offloaded
+
+TEACHER = {
+    "weights": "00aa",
+    "architecture": {"num_layers": 4, "hidden_size": 32},
+    "vocab_size": 64,
+    "tokenizer": "t1",
+    "visual": "drop",
+    "dtype": "float32",
+}
+
+
+def test_first_run_names_the_teacher_and_later_ones_agree(tmp_path):
+    claim(tmp_path / "cache", TEACHER)
+    claim(tmp_path / "cache", json.loads(json.dumps(TEACHER)))
+    assert read_manifest(tmp_path / "cache") == TEACHER
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["manifest.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"weights": "00bb"}, "weights 00aa, here 00bb"),
+        ({"visual": "pad with 0"}, "visual drop, here pad with 0"),
+        ({"dtype": "bfloat16"}, "dtype float32, here bfloat16"),
+        ({"vocab_size": 80}, "vocab_size 64, here 80"),
+        ({"tokenizer": "t2"}, "tokenizer t1, here t2"),
+        ({"architecture": {"num_layers": 5, "hidden_size": 32}}, "num_layers 4, here 5"),
+    ],
+)
+def test_another_teacher_is_refused_with_both_fingerprints(tmp_path, change, words):
+    claim(tmp_path, TEACHER)
+    with pytest.raises(
+        ReGateError, match="^regate: --regate-reference-cache: given .*; allowed .*; change "
+    ) as refusal:
+        claim(tmp_path, {**TEACHER, **change})
+    assert words in str(refusal.value)
+    assert fingerprint(TEACHER)[:16] in str(refusal.value)
+    assert fingerprint({**TEACHER, **change})[:16] in str(refusal.value)
+
+
+def test_unknown_tokenizer_is_compared_by_its_size_alone(tmp_path):
+    claim(tmp_path, {**TEACHER, "tokenizer": None})
+    claim(tmp_path, TEACHER)
+
+
+def test_one_of_many_first_runs_wins(tmp_path):
+    refused = []
+
+    def run(number: int) -> None:
+        try:
+            claim(tmp_path, {**TEACHER, "weights": str(number)})
+        except ReGateError:
+            refused.append(number)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 7 and int(read_manifest(tmp_path)["weights"]) not in refused
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 2}', '{"format": 1}'])
+def test_damaged_manifest_is_refused(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(ReGateError, match="manifest.json"):
+        claim(tmp_path, TEACHER)
+
+
+def test_directory_that_cannot_be_one_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ReGateError, match="^regate: --regate-reference-cache: given"):
+        claim(tmp_path / "file" / "cache", TEACHER)
+
+
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 7), st.data())
+def test_fingerprint_is_the_same_however_a_tensor_is_cut(layers, rows, columns, data):
+    shape = (layers, rows, columns)
+    whole = torch.randn(shape).to(data.draw(st.sampled_from([torch.float32, torch.bfloat16])))
+    axis = data.draw(st.integers(0, 2))
+    cut = data.draw(st.integers(0, shape[axis]))
+    for salt in _LANES:
+        total = 0
+        for start, stop in ((0, cut), (cut, shape[axis])):
+            if start < stop:
+                offset = tuple(start if one == axis else 0 for one in range(3))
+                piece = whole.narrow(axis, start, stop - start)
+                total += _sum_of("w", shape, offset, piece, salt)
+        assert total % 2**64 == _sum_of("w", shape, (0, 0, 0), whole, salt)
+
+
+def test_fingerprint_sees_values_places_and_names():
+    values = torch.randn(6, 8)
+    base = [_sum_of("w", (6, 8), (0, 0), values, salt) for salt in _LANES]
+    changed = values.clone()
+    changed[3, 4] = torch.nextafter(changed[3, 4], torch.tensor(9.0))
+    others = [("w", changed), ("w", values.flip(0)), ("w", values.flip(1)), ("v", values), ("w", values.roll(1, 1))]
+    for name, other in others:
+        for lane, salt in enumerate(_LANES):
+            assert _sum_of(name, (6, 8), (0, 0), other, salt) != base[lane]
+    assert base[0] != base[1]
+    vector = torch.arange(5.0)
+    assert _sum_of("b", (5,), (0,), vector, _LANES[0]) != _sum_of("b", (5,), (0,), vector.flip(0), _LANES[0])
+
+
+def test_offloaded_weights_leave_and_come_back():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[1].weight = model[0].weight  # tied: one tensor, moved once
+    model.register_buffer("shared", torch.ones(1))
+    values = [parameter.detach().clone() for parameter in model.parameters()]
+    places = {parameter.data_ptr() for parameter in model.parameters()}
+    buffer = model.shared.data_ptr()
+    offloaded = Offloaded(model)
+    assert not offloaded.is_on_device and offloaded.num_bytes == 4 * (16 + 4 + 4)
+    host = {parameter.data_ptr() for parameter in model.parameters()}
+    assert not host & places, "what lay on the device is still held"
+    for _ in range(2):
+        offloaded.bring()
+        offloaded.bring()  # twice is harmless
+        there = {parameter.data_ptr() for parameter in model.parameters()}
+        assert not there & host and model[1].weight is model[0].weight
+        assert all(torch.equal(p, v) for p, v in zip(model.parameters(), values, strict=True))
+        offloaded.leave()
+        offloaded.leave()
+        assert {parameter.data_ptr() for parameter in model.parameters()} == host
+    assert model.shared.data_ptr() == buffer
+    assert all(np.array_equal(p.detach(), v) for p, v in zip(model.parameters(), values, strict=True))
