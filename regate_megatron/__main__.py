@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from regate_megatron import config as settings
@@ -19,8 +20,12 @@ from regate_megatron.errors import one_line_refusals, refuse
 _USAGE = "torchrun … -m regate_megatron [--cpu] SCRIPT [its flags] [--regate …]"
 
 
-def main(argv: list[str]) -> None:
-    """Run the script named in ``argv``; exits with 1 and one line on a refusal."""
+def main(argv: list[str], install: Callable[[settings.ReGateConfig], None] | None = None) -> None:
+    """Run the script named in ``argv``; exits with 1 and one line on a refusal.
+
+    Args:
+        install: called after ReGATE is installed, to change what the script does further.
+    """
     with one_line_refusals():
         on_cpu = argv[:1] == ["--cpu"]
         script, flags = _script_and_flags(argv[1:] if on_cpu else argv)
@@ -41,6 +46,8 @@ def main(argv: list[str]) -> None:
             if config is not None:
                 megatron_lm.check_flags(flags, config)
                 megatron_lm.install(config)
+                if install is not None:
+                    install(config)
         runpy.run_path(script, run_name="__main__")
         if on_cpu:
             emulation.leave()

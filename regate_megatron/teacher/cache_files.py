@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class LossFile:
     """An opened file of losses: where its records lie. Holds no descriptor."""
 
     def __init__(self, path: Path, batch: Any, base: int, keys: np.ndarray) -> None:
-        self.path, self.key_N2 = path, keys
+        self.path, self.key_N2, self.num_records = path, keys, len(keys)
         key, check, loss = (column.buffers() for column in batch.columns)
         self._key_at, self._check_at = key[1].address - base, check[1].address - base
         self._offset_at, self._loss_at = loss[1].address - base, loss[3].address - base
@@ -86,6 +86,21 @@ class LossFile:
         if _checksum(key, data) != int.from_bytes(check, "little") or len(data) != 2 * (stop - start):
             raise DamagedFile("a record that does not match its checksum")
         return np.frombuffer(data, np.float16)
+
+    def records(self) -> Iterator[tuple[bytes, np.ndarray]]:
+        """All records, in the order of the file: key, float16 [T].
+
+        Raises:
+            DamagedFile: the next record does not match its checksum.
+        """
+        keys = np.ascontiguousarray(self.key_N2)
+        with self.path.open("rb") as file:
+            for row in range(self.num_records):
+                key = keys[row].tobytes()
+                loss = self.read(file.fileno(), row, key)
+                if loss is None:
+                    raise DamagedFile("it changed while it was read")
+                yield key, loss
 
 
 def write_losses(folder: Path, stem: str, keys: Sequence[bytes], losses: Sequence[np.ndarray]) -> Path:
