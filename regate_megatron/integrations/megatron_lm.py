@@ -221,10 +221,17 @@ def attached_line(session: Session) -> str:
         f"dense layers {config.dense_layers} of {transformer.num_layers}",
         f"budget {config.budget}",
         f"warm-up {config.warmup_steps}, then {config.dense_steps} of {config.cycle_steps} steps dense",
-        f"teacher {config.teacher_load} ({config.teacher_visual})" if config.needs_teacher else "no teacher",
+        _teacher_of(session),
         compat.versions(),
     ]
     return f"[regate] attached to {type(session.models[0]).__name__} ({layout}): " + "; ".join(parts)
+
+
+def _teacher_of(session: Session) -> str:
+    if session.reference is None:
+        return "no teacher"
+    waits = "" if session.reference.teacher is not None else ", built when a loss is missing"
+    return f"teacher {session.config.teacher_load} ({session.config.teacher_visual}{waits})"
 
 
 def _keep_teacher(session: Session, options: Any) -> None:

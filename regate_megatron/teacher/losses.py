@@ -71,7 +71,9 @@ class ReferenceLosses:
     ) -> None:
         self.teacher, self.topology = None, topology
         self.visual, self.pad_token = visual, pad_token
-        self.store = (store or RecentLosses()) if topology.is_planner else None
+        self.store = store
+        if store is None and topology.is_planner:
+            self.store = RecentLosses()
         self.seconds, self.num_found, self.num_computed = 0.0, 0, 0
         self._build, self._offloads = build, offload
         self._offloaded: Offloaded | None = None
@@ -130,17 +132,19 @@ class ReferenceLosses:
     def require_teacher(self) -> Any:
         """The teacher, built now if it is not there; all ranks of the world call this."""
         if self.teacher is None:
+            if dist.get_rank() == 0:
+                print("[regate] a reference loss is missing: the teacher is built now", flush=True)
             self._adopt(self._build())
         return self.teacher
 
     def flush(self) -> None:
         """Put on disk what waits for it."""
-        if self.store:
+        if self.store is not None:
             self.store.flush()
 
     def close(self) -> None:
         """Put on disk what waits for it, and stop."""
-        if self.store:
+        if self.store is not None:
             self.store.close()
 
     def describe(self) -> str:
@@ -150,7 +154,7 @@ class ReferenceLosses:
             parameters = sum(parameter.numel() for parameter in self.teacher.parameters())
             lines = [f"teacher: {parameters:,} parameters on this rank, visual positions {self.visual}"]
             lines[0] += ", on the host between uses" if self._offloads else ""
-        if self.store:
+        if self.store is not None:
             lines.append(f"{self.store.describe()}; {self.num_found:,} found, {self.num_computed:,} computed")
         return "\n".join(lines)
 
