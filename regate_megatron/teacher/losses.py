@@ -98,7 +98,7 @@ class ReferenceLosses:
             elif loss_T is None:
                 self._missing.setdefault(keys[number], []).append(number)
         self.num_computed += len(self._missing)
-        self.num_found += len(keys) - sum(len(numbers) for numbers in self._missing.values())
+        self.num_found += len(keys) - len(self._missing)
         self._request = self._rows([samples[numbers[0]] for numbers in self._missing.values()])
         self.seconds += time.perf_counter() - start
         return self._request is not None

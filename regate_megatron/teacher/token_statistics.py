@@ -23,6 +23,7 @@ class TokenStatistics:
 
     def add(self, label_X: np.ndarray, loss_X: np.ndarray) -> None:
         """Take in the losses of targets with these labels (int64, float; X targets)."""
+        label_X, loss_X = label_X[label_X >= 0], loss_X[label_X >= 0]
         if not len(label_X):
             return
         self._grow(int(label_X.max()) + 1)

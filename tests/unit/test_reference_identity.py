@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from regate_megatron.errors import ReGateError
 from regate_megatron.teacher.fingerprint import _LANES, _sum_of
 from regate_megatron.teacher.manifest import claim, fingerprint, read_manifest
 from regate_megatron.teacher.offload import Offloaded
+from regate_megatron.teacher.source import hash_of_tokenizer
 
 TEACHER = {
     "weights": "00aa",
@@ -88,6 +90,21 @@ def test_directory_that_cannot_be_one_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ReGateError, match="^regate: --regate-reference-cache: given"):
         claim(tmp_path / "file" / "cache", TEACHER)
+
+
+def test_tokenizer_is_known_by_what_its_ids_mean(tmp_path):
+    def hashed(vocab=None, model=None):
+        return hash_of_tokenizer(
+            SimpleNamespace(**({"vocab": vocab} if vocab else {})), SimpleNamespace(tokenizer_model=model)
+        )
+
+    assert hashed({"a": 0, "b": 1}) == hashed({"b": 1, "a": 0}) != hashed({"a": 1, "b": 0})
+    assert hashed() is None and hashed(model=str(tmp_path / "none")) is None and hashed(model=str(tmp_path)) is None
+    (tmp_path / "tokenizer.json").write_text("one")
+    first = hashed(model=str(tmp_path))
+    assert first == hashed(model=str(tmp_path)) is not None
+    (tmp_path / "tokenizer.json").write_text("two")
+    assert hashed(model=str(tmp_path)) != first != hashed(model=str(tmp_path / "tokenizer.json"))
 
 
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 7), st.data())
