@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regate_megatron.errors import ReGateError
-from regate_megatron.teacher.fingerprint import _LANES, _sum_of
+from regate_megatron.teacher.fingerprint import sums_of
 from regate_megatron.teacher.manifest import claim, fingerprint, read_manifest
 from regate_megatron.teacher.offload import Offloaded
 from regate_megatron.teacher.source import hash_of_tokenizer
@@ -113,28 +113,33 @@ def test_fingerprint_is_the_same_however_a_tensor_is_cut(layers, rows, columns, 
     whole = torch.randn(shape).to(data.draw(st.sampled_from([torch.float32, torch.bfloat16])))
     axis = data.draw(st.integers(0, 2))
     cut = data.draw(st.integers(0, shape[axis]))
-    for salt in _LANES:
-        total = 0
-        for start, stop in ((0, cut), (cut, shape[axis])):
-            if start < stop:
-                offset = tuple(start if one == axis else 0 for one in range(3))
-                piece = whole.narrow(axis, start, stop - start)
-                total += _sum_of("w", shape, offset, piece, salt)
-        assert total % 2**64 == _sum_of("w", shape, (0, 0, 0), whole, salt)
+    totals = [0, 0]
+    for start, stop in ((0, cut), (cut, shape[axis])):
+        if start < stop:
+            offset = tuple(start if one == axis else 0 for one in range(3))
+            parts = sums_of("w", shape, offset, whole.narrow(axis, start, stop - start))
+            totals = [(total + part) % 2**64 for total, part in zip(totals, parts, strict=True)]
+    assert totals == sums_of("w", shape, (0, 0, 0), whole)
 
 
 def test_fingerprint_sees_values_places_and_names():
     values = torch.randn(6, 8)
-    base = [_sum_of("w", (6, 8), (0, 0), values, salt) for salt in _LANES]
+    base = sums_of("w", (6, 8), (0, 0), values)
+    assert base[0] != base[1]
     changed = values.clone()
     changed[3, 4] = torch.nextafter(changed[3, 4], torch.tensor(9.0))
     others = [("w", changed), ("w", values.flip(0)), ("w", values.flip(1)), ("v", values), ("w", values.roll(1, 1))]
     for name, other in others:
-        for lane, salt in enumerate(_LANES):
-            assert _sum_of(name, (6, 8), (0, 0), other, salt) != base[lane]
-    assert base[0] != base[1]
+        assert not set(base) & set(sums_of(name, (6, 8), (0, 0), other))
     vector = torch.arange(5.0)
-    assert _sum_of("b", (5,), (0,), vector, _LANES[0]) != _sum_of("b", (5,), (0,), vector.flip(0), _LANES[0])
+    assert sums_of("b", (5,), (0,), vector) != sums_of("b", (5,), (0,), vector.flip(0))
+
+
+def test_fingerprint_is_the_same_on_host_and_device_blocks(monkeypatch):
+    values = torch.randn(40, 50)
+    expected = sums_of("w", (40, 50), (0, 0), values)
+    monkeypatch.setattr("regate_megatron.teacher.fingerprint._BLOCK_IN_CACHE", 130)
+    assert sums_of("w", (40, 50), (0, 0), values) == expected
 
 
 def test_offloaded_weights_leave_and_come_back():
