@@ -25,7 +25,7 @@ def flag_table() -> str:
         choices = field.metadata["choices"]
         value = "{" + ",".join(choices) + "}" if choices else field.metadata["metavar"] or ""
         name = f"`{flag(field.name)}{' ' + value if value and field.name != 'enabled' else ''}`".replace("|", "\\|")
-        default = "off" if field.name == "enabled" else "none" if field.default is None else field.default
+        default = "off" if isinstance(field.default, bool) else "none" if field.default is None else field.default
         lines.append(f"| {name} | {default} | {field.metadata['help'].replace('|', chr(92) + '|')} |")
     return "\n".join(lines)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from regate_megatron import config as settings
@@ -20,8 +21,12 @@ from regate_megatron.errors import one_line_refusals, refuse
 _USAGE = "torchrun … -m regate_megatron [--cpu] SCRIPT [its flags] [--regate …]"
 
 
-def main(argv: list[str]) -> None:
-    """Run the script named in ``argv``; exits with 1 and one line on a refusal."""
+def main(argv: list[str], install: Callable[[settings.ReGateConfig], None] | None = None) -> None:
+    """Run the script named in ``argv``; exits with 1 and one line on a refusal.
+
+    Args:
+        install: called after ReGATE is installed, to change what the script does further.
+    """
     if argv == ["doctor"] and not Path("doctor").is_file():
         from regate_megatron import doctor
 
@@ -46,6 +51,8 @@ def main(argv: list[str]) -> None:
             if config is not None:
                 megatron_lm.check_flags(flags, config)
                 megatron_lm.install(config)
+                if install is not None:
+                    install(config)
         runpy.run_path(script, run_name="__main__")
         if on_cpu:
             emulation.leave()

@@ -10,6 +10,7 @@ from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import ReGateError, refuse
 from regate_megatron.metrics import check_trace_folder
 from regate_megatron.session import Session
+from regate_megatron.teacher import TeacherSource
 from regate_megatron.teacher.source import find_teacher
 from regate_megatron.topology import agree_on_error, build_topology
 
@@ -24,6 +25,7 @@ def attach(
     args: Any = None,
     pad_token: int | None = None,
     vocab_size: int | None = None,
+    tokenizer_hash: str | None = None,
 ) -> list[Any]:
     """Attach ReGATE to this rank's model chunks; returns them, so that it serves as a pre-wrap hook.
 
@@ -39,6 +41,7 @@ def attach(
         args: the framework's namespace, for checks and defaults.
         pad_token: the tokenizer's pad id, for ``teacher_visual="pad"`` and batches without a loss mask.
         vocab_size: the student tokenizer's true size, to check the teacher's against.
+        tokenizer_hash: a hash of the student's tokenizer, to tell whose reference losses a cache holds.
 
     Raises:
         ReGateError: something asked for is not supported; on every rank, before anything is changed.
@@ -67,7 +70,7 @@ def attach(
     agree_on_error(error, topology)
     session = Session(chunks, config, topology, args, pad_token)
     if config.needs_teacher:
-        session.teach_with(teacher, checkpoint, pad_token)
+        session.teach_with(TeacherSource(teacher, checkpoint, pad_token, tokenizer_hash))
     session.attach_hooks()
     for model in session.models:
         object.__setattr__(model, _SESSION, session)

@@ -73,6 +73,13 @@ class LanguageModelCheckpoint:
         return self.shapes[EMBEDDING][0]
 
 
+def canonical_name(key: str) -> str:
+    """One name for a tensor however its norm is stored; see :meth:`LanguageModelCheckpoint.key_of`."""
+    for apart, fused in _NORM_NAMES:
+        key = key.replace(apart, fused)
+    return key
+
+
 def find_iteration(directory: str | Path, what: str = "checkpoint") -> Path:
     """The folder of a torch_dist checkpoint: ``directory`` itself, or the iteration its tracker file names.
 

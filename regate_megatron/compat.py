@@ -233,13 +233,6 @@ RULES = (
         "pipeline shapes and expert exchanges need one length",
     ),
     Rule(
-        flag("reference_cache"),
-        lambda s: s.config.reference_cache,
-        "no cache directory in this version (losses are kept in memory)",
-        "the command: leave the flag out",
-        "not built yet",
-    ),
-    Rule(
         "expert routing",
         _routing,
         "top-k routing, with auxiliary losses or expert bias",

@@ -69,6 +69,7 @@ class ReGateConfig:
         "drop", "visual positions in the teacher's input: left out, or placeholders", TEACHER_VISUAL
     )
     reference_cache: str | None = _option(None, "directory that keeps reference losses between runs", metavar="DIR")
+    teacher_offload: bool = _option(False, "keep the teacher's weights in host memory between uses")
     trace: str | None = _option(
         None, "directory for one JSON line per microbatch: what was kept and why", metavar="DIR"
     )
@@ -163,8 +164,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     types = {"int": int, "float": float, "str": str, "str | None": str, "int | None": int}
     for field in dataclasses.fields(ReGateConfig):
         help_text = field.metadata["help"].replace("%", "%%")
-        if field.name == "enabled":
-            group.add_argument("--regate", action="store_true", help=help_text)
+        if isinstance(field.default, bool):
+            group.add_argument(flag(field.name), action="store_true", help=help_text)
             continue
         choices, metavar = field.metadata["choices"], field.metadata["metavar"]
         group.add_argument(

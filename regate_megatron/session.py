@@ -16,7 +16,6 @@ import torch
 
 from regate_megatron import compat
 from regate_megatron.batches import BatchAdapter, MicrobatchFacts, adapter_for
-from regate_megatron.checkpoint import LanguageModelCheckpoint
 from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import ReGateError, refuse
 from regate_megatron.hooks import CurrentMicrobatch, DecoderHook, Layout, LossHook, ShardedPlan, shard_plan
@@ -25,7 +24,7 @@ from regate_megatron.plan import StepPlan, share_plan
 from regate_megatron.planner import Planner
 from regate_megatron.schedule import Phase, phase_of
 from regate_megatron.sharding import places
-from regate_megatron.teacher import ReferenceLosses, build_teacher
+from regate_megatron.teacher import ReferenceLosses, TeacherSource, open_reference
 from regate_megatron.topology import Topology
 
 
@@ -52,7 +51,7 @@ class Session:
         self.counts_own_steps = True
         self._dense_until = 0
         self._pending: _Pending | None = None
-        self._teacher_source: tuple[Any, LanguageModelCheckpoint | None, int | None] | None = None
+        self._teacher_source: TeacherSource | None = None
         self._is_prepared = False
         self.adapter: BatchAdapter = adapter_for(self.models[0], pad_token, args)
         transformer = self.language_models[0].config
@@ -79,10 +78,17 @@ class Session:
             self.hooks.pop().detach()
         if self.trace:
             self.trace.close()
+        if self.reference:
+            self.reference.close()
 
-    def teach_with(self, teacher: Any, checkpoint: LanguageModelCheckpoint | None, pad_token: int | None) -> None:
-        """Say where the teacher comes from; it is built by :meth:`prepare`, when the student's weights are loaded."""
-        self._teacher_source = (teacher, checkpoint, pad_token)
+    def flush(self) -> None:
+        """Put on disk what waits for it (reference losses); any rank, no communication."""
+        if self.reference:
+            self.reference.flush()
+
+    def teach_with(self, source: TeacherSource) -> None:
+        """Say where the teacher comes from; :meth:`prepare` opens it, when the student's weights are loaded."""
+        self._teacher_source = source
 
     def prepare(self, micro_batch_size: int) -> None:
         """What needs loaded weights and a known batch; once, before the first step. All ranks call this.
@@ -98,12 +104,7 @@ class Session:
         if not supported:
             raise ReGateError(reason, everywhere=True)
         if self._teacher_source is not None:
-            teacher, checkpoint, pad_token = self._teacher_source
-            if teacher is None:
-                teacher = [build_teacher(model, checkpoint) for model in self.language_models]
-            self.reference = ReferenceLosses(
-                _as_list(teacher), self.topology, visual=self.config.teacher_visual, pad_token=pad_token
-            )
+            self.reference = open_reference(self._teacher_source, self.language_models, self.config, self.topology)
         self._is_prepared = True
 
     def resume(self, step: int) -> None:
@@ -120,12 +121,19 @@ class Session:
         """Run one training step of ``schedule`` with ``arguments`` (keywords of Megatron's forward-backward)."""
         self.prepare(arguments["micro_batch_size"])
         self.phase = self._phase()
-        batches, facts, seconds = self._gather(arguments)
-        plan, scores, fallback, teacher_seconds = StepPlan(self.step), None, False, 0.0
-        if self.phase == "sparse" and self.config.elides:
+        elides = self.phase == "sparse" and self.config.elides
+        teacher_before = self.reference.seconds if self.reference else 0.0
+        batches, facts, anyone_misses, seconds = self._gather(arguments, asks=elides)
+        plan, scores, fallback = StepPlan(self.step), None, False
+        if elides:
             start = time.perf_counter()
-            plan, scores, fallback, teacher_seconds = self._plan(facts, arguments["micro_batch_size"])
-            seconds += time.perf_counter() - start - teacher_seconds
+            reference = None
+            if self.reference:
+                reference = self.reference.fetch(arguments["micro_batch_size"], anyone_misses=anyone_misses)
+            plan, scores, fallback = self._plan(facts, reference)
+            seconds += time.perf_counter() - start
+        teacher_seconds = self.reference.seconds - teacher_before if self.reference else 0.0
+        seconds -= teacher_seconds
         counters = Counters(steps=1)
         if self.planner:
             counters = count_step(
@@ -153,42 +161,48 @@ class Session:
         )
         return "dense" if phase == "sparse" and self.step < self._dense_until else phase
 
-    def _gather(self, arguments: dict[str, Any]) -> tuple[list[list[Any] | None], list[MicrobatchFacts] | None, float]:
-        """Pull this step's batches and read them on the planner; returns both and the seconds of reading.
+    def score_only(self, arguments: dict[str, Any]) -> None:
+        """Have the reference losses of a step's batches in the store, and run nothing else. All ranks call this."""
+        *_, anyone_misses, _ = self._gather(arguments, asks=True)
+        self.reference.fetch(arguments["micro_batch_size"], anyone_misses=anyone_misses)
+
+    def _gather(
+        self, arguments: dict[str, Any], *, asks: bool
+    ) -> tuple[list[list[Any] | None], list[MicrobatchFacts] | None, bool, float]:
+        """Pull this step's batches, read them on the planner, and look their reference losses up if the step ``asks``.
+
+        Returns:
+            batches, facts, whether any planner misses a reference loss, and the seconds of reading and looking up.
 
         Raises:
             ReGateError: a rank could not; on every rank.
         """
-        batches, facts, error, seconds = [], None, None, 0.0
+        batches, facts, error, misses, seconds = [], None, None, False, 0.0
         try:
             batches = [_pull(one, arguments["num_microbatches"]) for one in _as_list(arguments["data_iterator"])]
             if self.planner:
                 start = time.perf_counter()
                 own = next(pulled for pulled in reversed(batches) if pulled is not None)
                 facts = [self.adapter.read(batch) for batch in own]
+                misses = asks and self.reference is not None and self.reference.look_up(facts)
                 seconds = time.perf_counter() - start
         except Exception as fault:  # any fault here would leave the other ranks waiting
             form = {"allowed": "the layout of pretrain_gpt.py or pretrain_vlm.py batches", "change": "the data loader"}
             error = str(refuse("batch", given=f"{type(fault).__name__}: {fault}", **form))
-        self.topology.agree(error)
-        return batches, facts, seconds
+        return batches, facts, self.topology.agree(error, misses), seconds
 
     def _plan(
-        self, facts: list[MicrobatchFacts] | None, micro_batch_size: int
-    ) -> tuple[StepPlan, list[torch.Tensor] | None, bool, float]:
-        """Ask the teacher, plan, and share the plan; returns it, the scores, fallback, and the teacher's seconds."""
-        plan, scores, fallback, reference, error, seconds = None, None, False, None, None, 0.0
-        if self.reference is not None:
-            before = self.reference.seconds
-            reference = self.reference.fetch(facts, micro_batch_size)
-            seconds = self.reference.seconds - before
+        self, facts: list[MicrobatchFacts] | None, reference: list[torch.Tensor] | None
+    ) -> tuple[StepPlan, list[torch.Tensor] | None, bool]:
+        """Plan, and share the plan; returns it, the scores, and whether it fell back to dense."""
+        plan, scores, fallback, error = None, None, False, None
         if self.planner:
             try:
                 plan, scores, fallback = self.planner.plan(self.step, facts, reference)
                 _check_static_lengths(plan, self._has_pipeline)
             except Exception as fault:  # the replica waits for this plan
                 error = str(fault) if isinstance(fault, ReGateError) else f"regate: planner: {fault!r}"
-        return share_plan(plan, self.topology, error), scores, fallback, seconds
+        return share_plan(plan, self.topology, error), scores, fallback
 
     def commit(self) -> None:
         """The step counted: learn from it, count it, trace it. All ranks call this."""

@@ -56,21 +56,25 @@ class Topology:
         dist.all_gather(list(gathered_Dk), values, group=self.planner_group)
         return gathered_Dk
 
-    def agree(self, error: str | None) -> None:
+    def agree(self, error: str | None, wish: bool = False) -> bool:
         """Stop all ranks when one of them met ``error``; all ranks call this, three small reductions on the host.
+
+        Returns:
+            whether any rank has a ``wish``.
 
         Raises:
             ReGateError: the first rank's error, on every rank.
         """
-        flag = torch.tensor([1 if error else 0])
+        flag = torch.tensor([1 if error else 0, int(wish)])
         if self.replica_size > 1:
             dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.replica_group)
         if self.is_planner:
             flag = self.all_reduce_planners(flag, "max")
         if self.replica_size > 1:
             dist.broadcast(flag, self.planner_rank, group=self.replica_group)
-        if int(flag):
+        if int(flag[0]):
             raise ReGateError(first_error(error, self), everywhere=True)
+        return bool(flag[1])
 
 
 def build_topology() -> Topology:

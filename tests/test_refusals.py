@@ -58,7 +58,6 @@ REFUSED = {
         {"config": {"budget": "per-sample"}, "model": {"pipeline_model_parallel_size": 2}},
         "given per-sample with 2 pipeline stages",
     ),
-    "reference cache": ({"config": {"reference_cache": "somewhere"}}, "given somewhere"),
     "Mamba layers": ({"pattern": "M*-M*-"}, "given Mamba"),
     "layers of two kinds that carry state": ({"pattern": "GD|-E"}, "given sparse attention, gated delta net"),
     "more dense layers than the first segment": (

@@ -1,4 +1,4 @@
-"""Megatron-LM's training loop: four functions of ``megatron.training.training``, wrapped where the loop looks them up.
+"""Megatron-LM's training loop: functions of ``megatron.training.training``, wrapped where the loop looks them up.
 
 ``pretrain`` offers no hook between loading a checkpoint and the first step, and none around a step, so symbols are
 patched: the narrowest late-bound ones, in the module whose globals ``pretrain`` and ``train`` read. Nothing else is
@@ -8,6 +8,7 @@ touched; :func:`uninstall` restores them.
 - ``get_forward_backward_func``: the schedule of training (evaluation asks for it too, and passes through).
 - ``train_step``: tells which steps counted (not skipped, not replayed).
 - ``training_log``: one line and scalars per log interval.
+- ``train`` and ``save_checkpoint_and_time``: what waits to be written goes to disk with a checkpoint and at the end.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig, add_argumen
 from regate_megatron.errors import ReGateError, one_line_refusals, one_line_refusals_from_now_on, refuse
 from regate_megatron.metrics import Counters, log_line, ratios, reduce_counters
 from regate_megatron.session import Session
-from regate_megatron.teacher.source import TEACHER_FOLDER, teacher_of_resumed_run
+from regate_megatron.teacher.source import TEACHER_FOLDER, hash_of_tokenizer, teacher_of_resumed_run
 
 _MARK = "_regate"
 
 
 def install(config: ReGateConfig) -> None:
-    """Wrap the four functions; a second call replaces the settings of the first (in-process restart)."""
+    """Wrap the functions; a second call replaces the settings of the first (in-process restart)."""
     from megatron.training import training
 
     uninstall()
@@ -43,6 +44,8 @@ def install(config: ReGateConfig) -> None:
         "get_forward_backward_func": lambda inner: _wrap_schedule_of(inner),
         "train_step": lambda inner: _count_steps(inner, session),
         "training_log": lambda inner: _log_after(inner, session),
+        "save_checkpoint_and_time": lambda inner: _flush_after(inner, session),
+        "train": lambda inner: _flush_after(inner, session),
     }
     missing = [name for name in wrappers if not callable(getattr(training, name, None))]
     if missing:
@@ -52,13 +55,14 @@ def install(config: ReGateConfig) -> None:
             allowed=f"megatron-core {compat.MEGATRON_CORE}",
             change="the version",
         )
+    loop_globals = training.train.__globals__
     for name, wrap in wrappers.items():
         inner = getattr(training, name)
         wrapper = functools.wraps(inner)(wrap(inner))
         setattr(wrapper, _MARK, True)
         setattr(training, name, wrapper)
         # The loop must read its globals from the module patched here, or the patch would be for nobody.
-        assert training.train.__globals__[name] is wrapper, f"{name} is bound elsewhere"
+        assert loop_globals[name] is wrapper, f"{name} is bound elsewhere"
 
 
 def install_from_argv() -> None:
@@ -126,7 +130,12 @@ def _attach_after(inner: Callable[..., Any], config: ReGateConfig, sessions: lis
         result = inner(*args, **kwargs)
         model, options, tokenizer = result[0], get_args(), get_tokenizer()
         attach(
-            model, config, args=options, pad_token=_pad_token(tokenizer), vocab_size=_known_int(tokenizer, "vocab_size")
+            model,
+            config,
+            args=options,
+            pad_token=_pad_token(tokenizer),
+            vocab_size=_known_int(tokenizer, "vocab_size"),
+            tokenizer_hash=hash_of_tokenizer(tokenizer, options) if config.reference_cache else None,
         )
         session = session_of(model)
         session.counts_own_steps = False
@@ -196,6 +205,17 @@ def report(session: Session, iteration: int, say: Callable[[str], None], tensorb
         wandb.log(ratios(interval), iteration)
 
 
+def _flush_after(inner: Callable[..., Any], sessions: list[Session]) -> Callable[..., Any]:
+    def flushed(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return inner(*args, **kwargs)
+        finally:  # the loop also leaves by sys.exit
+            for session in sessions:
+                session.flush()
+
+    return flushed
+
+
 def attached_line(session: Session) -> str:
     """What was attached, where, and to which versions."""
     config, transformer = session.config, session.language_models[0].config
@@ -206,10 +226,17 @@ def attached_line(session: Session) -> str:
         f"dense layers {config.dense_layers} of {transformer.num_layers}",
         f"budget {config.budget}",
         f"warm-up {config.warmup_steps}, then {config.dense_steps} of {config.cycle_steps} steps dense",
-        f"teacher {config.teacher_load} ({config.teacher_visual})" if config.needs_teacher else "no teacher",
+        _teacher_of(session),
         compat.versions(),
     ]
     return f"[regate] attached to {type(session.models[0]).__name__} ({layout}): " + "; ".join(parts)
+
+
+def _teacher_of(session: Session) -> str:
+    if session.reference is None:
+        return "no teacher"
+    waits = "" if session.reference.run is not None else ", built when a loss is missing"
+    return f"teacher {session.config.teacher_load} ({session.config.teacher_visual}{waits})"
 
 
 def keep_teacher(session: Session, options: Any) -> None:
@@ -218,7 +245,7 @@ def keep_teacher(session: Session, options: Any) -> None:
         return
     target, resumed = Path(options.save) / TEACHER_FOLDER, teacher_of_resumed_run(options)
     if resumed is None or resumed.resolve() != target.resolve():
-        save_language_model(session.reference.run.chunks, target, session.topology.world_group)
+        save_language_model(session.reference.require_teacher().chunks, target, session.topology.world_group)
 
 
 def _pad_token(tokenizer: Any) -> int | None:

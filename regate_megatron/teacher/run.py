@@ -43,11 +43,6 @@ class TeacherRun:
             if chunk.post_process:
                 chunk.output_layer.register_forward_pre_hook(self._targets_only)
 
-    @property
-    def length_multiple(self) -> int:
-        """What K must be a multiple of."""
-        return 2 * self.layout.cp_size if self.layout.cp_size > 1 else 1
-
     @torch.no_grad()
     def __call__(self, request: TeacherRows, micro_batch_size: int) -> list[Tensor]:
         """Losses of every row on the last stage, float32 [T] each on the CPU; an empty list on other stages.
@@ -120,6 +115,11 @@ class TeacherRun:
         hidden_kbH = inputs[0]
         index_tbH = self._targets.slot_bt.t()[:, :, None].expand(-1, -1, hidden_kbH.shape[-1])
         return (hidden_kbH.gather(0, index_tbH), *inputs[1:])
+
+
+def length_multiple(config: Any) -> int:
+    """What K must be a multiple of in a model of this transformer config."""
+    return 2 * config.context_parallel_size if config.context_parallel_size > 1 else 1
 
 
 @dataclass(frozen=True)

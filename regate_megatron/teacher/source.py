@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from regate_megatron.budget import align_up
 from regate_megatron.checkpoint import EMBEDDING, LanguageModelCheckpoint, open_language_model, saved_arguments
 from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig, flag
 from regate_megatron.errors import refuse
 
 TEACHER_FOLDER = "regate_teacher"
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges*")
 
 
 def find_teacher(
@@ -49,6 +52,28 @@ def teacher_of_resumed_run(args: Any) -> Path | None:
         return None
     kept = Path(args.load) / TEACHER_FOLDER
     return kept if kept.is_dir() else None
+
+
+def hash_of_tokenizer(tokenizer: Any, args: Any) -> str | None:
+    """A hash of what the tokenizer's ids mean: its vocabulary, else its files; None where neither can be had."""
+    try:
+        vocabulary = tokenizer.vocab
+        pairs = vocabulary.items() if isinstance(vocabulary, dict) else enumerate(vocabulary)
+        text = repr(sorted((str(one), str(other)) for one, other in pairs))
+        return xxhash.xxh3_128_hexdigest(text.encode())
+    except Exception:  # tokenizers raise whatever they like
+        pass
+    model = getattr(args, "tokenizer_model", None)
+    if not model or not Path(model).exists():
+        return None
+    root = Path(model)
+    files = sorted({file for name in _TOKENIZER_FILES for file in root.glob(name)}) if root.is_dir() else [root]
+    digest = xxhash.xxh3_128()
+    for file in files:
+        if file.is_file():
+            digest.update(file.name.encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest() if files else None
 
 
 def _check_architecture(student: Any, checkpoint: LanguageModelCheckpoint) -> None:

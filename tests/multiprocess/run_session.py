@@ -190,7 +190,7 @@ def drop_equals_masked_pad() -> None:
     run(LLAVA, models, schedule, Step())
     run(LLAVA, models, schedule, Step())
     facts = session._pending.facts
-    dropped = session.reference.fetch(facts, 2)
+    dropped = session.reference.fetch(2, anyone_misses=session.reference.look_up(facts))
     teacher = build(LLAVA)[0].language_model
     row = 0
     for one in facts:
@@ -229,7 +229,8 @@ def uninstall_restores_megatron() -> None:
     before = dict(vars(training))
     megatron_lm.install(config())
     changed = {name for name, value in vars(training).items() if before.get(name) is not value}
-    wrapped = {"setup_model_and_optimizer", "get_forward_backward_func", "train_step", "training_log"}
+    wrapped = {"setup_model_and_optimizer", "get_forward_backward_func", "train_step", "training_log", "train"}
+    wrapped.add("save_checkpoint_and_time")
     assert changed == wrapped
     megatron_lm.install(config())  # again, as in-process restart does: still one wrapper deep
     assert all(getattr(training, name).__wrapped__ is before[name] for name in wrapped)

@@ -1,0 +1,117 @@
+"""Put together what gives reference losses: the teacher (now or later), the store, and whose losses they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from regate_megatron.checkpoint import LanguageModelCheckpoint
+from regate_megatron.config import ReGateConfig
+from regate_megatron.errors import ReGateError
+from regate_megatron.teacher.build import build_teacher
+from regate_megatron.teacher.cache import ReferenceCache
+from regate_megatron.teacher.fingerprint import fingerprint_of_checkpoint, fingerprint_of_model
+from regate_megatron.teacher.losses import ReferenceLosses
+from regate_megatron.teacher.manifest import claim, teacher_identity
+from regate_megatron.topology import Topology, agree_on_error
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """Where the teacher comes from.
+
+    Attributes:
+        model: this rank's chunk of a teacher made by the caller, or the list of its chunks; or None.
+        checkpoint: its weights; None with no ``model``: the student's own, as they are now.
+        pad_token: the tokenizer's pad id.
+        tokenizer: a hash of the tokenizer, None where none could be made.
+    """
+
+    model: Any = None
+    checkpoint: LanguageModelCheckpoint | None = None
+    pad_token: int | None = None
+    tokenizer: str | None = None
+
+
+def open_reference(
+    source: TeacherSource, students: Sequence[Any], config: ReGateConfig, topology: Topology
+) -> ReferenceLosses:
+    """Open the store and, unless a cache may make it needless, build the teacher; all ranks call this.
+
+    The teacher waits for the first miss only when a cache directory is given, holds records already, and the weights
+    are in a checkpoint: the student's own are about to change.
+
+    Args:
+        students: this rank's language-model chunks, their weights loaded.
+
+    Raises:
+        ReGateError: the teacher cannot be read, or the cache is another teacher's; on every rank.
+    """
+
+    student = students[0]
+
+    def build() -> list[Any]:
+        if source.model is not None:
+            return source.model if isinstance(source.model, list) else [source.model]
+        return [build_teacher(one, source.checkpoint) for one in students]
+
+    teacher, store = None, None
+    if config.reference_cache is None or source.checkpoint is None:
+        teacher = build()
+    if config.reference_cache is not None:
+        directory = Path(config.reference_cache)
+        if teacher is not None:
+            weights = fingerprint_of_model(teacher, topology)
+        else:
+            weights = fingerprint_of_checkpoint(source.checkpoint, directory, topology)
+        vocab_size = student.vocab_size if source.checkpoint is None else source.checkpoint.vocab_size
+        identity = teacher_identity(
+            student,
+            weights=weights,
+            vocab_size=vocab_size,
+            tokenizer=source.tokenizer,
+            visual=config.teacher_visual,
+            pad_token=source.pad_token,
+        )
+        store = _open_cache(directory, identity, topology)
+        if teacher is None and topology.agree(None, topology.is_planner and topology.dp_rank == 0 and not len(store)):
+            teacher = build()  # a new cache: it will be needed, so let it fail now if it must
+    return ReferenceLosses(
+        student.config,
+        teacher,
+        topology,
+        visual=config.teacher_visual,
+        pad_token=source.pad_token,
+        build=build,
+        store=store,
+        offload=config.teacher_offload,
+    )
+
+
+def _open_cache(directory: Path, identity: dict[str, Any], topology: Topology) -> ReferenceCache | None:
+    """The cache on planners, None elsewhere, once rank 0 has made sure whose it is. All ranks call this."""
+    error, store = None, None
+    if dist.get_rank() == 0:
+        error = _error_of(lambda: claim(directory, identity))
+    agree_on_error(error, topology)
+
+    def open_it() -> None:
+        nonlocal store
+        store = ReferenceCache(directory, f"dp{topology.dp_rank:05d}")
+
+    if topology.is_planner:
+        error = _error_of(open_it)
+    agree_on_error(error, topology)
+    return store
+
+
+def _error_of(action: Any) -> str | None:
+    try:
+        action()
+    except Exception as fault:  # whatever it is, the other ranks wait to hear of it
+        return str(fault) if isinstance(fault, ReGateError) else f"regate: reference cache: {fault!r}"
+    return None

@@ -1,0 +1,252 @@
+"""Worker of test_reference: claims about reference losses and their cache, in one layout after another.
+
+torchrun --nproc-per-node 4 tests/multiprocess/run_reference.py FOLDER RESULTS.json 1x1 2x1 2x2      (TP x PP)
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+
+from regate_megatron import emulation
+
+emulation.set_environment()
+emulation.install()
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core import parallel_state as mpu
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from regate_megatron import ReGateConfig, ReGateError, attach, describe, detach, wrap_forward_backward
+from regate_megatron.api import session_of
+from regate_megatron.checkpoint import open_language_model, save_language_model
+from regate_megatron.teacher.cache import ReferenceCache
+from regate_megatron.teacher.fingerprint import fingerprint_of_checkpoint, fingerprint_of_model
+from tests.multiprocess.run_parity import Step, build, run
+
+STEPS = 3
+
+
+def train(case: dict, *, models: list | None = None, before_sparse=None, **options) -> tuple[list, list[str]]:
+    """One dense and some sparse steps; returns the models, still attached, and the plans' hashes."""
+    models = models or build(case)
+    settings = {"warmup_steps": 1, "cycle_steps": 100, "dense_steps": 0, "teacher_load": "student", **options}
+    attach(models, ReGateConfig(**settings), pad_token=0)
+    schedule, hashes = wrap_forward_backward(get_forward_backward_func()), []
+    for number in range(STEPS):
+        if number == 1 and before_sparse:
+            before_sparse(session_of(models))
+        run(case, models, schedule, Step())
+        hashes.append(session_of(models)._pending.plan.digest())
+    return models, hashes
+
+
+def losses_by_key(models: list) -> dict[str, list[float]]:
+    """Every reference loss of the last step, over all replicas."""
+    session, own = session_of(models), {}
+    if session.planner:
+        keys = torch.cat([one.reference_key_N2 for one in session._pending.facts])
+        own = {str(key): loss.tolist() for key, loss in zip(keys.tolist(), session.reference._found, strict=True)}
+    parts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def make_teacher(case: dict, folder: Path) -> str:
+    save_language_model(build(case)[0], folder / "teacher")
+    return str(folder / "teacher")
+
+
+def layouts_score_alike_whatever_the_students_dropout(case: dict, folder: Path) -> dict:
+    results = {}
+    for model in ("gpt", "llava"):
+        models = build(dict(case, model=model))
+        for one in models:
+            for config in (one.config, getattr(one, "language_model", one).config):
+                config.hidden_dropout = config.attention_dropout = 0.5
+        models, _ = train(dict(case, model=model), models=models)
+        results[model] = losses_by_key(models)
+        assert all(value == value for losses in results[model].values() for value in losses)
+        detach(models)
+    return results
+
+
+def fingerprint_is_of_the_weights_alone(case: dict, folder: Path) -> dict:
+    """In memory, saved by this layout, inside a LLaVA, and again from the note."""
+    model = build(dict(case, model="llava"))[0]
+    models, _ = train(dict(case, model="llava"))
+    topology = session_of(models).topology
+    detach(models)
+    in_memory = fingerprint_of_model([model.language_model], topology)
+    save_language_model(model.language_model, folder / "teacher")
+    whole = folder / "whole"
+    if dist.get_rank() == 0:
+        whole.mkdir()
+    dist.barrier()
+    dist_checkpointing.save(model.sharded_state_dict(), str(whole))
+    for source in (folder / "teacher", whole, whole):
+        assert fingerprint_of_checkpoint(open_language_model(source), folder / "cache", topology) == in_memory, source
+    assert dist.get_rank() or len(list((folder / "cache" / "fingerprints").iterdir())) == 2
+    with torch.no_grad():
+        for parameter in model.language_model.parameters():
+            parameter.view(-1)[-1] += 1
+    assert fingerprint_of_model([model.language_model], topology) != in_memory
+    return {"weights": in_memory}
+
+
+def warm_cache_builds_no_teacher_and_plans_alike(case: dict, folder: Path) -> dict:
+    options = {"teacher_load": make_teacher(case, folder), "reference_cache": str(folder / "cache")}
+    models, first = train(case, **options)
+    assert session_of(models).reference.run is not None, "a new cache lets the teacher fail early"
+    detach(models)
+    models, second = train(case, **options)
+    reference = session_of(models).reference
+    assert second == first
+    assert reference.run is None and "teacher: not built" in describe(models)
+    assert reference.num_computed == 0 and (reference.num_found > 0) == session_of(models).topology.is_planner
+    detach(models)
+    return {}
+
+
+def hits_here_and_misses_there_never_hang(case: dict, folder: Path) -> dict:
+    options = {"teacher_load": make_teacher(case, folder), "reference_cache": str(folder / "cache")}
+    models, first = train(case, **options)
+    detach(models)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for file in (folder / "cache" / "losses").glob("dp00000-*"):
+            file.unlink()
+    dist.barrier()
+    models, second = train(case, **options)
+    session = session_of(models)
+    assert second == first
+    assert session.reference.run is not None, "every rank builds its part"
+    if session.planner:
+        assert (session.reference.num_computed > 0) == (session.topology.dp_rank == 0)
+    detach(models)
+    return {}
+
+
+def loss_that_is_not_finite_runs_all_ranks_dense_and_is_not_kept(case: dict, folder: Path) -> dict:
+    def poison(session) -> None:
+        if session.topology.dp_rank == 0:
+            for parameter in session.reference.run.chunks[-1].parameters():
+                parameter.data.fill_(torch.nan)
+
+    options = {"teacher_load": make_teacher(case, folder), "reference_cache": str(folder / "cache")}
+    models, _ = train(case, before_sparse=poison, **options)
+    session = session_of(models)
+    assert not session._pending.plan.is_sparse
+    if session.planner:
+        assert session._pending.fallback
+        session.commit()
+        assert session.totals.fallback_steps == STEPS - 1
+    else:
+        session.commit()
+    size = session.topology.dp_size
+    detach(models)
+    dist.barrier()
+    kept = {path.name[:7] for path in (folder / "cache" / "losses").iterdir()}
+    assert kept == {f"dp{rank:05d}" for rank in range(1, size)}
+    return {}
+
+
+def offloaded_teacher_gives_the_same_losses(case: dict, folder: Path) -> dict:
+    models, first = train(case)
+    expected = losses_by_key(models)
+    detach(models)
+    models, second = train(case, teacher_offload=True)
+    reference = session_of(models).reference
+    assert not reference._offloaded.is_on_device and "on the host between uses" in describe(models)
+    assert losses_by_key(models) == expected and first == second
+    detach(models)
+    return {}
+
+
+def logits_exist_at_targets_only(case: dict, folder: Path) -> dict:
+    seen: list[tuple[int, int]] = []
+
+    def watch(session) -> None:
+        teacher = session.reference.run.chunks[-1]
+        if teacher.post_process:
+            teacher.output_layer.register_forward_hook(lambda _l, i, o: seen.append((i[0].shape[0], o[0].shape[0])))
+
+    for model in ("gpt", "llava"):
+        models, _ = train(dict(case, model=model), before_sparse=watch)
+        session = session_of(models)
+        if session.planner:
+            most = max(int(one.num_target_N.max()) for one in session._pending.facts)
+            length = session._pending.facts[0].dense_length
+            assert seen and all(rows == logits <= most for rows, logits in seen), (seen, most)
+            assert most < length or model == "gpt"
+        seen.clear()
+        detach(models)
+    return {}
+
+
+def another_teacher_is_refused_on_every_rank(case: dict, folder: Path) -> dict:
+    cache = str(folder / "cache")
+    detach(train(case, reference_cache=cache)[0])
+    models = build(case)
+    with torch.no_grad():
+        for parameter in models[0].parameters():
+            parameter.mul_(1.5)
+    try:
+        train(case, models=models, reference_cache=cache)
+    except ReGateError as error:
+        assert "made with teacher" in str(error) and "weights" in str(error)
+    else:
+        raise AssertionError("not refused")
+    return {}
+
+
+def two_replicas_share_after_a_refresh(case: dict, folder: Path) -> dict:
+    models, _ = train(case, reference_cache=str(folder / "cache"))
+    session = session_of(models)
+    if session.planner:
+        session.flush()
+    dist.barrier()
+    if session.planner:
+        store: ReferenceCache = session.reference.store
+        store.refresh()
+        counts: list = [None] * session.topology.dp_size
+        dist.all_gather_object(counts, len(store), group=session.topology.planner_group)
+        assert len(set(counts)) == 1 and counts[0] >= 7  # of eight samples one has no target
+    detach(models)
+    return {}
+
+
+CLAIMS = [value for value in list(globals().values()) if getattr(value, "__annotations__", {}).get("folder") == "Path"]
+CLAIMS = [claim for claim in CLAIMS if claim is not make_teacher]
+
+
+def main(folder: str, results_file: str, *layouts: str) -> None:
+    dist.init_process_group(backend="gloo")
+    results: dict[str, dict] = {}
+    for layout in layouts:
+        tp, pp = map(int, layout.split("x"))
+        mpu.initialize_model_parallel(tp, pp)
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        for claim in CLAIMS:
+            place = Path(folder) / f"{claim.__name__}-{layout}"
+            place.mkdir(exist_ok=True)
+            try:
+                case = {"model": "gpt", "tp": tp, "pp": pp, "dense_layers": 1}
+                results[f"{claim.__name__}@{layout}"] = claim(case, place)
+            except BaseException:  # the other ranks cannot go on
+                print(f"{claim.__name__}@{layout} on rank {dist.get_rank()}", file=sys.stderr)
+                traceback.print_exc()
+                raise
+        mpu.destroy_model_parallel()
+    if dist.get_rank() == 0:
+        Path(results_file).write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
