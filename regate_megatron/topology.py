@@ -47,7 +47,7 @@ class Topology:
         return values
 
     def all_gather_planners(self, values: Tensor) -> Tensor:
-        """Stack an equally long CPU vector of every planner, in order of their replicas; [k] -> [D, k]; planners only."""
+        """Stack a CPU vector [k] of every planner, in order of replicas; [D, k]; planners only."""
         gathered_Dk = values.new_empty(self.dp_size, len(values))
         if self.dp_size == 1:
             return gathered_Dk.copy_(values)

@@ -230,7 +230,7 @@ def test_a_packed_row_can_count_as_one():
     assert _select_packed(rows, [2], kind="uniform", ratio=0.5) == ([6], [[3, 1]])
 
 
-# -------------------------------------------------------------------------------------------------- context that is read
+# ------------------------------------------------------------------------------------------------- context that is read
 
 
 @given(masks_and_length())
