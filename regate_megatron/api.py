@@ -34,7 +34,8 @@ def attach(
     Args:
         model_chunks: the chunks the framework trains, wrapped or not.
         config: the settings.
-        teacher: a frozen language-model chunk sharded like the student, in place of ``config.teacher_load``.
+        teacher: a frozen language model sharded like the student (its chunk, or the list of its chunks), in place of
+            ``config.teacher_load``.
         args: the framework's namespace, for checks and defaults.
         pad_token: the tokenizer's pad id, for ``teacher_visual="pad"``.
         vocab_size: the student tokenizer's true size, to check the teacher's against.
@@ -58,7 +59,7 @@ def attach(
             raise ReGateError(reason)
         if teacher is None and config.needs_teacher:
             config.require_teacher()
-            checkpoint = find_teacher(language_models[0], config, args, pad_token=pad_token, vocab_size=vocab_size)
+            checkpoint = find_teacher(language_models, config, args, pad_token=pad_token, vocab_size=vocab_size)
         if config.trace:
             check_trace_folder(config.trace)
     except Exception as fault:  # whatever it is, the other ranks wait to hear of it

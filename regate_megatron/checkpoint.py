@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,10 +175,11 @@ def load_language_model(model: Any, checkpoint: LanguageModelCheckpoint) -> None
     model.load_state_dict(weights, strict=False)  # not strict: no _extra_state is loaded into a bf16 teacher
 
 
-def save_language_model(model: Any, directory: str | Path, group: Any = None) -> None:
+def save_language_model(chunks: Sequence[Any], directory: str | Path, group: Any = None) -> None:
     """Save a sharded language model as a torch_dist checkpoint; aside first, then renamed. All ranks call this.
 
     Args:
+        chunks: this rank's pipeline chunks.
         group: the group for the barriers around the rename; the default group when None.
     """
     from megatron.core import dist_checkpointing
@@ -188,7 +190,8 @@ def save_language_model(model: Any, directory: str | Path, group: Any = None) ->
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     dist.barrier(group=group)
-    dist_checkpointing.save(model.sharded_state_dict(), str(aside))
+    tensors = {f"chunk{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
+    dist_checkpointing.save(tensors, str(aside))
     dist.barrier(group=group)
     if dist.get_rank() == 0:
         replace_folder(aside, target)

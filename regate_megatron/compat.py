@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -116,9 +117,23 @@ def _several_lengths(setting: Setting) -> Any:
     return f"{setting.config.budget} with {where}"
 
 
-def _dataset_rows(setting: Setting) -> Any:
-    names = ("sft", "dataloader_inter_document_masking", "use_packed_sequence", "hybrid_context_parallel")
-    return next((f"--{name.replace('_', '-')}" for name in names if setting.arg(name)), None)
+def _packed_rows(setting: Setting) -> Any:
+    """Forms of packing that cannot be exact, or that Megatron itself cannot run."""
+    packs = next((name for name in _PACKING_FLAGS if setting.arg(name)), None)
+    if setting.arg("hybrid_context_parallel"):
+        return "--hybrid-context-parallel"
+    if packs is None:
+        return None
+    if setting.model.pipeline_model_parallel_size > 1 and setting.micro_batch_size > 1:
+        return f"--{packs.replace('_', '-')} with pipeline stages and micro-batch size {setting.micro_batch_size}"
+    if packs == "dataloader_inter_document_masking" and setting.model.context_parallel_size > 1:
+        return "--dataloader-inter-document-masking with context parallelism"
+    if setting.model.apply_rope_fusion:
+        return f"--{packs.replace('_', '-')} with fused RoPE"
+    return None
+
+
+_PACKING_FLAGS = ("sft", "dataloader_inter_document_masking", "use_packed_sequence")
 
 
 def _position_embedding(setting: Setting) -> Any:
@@ -126,18 +141,9 @@ def _position_embedding(setting: Setting) -> Any:
     return None if kind in ("rope", "learned_absolute", "none") else kind
 
 
-def _sequence_parallel_multimodal(setting: Setting) -> Any:
-    return "--sequence-parallel with LLaVAModel" if setting.is_multimodal and setting.model.sequence_parallel else None
-
-
 def _fsdp(setting: Setting) -> Any:
     names = ("use_megatron_fsdp", "use_torch_fsdp2")
     return next((f"--{name.replace('_', '-')}" for name in names if setting.arg(name)), None)
-
-
-def _teacher_with_vpp(setting: Setting) -> Any:
-    vpp = setting.model.virtual_pipeline_model_parallel_size
-    return f"{vpp} virtual pipeline stages" if vpp and setting.config.needs_teacher else None
 
 
 RULES = (
@@ -169,13 +175,6 @@ RULES = (
         lambda s: s.config.reference_cache,
         "no cache directory in this version (losses are kept in memory)",
         "the command: leave the flag out",
-        "not built yet",
-    ),
-    Rule(
-        "context parallelism",
-        lambda s: n if (n := s.model.context_parallel_size) > 1 else None,
-        "1 in this version",
-        "--context-parallel-size to 1",
         "not built yet",
     ),
     Rule(
@@ -222,14 +221,6 @@ RULES = (
     ),
     Rule("FP4", _field("fp4"), "bf16 or FP8 in this version", "the precision flags", "lengths are not aligned for it"),
     Rule(
-        "sequence parallelism in a multimodal model",
-        _sequence_parallel_multimodal,
-        "GPTModel with sequence parallelism, LLaVAModel without",
-        "the command: leave --sequence-parallel out",
-        "its padding and packed_seq_params are not adapted yet",
-        in_flags=False,
-    ),
-    Rule(
         "attention masks per document with a teacher",
         lambda s: "--reset-attention-mask" if s.config.needs_teacher and s.arg("reset_attention_mask") else None,
         "rows read as a whole, or a score without teacher (student, random)",
@@ -253,10 +244,12 @@ RULES = (
     ),
     Rule(
         "packed rows",
-        _dataset_rows,
-        "one sample per row in this version",
-        "the command: leave the flag out",
-        "not built yet",
+        _packed_rows,
+        "--sft, --dataloader-inter-document-masking without context parallelism, --use-packed-sequence; unfused RoPE, "
+        "and with pipeline stages one row per microbatch",
+        "the command: leave the flag out, or add --no-rope-fusion",
+        "the kernels would read other positions or segments",
+        in_flags=False,
     ),
     Rule("fully sharded data parallel", _fsdp, "Megatron's DDP", "the command: leave the flag out", "not built yet"),
     Rule(
@@ -265,14 +258,6 @@ RULES = (
         "micro-batch size 1, or unfused RoPE",
         "the command: add --no-rope-fusion",
         "the fused kernel takes one row of positions",
-        in_flags=False,
-    ),
-    Rule(
-        "interleaved pipeline with a teacher",
-        _teacher_with_vpp,
-        "a score without teacher (student, random) in this version",
-        "--num-layers-per-virtual-pipeline-stage to none",
-        "the teacher is not interleaved",
         in_flags=False,
     ),
 )
@@ -307,15 +292,21 @@ def check_support(setting: Setting, *, flags_only: bool = False) -> tuple[bool, 
 
 
 def length_alignment(model: Any) -> int:
-    """What kept lengths must be a multiple of: the tensor slices of sequence parallelism, and FP8's matrix sizes."""
-    multiple = model.tensor_model_parallel_size if model.sequence_parallel else 1
-    if not model.fp8:
-        return multiple
-    from megatron.core.fp8_utils import get_fp8_align_size
+    """What kept lengths must be a multiple of: what context and sequence parallelism cut, and FP8's matrix sizes."""
+    context = model.context_parallel_size
+    slices = context * (model.tensor_model_parallel_size if model.sequence_parallel else 1)
+    if model.fp8:
+        from megatron.core.fp8_utils import get_fp8_align_size
 
-    size = get_fp8_align_size(model.fp8_recipe)
-    # The rows of a rank's matrices, b·K/TP, must divide by the size; a K that does alone serves every b.
-    return multiple * size
+        # The rows of a rank's matrices, b·K/(CP·TP), must divide by the size; a K that does alone serves every b.
+        slices *= get_fp8_align_size(model.fp8_recipe)
+    return math.lcm(slices, segment_alignment(model))
+
+
+def segment_alignment(model: Any) -> int:
+    """What the segments of a packed row must be multiples of: context parallelism cuts each by itself."""
+    context = model.context_parallel_size
+    return 2 * context if context > 1 else 1
 
 
 def unwrap(module: Any) -> Any:

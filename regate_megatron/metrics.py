@@ -221,17 +221,18 @@ class Trace:
             real_BS = one.is_target_BS | one.is_context_BS
             microbatch = plan.microbatches[index] if plan.is_sparse else None
             kept_BS = microbatch.kept_mask() & real_BS if microbatch else real_BS
-            for row in range(len(kept_BS)):
-                target_S = one.is_target_BS[row]
+            for sample, row in enumerate(one.row_N.tolist()):
+                own_S = True if one.sample_BS is None else one.sample_BS[row] == sample
+                target_S, kept_S = one.is_target_BS[row] & own_S, kept_BS[row] & own_S
                 positions = torch.where(target_S)[0].tolist()
                 values = scores[index][row][target_S].tolist() if scores is not None else []
                 rows.append(
                     {
-                        "sample_key": key_hex(one.difficulty_key_N2[row]),
-                        "num_context": int(one.is_context_BS[row].sum()),
+                        "sample_key": key_hex(one.difficulty_key_N2[sample]),
+                        "num_context": int((one.is_context_BS[row] & own_S).sum()),
                         "num_targets": len(positions),
-                        "num_kept_targets": int((kept_BS[row] & target_S).sum()),
-                        "kept": torch.where(kept_BS[row])[0].tolist(),
+                        "num_kept_targets": int((kept_S & target_S).sum()),
+                        "kept": torch.where(kept_S)[0].tolist(),
                         "scores": {
                             str(position): value if math.isfinite(value) else None  # JSON knows no NaN
                             for position, value in zip(positions, values, strict=False)

@@ -4,7 +4,7 @@ One planner per replica (last pipeline stage, tensor rank 0, context rank 0) mak
 replica's ranks on the host (gloo), so that no accelerator stream waits for it, and its hash is compared before the
 schedule starts.
 
-Shapes: B rows of a microbatch, S dense positions, K positions that run.
+Shapes: B rows of a microbatch, S dense positions, K positions that run, N segments of a packed row.
 """
 
 from __future__ import annotations
@@ -18,9 +18,23 @@ import xxhash
 from torch import Tensor
 
 from regate_megatron.errors import ReGateError
+from regate_megatron.selection import pack_positions
 from regate_megatron.topology import Topology
 
-_HEADER = 3  # per microbatch: B, S, K
+_HEADER = 4  # per microbatch: B, S, K, N
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The segments of a packed row, one after the other.
+
+    Attributes:
+        dense_length_N: positions of each before anything is left out; int64 [N], their sum is S.
+        length_N: slots of each in the short run, fill at its end included; int64 [N], their sum is K.
+    """
+
+    dense_length_N: Tensor
+    length_N: Tensor
 
 
 @dataclass(frozen=True)
@@ -29,13 +43,49 @@ class MicrobatchPlan:
 
     Attributes:
         dense_length: S.
-        keep_idx_BK: dense positions that run, ascending, fill (position 0) last; int64 [B, K]. None: the dense step.
-        num_kept_B: how many leading slots of each row are real; int64 [B]. None: the dense step.
+        keep_idx_BK: dense positions that run, ascending; fill comes last (in a packed row: last in its segment) and
+            repeats the first position of the row (the segment); int64 [B, K]. None: the dense step.
+        is_kept_BK: which slots are real, not fill; bool [B, K]. None: the dense step.
+        packing: the segments of a packed row (B is 1 then); None for rows of one sample.
     """
 
     dense_length: int
     keep_idx_BK: Tensor | None = None
-    num_kept_B: Tensor | None = None
+    is_kept_BK: Tensor | None = None
+    packing: Packing | None = None
+
+    @classmethod
+    def of(cls, kept_BS: Tensor, length: int) -> MicrobatchPlan:
+        """The plan that keeps the marked positions in rows of ``length`` slots.
+
+        Raises:
+            ValueError: a row keeps more.
+        """
+        keep_idx_BK, num_kept_B = pack_positions(kept_BS, length)
+        return cls(kept_BS.shape[1], keep_idx_BK, torch.arange(length) < num_kept_B[:, None])
+
+    @classmethod
+    def of_packed(cls, kept_1S: Tensor, packing: Packing) -> MicrobatchPlan:
+        """The plan that keeps the marked positions of one packed row, each segment in its own slots.
+
+        Raises:
+            ValueError: a segment keeps more than its slots.
+        """
+        dense_N, length_N = packing.dense_length_N, packing.length_N
+        segment_S = torch.arange(len(dense_N)).repeat_interleave(dense_N)
+        position_X = torch.where(kept_1S[0])[0]
+        segment_X = segment_S[position_X]
+        num_kept_N = torch.bincount(segment_X, minlength=len(dense_N))
+        if bool((num_kept_N > length_N).any()):
+            raise ValueError(f"segments keep {num_kept_N.tolist()} positions, more than {length_N.tolist()} slots")
+        start_N = dense_N.cumsum(0) - dense_N
+        keep_idx_K = start_N.repeat_interleave(length_N)
+        rank_X = torch.arange(len(position_X)) - (num_kept_N.cumsum(0) - num_kept_N)[segment_X]
+        slot_X = (length_N.cumsum(0) - length_N)[segment_X] + rank_X
+        keep_idx_K[slot_X] = position_X
+        is_kept_K = torch.zeros(len(keep_idx_K), dtype=torch.bool)
+        is_kept_K[slot_X] = True
+        return cls(kept_1S.shape[1], keep_idx_K[None], is_kept_K[None], packing)
 
     @property
     def length(self) -> int:
@@ -43,13 +93,16 @@ class MicrobatchPlan:
         return self.dense_length if self.keep_idx_BK is None else self.keep_idx_BK.shape[1]
 
     @property
-    def is_kept_BK(self) -> Tensor:
-        """Which slots are real, not fill; bool [B, K]."""
-        return torch.arange(self.length, device=self.num_kept_B.device)[None, :] < self.num_kept_B[:, None]
+    def num_kept_N(self) -> Tensor:
+        """Real slots of each row, or of each segment of a packed row; int64 [N]."""
+        if self.packing is None:
+            return self.is_kept_BK.sum(dim=1)
+        segment_K = torch.arange(len(self.packing.length_N)).repeat_interleave(self.packing.length_N)
+        return torch.bincount(segment_K[self.is_kept_BK[0]], minlength=len(self.packing.length_N))
 
     def kept_mask(self) -> Tensor:
         """Kept dense positions as a mask; bool [B, S]."""
-        mask_BS = torch.zeros(len(self.num_kept_B), self.dense_length, dtype=torch.int64)
+        mask_BS = torch.zeros(len(self.keep_idx_BK), self.dense_length, dtype=torch.int64)
         return mask_BS.scatter_add_(1, self.keep_idx_BK, self.is_kept_BK.long()) > 0
 
 
@@ -67,37 +120,44 @@ class StepPlan:
 
     def digest(self) -> str:
         """A 128-bit hash of everything in the plan, in hex."""
-        digest = xxhash.xxh3_128(np.int64(self.step).tobytes())
-        for flat in self._tensors():
-            digest.update(flat.numpy().tobytes())
+        digest = xxhash.xxh3_128(np.array([self.step, len(self.microbatches)]).tobytes())
+        for one in self.microbatches:
+            digest.update(np.array([*one.keep_idx_BK.shape, one.dense_length]).tobytes())
+            packing = [one.packing.dense_length_N, one.packing.length_N] if one.packing else []
+            for values in (one.keep_idx_BK, one.is_kept_BK, *packing):
+                digest.update(values.numpy().tobytes())
         return digest.hexdigest()
 
-    def _tensors(self) -> list[Tensor]:
-        flat = []
-        for microbatch in self.microbatches:
-            rows, length = microbatch.keep_idx_BK.shape
-            flat += [
-                torch.tensor([rows, microbatch.dense_length, length]),
-                microbatch.num_kept_B,
-                microbatch.keep_idx_BK.reshape(-1),
-            ]
-        return flat
-
     def pack(self) -> Tensor:
-        """The plan as one int64 vector."""
-        return torch.cat([torch.tensor([self.step, len(self.microbatches)]), *self._tensors()])
+        """The plan as one int64 vector: a bit per dense position, slots follow from the lengths."""
+        parts = [torch.tensor([self.step, len(self.microbatches)])]
+        for one in self.microbatches:
+            segments = [one.packing.dense_length_N, one.packing.length_N] if one.packing else []
+            header = [len(one.keep_idx_BK), one.dense_length, one.length, len(segments[0]) if segments else 0]
+            bits = np.packbits(one.kept_mask().numpy())
+            bits = np.pad(bits, (0, -len(bits) % 8)).view(np.int64)
+            parts += [torch.tensor(header), *segments, torch.from_numpy(bits)]
+        return torch.cat(parts)
 
     @classmethod
     def unpack(cls, flat: Tensor) -> StepPlan:
         """The inverse of :meth:`pack`."""
         step, count = flat[:2].tolist()
         at, microbatches = 2, []
+
+        def take(size: int) -> Tensor:
+            nonlocal at
+            at += size
+            return flat[at - size : at]
+
         for _ in range(count):
-            rows, dense_length, length = flat[at : at + _HEADER].tolist()
-            at += _HEADER
-            num_kept_B, at = flat[at : at + rows], at + rows
-            keep_idx_BK, at = flat[at : at + rows * length].view(rows, length), at + rows * length
-            microbatches.append(MicrobatchPlan(dense_length, keep_idx_BK, num_kept_B))
+            rows, dense_length, length, segments = take(_HEADER).tolist()
+            packing = Packing(take(segments), take(segments)) if segments else None
+            num_bits = rows * dense_length
+            bits = take(-(-num_bits // 64)).numpy().view(np.uint8)
+            kept = torch.from_numpy(np.unpackbits(bits, count=num_bits).astype(bool)).view(rows, dense_length)
+            one = MicrobatchPlan.of_packed(kept, packing) if packing else MicrobatchPlan.of(kept, length)
+            microbatches.append(one)
         return cls(step, tuple(microbatches))
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from regate_megatron import scoring, selection
 from regate_megatron.batches import MicrobatchFacts
-from regate_megatron.budget import Alignment
+from regate_megatron.budget import Alignment, align_up
 from regate_megatron.config import ReGateConfig
 from regate_megatron.difficulty import DifficultyStore, TokenPrior
 from regate_megatron.metrics import Balance
-from regate_megatron.plan import MicrobatchPlan, StepPlan
+from regate_megatron.plan import MicrobatchPlan, Packing, StepPlan
 from regate_megatron.topology import Topology
 
 
@@ -28,13 +28,15 @@ class Planner:
         config: the settings.
         topology: this rank is a planner in it.
         multiple: alignment of kept lengths that the layout needs.
+        segment_multiple: alignment of the segments of packed rows that the layout needs.
 
     Attributes:
         balance: how the positions of the last sparse plan are spread over data-parallel ranks.
     """
 
-    def __init__(self, config: ReGateConfig, topology: Topology, multiple: int) -> None:
-        self.config, self.topology, self.multiple = config, topology, multiple
+    def __init__(self, config: ReGateConfig, topology: Topology, multiple: int, segment_multiple: int = 1) -> None:
+        self.config, self.topology = config, topology
+        self.multiple, self.segment_multiple = multiple, segment_multiple
         self.difficulty = DifficultyStore(config.ema_decay, topology)
         self.prior = TokenPrior(config.ema_decay)
         self.balance: Balance | None = None
@@ -64,10 +66,17 @@ class Planner:
             alignment=Alignment(self.multiple, self.config.length_multiple),
             all_gather=self.topology.all_gather_planners,
         )
-        microbatches, is_kept = [], chosen.is_kept_X.split([int(one.num_target_N.sum()) for one in facts])
-        for one, context_BS, is_kept_X, length in zip(facts, context, is_kept, chosen.length_M.tolist(), strict=True):
+        kept, is_kept = [], chosen.is_kept_X.split([int(one.num_target_N.sum()) for one in facts])
+        for one, context_BS, is_kept_X in zip(facts, context, is_kept, strict=True):
             kept_BS = context_BS.masked_scatter(one.is_target_BS, is_kept_X)
-            microbatches.append(MicrobatchPlan(one.dense_length, *selection.pack_positions(kept_BS, length)))
+            kept.append(kept_BS)
+        length_M = self._with_room_for_segments(facts, kept, chosen.length_M)
+        microbatches = [
+            MicrobatchPlan.of(kept_BS, length)
+            if one.sample_BS is None
+            else MicrobatchPlan.of_packed(kept_BS, self._packing(one, kept_BS, length))
+            for one, kept_BS, length in zip(facts, kept, length_M.tolist(), strict=True)
+        ]
         own = sum(one.keep_idx_BK.numel() for one in microbatches)
         positions_D1 = self.topology.all_gather_planners(torch.tensor([own]))
         self.balance = Balance(int(positions_D1.max()), own, float(positions_D1.double().mean()), chosen.achievable)
@@ -76,24 +85,56 @@ class Planner:
     def _context_that_runs(self, facts: MicrobatchFacts) -> Tensor:
         if self.config.context == "all":
             return facts.is_context_BS
-        return facts.is_context_BS & selection.read_by_targets(facts.is_target_BS)
+        return facts.is_context_BS & selection.read_by_targets(facts.is_target_BS, facts.sample_BS)
+
+    def _with_room_for_segments(
+        self, facts: Sequence[MicrobatchFacts], kept: Sequence[Tensor], length_M: Tensor
+    ) -> Tensor:
+        """Lengths in which every segment of a packed row has the slots that context parallelism cuts; [M].
+
+        What that adds is fill, so that every layout keeps the same targets. All planners call this; with context
+        parallelism and one length for all they communicate, once.
+        """
+        if self.segment_multiple == 1:
+            return length_M
+        need_M = length_M.clone()
+        for index, (one, kept_BS) in enumerate(zip(facts, kept, strict=True)):
+            if one.sample_BS is not None and not one.joins_rows:
+                need_M[index] = align_up(int(self._slots(one, kept_BS).sum()), self.multiple)
+        if self.config.budget == "uniform":
+            need_M = self.topology.all_gather_planners(need_M.amax().reshape(1)).amax().expand_as(need_M)
+        dense_M = torch.tensor([one.planned_length for one in facts])
+        return torch.minimum(torch.maximum(length_M, need_M), dense_M)
+
+    def _slots(self, facts: MicrobatchFacts, kept_BS: Tensor) -> Tensor:
+        """The least slots of each segment; [N]."""
+        num_kept_N = torch.bincount(facts.sample_BS[kept_BS], minlength=facts.num_samples)
+        return -(-num_kept_N // self.segment_multiple) * self.segment_multiple
+
+    def _packing(self, facts: MicrobatchFacts, kept_BS: Tensor, length: int) -> Packing:
+        """The segments of a packed row; the last one takes what is left of the row."""
+        if facts.joins_rows:
+            return Packing(facts.segment_length_N, torch.full((facts.num_samples,), length))
+        slots_N = self._slots(facts, kept_BS)
+        slots_N[-1] += length - int(slots_N.sum())
+        return Packing(facts.segment_length_N, slots_N)
 
     def _rows(
         self, facts: Sequence[MicrobatchFacts], context: Sequence[Tensor], scores: Sequence[Tensor]
     ) -> selection.Rows:
         """The step's rows with their groups: samples, or whole rows where a packed row counts as one."""
-        rows = len(facts[0].is_target_BS)
         if self.config.packed_ratio == "row":
-            num_target_G = torch.cat([one.is_target_BS.sum(dim=1) for one in facts])
+            num_target_G = torch.cat([one.count_by_row(one.is_target_BS) for one in facts])
             row_G = torch.arange(len(num_target_G))
         else:
+            rows = int(facts[0].planned_row_N[-1]) + 1
             num_target_G = torch.cat([one.num_target_N for one in facts])
-            row_G = torch.cat([one.row_N + index * rows for index, one in enumerate(facts)])
+            row_G = torch.cat([one.planned_row_N + index * rows for index, one in enumerate(facts)])
         return selection.Rows(
-            num_context_R=torch.cat([context_BS.sum(dim=1) for context_BS in context]),
+            num_context_R=torch.cat([one.count_by_row(c) for one, c in zip(facts, context, strict=True)]),
             num_target_G=num_target_G,
             row_G=row_G,
-            dense_M=torch.tensor([one.dense_length for one in facts]),
+            dense_M=torch.tensor([one.planned_length for one in facts]),
             key_M=torch.stack([one.difficulty_key_N2[0, 0] for one in facts]),
             score_X=torch.cat([s[one.is_target_BS] for s, one in zip(scores, facts, strict=True)]),
         )

@@ -140,12 +140,17 @@ def keep_best_targets(score_RS: Tensor, is_target_RS: Tensor, num_keep_R: Tensor
     return kept_RS
 
 
-def read_by_targets(is_target_RS: Tensor) -> Tensor:
-    """Mark the positions up to each row's last target; bool [R, S].
+def read_by_targets(is_target_RS: Tensor, sample_RS: Tensor | None = None) -> Tensor:
+    """Mark the positions up to the last target of each row, or of each sample of packed rows; bool [R, S].
 
     Under causal attention no loss depends on what follows, nor any gradient: leaving it out changes neither.
     """
-    return is_target_RS.flip(1).cumsum(dim=1).flip(1) > 0
+    if sample_RS is None:
+        return is_target_RS.flip(1).cumsum(dim=1).flip(1) > 0
+    position_RS = torch.arange(is_target_RS.shape[1]).expand_as(is_target_RS)
+    last_N = torch.full((int(sample_RS.max()) + 1,), -1)
+    last_N.scatter_reduce_(0, sample_RS[is_target_RS], position_RS[is_target_RS], "amax")
+    return position_RS <= last_N[sample_RS]
 
 
 def pack_positions(kept_RS: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -19,11 +19,12 @@ from regate_megatron.batches import BatchAdapter, GPTBatches, LLaVABatches, Micr
 from regate_megatron.checkpoint import LanguageModelCheckpoint
 from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import ReGateError, refuse
-from regate_megatron.hooks import CurrentMicrobatch, DecoderHook, LossHook
+from regate_megatron.hooks import CurrentMicrobatch, DecoderHook, Layout, LossHook, ShardedPlan, shard_plan
 from regate_megatron.metrics import Counters, Trace, count_step
-from regate_megatron.plan import MicrobatchPlan, StepPlan, share_plan
+from regate_megatron.plan import StepPlan, share_plan
 from regate_megatron.planner import Planner
 from regate_megatron.schedule import Phase, phase_of
+from regate_megatron.sharding import places
 from regate_megatron.teacher import ReferenceLosses, build_teacher
 from regate_megatron.topology import Topology
 
@@ -46,13 +47,16 @@ class Session:
         self._pending: _Pending | None = None
         self._teacher_source: tuple[Any, LanguageModelCheckpoint | None, int | None] | None = None
         self._is_prepared = False
-        self.adapter = _adapter_for(self.models[0])
+        self.adapter = _adapter_for(self.models[0], args)
         transformer = self.language_models[0].config
         self._has_pipeline = transformer.pipeline_model_parallel_size > 1
+        self._layout = Layout.of_model(transformer, sequence_parallel=transformer.sequence_parallel)
         self._args = args
         self.planner = self.trace = None
         if topology.is_planner:
-            self.planner = Planner(config, topology, compat.length_alignment(transformer))
+            self.planner = Planner(
+                config, topology, compat.length_alignment(transformer), compat.segment_alignment(transformer)
+            )
             self.trace = Trace(config.trace, topology.dp_rank) if config.trace else None
 
     def attach_hooks(self) -> None:
@@ -88,9 +92,10 @@ class Session:
             raise ReGateError(reason, everywhere=True)
         if self._teacher_source is not None:
             teacher, checkpoint, pad_token = self._teacher_source
-            teacher = teacher or build_teacher(self.language_models[0], checkpoint)
+            if teacher is None:
+                teacher = [build_teacher(model, checkpoint) for model in self.language_models]
             self.reference = ReferenceLosses(
-                teacher, self.topology, visual=self.config.teacher_visual, pad_token=pad_token
+                _as_list(teacher), self.topology, visual=self.config.teacher_visual, pad_token=pad_token
             )
         self._is_prepared = True
 
@@ -127,6 +132,8 @@ class Session:
         counters.planning_ms, counters.teacher_ms = round(1000 * seconds), round(1000 * teacher_seconds)
         losses: list[torch.Tensor] = []
         result = self._run_schedule(schedule, arguments, batches, plan, losses)
+        if self._layout.cp_size > 1 and self.topology.sees_losses:
+            losses = _gather_context(losses, self._layout)
         self._pending = _Pending(self.step, self.phase, facts, plan, scores, fallback, losses, counters)
         return result
 
@@ -183,7 +190,7 @@ class Session:
             return
         self.step = pending.step + 1
         if self.planner:
-            losses = _to_host(pending.losses)  # waits for the device, so before the clock starts
+            losses = _to_host(pending.losses, pending.facts)  # waits for the device, so before the clock starts
             start = time.perf_counter()
             if self.config.learns:
                 self.planner.learn(pending.facts, pending.plan, losses, is_dense=not pending.plan.is_sparse)
@@ -226,11 +233,10 @@ class Session:
         plan: StepPlan,
         losses: list[torch.Tensor],
     ) -> Any:
-        device_plans: Sequence[MicrobatchPlan | None] = [None] * arguments["num_microbatches"]
+        sharded_plans: Sequence[ShardedPlan | None] = [None] * arguments["num_microbatches"]
         if plan.is_sparse:
             batches = [self._elide(pulled, plan) for pulled in batches]
-            device = next(self.language_models[0].parameters()).device
-            device_plans = [_to_device(one, device) for one in plan.microbatches]
+            sharded_plans = self._shard(plan)
             if self._has_pipeline:
                 length = plan.microbatches[0].length
                 arguments = dict(arguments, seq_length=length)
@@ -239,16 +245,24 @@ class Session:
         iterators = [None if pulled is None else iter([_fresh(batch) for batch in pulled]) for pulled in batches]
         is_list = isinstance(arguments["data_iterator"], list)
         arguments = dict(arguments, data_iterator=iterators if is_list else iterators[0])
-        step, observe = arguments["forward_step_func"], losses.append if self.planner else None
+        step, observe = arguments["forward_step_func"], losses.append if self.topology.sees_losses else None
         done: dict[int, int] = {}
 
         def forward_step(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
             index = done.get(id(model), 0)
             done[id(model)] = index + 1
-            with self.current.running(device_plans[index], observe):
+            with self.current.running(sharded_plans[index], observe):
                 return step(data_iterator, model, *args, **kwargs)
 
         return schedule(**dict(arguments, forward_step_func=forward_step))
+
+    def _shard(self, plan: StepPlan) -> list[ShardedPlan]:
+        device = next(self.language_models[0].parameters()).device
+        moves = {
+            "moves_hidden": any(hook.compacts for hook in self.hooks if isinstance(hook, DecoderHook)),
+            "moves_losses": any(isinstance(hook, LossHook) for hook in self.hooks),
+        }
+        return [shard_plan(one, self._layout, device, **moves) for one in plan.microbatches]
 
     def _elide(self, pulled: list[Any] | None, plan: StepPlan) -> list[Any] | None:
         """Batches whose loss mask is 0 wherever a position does not run (context has none anyway)."""
@@ -265,7 +279,7 @@ class _Pending:
         self.scores, self.fallback, self.losses, self.counters = scores, fallback, losses, counters
 
 
-def _adapter_for(model: Any) -> BatchAdapter:
+def _adapter_for(model: Any, args: Any) -> BatchAdapter:
     if getattr(model, "language_model", None) is None:
         return GPTBatches()
     return LLaVABatches(
@@ -273,7 +287,23 @@ def _adapter_for(model: Any) -> BatchAdapter:
         image_token=model.image_token_index,
         max_length=model._language_max_sequence_length,
         pads_to_max=model._language_is_pipeline_parallel,
+        multiple=_llava_multiple(model),
+        packs=_llava_packs(model, args),
     )
+
+
+def _llava_multiple(model: Any) -> int:
+    """What a LLaVAModel pads its merged rows to."""
+    context = model.context_parallel_lm
+    tensor = model.tensor_model_parallel_size_lm if model.sequence_parallel_lm else 1
+    return (2 * context if context > 1 else 1) * tensor
+
+
+def _llava_packs(model: Any, args: Any) -> bool | str:
+    """Whether the script hands a LLaVAModel the rows of a microbatch as one: Megatron-LM's do, to pad them for CP."""
+    if args is None or model.context_parallel_lm == 1:
+        return False
+    return "always" if getattr(args, "use_packed_sequence", False) else True
 
 
 def _as_list(iterators: Any) -> list[Any]:
@@ -289,18 +319,32 @@ def _fresh(batch: Any) -> Any:
     return dict(batch) if isinstance(batch, dict) else batch
 
 
-def _to_device(plan: MicrobatchPlan, device: torch.device) -> MicrobatchPlan:
-    if device.type == "cpu":
-        return plan
-    keep_idx_BK = plan.keep_idx_BK.pin_memory().to(device, non_blocking=True)
-    return MicrobatchPlan(plan.dense_length, keep_idx_BK, plan.num_kept_B.pin_memory().to(device, non_blocking=True))
+def _gather_context(losses: Sequence[torch.Tensor], layout: Layout) -> list[torch.Tensor]:
+    """Per-token losses of all context ranks, one flat tensor per rank; the context group's ranks call this."""
+    own = torch.cat([loss_BS.float().reshape(-1) for loss_BS in losses])
+    parts = [torch.empty_like(own) for _ in range(layout.cp_size)]
+    torch.distributed.all_gather(parts, own, group=layout.context_group)
+    return parts
 
 
-def _to_host(losses: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Per-token losses of all microbatches on the CPU, in one copy; float32 [B, S] each."""
-    flat = torch.cat([loss_BS.float().reshape(-1) for loss_BS in losses]).cpu()
-    pieces = flat.split([loss_BS.numel() for loss_BS in losses])
-    return [piece.view(loss_BS.shape) for piece, loss_BS in zip(pieces, losses, strict=True)]
+def _to_host(parts: Sequence[torch.Tensor], facts: Sequence[MicrobatchFacts]) -> list[torch.Tensor]:
+    """Per-token losses of all microbatches on the CPU, in one copy; float32 [B, S] each.
+
+    Args:
+        parts: what :func:`_gather_context` gives; or, without context parallelism, one [B, S] per microbatch.
+    """
+    if all(part.dim() == 2 for part in parts):
+        parts = [torch.cat([loss_BS.float().reshape(-1) for loss_BS in parts])]
+    host_RX = torch.stack(list(parts)).cpu()
+    losses, at = [], 0
+    for one in facts:
+        rows, length = one.is_target_BS.shape
+        dense = places(one.segment_length_N, cp_size=len(host_RX))
+        size = rows * dense.local_length
+        piece_RBL = host_RX[:, at : at + size].view(len(host_RX), rows, dense.local_length)
+        losses.append(piece_RBL[dense.rank_L, :, dense.index_L].t().contiguous())
+        at += size
+    return losses
 
 
 def _check_static_lengths(plan: StepPlan, has_pipeline: bool) -> None:

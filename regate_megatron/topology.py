@@ -28,6 +28,7 @@ class Topology:
         replica_group: gloo group of this replica's ranks.
         planner_group: gloo group of all planners; only they use it.
         world_group: gloo group of all ranks.
+        sees_losses: last pipeline stage, tensor rank 0: the planner and the other context ranks beside it.
     """
 
     dp_rank: int
@@ -38,6 +39,7 @@ class Topology:
     replica_group: Any
     planner_group: Any
     world_group: Any
+    sees_losses: bool = True
 
     def all_reduce_planners(self, values: Tensor, op: str) -> Tensor:
         """Reduce a CPU tensor over the planners ("sum" or "max"); planners only."""
@@ -47,7 +49,7 @@ class Topology:
         return values
 
     def all_gather_planners(self, values: Tensor) -> Tensor:
-        """Stack a CPU vector [k] of every planner, in order of replicas; [D, k]; planners only."""
+        """Stack a CPU vector of every planner, in order of replicas; [k] -> [D, k]; planners only."""
         gathered_Dk = values.new_empty(self.dp_size, len(values))
         if self.dp_size == 1:
             return gathered_Dk.copy_(values)
@@ -76,11 +78,12 @@ def build_topology() -> Topology:
     from megatron.core import parallel_state as mpu
 
     last_stage = mpu.get_pipeline_model_parallel_rank() == mpu.get_pipeline_model_parallel_world_size() - 1
-    first_shard = mpu.get_tensor_model_parallel_rank() == 0 and mpu.get_context_parallel_rank() == 0
+    sees_losses = last_stage and mpu.get_tensor_model_parallel_rank() == 0
+    is_planner = sees_losses and mpu.get_context_parallel_rank() == 0
     dp_rank, dp_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     world_group = dist.new_group(backend="gloo")
     places: list = [None] * dist.get_world_size()
-    dist.all_gather_object(places, (dp_rank, last_stage and first_shard), group=world_group)
+    dist.all_gather_object(places, (dp_rank, is_planner), group=world_group)
     planners = sorted((place, rank) for rank, (place, plans) in enumerate(places) if plans)
     assert [place for place, _ in planners] == list(range(dp_size)), f"one planner per replica, got {planners}"
     planner_ranks = [rank for _, rank in planners]
@@ -92,7 +95,8 @@ def build_topology() -> Topology:
     return Topology(
         dp_rank=dp_rank,
         dp_size=dp_size,
-        is_planner=last_stage and first_shard,
+        is_planner=is_planner,
+        sees_losses=sees_losses,
         planner_rank=planner_ranks[dp_rank],
         replica_size=len(replicas[dp_rank]),
         replica_group=replica_groups[dp_rank],

@@ -55,7 +55,6 @@ REFUSED = {
         "given per-sample with 2 pipeline stages",
     ),
     "reference cache": ({"config": {"reference_cache": "somewhere"}}, "given somewhere"),
-    "context parallelism": ({"model": {"context_parallel_size": 2}}, "given 2"),
     "experts": ({"model": {"num_moe_experts": 8}}, "given 8 experts"),
     "mrope": ({"position_embedding_type": "mrope"}, "given mrope"),
     "multi-latent attention": ({"model": {"multi_latent_attention": True}}, "given multi_latent_attention=True"),
@@ -63,10 +62,6 @@ REFUSED = {
     "multi-token prediction": ({"model": {"mtp_num_layers": 1}}, "given mtp_num_layers=1"),
     "linear attention": ({"model": {"linear_attention_freq": 2}}, "given linear_attention_freq=2"),
     "FP4": ({"model": {"fp4": "e2m1"}}, "given fp4=e2m1"),
-    "sequence parallelism in a LLaVA": (
-        {"model": {"sequence_parallel": True}, "is_multimodal": True},
-        "given --sequence-parallel with LLaVAModel",
-    ),
     "document masks with a teacher": (
         {"config": {"score": "regate", "teacher_load": "student"}, "args": {"reset_attention_mask": True}},
         "given --reset-attention-mask",
@@ -78,18 +73,23 @@ REFUSED = {
         "given overlap_moe_expert_parallel_comm=True",
     ),
     "TP overlap": ({"model": {"tp_comm_overlap": True}}, "given tp_comm_overlap=True"),
-    "packed SFT rows": ({"args": {"sft": True}}, "given --sft"),
+    "packed rows with fused rope": (
+        {"args": {"sft": True}, "model": {"apply_rope_fusion": True}},
+        "given --sft with fused RoPE",
+    ),
+    "packed rows of several with stages": (
+        {"args": {"sft": True}, "model": {"pipeline_model_parallel_size": 2}, "micro_batch_size": 2},
+        "given --sft with pipeline stages and micro-batch size 2",
+    ),
+    "documents with context parallelism": (
+        {"args": {"dataloader_inter_document_masking": True}, "model": {"context_parallel_size": 2}},
+        "given --dataloader-inter-document-masking with context parallelism",
+    ),
+    "hybrid context parallelism": ({"args": {"hybrid_context_parallel": True}}, "given --hybrid-context-parallel"),
     "FSDP": ({"args": {"use_megatron_fsdp": True}}, "given --use-megatron-fsdp"),
     "fused rope with two rows": (
         {"model": {"apply_rope_fusion": True}, "micro_batch_size": 2},
         "given fused RoPE with micro-batch size 2",
-    ),
-    "interleaving with a teacher": (
-        {
-            "config": {"score": "regate", "teacher_load": "student"},
-            "model": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
-        },
-        "given 2 virtual pipeline stages",
     ),
 }
 

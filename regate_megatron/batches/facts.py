@@ -32,6 +32,8 @@ class MicrobatchFacts:
         difficulty_key_N2: 128-bit key of that and of the image bytes, int64 [N, 2].
         sample_BS: which of the N samples a position belongs to, ascending along the rows, padding included; int64
             [B, S]. None: every row is one sample.
+        joins_rows: the samples are rows of one length that only the layout lays one after the other: they are planned
+            as rows, as in every other layout.
     """
 
     is_target_BS: Tensor
@@ -43,6 +45,7 @@ class MicrobatchFacts:
     reference_key_N2: Tensor
     difficulty_key_N2: Tensor
     sample_BS: Tensor | None = None
+    joins_rows: bool = False
 
     @property
     def dense_length(self) -> int:
@@ -67,6 +70,22 @@ class MicrobatchFacts:
         return torch.bincount(self.sample_X, minlength=self.num_samples)
 
     @cached_property
+    def planned_row_N(self) -> Tensor:
+        """The row each sample is planned as a part of; int64 [N], ascending."""
+        return torch.arange(self.num_samples) if self.joins_rows else self.row_N
+
+    @property
+    def planned_length(self) -> int:
+        """The dense length of rows as they are planned."""
+        return self.dense_length // self.num_samples if self.joins_rows else self.dense_length
+
+    def count_by_row(self, where_BS: Tensor) -> Tensor:
+        """How many positions are marked in each row as it is planned; int64."""
+        return (
+            torch.bincount(self.sample_BS[where_BS], minlength=self.num_samples) if self.joins_rows else where_BS.sum(1)
+        )
+
+    @cached_property
     def row_N(self) -> Tensor:
         """The row each sample lies in; int64 [N], ascending."""
         if self.sample_BS is None:
@@ -74,11 +93,18 @@ class MicrobatchFacts:
         return torch.arange(len(self.sample_BS)).repeat_interleave(self.sample_BS[:, -1].diff(prepend=_BEFORE))
 
     @cached_property
+    def segment_length_N(self) -> Tensor:
+        """Lengths of what context parallelism cuts by itself: the whole row, or the samples of a packed one; int64."""
+        if self.sample_BS is None:
+            return torch.tensor([self.dense_length])
+        return torch.bincount(self.sample_BS.flatten(), minlength=self.num_samples)
+
+    @cached_property
     def start_N(self) -> Tensor:
         """Where in its row each sample starts; int64 [N]."""
         if self.sample_BS is None:
             return torch.zeros(self.num_samples, dtype=torch.int64)
-        length_N = torch.bincount(self.sample_BS.flatten(), minlength=self.num_samples)
+        length_N = self.segment_length_N
         return (length_N.cumsum(0) - length_N) % self.dense_length
 
     def row_of(self, name: str, sample: int) -> Tensor:

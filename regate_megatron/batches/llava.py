@@ -24,6 +24,7 @@ from regate_megatron.batches.facts import (
     trailing_padding,
     without_loss,
 )
+from regate_megatron.budget import align_up
 
 _IMAGE_KEYS = ("image", "images", "imgs")
 
@@ -36,6 +37,9 @@ class LLaVABatches:
         image_length: visual positions per image (``LLaVAModel.img_seq_len``).
         image_token: the placeholder's id (``LLaVAModel.image_token_index``).
         max_length: the language model's longest merged row; longer ones are cut by the model.
+        multiple: what the model pads merged rows to (sequence and context parallelism cut them evenly).
+        packs: whether the script lays the rows of a microbatch one after the other where context parallelism has to pad
+            them (pretrain_vlm.py does); "always": also where it need not.
         pads_to_max: whether the model pads every merged row to ``max_length`` (it does under pipeline parallelism).
     """
 
@@ -43,6 +47,8 @@ class LLaVABatches:
     image_token: int
     max_length: int
     pads_to_max: bool
+    multiple: int = 1
+    packs: bool | str = False
 
     def read(self, batch: dict[str, Any]) -> MicrobatchFacts:
         """See :meth:`BatchAdapter.read`."""
@@ -63,16 +69,25 @@ class LLaVABatches:
         is_text_BS = spread(torch.ones_like(is_target_BN), ~is_image_BN, 0)
         is_target_BS = spread(is_target_BN, ~is_image_BN, 0)
         is_padding_BS = spread(is_padding_BN, ~is_image_BN, 0)
-        inside_BS = torch.arange(length) <= place_BN[:, -1:]
+        inside_BS = torch.arange(length) <= place_BN[:, -1:].clamp_max(self.max_length - 1)
         is_visual_BS = inside_BS & ~is_text_BS
         text_rows, picture_rows = self._content(token_BN, label_BN, is_target_BN, is_padding_BN, batch)
+        merged = {
+            "is_target_BS": is_target_BS,
+            "is_context_BS": inside_BS & ~is_target_BS & ~is_padding_BS,
+            "is_visual_BS": is_visual_BS,
+            "token_BS": spread(token_BN, ~is_image_BN, 0),
+            "position_id_BS": self._position_ids(batch, token_BN, place_BN, length),
+            "label_BS": spread(label_BN, ~is_image_BN, 0),
+        }
+        sample_BS = None
+        if self._is_packed(place_BN):
+            sample_BS = torch.arange(len(token_BN)).repeat_interleave(length)[None]
+            merged = {name: value.reshape(1, -1) for name, value in merged.items()}
         return MicrobatchFacts(
-            is_target_BS=is_target_BS,
-            is_context_BS=inside_BS & ~is_target_BS & ~is_padding_BS,
-            is_visual_BS=is_visual_BS,
-            token_BS=spread(token_BN, ~is_image_BN, 0),
-            position_id_BS=self._position_ids(batch, token_BN, place_BN, length),
-            label_BS=spread(label_BN, ~is_image_BN, 0),
+            **merged,
+            sample_BS=sample_BS,
+            joins_rows=sample_BS is not None,
             reference_key_N2=content_keys(text_rows),
             difficulty_key_N2=content_keys(
                 [text + pictures for text, pictures in zip(text_rows, picture_rows, strict=True)]
@@ -82,11 +97,25 @@ class LLaVABatches:
     def elide(self, batch: dict[str, Any], is_elided_BS: Tensor) -> dict[str, Any]:
         """See :meth:`BatchAdapter.elide`."""
         token_BN = to_cpu(batch["tokens"]).long()
+        is_elided_BS = is_elided_BS.view(len(token_BN), -1)  # packed rows lie one after the other
         place_BN = self._places(token_BN)
         inside_BN = place_BN < is_elided_BS.shape[1]
         is_elided_BN = is_elided_BS.gather(1, place_BN.clamp_max(is_elided_BS.shape[1] - 1)) & inside_BN
         is_elided_BN &= token_BN != self.image_token
         return dict(batch, loss_mask=without_loss(batch["loss_mask"], is_elided_BN))
+
+    def _is_packed(self, place_BN: Tensor) -> bool:
+        """Whether the script makes one row of all; it takes all rows to be as long as the longest.
+
+        Raises:
+            ValueError: they are not.
+        """
+        length_B = place_BN[:, -1] + 1
+        if not self.packs or (self.packs != "always" and int(length_B.max()) % self.multiple == 0):
+            return False
+        if bool((length_B != length_B[0]).any()):
+            raise ValueError(f"rows of {length_B.tolist()} merged positions that context parallelism lays into one")
+        return True
 
     def _check_images(self, batch: dict[str, Any]) -> None:
         """One image of ``image_length`` positions per placeholder; tiles and sizes would change the merged row."""
@@ -122,7 +151,9 @@ class LLaVABatches:
 
     def _merged_length(self, token_BN: Tensor) -> int:
         longest = int(self._places(token_BN)[:, -1].max()) + 1
-        return self.max_length if self.pads_to_max else min(longest, self.max_length)
+        if self.pads_to_max:
+            return self.max_length
+        return align_up(min(longest, self.max_length), self.multiple)
 
     def _content(self, token_BN: Tensor, label_BN: Tensor, is_target_BN: Tensor, is_padding_BN: Tensor, batch: dict):
         images = self._images(batch)

@@ -18,8 +18,8 @@ What :func:`install` does, for the rest of the process (there is no way back: it
 * ``groups``: every process group is gloo; options that only NCCL knows are dropped.
 * ``megatron_core``: Megatron's torch norm accepts sequence parallelism, CLIPViT gets a norm that takes Megatron's
   arguments, the dataset helpers are compiled for the running Python and only when they are missing, the warm-up of
-  compiled functions is left out (nothing is compiled), the distributed optimizer resumes with torch's Adam, and
-  context parallelism, which Megatron's local attention cannot do, is refused by name.
+  compiled functions is left out (nothing is compiled), the distributed optimizer resumes with torch's Adam, and the
+  local attention learns context parallelism and packed rows.
 * Warnings that say "this is no GPU machine" are silenced, nothing else.
 
 Why patched symbols and not a ``TorchFunctionMode``: ``backward`` is itself an overridable function, so it and every

@@ -1,8 +1,9 @@
 """What Megatron itself needs on a CPU.
 
-Patched: ``WrappedTorchNorm.__new__``, the defaults of ``CLIPViTModel.__init__``, ``DotProductAttention.__init__``,
-``state_dict`` and ``load_state_dict`` of ``DistributedOptimizer``, ``compile_helpers`` and, where there is a
-megatron.training, its ``initialize._warmup_jit_function``.
+Patched: ``WrappedTorchNorm.__new__``, the defaults of ``CLIPViTModel.__init__``, ``DotProductAttention`` (see
+:mod:`.attention`), what ``core.utils`` and ``llava_model`` ask of Transformer Engine, ``state_dict`` and
+``load_state_dict`` of ``DistributedOptimizer``, ``compile_helpers`` and, where there is a megatron.training, its
+``initialize._warmup_jit_function``.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+import types
 from typing import Any
 
 import torch
+
+from regate_megatron.emulation import attention
 
 HELPERS = "megatron.core.datasets.helpers_cpp"
 
@@ -28,7 +32,8 @@ def install() -> None:
     """Patch megatron.core, whichever copy comes first on the path."""
     _patch_norm()
     _patch_clip_norm()
-    _patch_attention()
+    attention.install()
+    _patch_transformer_engine()
     _patch_distributed_optimizer()
     _patch_compile_helpers()
     _patch_warmup()
@@ -63,21 +68,27 @@ def _patch_clip_norm() -> None:
     init.__defaults__ = tuple(WrappedTorchNorm if d is torch.nn.LayerNorm else d for d in init.__defaults__ or ())
 
 
-def _patch_attention() -> None:
+def _patch_transformer_engine() -> None:
+    """Where Megatron asks Transformer Engine to cut packed rows, and where ``LLaVAModel`` insists on its attention."""
+    from megatron.core import utils
+    from megatron.core.models.multimodal import llava_model
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-    original = DotProductAttention.__init__
-
-    @functools.wraps(original)
-    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        if config.context_parallel_size > 1:
-            raise NotImplementedError(
-                "the emulation has no core attention for context parallelism yet: "
-                f"given --context-parallel-size {config.context_parallel_size}; allowed 1; change it to 1 or use GPUs"
-            )
-        original(self, config, *args, **kwargs)
-
-    DotProductAttention.__init__ = init
+    tex = types.SimpleNamespace(thd_get_partitioned_indices=attention.partitioned_indices)
+    if getattr(utils, "tex", tex) is None:
+        utils.tex = tex
+    if getattr(llava_model, "HAVE_TE", False):
+        return
+    stand_ins = {
+        "HAVE_TE": True,
+        "HAVE_TEX": True,
+        "TEDotProductAttention": DotProductAttention,
+        "is_te_min_version": lambda *args, **kwargs: True,
+        "tex": tex,
+    }
+    for name, value in stand_ins.items():
+        if hasattr(llava_model, name):
+            setattr(llava_model, name, value)
 
 
 def _patch_distributed_optimizer() -> None:

@@ -6,5 +6,6 @@ Nothing here is a class or module patch; every hook is an attribute of one insta
 from regate_megatron.hooks.current import CurrentMicrobatch
 from regate_megatron.hooks.decoder import DecoderHook
 from regate_megatron.hooks.losses import LossHook
+from regate_megatron.hooks.shards import Layout, ShardedPlan, shard_plan
 
-__all__ = ["CurrentMicrobatch", "DecoderHook", "LossHook"]
+__all__ = ["CurrentMicrobatch", "DecoderHook", "Layout", "LossHook", "ShardedPlan", "shard_plan"]

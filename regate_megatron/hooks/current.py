@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from regate_megatron.plan import MicrobatchPlan
+from regate_megatron.hooks.shards import ShardedPlan
 
 Observer = Callable[[Tensor], None]
 
@@ -25,11 +25,11 @@ class CurrentMicrobatch:
     """
 
     def __init__(self) -> None:
-        self.plan: MicrobatchPlan | None = None
+        self.plan: ShardedPlan | None = None
         self.observe: Observer | None = None
 
     @contextmanager
-    def running(self, plan: MicrobatchPlan | None, observe: Observer | None) -> Iterator[None]:
+    def running(self, plan: ShardedPlan | None, observe: Observer | None) -> Iterator[None]:
         """Make ``plan`` current for one forward step; restored also when the step raises."""
         before = (self.plan, self.observe)
         self.plan, self.observe = plan, observe

@@ -9,13 +9,13 @@ Each range is the framework's forward with its recompute, quantisation and offlo
 Means: an instance attribute ``forward`` on the block. Layer hooks would run once per layer and again in recompute, and
 a module spec would change what users configured.
 
-Shapes: S dense positions, K positions that run, B rows, H hidden, D rotary. With sequence parallelism hidden states
-hold a 1/TP slice of S or K.
+Shapes: S dense positions, K slots that run, k those of this context rank, B rows, D rotary.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from regate_megatron.errors import refuse
 from regate_megatron.hooks.current import CurrentMicrobatch
+from regate_megatron.hooks.shards import ShardedPlan
 
 
 class LayerRange:
@@ -97,50 +98,26 @@ class DecoderHook:
         arguments.pop("self")
         if self.num_dense_here:
             arguments["hidden_states"] = self._forward(self.dense, **arguments)
-        keep_idx_BK = plan.keep_idx_BK.to(self._device(arguments), non_blocking=True)
-        if arguments.get("packed_seq_params") is not None:
-            raise refuse(
-                "packed sequences", given="packed_seq_params", allowed="none in this version", change="the script"
-            )
         if self.compacts:
-            arguments["hidden_states"] = self._compact(arguments["hidden_states"], plan.dense_length, keep_idx_BK)
+            check_length("hidden states", arguments["hidden_states"].shape[0], plan.local_length)
+            arguments["hidden_states"] = plan.hidden.to_short(arguments["hidden_states"])
         if arguments.get("rotary_pos_emb") is not None:
-            arguments["rotary_pos_emb"] = self._rotary(plan.dense_length, keep_idx_BK)
+            arguments["rotary_pos_emb"] = self._rotary(plan)
         if arguments.get("attention_mask") is not None:
-            check_length("attention mask", arguments["attention_mask"].shape[-2], plan.dense_length)
-            arguments["attention_mask"] = _compact_mask(arguments["attention_mask"], keep_idx_BK)
+            arguments["attention_mask"] = _short_mask(arguments["attention_mask"], plan)
+        if arguments.get("packed_seq_params") is not None:
+            arguments["packed_seq_params"] = _short_packing(arguments["packed_seq_params"], plan)
         return self._forward(self.short, **arguments)
 
-    def _device(self, arguments: dict[str, Any]) -> torch.device:
-        hidden = arguments["hidden_states"] if self.is_first_chunk else self.block.input_tensor
-        return hidden.device
-
-    def _compact(self, hidden_SBH: Tensor, dense_length: int, keep_idx_BK: Tensor) -> Tensor:
-        """Gather the kept positions; under sequence parallelism over the tensor group, once per microbatch."""
-        sequence_parallel = self.block.config.sequence_parallel
-        if sequence_parallel:
-            from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-
-            # Every rank keeps the whole sequence for a moment, so gradients come back whole: no reduction.
-            hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH, tensor_parallel_output_grad=False)
-        check_length("hidden states", hidden_SBH.shape[0], dense_length)
-        index_KBH = keep_idx_BK.t()[:, :, None].expand(-1, -1, hidden_SBH.shape[-1])
-        hidden_KBH = hidden_SBH.gather(0, index_KBH)
-        if sequence_parallel:
-            from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
-
-            hidden_KBH = scatter_to_sequence_parallel_region(hidden_KBH)
-        return hidden_KBH
-
-    def _rotary(self, dense_length: int, keep_idx_BK: Tensor) -> Tensor:
-        """Rotary frequencies of the kept positions at their original places, [K, B, 1, D]."""
-        frequencies_S11D = self._frequencies.get(dense_length)
+    def _rotary(self, plan: ShardedPlan) -> Tensor:
+        """Rotary frequencies of this rank's slots at their original places, [k, B, 1, D]."""
+        frequencies_S11D = self._frequencies.get(plan.rotary_length)
         if frequencies_S11D is None:
-            frequencies_S11D = self.model.rotary_pos_emb.get_emb(dense_length)
+            frequencies_S11D = self.model.rotary_pos_emb.get_emb(plan.rotary_length)
             if isinstance(frequencies_S11D, tuple):  # yarn returns its attention scale beside them
                 frequencies_S11D = frequencies_S11D[0]
-            self._frequencies = {dense_length: frequencies_S11D.to(keep_idx_BK.device)}
-        return self._frequencies[dense_length][:, 0, 0][keep_idx_BK.t()][:, :, None]
+            self._frequencies = {plan.rotary_length: frequencies_S11D.to(plan.place_Bk.device)}
+        return self._frequencies[plan.rotary_length][:, 0, 0][plan.place_Bk.t()][:, :, None]
 
 
 def check_length(what: str, found: int, planned: int) -> None:
@@ -158,14 +135,38 @@ def check_length(what: str, found: int, planned: int) -> None:
         )
 
 
-def _compact_mask(mask: Tensor, keep_idx_BK: Tensor) -> Tensor:
+def _short_mask(mask: Tensor, plan: ShardedPlan) -> Tensor | None:
     """Rows and columns of an attention mask (True is hidden) at the kept positions; [1 or B, 1, S, S] -> [B, 1, K, K].
 
-    What lies above the diagonal stays hidden: fill slots repeat a position that kept ones may read.
+    What lies above the diagonal stays hidden: fill slots repeat a position that kept ones may read. Under context
+    parallelism attention is causal by its type and reads no mask.
     """
+    if plan.cp_size > 1:
+        return None
+    check_length("attention mask", mask.shape[-2], plan.dense_length)
+    keep_idx_BK = plan.keep_idx_BK
     num_rows, length = keep_idx_BK.shape
     mask_BSS = mask[:, 0].expand(num_rows, -1, -1)
     row_B11 = torch.arange(num_rows, device=mask.device)[:, None, None]
     mask_BKK = mask_BSS[row_B11, keep_idx_BK[:, :, None], keep_idx_BK[:, None, :]]
     later_KK = torch.ones(length, length, dtype=torch.bool, device=mask.device).triu_(1)
     return (mask_BKK.bool() | later_KK)[:, None]
+
+
+def _short_packing(params: Any, plan: ShardedPlan) -> Any:
+    """Packing parameters for the slots: real ones per row or segment, and with the fill that ends each.
+
+    Where the dense run padded nothing between segments, fill is a part of its segment: no kept slot reads it.
+    """
+    pads = params.cu_seqlens_q_padded is not None
+    lengths = plan.cu_seqlens if pads or not plan.is_packed else plan.cu_seqlens_padded
+    padded = plan.cu_seqlens_padded if pads else None
+    return dataclasses.replace(
+        params,
+        cu_seqlens_q=lengths,
+        cu_seqlens_kv=lengths,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=plan.max_length,
+        max_seqlen_kv=plan.max_length,
+    )

@@ -6,14 +6,14 @@ with zeros where nothing ran; sums and token counts come out right without it kn
 Means: an instance attribute ``compute_language_model_loss`` on the language model, the narrowest place where labels
 and logits meet.
 
-Shapes: B rows, S dense positions, K positions that run, V local vocabulary.
+Shapes: B rows, S dense positions, k slots that run, V local vocabulary; under context parallelism S and k are this
+rank's parts.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from regate_megatron.hooks.current import CurrentMicrobatch
@@ -37,17 +37,15 @@ class LossHook:
         return "loss: labels at kept positions, per-token losses at dense places"
 
     def compute(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Per-token losses [B, S] from labels [B, S] and logits [S or K, B, V]."""
+        """Per-token losses [B, S] from labels [B, S] and logits [S or k, B, V]."""
         plan, observe = self.current.plan, self.current.observe
         if plan is None:
             loss_BS = self._inner(labels, logits)
         else:
-            check_length("labels", labels.shape[1], plan.dense_length)
-            keep_idx_BK = plan.keep_idx_BK.to(labels.device, non_blocking=True)
-            is_fill_BK = ~plan.is_kept_BK.to(labels.device, non_blocking=True)
-            loss_BK = self._inner(labels.gather(1, keep_idx_BK), logits).masked_fill(is_fill_BK, 0)
-            dense_BS = torch.zeros(labels.shape, dtype=loss_BK.dtype, device=loss_BK.device)
-            loss_BS = dense_BS.scatter_add(1, keep_idx_BK, loss_BK)
+            check_length("labels", labels.shape[1], plan.dense_length // plan.cp_size)
+            label_Bk = plan.tokens.to_short(labels.t()).t().contiguous()
+            loss_Bk = self._inner(label_Bk, logits).masked_fill(plan.is_fill_Bk, 0)
+            loss_BS = plan.tokens.to_dense(loss_Bk.t()).t().contiguous()  # the script's loss function views it flat
         if observe is not None:
             observe(loss_BS.detach())
         return loss_BS

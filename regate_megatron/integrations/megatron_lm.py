@@ -213,7 +213,7 @@ def _keep_teacher(session: Session, options: Any) -> None:
         return
     target, resumed = Path(options.save) / TEACHER_FOLDER, teacher_of_resumed_run(options)
     if resumed is None or resumed.resolve() != target.resolve():
-        save_language_model(session.reference.teacher, target, session.topology.world_group)
+        save_language_model(session.reference.run.chunks, target, session.topology.world_group)
 
 
 def _pad_token(tokenizer: Any) -> int | None:

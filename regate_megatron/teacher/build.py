@@ -27,7 +27,6 @@ _NO_CALLBACKS = {
     "fp4": None,
     "sequence_parallel": False,
     "tp_comm_overlap": False,
-    "virtual_pipeline_model_parallel_size": None,
     "overlap_p2p_comm": False,
     "recompute_granularity": None,
     "recompute_method": None,
@@ -65,6 +64,7 @@ def build_teacher(student: Any, checkpoint: LanguageModelCheckpoint | None) -> A
             rotary_percent=student.rotary_percent,
             rotary_base=student.rotary_base,
             pg_collection=student.pg_collection,
+            vp_stage=getattr(student, "vp_stage", None),
         )
         if hasattr(student, "rotary_pos_emb"):
             teacher.rotary_pos_emb = student.rotary_pos_emb  # no weights; keeps every rope option of the student

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from regate_megatron.budget import align_up
 from regate_megatron.selection import pack_positions
 
 _FIELDS = ("token_NK", "position_NK", "position_id_NK", "num_read_N", "target_slot_NT", "label_NT", "num_target_N")
@@ -51,6 +52,10 @@ class TeacherRows:
         head = torch.tensor([len(self), self.dense_length, self.token_NK.shape[1], self.label_NT.shape[1]])
         return torch.cat([head, *(getattr(self, name).reshape(-1) for name in _FIELDS)])
 
+    def rows_at(self, index_b: Tensor) -> TeacherRows:
+        """Some of the rows."""
+        return TeacherRows(self.dense_length, **{name: getattr(self, name)[index_b] for name in _FIELDS})
+
     @classmethod
     def unpack(cls, flat: Tensor) -> TeacherRows:
         """The inverse of :meth:`pack`."""
@@ -75,6 +80,7 @@ def rows_for_teacher(
     *,
     visual: str,
     pad_token: int | None,
+    multiple: int = 1,
 ) -> TeacherRows:
     """Cut rows down to what the teacher reads.
 
@@ -82,6 +88,7 @@ def rows_for_teacher(
         token_NS, position_id_NS, label_NS: int64 [N, S]. The masks: bool [N, S], see :class:`MicrobatchFacts`.
         visual: "drop" or "pad".
         pad_token: the placeholder's id for "pad".
+        multiple: K is aligned up to it.
     """
     num_positions = token_NS.shape[1]
     position_S = torch.arange(num_positions)
@@ -91,7 +98,7 @@ def rows_for_teacher(
         reads_NS &= ~is_visual_NS
     else:
         token_NS = torch.where(is_visual_NS, pad_token, token_NS)
-    length = max(1, int(reads_NS.sum(dim=1).max()))
+    length = align_up(max(1, int(reads_NS.sum(dim=1).max())), multiple)
     position_NK, num_read_N = pack_positions(reads_NS, length)
     most_targets = max(1, int(is_target_NS.sum(dim=1).max()))
     target_NT, num_target_N = pack_positions(is_target_NS, most_targets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ TEACHER_FOLDER = "regate_teacher"
 
 
 def find_teacher(
-    student: Any, config: ReGateConfig, args: Any, *, pad_token: int | None, vocab_size: int | None
+    students: Sequence[Any], config: ReGateConfig, args: Any, *, pad_token: int | None, vocab_size: int | None
 ) -> LanguageModelCheckpoint | None:
     """The checkpoint of the teacher, or None for the student's own weights. Any rank, no communication.
 
     Args:
-        student: this rank's language-model chunk.
+        students: this rank's language-model chunks.
         args: Megatron's namespace, for the checkpoint folder of a resumed run.
 
     Raises:
@@ -34,8 +35,9 @@ def find_teacher(
         )
     if config.teacher_load != STUDENT_AS_TEACHER:
         checkpoint = open_language_model(config.teacher_load, flag("teacher_load"))
-        _check_architecture(student, checkpoint)
-        _check_vocabulary(student, checkpoint, vocab_size)
+        for student in students:
+            _check_architecture(student, checkpoint)
+        _check_vocabulary(students[0], checkpoint, vocab_size)
         return checkpoint
     kept = teacher_of_resumed_run(args)
     return open_language_model(kept, flag("teacher_load")) if kept else None

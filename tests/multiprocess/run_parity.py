@@ -30,14 +30,18 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.multimodal.llava_model import DEFAULT_IMAGE_TOKEN_INDEX, LLaVAModel
 from megatron.core.models.multimodal.llava_spec import decoder_model_with_local_default_spec
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import get_submodules
+from megatron.core.utils import flatten_batch_for_packed_sequences, get_batch_on_this_cp_rank
 
 from regate_megatron import ReGateConfig, attach, detach, wrap_forward_backward
 from regate_megatron.api import session_of
+from regate_megatron.budget import align_up
+from regate_megatron.sharding import places
 
-LAYERS, HIDDEN, VOCAB, TEXT, ROWS, GLOBAL_ROWS = 4, 32, 64, 24, 2, 8
+LAYERS, HIDDEN, VOCAB, TEXT, GLOBAL_ROWS = 4, 32, 64, 24, 8
 IMAGE, PATCH = 16, 8
 VISUAL = (IMAGE // PATCH) ** 2
 
@@ -61,6 +65,7 @@ def build(case: dict) -> list[torch.nn.Module]:
             virtual_pipeline_model_parallel_size=virtual,
             microbatch_group_size_per_vp_stage=case["pp"],
             pipeline_dtype=torch.float32,
+            context_parallel_size=case.get("cp", 1),
             sequence_parallel=case.get("sp", False),
             calculate_per_token_loss=case.get("per_token_loss", True),
             deallocate_pipeline_outputs=True,
@@ -72,6 +77,14 @@ def build(case: dict) -> list[torch.nn.Module]:
         chunk.model_type = ModelType.encoder_or_decoder  # Megatron's get_model sets it
         fill_by_name(chunk)
     return chunks
+
+
+def merged_length(case: dict) -> int:
+    """Positions of a row inside the model; a LLaVAModel pads its own to what SP and CP cut."""
+    if case["model"] == "gpt":
+        return TEXT
+    cp = case.get("cp", 1)
+    return align_up(TEXT - 1 + VISUAL, (2 * cp if cp > 1 else 1) * (case["tp"] if case.get("sp") else 1))
 
 
 def recompute(method: str | None) -> dict:
@@ -120,7 +133,7 @@ def _llava(config, case, first, last, _):
         language_transformer_config=config,
         language_transformer_layer_spec=spec,
         language_vocab_size=VOCAB,
-        language_max_sequence_length=TEXT - 1 + VISUAL,
+        language_max_sequence_length=merged_length(case),
         vision_transformer_config=vision,
         vision_transformer_layer_spec=get_vit_layer_with_local_spec(),
         drop_vision_class_token=True,
@@ -161,23 +174,39 @@ def batches(case: dict) -> list[dict]:
         tokens[row, end:], mask[row, end - 1 :] = 0, 0
     image = torch.randn(GLOBAL_ROWS, 3, IMAGE, IMAGE, generator=generator)
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
-    own = []
-    for start in range(rank * ROWS, GLOBAL_ROWS, size * ROWS):
-        rows = slice(start, start + ROWS)
+    own, num_rows = [], case.get("rows", 2)
+    for start in range(rank * num_rows, GLOBAL_ROWS, size * num_rows):
+        rows = slice(start, start + num_rows)
         batch = {
             "tokens": tokens[rows, :-1].clone(),
             "labels": tokens[rows, 1:].clone(),
             "loss_mask": mask[rows].clone(),
         }
-        batch["position_ids"] = torch.arange(TEXT).expand(ROWS, -1)
+        batch["position_ids"] = torch.arange(TEXT).expand(num_rows, -1)
         if case["model"] == "llava":
-            place = 0 if start % 4 else 3  # a picture first, or after some text
+            place = 0 if start // 2 % 2 else 3  # a picture first, or after some text
             batch["tokens"][:, place] = DEFAULT_IMAGE_TOKEN_INDEX
             batch["labels"] = torch.cat([batch["tokens"][:, 1:], batch["labels"][:, -1:]], dim=1).clamp_min(0)
             batch["loss_mask"][:, : place + 1] = 0
             batch["image"] = image[rows]
+        if case.get("packed"):
+            pack(batch, start)
         own.append(batch)
     return own
+
+
+def pack(batch: dict, start: int) -> None:
+    """Make packed rows of a batch: two or three segments each, multiples of 4 as Megatron's SFT dataset cuts at CP2."""
+    rows = len(batch["tokens"])
+    cu_seqlens = torch.full((rows, TEXT + 1), TEXT)
+    for row in range(rows):
+        cuts = [[8, 20], [12], [4, 16], [16]][(start + row) % 4]
+        starts = torch.tensor([0, *cuts, TEXT])
+        cu_seqlens[row, : len(starts)] = starts
+        batch["position_ids"] = batch["position_ids"].clone()
+        batch["position_ids"][row] = torch.cat([torch.arange(size) for size in starts.diff().tolist()])
+    batch["cu_seqlens_padded"] = None
+    batch["cu_seqlens"], batch["max_seqlen"] = cu_seqlens.int(), cu_seqlens.diff(dim=1).amax(dim=1)
 
 
 class Step:
@@ -190,13 +219,26 @@ class Step:
 
     def __call__(self, iterator, model):
         batch = next(iterator)
+        packed_seq_params = None
+        if "cu_seqlens" in batch:
+            batch = flatten_batch_for_packed_sequences(batch)
+            lengths, longest = batch["cu_seqlens"].squeeze(0), int(batch["max_seqlen"])
+            packed_seq_params = PackedSeqParams("thd", lengths, lengths, max_seqlen_q=longest, max_seqlen_kv=longest)
+        if "image" not in batch:  # a LLaVAModel cuts its merged rows itself
+            batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
         mask = batch["loss_mask"]
         if "image" in batch:
             output, mask = model(
                 batch["image"], batch["tokens"], batch["position_ids"], None, batch["labels"], batch["loss_mask"]
             )
         else:
-            output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+            output = model(
+                batch["tokens"],
+                batch["position_ids"],
+                None,
+                labels=batch["labels"],
+                packed_seq_params=packed_seq_params,
+            )
 
         def loss_func(loss_BS):
             mask_BS = self.forced_masks[len(self.losses)] if self.forced_masks else mask
@@ -216,14 +258,13 @@ def run(case: dict, models: list, schedule, step: Step) -> None:
     def make():
         return iter([dict(batch) for batch in own])
 
-    length = TEXT if case["model"] == "gpt" else TEXT - 1 + VISUAL
     schedule(
         forward_step_func=step,
         data_iterator=[make() for _ in models] if case.get("vpp") else make(),
         model=models if case.get("vpp") else models[0],
         num_microbatches=len(own),
-        seq_length=length,
-        micro_batch_size=ROWS,
+        seq_length=merged_length(case),
+        micro_batch_size=case.get("rows", 2),
         forward_only=False,
     )
 
@@ -247,9 +288,12 @@ def masked_full_length(case: dict, models: list, plan, dense_layers: int, loss_m
         hidden_BSS = ~kept_BS[:, None, :] | torch.ones(length, length, dtype=torch.bool).triu(1)
         hidden_BSS[:, range(length), range(length)] = False  # no row may be empty: softmax of nothing is NaN
 
+        own = places(segments(plan.microbatches[index]), cp_size=mpu.get_context_parallel_world_size())
+        own_BqS = hidden_BSS[:, own.positions_of(mpu.get_context_parallel_rank())]
+
         def mask_keys(layer, args, kwargs):
             if layer.layer_number > dense_layers:
-                kwargs = dict(kwargs, attention_mask=hidden_BSS[:, None])
+                kwargs = dict(kwargs, attention_mask=own_BqS[:, None])
             return args, kwargs
 
         hooks = [
@@ -266,8 +310,25 @@ def masked_full_length(case: dict, models: list, plan, dense_layers: int, loss_m
     return step
 
 
+def segments(plan) -> torch.Tensor:
+    """What context parallelism cuts by itself."""
+    return plan.packing.dense_length_N if plan.packing else torch.tensor([plan.dense_length])
+
+
+def whole(own_BS: torch.Tensor, plan) -> torch.Tensor:
+    """Put rows together that the context ranks hold parts of."""
+    group, size = mpu.get_context_parallel_group(), mpu.get_context_parallel_world_size()
+    parts = [torch.empty_like(own_BS) for _ in range(size)]
+    dist.all_gather(parts, own_BS.contiguous(), group=group)
+    cut = places(segments(plan), cp_size=size)
+    return torch.stack(parts)[cut.rank_L, :, cut.index_L].t().contiguous()
+
+
 def gradients(models: list) -> dict[str, torch.Tensor]:
-    """Gradients by name; those of sequence-parallel weights summed over the tensor group, as Megatron does."""
+    """Gradients by name, summed as Megatron sums them.
+
+    Over the context group, and over the tensor group those of weights that sequence parallelism gives a part of.
+    """
     found = {}
     for chunk, model in enumerate(models):
         for name, parameter in model.named_parameters():
@@ -276,6 +337,7 @@ def gradients(models: list) -> dict[str, torch.Tensor]:
             found[f"{chunk}.{name}"] = gradient = parameter.grad.clone()
             if getattr(parameter, "sequence_parallel", False):
                 dist.all_reduce(gradient, group=mpu.get_tensor_model_parallel_group())
+            dist.all_reduce(gradient, group=mpu.get_context_parallel_group())
     return found
 
 
@@ -316,6 +378,11 @@ def check(case: dict) -> dict:
     assert not {"forward", "compute_language_model_loss", "_regate_session"} & own, "detach left something behind"
 
     oracle = masked_full_length(case, models, plan, case["dense_layers"], sparse.loss_masks)
+    for step in (sparse, oracle):
+        step.losses = [whole(*pair) for pair in zip(step.losses, plan.microbatches[: len(step.losses)], strict=True)]
+    sparse.loss_masks = [
+        whole(*pair) for pair in zip(sparse.loss_masks, plan.microbatches[: len(sparse.loss_masks)], strict=True)
+    ]
     loss_error = 0.0
     for index, (loss_BS, mask_BS, oracle_BS) in enumerate(
         zip(sparse.losses, sparse.loss_masks, oracle.losses, strict=True)
@@ -338,10 +405,14 @@ def check(case: dict) -> dict:
     if session.planner:
         positions = session.planner.balance.own
         for index, one in enumerate(facts):
-            for row, key in enumerate(one.difficulty_key_N2.tolist()):
-                real = plan.microbatches[index].kept_mask()[row] & (one.is_target_BS | one.is_context_BS)[row]
-                total = (sparse.losses[index] * sparse.loss_masks[index])[row].sum()
-                kept[str(key)] = [torch.where(real)[0].tolist(), float(total), plan.microbatches[index].length]
+            real_BS = plan.microbatches[index].kept_mask() & (one.is_target_BS | one.is_context_BS)
+            loss_BS = sparse.losses[index] * sparse.loss_masks[index]
+            for sample, key in enumerate(one.difficulty_key_N2.tolist()):
+                own_S = True if one.sample_BS is None else one.sample_BS[0] == sample
+                row = int(one.row_N[sample])
+                places_kept = torch.where(real_BS[row] & own_S)[0] - one.start_N[sample]
+                total = (loss_BS[row] * own_S).sum()
+                kept[str(key)] = [places_kept.tolist(), float(total), plan.microbatches[index].length]
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (kept, positions))
     errors = torch.tensor([loss_error, gradient_error])
@@ -360,7 +431,12 @@ def main(cases_file: str, results_file: str) -> None:
     dist.init_process_group(backend="gloo")
     results = {}
     for case in json.loads(Path(cases_file).read_text()):
-        mpu.initialize_model_parallel(case["tp"], case["pp"], virtual_pipeline_model_parallel_size=case.get("vpp"))
+        mpu.initialize_model_parallel(
+            case["tp"],
+            case["pp"],
+            virtual_pipeline_model_parallel_size=case.get("vpp"),
+            context_parallel_size=case.get("cp", 1),
+        )
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         try:
             results[case["name"]] = check(case)

@@ -71,7 +71,7 @@ def non_finite_reference_runs_dense_and_is_counted() -> None:
     models, session, schedule = attached()
     run(GPT, models, schedule, Step())
     with torch.no_grad():
-        next(session.reference.teacher.output_layer.parameters())[0, 0] = torch.nan
+        next(session.reference.run.chunks[-1].output_layer.parameters())[0, 0] = torch.nan
     step = Step()
     run(GPT, models, schedule, step)
     assert session._pending.fallback and not session._pending.plan.is_sparse
@@ -165,14 +165,14 @@ def unwritable_trace_is_refused() -> None:
 
 def teacher_of_another_architecture_is_refused() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        save_language_model(build(GPT)[0], f"{folder}/teacher")
+        save_language_model(build(GPT), f"{folder}/teacher")
         attach(build(GPT), config(teacher_load=f"{folder}/teacher"))
         refused("with output_layer.weight of shape none", lambda: attach_tied_teacher(folder))
 
 
 def truncated_teacher_is_refused() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        save_language_model(build(GPT)[0], f"{folder}/teacher")
+        save_language_model(build(GPT), f"{folder}/teacher")
         data = next(Path(folder, "teacher").glob("*.distcp"))
         data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
         models = attach(build(GPT), config(teacher_load=f"{folder}/teacher"))
@@ -180,7 +180,7 @@ def truncated_teacher_is_refused() -> None:
 
 
 def attach_tied_teacher(folder: str) -> None:
-    save_language_model(build(dict(GPT, tied=True))[0], f"{folder}/tied")
+    save_language_model(build(dict(GPT, tied=True)), f"{folder}/tied")
     attach(build(GPT), config(teacher_load=f"{folder}/tied"))
 
 
@@ -215,7 +215,9 @@ def student_teacher_waits_for_loaded_weights() -> None:
             parameter.mul_(0.5)
     schedule = wrap_forward_backward(get_forward_backward_func())
     run(GPT, models, schedule, Step())
-    for ours, theirs in zip(session_of(models).reference.teacher.parameters(), models[0].parameters(), strict=True):
+    for ours, theirs in zip(
+        session_of(models).reference.run.chunks[0].parameters(), models[0].parameters(), strict=True
+    ):
         assert torch.equal(ours, theirs)
 
 

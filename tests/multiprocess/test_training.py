@@ -203,7 +203,6 @@ def test_unsupported_flags_are_refused_before_megatron_looks_at_them():
         (["--cuda-graph-impl", "local"], "CUDA graphs"),
         (["--overlap-moe-expert-parallel-comm"], "combined 1F1B"),
         (["--tp-comm-overlap"], "tensor-parallel communication overlap"),
-        (["--context-parallel-size", "2"], "context parallelism"),
         (["--num-experts", "4"], "mixture of experts"),
         (["--multi-latent-attention"], "multi-latent attention"),
         (["--position-embedding-type", "mrope"], "position embedding"),

@@ -336,3 +336,61 @@ def test_images_of_several_tiles_are_refused_not_misread():
     batch = _llava(PICTURE) | {"num_image_tiles": torch.tensor([2])}
     with pytest.raises(ValueError, match="num_image_tiles other than 1"):
         _keys(batch)
+
+
+def _packed(*rows: list[tuple[list[int], list[int]]], length: int) -> dict:
+    """Rows of segments (tokens, mask), filled up inside the last segment as Megatron's SFT dataset does."""
+    batch: dict = {"tokens": [], "labels": [], "loss_mask": [], "position_ids": [], "cu_seqlens": []}
+    for segments in rows:
+        tokens = [token for segment, _ in segments for token in segment]
+        mask = [value for _, values in segments for value in values]
+        fill = length - len(tokens)
+        lengths = [len(segment) for segment, _ in segments]
+        lengths[-1] += fill
+        cu = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+        tokens += [0] * fill
+        batch["tokens"].append(tokens)
+        batch["labels"].append([*tokens[1:], 0])
+        batch["loss_mask"].append(mask + [0] * fill)
+        batch["position_ids"].append([place for size in lengths for place in range(size)])
+        batch["cu_seqlens"].append(cu + [length] * (length + 1 - len(cu)))
+    return {name: torch.tensor(value) for name, value in batch.items()}
+
+
+ONE, TWO, THREE = ([5, 6, 7, 8], [0, 1, 1, 0]), ([9, 5, 3], [0, 1, 0]), ([4, 4, 2, 6, 1], [0, 0, 1, 1, 0])
+
+
+def test_packed_rows_are_laid_one_after_the_other():
+    facts = GPTBatches().read(_packed([ONE, TWO], [THREE], length=9))
+    assert facts.is_target_BS.shape == (1, 18) and facts.num_samples == 3
+    assert facts.sample_BS[0].tolist() == [0] * 4 + [1] * 5 + [2] * 9
+    assert facts.num_target_N.tolist() == [2, 1, 2] and facts.row_N.tolist() == [0, 0, 0]
+    assert facts.start_N.tolist() == [0, 4, 9] and facts.segment_length_N.tolist() == [4, 5, 9]
+    assert facts.place_X.tolist() == [1, 2, 1, 2, 3]
+    assert facts.row_of("token_BS", 1).tolist() == [9, 5, 3, 0, 0]
+    assert facts.is_context_BS[0].tolist()[:9] == [True, False, False, True, True, False, True, False, False]
+
+
+def test_a_sample_has_one_key_wherever_it_is_packed():
+    keys = GPTBatches().read(_packed([ONE, TWO], [THREE], length=9)).reference_key_N2
+    turned = GPTBatches().read(_packed([THREE, TWO], [ONE], length=12)).reference_key_N2
+    assert torch.equal(keys, turned[[2, 1, 0]])
+    tokens, mask = ONE
+    alone = GPTBatches().read(_gpt(([*tokens, 0], mask), length=6)).reference_key_N2
+    assert torch.equal(alone[0], keys[0])
+
+
+def test_elision_of_a_packed_row_edits_the_rows_it_came_from():
+    batch = _packed([ONE, TWO], [THREE], length=9)
+    elided = torch.zeros(1, 18, dtype=torch.bool)
+    elided[0, [1, 11]] = True
+    mask = GPTBatches().elide(batch, elided)["loss_mask"]
+    assert mask.shape == (2, 9) and mask[0].tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 0]
+    assert mask[1].tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0]
+
+
+def test_segments_that_do_not_cover_the_row_are_refused():
+    batch = _packed([ONE, TWO], length=9)
+    batch["cu_seqlens"][0, 1:] = 5
+    with pytest.raises(ValueError, match="from 0 to 9"):
+        GPTBatches().read(batch)

@@ -12,7 +12,7 @@ from regate_megatron.plan import MicrobatchPlan, StepPlan
 FACTS = SimpleNamespace(
     is_target_BS=torch.tensor([[False, True, True, True]]), is_context_BS=torch.tensor([[True, False, False, False]])
 )
-SPARSE = StepPlan(3, (MicrobatchPlan(4, torch.tensor([[0, 2, 0]]), torch.tensor([2])),))  # one slot of fill
+SPARSE = StepPlan(3, (MicrobatchPlan.of(torch.tensor([[True, False, True, False]]), 3),))  # one slot of fill
 
 
 def _step(own: int, slowest: int, mean: float, achievable: float | None = None) -> Counters:

@@ -1,0 +1,111 @@
+"""Where positions lie when a sequence is cut over ranks, and who sends what when it gets shorter. Torch only.
+
+Context parallelism (CP) cuts every segment into 2·CP chunks and gives rank r the chunks r and 2·CP−1−r, so that causal
+work is even. Sequence parallelism (SP) cuts what a context rank has into TP slices. A row is one segment; a packed row
+is several, each cut by itself. Ranks are numbered as in Megatron's tensor-and-context group: ``cp·TP + tp``.
+
+Keeping positions moves them: the short sequence is cut again, evenly. :func:`route` says which local entries go where;
+only kept positions travel, each once.
+
+Shapes: L positions of a sequence, B rows, K kept slots, X entries a rank sends or receives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where each position of a sequence lies.
+
+    Attributes:
+        rank_L: the rank that holds it; int64 [L].
+        index_L: its index in what that rank holds; int64 [L].
+        local_length: how many positions each rank holds.
+    """
+
+    rank_L: Tensor
+    index_L: Tensor
+    local_length: int
+
+    def positions_of(self, rank: int) -> Tensor:
+        """The positions a rank holds, in its order; int64 [local_length]."""
+        mine = torch.where(self.rank_L == rank)[0]
+        return mine[self.index_L[mine].argsort()]
+
+
+def places(segment_length_N: Tensor, *, cp_size: int, tp_size: int = 1) -> Places:
+    """Cut segments that lie one after the other over ``cp_size`` context and ``tp_size`` sequence-parallel ranks.
+
+    Args:
+        segment_length_N: their lengths, int64 [N]; multiples of 2·CP under context parallelism, and their sum of CP·TP.
+
+    Raises:
+        ValueError: a length does not divide.
+    """
+    total = int(segment_length_N.sum())
+    if total % (cp_size * tp_size) or (cp_size > 1 and bool((segment_length_N % (2 * cp_size)).any())):
+        raise ValueError(
+            f"segments of {segment_length_N.tolist()} positions do not divide over CP{cp_size} x TP{tp_size}"
+        )
+    position_L = torch.arange(total)
+    if cp_size == 1:
+        cp_L, index_L = torch.zeros_like(position_L), position_L
+    else:
+        length_L = segment_length_N.repeat_interleave(segment_length_N)
+        start_L = (segment_length_N.cumsum(0) - segment_length_N).repeat_interleave(segment_length_N)
+        chunk_L = length_L // (2 * cp_size)
+        number_L = (position_L - start_L) // chunk_L
+        is_late_L = number_L >= cp_size
+        cp_L = torch.where(is_late_L, 2 * cp_size - 1 - number_L, number_L)
+        index_L = start_L // cp_size + (position_L - start_L) % chunk_L + torch.where(is_late_L, chunk_L, 0)
+    local = total // (cp_size * tp_size)
+    return Places(cp_L * tp_size + index_L // local, index_L % local, local)
+
+
+@dataclass(frozen=True)
+class Route:
+    """One rank's part in going from a dense sequence to a short one; entries are ``index·B + row``, int64 on the host.
+
+    Attributes:
+        send_index_X: dense entries it sends, in the order of their receivers.
+        receive_index_X: short entries it receives, in the order of their senders.
+        send_counts, receive_counts: how many go to and come from each rank.
+        dense_size, short_size: entries it holds before and after.
+    """
+
+    send_index_X: Tensor
+    receive_index_X: Tensor
+    send_counts: list[int]
+    receive_counts: list[int]
+    dense_size: int
+    short_size: int
+
+
+def route(keep_idx_BK: Tensor, dense: Places, short: Places, *, rank: int, num_ranks: int) -> Route:
+    """Who sends what when the positions ``keep_idx_BK`` of a dense sequence become the slots of a short one."""
+    num_rows = len(keep_idx_BK)
+    row_1B = torch.arange(num_rows)[None, :]
+    keep_KB = keep_idx_BK.t()
+    source_KB = dense.rank_L[keep_KB]
+    target_KB = short.rank_L[:, None].expand_as(source_KB)
+    from_KB = dense.index_L[keep_KB] * num_rows + row_1B
+    to_KB = short.index_L[:, None] * num_rows + row_1B
+    # Between any two ranks both sides order entries by their slot at the receiver.
+    sent, received = source_KB == rank, target_KB == rank
+    target_X, to_X, from_X = target_KB[sent], to_KB[sent], from_KB[sent]
+    order_X = torch.argsort(target_X * (short.local_length * num_rows) + to_X)
+    source_Y, to_Y = source_KB[received], to_KB[received]
+    order_Y = torch.argsort(source_Y * (short.local_length * num_rows) + to_Y)
+    return Route(
+        send_index_X=from_X[order_X],
+        receive_index_X=to_Y[order_Y],
+        send_counts=torch.bincount(target_X, minlength=num_ranks).tolist(),
+        receive_counts=torch.bincount(source_Y, minlength=num_ranks).tolist(),
+        dense_size=dense.local_length * num_rows,
+        short_size=short.local_length * num_rows,
+    )
