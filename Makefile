@@ -6,7 +6,7 @@ STATUS_FILE ?= /dev/null
 pytest = $(PYTHON_BIN) -m pytest $(1) $(PYTEST_ARGS) || { status=$$?; echo $$status >$(STATUS_FILE); exit $$status; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-quick test test-full lint bench docs clean
+.PHONY: help venv demo demo-quick test test-full lint bench bench-balance docs clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null || cat $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ lint: venv ## style and formatting
 
 bench: venv ## step time, dense against sparse; results in out/bench
 	$(PYTHON_BIN) benchmarks/step_time.py
+
+bench-balance: venv ## positions run over simulated data-parallel ranks, per budget; table and picture in out/bench
+	$(PYTHON_BIN) benchmarks/balance.py
 
 docs: venv ## links resolve, tables agree with the code
 	$(PYTHON_BIN) docs/check.py

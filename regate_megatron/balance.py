@@ -13,9 +13,9 @@ total is handed out in steps of the alignment. A step of a microbatch is worth t
 many targets as the total allows are kept (no fill while there are targets left), then those of the largest sum of
 scores. *Greedy is exact* where all steps cost alike: next best means that the steps of one microbatch never gain in
 worth, so taking the most worthy steps of all takes a prefix of each microbatch's; and a set that leaves a more worthy
-step out for a less worthy one can be improved by swapping the two. Steps differ in cost only where a dense length is
-no multiple of the step, or where dense lengths of microbatches differ: there the worth per position decides, and at
-most one step remains unused.
+step out for a less worthy one can be improved by swapping the two. Steps differ in cost only where a dense length is no
+multiple of the step, or where dense lengths of microbatches differ: there the worth per position decides, and less than
+one step remains unused.
 
 Ties go to the earlier step, so that equal rows grow alike, then to the lower content key, then to the earlier
 microbatch.

@@ -27,8 +27,8 @@ from torch import Tensor
 AllGather = Callable[[Tensor], Tensor]
 """``f(values)``: stack an int64 vector of the planner of every data-parallel rank; [k] -> [D, k]."""
 
-LENGTHS = 16
-"""Distinct lengths aimed at, at most twice as many: the step is the largest power of two up to dense length / 16."""
+LENGTHS = 32
+"""The step is the largest power of two up to 1/32 of the dense length: at most 64 lengths, 32 for a power of two."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Alignment:
 
 
 def length_step(dense_length: int) -> int:
-    """The largest power of two up to ``dense_length / 16``: steps of other dense lengths divide it or are divided."""
+    """The largest power of two up to ``dense_length / 32``: steps of other dense lengths divide it or are divided."""
     return 1 << max(0, (dense_length // LENGTHS).bit_length() - 1)
 
 

@@ -53,7 +53,7 @@ class ReGateConfig:
     length_multiple: int | None = _option(
         None,
         "kept lengths are a multiple of this, beside what the layout needs; none: of the largest power of two up to "
-        "1/16 of the dense length, so that few lengths occur",
+        "1/32 of the dense length, so that few lengths occur",
         metavar="N",
     )
     packed_ratio: str = _option(

@@ -1,11 +1,10 @@
 """Scores and lengths to kept positions. Torch only; every function is exact and the same on every rank.
 
-**The rule.** A row that keeps k targets keeps the k best-scored ones among the sets that hold the floor of each of
-its groups: the floor's best targets of each group, then the best of all others. *It is optimal*: take any allowed
-set; if it lacks one of a group's best, swapping that in for a lower one of the group loses nothing and keeps every
-floor, so some best set holds the floor's best of each group; the other k − sum of floors places are free, and filled
-best with the best of what remains. (Bases of a partition matroid with lower bounds.) Ties go to the lower position;
-NaN ranks last.
+**The rule.** A row that keeps k targets keeps the best-scored set of k that holds the floor of each of its groups: the
+floor's best targets of each group, then the best of all others. *It is optimal*: where an allowed set lacks one of a
+group's best, swapping it in for a lower one of the group loses nothing and keeps every floor, so some best set holds
+the floor's best of each group; the other places are free, and best filled with the best of what remains. (The bases of
+a partition matroid with lower bounds.) Ties go to the lower position; NaN ranks last.
 
 How many targets each row keeps is decided before: by counts in ``uniform`` and ``per-sample`` (:mod:`.budget`), by
 scores in ``balanced`` (:mod:`.balance`).
@@ -108,21 +107,29 @@ def rank_targets(score_X: Tensor, row_X: Tensor, group_X: Tensor, floor_G: Tenso
         floor_G: how many targets of each group come first, int64.
     """
     lowest = torch.finfo(score_X.dtype).min
-    best_X = score_X.nan_to_num(nan=lowest, posinf=torch.inf, neginf=lowest).argsort(descending=True, stable=True)
-    if torch.equal(row_X, group_X):  # one group per row: its best come first anyway
-        return _places(best_X, row_X)
-    is_first_X = _places(best_X, group_X) < floor_G[group_X]
-    return _places(best_X, 2 * row_X + ~is_first_X, row_X)
+    score_X = score_X.nan_to_num(nan=lowest, posinf=torch.inf, neginf=lowest)
+    count_R = torch.bincount(row_X)
+    start_R = count_R.cumsum(0) - count_R
+    best = [score_T.argsort(descending=True, stable=True) for score_T in score_X.split(count_R.tolist())]
+    best_X = torch.cat([torch.zeros_like(row_X[:0]), *best]) + start_R[row_X]  # row by row
+    if not torch.equal(row_X, group_X):  # else the row's best are the group's best
+        by_group_X = best_X[_sort(group_X[best_X])]
+        place_X = _places(by_group_X, torch.bincount(group_X))
+        is_other_X = place_X >= floor_G[group_X]
+        best_X = best_X[_sort((2 * row_X + is_other_X)[best_X])]
+    return _places(best_X, count_R)
 
 
-def _places(best_X: Tensor, key_X: Tensor, row_X: Tensor | None = None) -> Tensor:
-    """Places from 0 within each row when targets go by key, then as in ``best_X``; by default keys are the rows."""
-    row_X = key_X if row_X is None else row_X
-    order_X = best_X[key_X[best_X].argsort(stable=True)]
-    start_R = torch.searchsorted(row_X, torch.arange(int(row_X[-1]) + 1)) if len(row_X) else row_X
-    places_X = torch.empty_like(order_X)
-    places_X[order_X] = torch.arange(len(order_X)) - start_R[row_X[order_X]]
-    return places_X
+def _sort(key_X: Tensor) -> Tensor:
+    """A stable argsort of small keys, quicker in few bits."""
+    is_short = not len(key_X) or int(key_X.max()) < 2**15
+    return key_X.to(torch.int16 if is_short else torch.int64).argsort(stable=True)
+
+
+def _places(order_X: Tensor, count_G: Tensor) -> Tensor:
+    """The place of each target within its group, from 0, where ``order_X`` lists the targets group by group."""
+    place_X = torch.arange(len(order_X)) - (count_G.cumsum(0) - count_G).repeat_interleave(count_G)
+    return torch.empty_like(order_X).scatter_(0, order_X, place_X)
 
 
 def keep_best_targets(score_RS: Tensor, is_target_RS: Tensor, num_keep_R: Tensor) -> Tensor:

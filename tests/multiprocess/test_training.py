@@ -120,6 +120,19 @@ def test_trace_has_the_documented_shape(sparse):
                 assert max(elided) <= min(score for position, score in scores.items() if position in kept)
 
 
+def test_balanced_ranks_run_alike_and_the_log_says_so(tmp_path):
+    flags = ["--regate-budget", "balanced", "--regate-score", "random", "--regate-trace", str(tmp_path)]
+    run = _train(2, *REGATE, *flags)
+    positions = [{}, {}]
+    for rank, by_step in enumerate(positions):
+        for record in map(json.loads, (tmp_path / f"dp{rank:05d}.jsonl").read_text().splitlines()):
+            step = record["iteration"]
+            by_step[step] = by_step.get(step, 0) + record["kept_length"] * len(record["rows"])
+    assert positions[0] == positions[1] and positions[0][4] < positions[0][3] == 4 * 32
+    lines = [line for line in run.output.splitlines() if line.startswith("[regate] iteration")]
+    assert "| max/mean over ranks 1.000 |" in lines[3] and "max/mean" not in lines[2]
+
+
 def test_tensorboard_gets_our_scalars(sparse):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

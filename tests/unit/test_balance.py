@@ -261,9 +261,9 @@ def test_equal_scores_are_shared_out_evenly_and_go_to_the_lower_position_and_key
 
 
 def test_a_step_goes_where_no_fill_is_needed():
-    """With a step of 4, the first row's best target would drag three fill slots along."""
-    lengths, kept = _one_rank([(3, [1.0] * 9), (3, [1.0, 99.0])], step=4, dense=12)
-    assert lengths == [8, 4] and kept[-2:] == [0, 1]
+    """With a step of 4, the second row's other target would drag three fill slots along: four targets are better."""
+    lengths, kept = _one_rank([(3, [1.0] * 9), (3, [98.0, 99.0])], ratio=0.6, step=4, dense=12)
+    assert lengths == [12, 4] and kept == [1] * 9 + [0, 1]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e308])

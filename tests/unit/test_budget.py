@@ -80,7 +80,7 @@ def _aligned(length: int, step: int) -> int:
 
 
 def _step(dense: int, extra: int | None) -> int:
-    return extra or max(power for power in (1, 2, 4, 8, 16) if power == 1 or power <= dense / 16)
+    return extra or max(power for power in (1, 2, 4) if power == 1 or power <= dense / 32)
 
 
 @given(ratio=RATIOS, counts=st.lists(st.integers(0, 100_000), min_size=1, max_size=5), divisor=st.sampled_from([1, 2]))
@@ -219,7 +219,7 @@ def test_aligning_up_gives_the_next_multiple(length, multiple):
     ("length", "dense", "layout", "extra", "expected"),
     [
         *((5, 100, 4, 1, 8), (5, 100, 4, 6, 12), (8, 100, 8, 8, 8), (5, 7, 4, 1, 7), (0, 100, 1, 1, 1)),
-        *((0, 100, 16, 1, 16), (5, 100, 1, None, 8), (5, 100, 6, None, 12), (5, 15, 1, None, 5)),
+        *((0, 100, 16, 1, 16), (5, 100, 1, None, 6), (5, 100, 3, None, 6), (5, 15, 1, None, 5)),
     ],
 )
 def test_alignment_meets_both_multiples_and_stops_at_the_dense_length(length, dense, layout, extra, expected):
@@ -227,7 +227,7 @@ def test_alignment_meets_both_multiples_and_stops_at_the_dense_length(length, de
 
 
 @given(st.integers(1, 10**6))
-def test_by_default_at_most_32_lengths_occur_under_one_dense_length(dense):
+def test_by_default_at_most_64_lengths_occur_under_one_dense_length(dense):
     step = length_step(dense)
-    assert step.bit_count() == 1 and (step == 1 or step <= dense / 16) and dense / 32 < step
-    assert len({Alignment().align(length, dense) for length in range(1, dense + 1, max(1, step // 2))}) <= 32
+    assert step.bit_count() == 1 and (step == 1 or step <= dense / 32) and dense / 64 < step
+    assert len({Alignment().align(length, dense) for length in range(1, dense + 1, max(1, step // 2))}) <= 64

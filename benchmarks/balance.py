@@ -1,0 +1,227 @@
+#!/usr/bin/env python3
+"""Positions run over simulated data-parallel ranks under each budget, on skewed mixes of rows; `make bench-balance`.
+
+    python benchmarks/balance.py            # minutes; table, out/bench/balance.json and balance.png
+    python benchmarks/balance.py --quick    # few ranks, seconds
+
+Every simulated rank runs the planner's own code (:func:`regate_megatron.selection.select`) on its rows; only the
+exchange between ranks is simulated. Per mix, number of ranks and budget:
+
+* **max/mean**: positions run by the slowest rank of a step over the mean rank, alignment and fill included; over steps
+  the sums of both are compared, since every step waits for its slowest rank.
+* **achievable**: the least max/mean that contexts and row lengths allow (of `balanced`).
+* **kept**: targets that run ÷ targets. **positions**: positions run ÷ positions of the dense step. **slowest**: the
+  slowest rank's positions ÷ its positions in the dense step's slowest rank: what the step time follows.
+* **fill**: slots that hold neither context nor a kept target ÷ positions run.
+* **lengths**: distinct lengths that occurred.
+
+`dense` runs every position. `assigned` is a study: every row at its own per-sample length, rows dealt to ranks by it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.assigned import assign  # noqa: E402
+from benchmarks.skew import MIXES, Mix, draw_row, make_rows  # noqa: E402
+from regate_megatron.budget import Alignment  # noqa: E402
+from regate_megatron.selection import Rows, Selection, select  # noqa: E402
+
+BUDGETS = ("per-sample", "uniform", "balanced")
+COLUMNS = ("max/mean", "achievable", "kept", "positions", "slowest", "fill", "lengths")
+
+
+@dataclass
+class Tally:
+    """Sums over the steps of one setting."""
+
+    slowest: int = 0
+    mean: float = 0.0
+    achievable: float = 0.0  # of the slowest, had each step the least max/mean
+    targets: int = 0
+    kept: int = 0
+    context: int = 0
+    run: int = 0
+    dense: int = 0
+    dense_slowest: int = 0
+    lengths: set[int] = field(default_factory=set)
+
+    def report(self) -> dict[str, float]:
+        """The columns of the table."""
+        return {
+            "max/mean": self.slowest / self.mean,
+            "achievable": self.achievable / self.mean,
+            "kept": self.kept / self.targets,
+            "positions": self.run / self.dense,
+            "slowest": self.slowest / self.dense_slowest,
+            "fill": 1 - (self.context + self.kept) / self.run,
+            "lengths": len(self.lengths),
+        }
+
+
+class _Asked(Exception):
+    """A rank has reached the exchange."""
+
+
+def over_ranks(ranks: list[Rows], **options: Any) -> list[Selection]:
+    """:func:`select` on every rank: once up to the exchange, then whole, with what all ranks gave."""
+    given: list[torch.Tensor] = []
+
+    def ask(values: torch.Tensor) -> torch.Tensor:
+        given.append(values)
+        raise _Asked
+
+    def attempt(rows: Rows) -> Selection | None:
+        try:
+            return select(rows, all_gather=ask, **options)
+        except _Asked:
+            return None
+
+    done = [attempt(rows) for rows in ranks]
+    if not given:
+        return done
+    table = torch.stack(given)
+    return [select(rows, all_gather=lambda values: table, **options) for rows in ranks]
+
+
+def count(tally: Tally, ranks: list[Rows], lengths: list[torch.Tensor], kept: list[int], achievable: float) -> None:
+    """Add one step: the lengths of each rank's rows and the targets it keeps."""
+    run_D, dense_D = [int(length.sum()) for length in lengths], [_dense(rows) for rows in ranks]
+    tally.slowest += max(run_D)
+    tally.mean += sum(run_D) / len(run_D)
+    tally.achievable += achievable * sum(run_D) / len(run_D)
+    tally.targets += sum(len(rows.score_X) for rows in ranks)
+    tally.kept += sum(kept)
+    tally.context += sum(int(rows.num_context_R.sum()) for rows in ranks)
+    tally.run += sum(run_D)
+    tally.dense += sum(dense_D)
+    tally.dense_slowest += max(dense_D)
+    tally.lengths |= {length for rows in lengths for length in rows.tolist()}
+
+
+def _dense(rows: Rows) -> int:
+    return int(rows.dense_M.sum()) * len(rows.num_context_R) // len(rows.dense_M)
+
+
+def _spread(length_M: torch.Tensor, rows: Rows) -> torch.Tensor:
+    return length_M.repeat_interleave(len(rows.num_context_R) // len(length_M))
+
+
+def measure(mix: Mix, num_ranks: int, steps: int, options: argparse.Namespace, extra: int | None) -> dict[str, Any]:
+    """All budgets on the same rows."""
+    rng = np.random.default_rng(options.seed)
+    tallies = {name: Tally() for name in ("dense", *BUDGETS, "assigned")}
+    choice = {"keep_ratio": options.keep_ratio, "alignment": Alignment(options.layout_multiple, extra)}
+    for _ in range(steps):
+        drawn = [[draw_row(mix, rng) for _ in range(options.rows)] for _ in range(num_ranks)]
+        ranks = [make_rows(mix, rows, rng, options.micro_batch_size) for rows in drawn]
+        dense = [_spread(rows.dense_M, rows) for rows in ranks]
+        count(tallies["dense"], ranks, dense, [len(rows.score_X) for rows in ranks], 0)
+        for kind in BUDGETS:
+            chosen = over_ranks(ranks, kind=kind, **choice)
+            lengths = [_spread(one.length_M, rows) for one, rows in zip(chosen, ranks, strict=True)]
+            kept = [int(one.is_kept_X.sum()) for one in chosen]
+            count(tallies[kind], ranks, lengths, kept, chosen[0].achievable or 0)
+        if options.micro_batch_size == 1:
+            _count_assigned(tallies["assigned"], ranks, choice)
+    return {name: tally.report() for name, tally in tallies.items() if tally.run}
+
+
+def _count_assigned(tally: Tally, ranks: list[Rows], choice: dict[str, Any]) -> None:
+    chosen = over_ranks(ranks, kind="per-sample", **choice)
+    length_N = torch.cat([one.length_M for one in chosen])
+    rank_N = torch.from_numpy(assign(length_N.numpy(), len(ranks)))
+    lengths = [length_N[rank_N == rank] for rank in range(len(ranks))]
+    count(tally, ranks, lengths, [int(one.is_kept_X.sum()) for one in chosen], 0)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results for a person."""
+    lines = ["| mix | ranks | budget | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 3) + "|"]
+    for name, by_ranks in results.items():
+        for num_ranks, by_budget in by_ranks.items():
+            for budget, found in by_budget.items():
+                cells = [_cell(column, found[column]) for column in COLUMNS]
+                lines.append(f"| {name} | {num_ranks} | {budget} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(column: str, value: float) -> str:
+    if column == "lengths":
+        return str(value)
+    if column == "achievable":
+        return f"{value:.3f}" if value else ""
+    return f"{value:.3f}" if column == "max/mean" else f"{value:.1%}"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """max/mean of every budget against the number of ranks, one picture per mix."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: matplotlib is not installed", file=sys.stderr)
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(results), figsize=(3.2 * len(results), 3), sharey=True, squeeze=False)
+    for axis, (name, by_ranks) in zip(axes[0], results.items(), strict=True):
+        for budget in next(iter(by_ranks.values())):
+            axis.plot(list(by_ranks), [found[budget]["max/mean"] for found in by_ranks.values()], "o-", label=budget)
+        axis.plot(list(by_ranks), [found["balanced"]["achievable"] for found in by_ranks.values()], "k:", label="bound")
+        axis.set(title=name, xscale="log", xlabel="data-parallel ranks", xticks=list(by_ranks))
+        axis.set_xticklabels(list(by_ranks))
+        axis.minorticks_off()
+    axes[0][0].set_ylabel("positions run, max/mean")
+    axes[0][-1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: list[str] | None = None, report: Callable[[str], None] = print) -> dict[str, Any]:
+    """Run all settings; returns the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 1024])
+    parser.add_argument("--rows", type=int, default=8, help="rows per rank and step")
+    parser.add_argument("--micro-batch-size", type=int, default=1)
+    parser.add_argument("--keep-ratio", type=float, default=0.5)
+    parser.add_argument("--layout-multiple", type=int, default=16, help="what the layout needs: TP 8 with CP 8, say")
+    parser.add_argument("--length-multiple", type=int, default=None, help="as --regate-length-multiple")
+    parser.add_argument("--mixes", nargs="+", choices=list(MIXES), default=list(MIXES))
+    parser.add_argument("--rank-steps", type=int, default=1024, help="steps times ranks of each setting")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="8 ranks and 4 steps")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench" / "balance.json")
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.ranks, options.rank_steps = [8], 32
+    results: dict[str, Any] = {}
+    for name in options.mixes:
+        results[name] = {}
+        for num_ranks in options.ranks:
+            steps = max(1, options.rank_steps // num_ranks)
+            results[name][num_ranks] = measure(MIXES[name], num_ranks, steps, options, options.length_multiple)
+    settings = {key: value for key, value in vars(options).items() if key != "out"}
+    mixes = {name: asdict(MIXES[name]) for name in options.mixes}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({"settings": settings, "mixes": mixes, "results": results}, indent=1) + "\n")
+    report(table(results))
+    plot(results, options.out.with_suffix(".png"))
+    return results
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,81 @@
+"""The planner on facts of packed rows: what is a sample's own, what context runs, and what it says of balance."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from regate_megatron import ReGateConfig
+from regate_megatron.batches import MicrobatchFacts
+from regate_megatron.planner import Planner
+from regate_megatron.topology import Topology
+
+ALONE = Topology(0, 1, True, 0, 1, None, None, None)
+
+
+def _facts(*rows: str) -> MicrobatchFacts:
+    """Rows of samples set apart by spaces: c context, t target, . padding (of the row's last sample)."""
+    symbols = [list(row.replace(" ", "")) for row in rows]
+    sample, samples = -1, []
+    for row in rows:
+        samples.append([])
+        for text in row.split(" "):
+            sample += 1
+            samples[-1] += [sample] * len(text)
+    is_target_BS = torch.tensor([[symbol == "t" for symbol in row] for row in symbols])
+    key_N2 = torch.arange(2 * (sample + 1)).view(-1, 2)
+    return MicrobatchFacts(
+        is_target_BS=is_target_BS,
+        is_context_BS=torch.tensor([[symbol == "c" for symbol in row] for row in symbols]),
+        is_visual_BS=torch.zeros_like(is_target_BS),
+        token_BS=torch.zeros_like(is_target_BS, dtype=torch.int64),
+        position_id_BS=torch.zeros_like(is_target_BS, dtype=torch.int64),
+        label_BS=torch.zeros_like(is_target_BS, dtype=torch.int64),
+        reference_key_N2=key_N2,
+        difficulty_key_N2=key_N2,
+        sample_BS=torch.tensor(samples),
+    )
+
+
+PACKED = [_facts("cctttt ccctt."), _facts("ctttttttt ctc")]
+
+
+def _plan(facts, **options):
+    planner = Planner(ReGateConfig(score="random", length_multiple=1, **options), ALONE, 1)
+    plan, _, fallback = planner.plan(5, facts, None)
+    assert not fallback
+    kept = []
+    for one, microbatch in zip(facts, plan.microbatches, strict=True):
+        kept_BS = microbatch.kept_mask()
+        held = [int((kept_BS & one.is_target_BS & (one.sample_BS == n)).sum()) for n in range(one.num_samples)]
+        kept.append((held, int((kept_BS & one.is_context_BS).sum()), microbatch.length))
+    return kept, planner.balance
+
+
+def test_per_sample_gives_each_sample_of_a_packed_row_its_share():
+    kept, balance = _plan(PACKED, budget="per-sample")
+    assert kept == [([2, 1], 5, 8), ([4, 1], 3, 8)]
+    assert (balance.own, balance.slowest, balance.mean, balance.achievable) == (16, 16, 16.0, None)
+
+
+def test_a_packed_row_that_counts_as_one_has_one_share():
+    kept, _ = _plan(PACKED, budget="per-sample", packed_ratio="row")
+    assert [(sum(held), context, length) for held, context, length in kept] == [(3, 5, 8), (5, 3, 8)]
+
+
+@pytest.mark.parametrize("budget", ["uniform", "balanced"])
+def test_samples_of_packed_rows_keep_their_floors(budget):
+    kept, balance = _plan(PACKED, budget=budget)
+    (first, *_), (second, *_) = kept
+    assert first[0] >= 1 and first[1] >= 1 and second[0] >= 2 and second[1] >= 1
+    assert sum(length for _, _, length in kept) == balance.own == 16
+    assert balance.achievable == (1.0 if budget == "balanced" else None)
+
+
+@pytest.mark.parametrize("budget", ["per-sample", "uniform", "balanced"])
+def test_context_after_the_last_target_of_a_row_can_be_left_out(budget):
+    facts = [_facts("cttccccc"), _facts("cccccccc")]
+    every, read = (_plan(facts, budget=budget, context=context)[0] for context in ("all", "read"))
+    assert [context for _, context, _ in every] == [6, 8]
+    assert [context for _, context, _ in read] == [1, 0]
+    assert every[1][2] == 8 and read[1][2] <= 2
