@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -14,7 +15,7 @@ from typing import Any
 from regate_megatron.config import ReGateConfig, flag
 from regate_megatron.errors import refuse
 
-MEGATRON_CORE = "0.19 (0.17, 0.18 and 0.20 are not yet run)"
+MEGATRON_CORE = "0.17 to 0.20"
 
 
 @dataclass(frozen=True)
@@ -331,13 +332,11 @@ def language_model_of(model: Any) -> Any:
 
 
 def versions() -> str:
-    """The versions that matter, for the log line."""
+    """The versions that matter, for the log line. Megatron's is that of the copy in use, often no installed package."""
+    import megatron.core
     import torch
 
-    found = [f"torch {torch.__version__}"]
-    for package in ("megatron-core", "transformer-engine"):
-        try:
-            found.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            continue
+    found = [f"torch {torch.__version__}", f"megatron-core {megatron.core.__version__}"]
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found.append(f"transformer-engine {metadata.version('transformer-engine')}")
     return ", ".join(found)

@@ -1,12 +1,14 @@
 """What Megatron itself needs on a CPU.
 
-Patched: ``WrappedTorchNorm.__new__``, the defaults of ``CLIPViTModel.__init__``, ``DotProductAttention.__init__``,
+Patched: ``WrappedTorchNorm.__new__``, the defaults of ``CLIPViTModel.__init__``, ``TENorm`` in the
+modules of hybrid stacks, ``DotProductAttention.__init__``,
 ``state_dict`` and ``load_state_dict`` of ``DistributedOptimizer``, ``compile_helpers`` and, where there is a
 megatron.training, its ``initialize._warmup_jit_function``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib
@@ -28,6 +30,7 @@ def install() -> None:
     """Patch megatron.core, whichever copy comes first on the path."""
     _patch_norm()
     _patch_clip_norm()
+    _patch_hybrid_norm()
     _patch_attention()
     _patch_distributed_optimizer()
     _patch_compile_helpers()
@@ -61,6 +64,17 @@ def _patch_clip_norm() -> None:
 
     init = CLIPViTModel.__init__
     init.__defaults__ = tuple(WrappedTorchNorm if d is torch.nn.LayerNorm else d for d in init.__defaults__ or ())
+
+
+def _patch_hybrid_norm() -> None:
+    """The final norm of a hybrid stack is Transformer Engine's by name, whatever norms its spec asks for."""
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    for name in ("megatron.core.models.hybrid.hybrid_block", "megatron.core.ssm.mamba_block"):
+        with contextlib.suppress(ImportError):  # one of the two, by version
+            module = importlib.import_module(name)
+            if hasattr(module, "TENorm"):
+                module.TENorm = WrappedTorchNorm
 
 
 def _patch_attention() -> None:

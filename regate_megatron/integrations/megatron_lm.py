@@ -1,4 +1,4 @@
-"""Megatron-LM's training loop: four functions of ``megatron.training.training``, wrapped where the loop looks them up.
+"""Megatron-LM's training loop: five functions of ``megatron.training.training``, wrapped where the loop looks them up.
 
 ``pretrain`` offers no hook between loading a checkpoint and the first step, and none around a step, so symbols are
 patched: the narrowest late-bound ones, in the module whose globals ``pretrain`` and ``train`` read. Nothing else is
@@ -8,6 +8,7 @@ touched; :func:`uninstall` restores them.
 - ``get_forward_backward_func``: the schedule of training (evaluation asks for it too, and passes through).
 - ``train_step``: tells which steps counted (not skipped, not replayed).
 - ``training_log``: one line and scalars per log interval.
+- ``num_floating_point_operations``: counts what ran, see :mod:`.flops`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from regate_megatron.api import attach, session_of, wrap_forward_backward
 from regate_megatron.checkpoint import save_language_model
 from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig, add_arguments, parse_command_line
 from regate_megatron.errors import ReGateError, one_line_refusals, one_line_refusals_from_now_on, refuse
+from regate_megatron.integrations.flops import share_of_dense
 from regate_megatron.metrics import Counters, log_line, ratios, reduce_counters
 from regate_megatron.session import Session
 from regate_megatron.teacher.source import TEACHER_FOLDER, teacher_of_resumed_run
@@ -33,7 +35,7 @@ _MARK = "_regate"
 
 
 def install(config: ReGateConfig) -> None:
-    """Wrap the four functions; a second call replaces the settings of the first (in-process restart)."""
+    """Wrap the five functions; a second call replaces the settings of the first (in-process restart)."""
     from megatron.training import training
 
     uninstall()
@@ -42,6 +44,7 @@ def install(config: ReGateConfig) -> None:
         "setup_model_and_optimizer": lambda inner: _attach_after(inner, config, session),
         "get_forward_backward_func": lambda inner: _wrap_schedule_of(inner),
         "train_step": lambda inner: _count_steps(inner, session),
+        "num_floating_point_operations": lambda inner: _count_real_work(inner, session),
         "training_log": lambda inner: _log_after(inner, session),
     }
     missing = [name for name in wrappers if not callable(getattr(training, name, None))]
@@ -86,10 +89,20 @@ def add_flags() -> None:
 
     @functools.wraps(inner)
     def add_megatron_arguments(parser: Any, *args: Any, **kwargs: Any) -> Any:
-        return add_arguments(inner(parser, *args, **kwargs))
+        return add_arguments(_with_printable_help(inner(parser, *args, **kwargs)))
 
     setattr(add_megatron_arguments, _MARK, True)
     arguments.add_megatron_arguments = add_megatron_arguments
+
+
+def _with_printable_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Help texts with a lone % (core 0.18.2, 0.19.0 and 0.20-dev have one) would end ``--help`` in a traceback."""
+    for action in parser._actions:
+        try:
+            (action.help or "") % {**vars(action), "prog": parser.prog}
+        except (ValueError, TypeError, KeyError):
+            action.help = action.help.replace("%", "%%")
+    return parser
 
 
 def check_flags(flags: Sequence[str], config: ReGateConfig) -> None:
@@ -167,25 +180,41 @@ def _count_steps(inner: Callable[..., Any], sessions: list[Session]) -> Callable
     return train_step
 
 
+def _count_real_work(inner: Callable[..., Any], sessions: list[Session]) -> Callable[..., Any]:
+    def num_floating_point_operations(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        work = sessions[0].work_to_report if sessions else Counters()
+        return inner(args, *rest, **kwargs) * share_of_dense(inner, args, work)
+
+    return num_floating_point_operations
+
+
 def _log_after(inner: Callable[..., Any], sessions: list[Session]) -> Callable[..., Any]:
     signature = inspect.signature(inner)
 
     def training_log(*args: Any, **kwargs: Any) -> Any:
-        from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
+        from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, training
         from megatron.training.utils import print_rank_last
 
-        result = inner(*args, **kwargs)
-        iteration, session = signature.bind(*args, **kwargs).arguments["iteration"], sessions[0]
-        if iteration % get_args().log_interval == 0 and session.interval.steps:
+        bound = signature.bind(*args, **kwargs).arguments
+        iteration, session, interval = bound["iteration"], sessions[0], None
+        ends_interval = iteration % get_args().log_interval == 0
+        if session.interval.steps and (ends_interval or bound.get("is_first_iteration")):
+            # Before Megatron's own line, which divides the interval's FLOPs by its time.
             interval = reduce_counters(session.interval, session.topology)
+            session.work_to_report = interval
+        result = inner(*args, **kwargs)
+        if interval and ends_interval:
             total = reduce_counters(session.totals, session.topology)
             session.interval = Counters()
-            print_rank_last(log_line(iteration, session.phase, interval, total))
+            values = ratios(interval)
+            flops = training.num_floating_point_operations.__wrapped__
+            values["regate/flops"] = share_of_dense(flops, get_args(), interval)
+            print_rank_last(log_line(iteration, session.phase, interval, total, flops=values["regate/flops"]))
             if writer := get_tensorboard_writer():
-                for name, value in ratios(interval).items():
+                for name, value in values.items():
                     writer.add_scalar(name, value, iteration)
             if wandb_writer := get_wandb_writer():
-                wandb_writer.log(ratios(interval), iteration)
+                wandb_writer.log(values, iteration)
         return result
 
     return training_log
