@@ -40,9 +40,7 @@ def main(words: list[str]) -> None:
         replicas = _replicas(line, cluster)
         with tempfile.TemporaryDirectory(prefix="regate-dry-run-") as folder:
             flags, said = small_flags(line, cluster, config, replicas=replicas, folder=Path(folder))
-            print(
-                f"[dry run] {len(line.flags)} flags pass at {line.num_ranks} ranks; running {_layout(cluster, replicas)}"
-            )
+            print(f"[dry run] the flags pass at {line.num_ranks} ranks; now {_layout(cluster, replicas)}", flush=True)
             output = _run(line, flags, dense_group(cluster) * replicas, Path(folder))
         _report(line, cluster, config, replicas, said, output)
 

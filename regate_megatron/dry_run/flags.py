@@ -11,7 +11,7 @@ from regate_megatron.config import ReGateConfig
 from regate_megatron.dry_run import shrink
 from regate_megatron.dry_run.line import LaunchLine
 
-SMALL_VOCABULARY = 128
+SMALL_VOCABULARY = 127  # padded to 128; some versions count an end of document too
 _MULTIMODAL = ("--img-h", "--img-w", "--patch-dim", "--dataloader-seq-length")
 _FOLDERS = {"--regate-trace": "trace", "--regate-reference-cache": "cache", "--save": "save"}
 
