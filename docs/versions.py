@@ -23,9 +23,11 @@ CLAIMS = {
     "test_a_patched_hybrid_script_knows_the_flags": "patched script knows the flags",
     "test_help_prints_megatrons_flags_and_ours": "--help",
     "test_tensorboard_has_our_metrics_per_interval": "TensorBoard metrics, read back",
+    "test_wandb_gets_the_numbers_of_tensorboard": "W&B metrics (a stub of its module)",
     "test_throughput_counts_the_flops_that_ran": "throughput counts the FLOPs that ran",
     "test_checkpoints_hold_our_flags": "flags in checkpoints",
     "test_a_cluster_line_passes_a_dry_run": "dry run of a cluster's line",
+    "test_a_recipe_passes_its_dry_run": "dry run of a recipe",
 }
 HEAD = """# What runs with which Megatron-LM
 

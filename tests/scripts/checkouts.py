@@ -92,12 +92,20 @@ def flags_of(script: str, layout: str) -> list[str]:
     return [*COMMON, *specific, *sizes]
 
 
-def launch(checkout: Checkout, script: str, layout: str, *flags: str, fails: bool = False) -> Finished:
-    """Run a script of a checkout through the launcher; four iterations unless ``flags`` say otherwise."""
+def launch(
+    checkout: Checkout, script: str, layout: str, *flags: str, fails: bool = False, modules: str = ""
+) -> Finished:
+    """Run a script of a checkout through the launcher; four iterations unless ``flags`` say otherwise.
+
+    Args:
+        fails: whether it may end with another exit code than 0.
+        modules: a folder of this one to import from as well.
+    """
     command = ["-m", "regate_megatron", "--cpu", checkout.script(script), *flags_of(script, layout)]
     iterations = [] if "--train-iters" in flags else ["--train-iters", "4"]
     run = torchrun if fails else succeed
-    env = {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}  # the checkout has a package named tests of its own
+    here = Path(__file__).parent  # by itself, as the checkout has a package named tests of its own
+    env = {"PYTHONPATH": f"{ROOT}:{here}:{here / modules}"}
     return run(LAYOUTS[layout][0], [*command, *iterations, *flags], env=env)
 
 

@@ -1,6 +1,8 @@
-"""What a run leaves behind: argument dumps, checkpoints, TensorBoard, throughput."""
+"""What a run leaves behind: checkpoints, TensorBoard, W&B (a stub of its module), throughput."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 
@@ -8,7 +10,8 @@ from regate_megatron.checkpoint import saved_arguments
 from tests.scripts.checkouts import REGATE, launch, parameters
 
 pytestmark = pytest.mark.parametrize("checkout", parameters())
-WRITERS = "--log-throughput --log-timers-to-tensorboard --tensorboard-log-interval 1 --save-interval 4".split()
+WRITERS = """--log-throughput --log-timers-to-tensorboard --tensorboard-log-interval 1 --save-interval 4
+ --wandb-project stub --wandb-exp-name stub""".split()
 METRICS = {"targets-kept", "positions-run", "dense-equivalent", "flops", "sparse-steps", "teacher-ms-per-step"}
 KEPT_LENGTH, DENSE_LENGTH = 32, 64
 
@@ -25,7 +28,8 @@ def reported(checkout, runs, tmp_path_factory):
     if checkout not in runs:
         folder = tmp_path_factory.mktemp("reports")
         flags = [*REGATE, "--regate-score", "student", "--regate-dense-layers", "0", "--save", str(folder / "save")]
-        launch(checkout, "pretrain_gpt.py", "dp2", *flags, *WRITERS, "--tensorboard-dir", str(folder / "events"))
+        flags += [*WRITERS, "--tensorboard-dir", str(folder / "events"), "--wandb-save-dir", str(folder / "wandb")]
+        launch(checkout, "pretrain_gpt.py", "dp2", *flags, modules="stubs")
         events = accumulator.EventAccumulator(str(folder / "events")).Reload()
         scalars = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
         runs[checkout] = folder, scalars
@@ -37,6 +41,17 @@ def test_tensorboard_has_our_metrics_per_interval(reported):
     assert {f"regate/{name}" for name in METRICS} <= set(scalars)
     assert scalars["regate/targets-kept"] == {1: 1, 2: 1, 3: 0.5, 4: 0.5}
     assert scalars["regate/sparse-steps"] == {1: 0, 2: 0, 3: 1, 4: 1}
+
+
+def test_wandb_gets_the_numbers_of_tensorboard(reported):
+    folder, scalars = reported
+    logged = [json.loads(line) for line in (folder / "wandb" / "stub.jsonl").read_text().splitlines()]
+    ours = {line["step"]: line for line in logged if "regate/flops" in line}
+    assert set(ours) == {1, 2, 3, 4}
+    for name in METRICS:
+        assert [ours[step][f"regate/{name}"] for step in ours] == pytest.approx(
+            [scalars[f"regate/{name}"][step] for step in ours], rel=1e-6
+        )
 
 
 def test_throughput_counts_the_flops_that_ran(reported):
