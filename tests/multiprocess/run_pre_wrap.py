@@ -45,7 +45,7 @@ def build(hooks: list) -> list:
         hidden_dropout=0.0,
         attention_dropout=0.0,
     )
-    config = GPTModelConfig(transformer, vocab_size=VOCAB, seq_length=TEXT, position_embedding_type="rope")
+    config = GPTModelConfig(transformer=transformer, vocab_size=VOCAB, seq_length=TEXT, position_embedding_type="rope")
     config.pre_wrap_hooks.extend(hooks)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return GPTModelBuilder(config).build_distributed_models(groups, DDP)
