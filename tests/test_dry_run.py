@@ -8,6 +8,7 @@ from argparse import Namespace
 
 import pytest
 
+from regate_megatron.dry_run.command import _reason
 from regate_megatron.dry_run.line import parse_line
 from regate_megatron.dry_run.shrink import data_parallel_size, shrink
 from regate_megatron.errors import ReGateError
@@ -96,6 +97,15 @@ def test_a_torchrun_line_says_how_many_ranks():
 def test_a_command_that_says_too_little_is_refused(words):
     with pytest.raises(ReGateError, match=r"^regate: dry-run: given .*; allowed .*; change "):
         parse_line(words)
+
+
+def test_the_reason_of_a_failure_is_one_line():
+    refusal = "noise\nregate: model: given X; allowed Y; change Z\n[rank0]: ValueError: later"
+    assert _reason(refusal) == "regate: model: given X; allowed Y; change Z"
+    assert _reason("usage\nx.py: error: unrecognized arguments: --y\n") == "x.py: error: unrecognized arguments: --y"
+    assert _reason("[rank1]: AssertionError: no\nValueError: later") == "[rank1]: AssertionError: no"
+    killed = "[rank1]: RuntimeError: Connection closed by peer\nfailed (exitcode: -9) local_rank: 0"
+    assert _reason(killed) == "a rank killed by the system, most likely for want of memory"
 
 
 def _dry_run(*flags: str, nproc: int = 32) -> subprocess.CompletedProcess:
