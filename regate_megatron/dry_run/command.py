@@ -107,7 +107,7 @@ def _failed(line: LaunchLine, reason: str, output: str) -> Exception:
 
 
 def _reason(output: str) -> str:
-    """The one line that says why a run ended: our refusal, the parser's complaint, a killed rank, or the first error."""
+    """Why a run ended, in one line: our refusal, the parser's complaint, a killed rank, or the first error."""
     if "exitcode: -9" in output:
         return "a rank killed by the system, most likely for want of memory"
     for pattern in (r"^regate: .*", r"^.*\.py: error: .*", r"^(?:\[rank\d+\]: )?\w*(?:Error|Exception)\b.*"):
