@@ -64,6 +64,7 @@ def main() -> int:
         [] if with_tables(readme.read_text()) == readme.read_text() else ["README.md: its tables are stale: --write"]
     )
     pages = [readme, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "patches").glob("*.md"))]
+    pages += sorted((ROOT / "examples").glob("**/*.md"))
     for page in pages:
         problems += [f"{page.relative_to(ROOT)}: no such file: {target}" for target in broken_links(page)]
     print("\n".join(problems) or f"{len(pages)} pages: links resolve, tables agree with the code")

@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 8 -m regate_megatron pretrain_gpt.py <its flags> --regate --regate-teacher-load student
     torchrun --nproc-per-node 4 -m regate_megatron --cpu pretrain_gpt.py <its flags> --regate …    (no GPU: gloo)
     python -m regate_megatron doctor    what this environment has, and what is supported
+    python -m regate_megatron dry-run torchrun … -m regate_megatron pretrain_gpt.py <its flags>    (tries a launch line)
 
 The script runs unmodified; its own checkout comes first on the path, before an installed megatron-core. Without a flag
 that starts with ``--regate`` nothing of Megatron is touched.
@@ -18,7 +19,7 @@ from pathlib import Path
 from regate_megatron import config as settings
 from regate_megatron.errors import one_line_refusals, refuse
 
-_USAGE = "torchrun … -m regate_megatron [--cpu] SCRIPT [its flags] [--regate …]"
+_USAGE = "torchrun … -m regate_megatron [--cpu] SCRIPT [its flags] [--regate …], or dry-run LINE"
 
 
 def main(argv: list[str], install: Callable[[settings.ReGateConfig], None] | None = None) -> None:
@@ -31,6 +32,11 @@ def main(argv: list[str], install: Callable[[settings.ReGateConfig], None] | Non
         from regate_megatron import doctor
 
         sys.exit(doctor.main())
+    if argv[:1] == ["dry-run"] and not Path("dry-run").is_file():
+        from regate_megatron import dry_run
+
+        dry_run.main(argv[1:])
+        return
     with one_line_refusals():
         on_cpu = argv[:1] == ["--cpu"]
         script, flags = _script_and_flags(argv[1:] if on_cpu else argv)

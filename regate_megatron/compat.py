@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from regate_megatron.errors import refuse
 # Layers of a HybridModel whose tokens meet in softmax attention over the whole sequence, or not at all.
 _EXACT_LAYERS = "*+-E"
 _OTHER_LAYERS = {"M": "Mamba", "G": "gated delta net", "D": "sparse attention"}
-MEGATRON_CORE = "0.19 (0.17, 0.18 and 0.20 are not yet run)"
+MEGATRON_CORE = "0.17 to 0.20"
 
 
 @dataclass(frozen=True)
@@ -421,13 +422,11 @@ def language_model_of(model: Any) -> Any:
 
 
 def versions() -> str:
-    """The versions that matter, for the log line."""
+    """The versions that matter, for the log line. Megatron's is that of the copy in use, often no installed package."""
+    import megatron.core
     import torch
 
-    found = [f"torch {torch.__version__}"]
-    for package in ("megatron-core", "transformer-engine"):
-        try:
-            found.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            continue
+    found = [f"torch {torch.__version__}", f"megatron-core {megatron.core.__version__}"]
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found.append(f"transformer-engine {metadata.version('transformer-engine')}")
     return ", ".join(found)

@@ -61,6 +61,8 @@ class Counters:
     sparse_positions: int = 0  # run in sparse steps: by this rank,
     sparse_positions_slowest: int = 0  # by the slowest rank of each step,
     sparse_positions_achievable: int = 0  # and by it, had the step the least max/mean that it allows
+    layer_squares_dense: int = 0
+    layer_squares_run: int = 0
     planning_ms: int = 0
     teacher_ms: int = 0
 
@@ -68,6 +70,19 @@ class Counters:
         """Add ``other`` to this."""
         for field in dataclasses.fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    def add_lengths(self, rows: int, dense: int, length: int, num_layers: int, short_layers: int) -> None:
+        """Count one microbatch of ``rows`` rows: the last ``short_layers`` of ``num_layers`` ran ``length`` positions.
+
+        Squares are what attention's work grows with.
+        """
+        long_layers = num_layers - short_layers
+        self.positions_dense += rows * dense
+        self.positions_run += rows * length
+        self.layer_positions_dense += rows * dense * num_layers
+        self.layer_positions_run += rows * (dense * long_layers + length * short_layers)
+        self.layer_squares_dense += rows * dense**2 * num_layers
+        self.layer_squares_run += rows * (dense**2 * long_layers + length**2 * short_layers)
 
     def to_tensor(self) -> Tensor:
         """All counts, int64."""
@@ -105,10 +120,16 @@ def count_step(
         counters.rows += rows
         counters.targets_total += targets
         counters.targets_kept += kept
-        counters.positions_dense += rows * dense
-        counters.positions_run += rows * length
-        counters.layer_positions_dense += rows * dense * num_layers
-        counters.layer_positions_run += rows * (dense * (num_layers - short_layers) + length * short_layers)
+        counters.add_lengths(rows, dense, length, num_layers, short_layers)
+    return counters
+
+
+def count_plan(plan: StepPlan, *, num_layers: int, dense_layers: int) -> Counters:
+    """The lengths alone of a step, from its plan, which every rank has; all zero for a dense step."""
+    counters = Counters()
+    for one in plan.microbatches if plan.is_sparse else ():
+        rows = len(one.keep_idx_BK)
+        counters.add_lengths(rows, one.dense_length, one.length, num_layers, num_layers - dense_layers)
     return counters
 
 
@@ -147,17 +168,18 @@ def ratios(counters: Counters) -> dict[str, float]:
     }
 
 
-def log_line(iteration: int, phase: str, interval: Counters, total: Counters) -> str:
-    """One line for one log interval."""
+def log_line(iteration: int, phase: str, interval: Counters, total: Counters, *, flops: float | None = None) -> str:
+    """One line for one log interval; ``flops``: the share of dense FLOPs that ran, where the framework counts them."""
     share, steps = ratios(interval), max(interval.steps, 1)
     fallback = f" | {interval.fallback_steps} steps ran dense (non-finite)" if interval.fallback_steps else ""
+    work = "" if flops is None else f" | FLOPs {flops:.1%} of dense"
     return (
         f"[regate] iteration {iteration} | {phase} ({interval.sparse_steps}/{interval.steps} steps sparse)"
         f" | targets kept {interval.targets_kept}/{interval.targets_total} ({share['regate/targets-kept']:.1%})"
         f" | positions run {interval.positions_run}/{interval.positions_dense} ({share['regate/positions-run']:.1%})"
         f" | dense-equivalent {share['regate/dense-equivalent']:.1%}"
         f" (all steps {ratios(total)['regate/dense-equivalent']:.1%})"
-        f"{_balance(interval)}"
+        f"{work}{_balance(interval)}"
         f" | per step: planning {interval.planning_ms / steps:.1f} ms, teacher {interval.teacher_ms / steps:.1f} ms"
         f"{fallback}"
     )

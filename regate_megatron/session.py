@@ -19,7 +19,7 @@ from regate_megatron.batches import BatchAdapter, MicrobatchFacts, adapter_for
 from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import ReGateError, refuse
 from regate_megatron.hooks import CurrentMicrobatch, DecoderHook, Layout, LossHook, ShardedPlan, shard_plan
-from regate_megatron.metrics import Counters, Trace, count_step
+from regate_megatron.metrics import Counters, Trace, count_plan, count_step
 from regate_megatron.plan import StepPlan, share_plan
 from regate_megatron.planner import Planner
 from regate_megatron.schedule import Phase, phase_of
@@ -46,6 +46,7 @@ class Session:
         self.hooks: list[Any] = []
         self.step = 0
         self.totals, self.interval = Counters(), Counters()
+        self.work_to_report = Counters()  # what a FLOP count asked for now should speak of
         self.phase = "warmup"
         self.reference: ReferenceLosses | None = None
         self.counts_own_steps = True
@@ -134,16 +135,14 @@ class Session:
             seconds += time.perf_counter() - start
         teacher_seconds = self.reference.seconds - teacher_before if self.reference else 0.0
         seconds -= teacher_seconds
-        counters = Counters(steps=1)
+        layers = {
+            "num_layers": self.language_models[0].config.num_layers,
+            "dense_layers": self.config.dense_layers,
+        }
+        counters, self.work_to_report = Counters(steps=1), count_plan(plan, **layers)
         if self.planner:
-            counters = count_step(
-                facts,
-                plan,
-                num_layers=self.language_models[0].config.num_layers,
-                dense_layers=self.config.dense_layers,
-                fallback=fallback,
-                balance=self.planner.balance if plan.is_sparse else None,
-            )
+            balance = self.planner.balance if plan.is_sparse else None
+            counters = count_step(facts, plan, **layers, fallback=fallback, balance=balance)
         counters.planning_ms, counters.teacher_ms = round(1000 * seconds), round(1000 * teacher_seconds)
         losses: list[torch.Tensor] = []
         result = self._run_schedule(schedule, arguments, batches, plan, losses)

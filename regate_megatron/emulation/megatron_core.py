@@ -8,6 +8,7 @@ megatron.training, its ``initialize._warmup_jit_function``.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib
@@ -74,11 +75,11 @@ def _patch_hybrid_norm() -> None:
     """The final norm of a hybrid stack is Transformer Engine's by name, whatever norms its spec asks for."""
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    try:
-        from megatron.core.models.hybrid import hybrid_block
-    except ImportError:  # before 0.18
-        return
-    hybrid_block.TENorm = WrappedTorchNorm
+    for name in ("megatron.core.models.hybrid.hybrid_block", "megatron.core.ssm.mamba_block"):
+        with contextlib.suppress(ImportError):  # one of the two, by version
+            module = importlib.import_module(name)
+            if hasattr(module, "TENorm"):
+                module.TENorm = WrappedTorchNorm
 
 
 def _patch_transformer_engine() -> None:

@@ -9,6 +9,7 @@ touched; :func:`uninstall` restores them.
 - ``train_step``: tells which steps counted (not skipped, not replayed).
 - ``training_log``: one line and scalars per log interval.
 - ``train`` and ``save_checkpoint_and_time``: what waits to be written goes to disk with a checkpoint and at the end.
+- ``num_floating_point_operations``: counts what ran, see :mod:`.flops`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from regate_megatron.api import attach, session_of, wrap_forward_backward
 from regate_megatron.checkpoint import save_language_model
 from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig, add_arguments, parse_command_line
 from regate_megatron.errors import ReGateError, one_line_refusals, one_line_refusals_from_now_on, refuse
+from regate_megatron.integrations.flops import share_of_dense
 from regate_megatron.metrics import Counters, log_line, ratios, reduce_counters
 from regate_megatron.session import Session
 from regate_megatron.teacher.source import TEACHER_FOLDER, hash_of_tokenizer, teacher_of_resumed_run
@@ -43,6 +45,7 @@ def install(config: ReGateConfig) -> None:
         "setup_model_and_optimizer": lambda inner: _attach_after(inner, config, session),
         "get_forward_backward_func": lambda inner: _wrap_schedule_of(inner),
         "train_step": lambda inner: _count_steps(inner, session),
+        "num_floating_point_operations": lambda inner: _count_real_work(inner, session),
         "training_log": lambda inner: _log_after(inner, session),
         "save_checkpoint_and_time": lambda inner: _flush_after(inner, session),
         "train": lambda inner: _flush_after(inner, session),
@@ -90,10 +93,20 @@ def add_flags() -> None:
 
     @functools.wraps(inner)
     def add_megatron_arguments(parser: Any, *args: Any, **kwargs: Any) -> Any:
-        return add_arguments(inner(parser, *args, **kwargs))
+        return add_arguments(_with_printable_help(inner(parser, *args, **kwargs)))
 
     setattr(add_megatron_arguments, _MARK, True)
     arguments.add_megatron_arguments = add_megatron_arguments
+
+
+def _with_printable_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Help texts with a lone % (core 0.18.2, 0.19.0 and 0.20-dev have one) would end ``--help`` in a traceback."""
+    for action in parser._actions:
+        try:
+            (action.help or "") % {**vars(action), "prog": parser.prog}
+        except (ValueError, TypeError, KeyError):
+            action.help = action.help.replace("%", "%%")
+    return parser
 
 
 def check_flags(flags: Sequence[str], config: ReGateConfig) -> None:
@@ -176,33 +189,63 @@ def _count_steps(inner: Callable[..., Any], sessions: list[Session]) -> Callable
     return train_step
 
 
+def _count_real_work(inner: Callable[..., Any], sessions: list[Session]) -> Callable[..., Any]:
+    def num_floating_point_operations(args: Any, *rest: Any, **kwargs: Any) -> Any:
+        work = sessions[0].work_to_report if sessions else Counters()
+        return inner(args, *rest, **kwargs) * share_of_dense(inner, args, work)
+
+    return num_floating_point_operations
+
+
 def _log_after(inner: Callable[..., Any], sessions: list[Session]) -> Callable[..., Any]:
     signature = inspect.signature(inner)
 
     def training_log(*args: Any, **kwargs: Any) -> Any:
-        from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
+        from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, training
         from megatron.training.utils import print_rank_last
 
+        bound = signature.bind(*args, **kwargs).arguments
+        iteration, session, interval = bound["iteration"], sessions[0], None
+        ends_interval = iteration % get_args().log_interval == 0
+        if session.interval.steps and (ends_interval or bound.get("is_first_iteration")):
+            # Before Megatron's own line, which divides the interval's FLOPs by its time.
+            interval = session.work_to_report = reduce_counters(session.interval, session.topology)
         result = inner(*args, **kwargs)
-        iteration, session = signature.bind(*args, **kwargs).arguments["iteration"], sessions[0]
-        if iteration % get_args().log_interval == 0 and session.interval.steps:
-            report(session, iteration, print_rank_last, get_tensorboard_writer(), get_wandb_writer())
+        if interval and ends_interval:
+            flops = share_of_dense(training.num_floating_point_operations.__wrapped__, get_args(), interval)
+            writers = get_tensorboard_writer(), get_wandb_writer()
+            report(session, iteration, print_rank_last, *writers, interval=interval, flops=flops)
         return result
 
     return training_log
 
 
-def report(session: Session, iteration: int, say: Callable[[str], None], tensorboard: Any, wandb: Any) -> None:
-    """Tell what ran since the last report: a line, and scalars where there is a writer. All ranks call this."""
-    interval = reduce_counters(session.interval, session.topology)
+def report(
+    session: Session,
+    iteration: int,
+    say: Callable[[str], None],
+    tensorboard: Any,
+    wandb: Any,
+    *,
+    interval: Counters | None = None,
+    flops: float | None = None,
+) -> None:
+    """Tell what ran since the last report: a line, and scalars where there is a writer. All ranks call this.
+
+    Args:
+        interval: the reduced counters, where the caller has them already.
+        flops: the share of dense FLOPs that ran, where the framework counts them.
+    """
+    interval = interval or reduce_counters(session.interval, session.topology)
     total = reduce_counters(session.totals, session.topology)
     session.interval = Counters()
-    say(log_line(iteration, session.phase, interval, total))
+    say(log_line(iteration, session.phase, interval, total, flops=flops))
+    values = ratios(interval) | ({} if flops is None else {"regate/flops": flops})
     if tensorboard:
-        for name, value in ratios(interval).items():
+        for name, value in values.items():
             tensorboard.add_scalar(name, value, iteration)
     if wandb:
-        wandb.log(ratios(interval), iteration)
+        wandb.log(values, iteration)
 
 
 def _flush_after(inner: Callable[..., Any], sessions: list[Session]) -> Callable[..., Any]:

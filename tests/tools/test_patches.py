@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import os
 import py_compile
 import shutil
 import sys
@@ -10,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.scripts.checkouts import HOW, found
+
 APPLY = Path(__file__).resolve().parents[2] / "patches" / "apply.py"
-TAG, SCRIPT = "core_v0.19.0", "pretrain_vlm.py"
+TAGS = ("core_v0.17.1", "core_v0.18.2", "core_v0.19.0")
+SCRIPT = "pretrain_vlm.py"  # the one looked at in tests of a single script
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +25,27 @@ def patches():
     return module
 
 
+@pytest.fixture(params=TAGS)
+def tag(request):
+    """The tag of :func:`checkout`."""
+    return request.param
+
+
 @pytest.fixture
-def checkout(patches, tmp_path):
-    """A folder with the scripts of the tag, copied from MEGATRON_LM_DIR."""
-    script = Path(os.environ.get("MEGATRON_LM_DIR", "")) / SCRIPT
-    before = {one.before for one in patches.known_patches() if one.tag == TAG}
-    if not script.is_file() or hashlib.sha256(script.read_bytes()).hexdigest() not in before:
-        pytest.skip(f"MEGATRON_LM_DIR names no Megatron-LM checkout of {TAG}")
-    shutil.copy(script, tmp_path / SCRIPT)
-    return tmp_path
+def checkout(patches, tag, tmp_path):
+    """A folder with the scripts of the tag, copied from one of MEGATRON_LM_DIRS."""
+    of_tag = [one for one in patches.known_patches() if one.tag == tag]
+    for source in found():
+        scripts = [source.path / one.script for one in of_tag]
+        if all(s.is_file() and _sha256(s) == one.before for s, one in zip(scripts, of_tag, strict=True)):
+            for script in scripts:
+                shutil.copy(script, tmp_path / script.name)
+            return tmp_path
+    pytest.skip(f"no checkout of {tag}: {HOW}")
+
+
+def _sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _refusal(patches, capsys, command, checkout):
@@ -42,24 +56,26 @@ def _refusal(patches, capsys, command, checkout):
     return lines[0]
 
 
-def test_apply_adds_one_call_and_revert_gives_the_original_bytes(patches, checkout, capsys):
-    script = checkout / SCRIPT
-    script.chmod(0o755)
-    original = script.read_bytes()
+def test_apply_adds_one_call_and_revert_gives_the_original_bytes(patches, tag, checkout, capsys):
+    scripts = [checkout / one.script for one in patches.known_patches() if one.tag == tag]
+    assert len(scripts) == 3
+    originals = [script.read_bytes() for script in scripts]
+    scripts[0].chmod(0o755)
     assert patches.main(["check", str(checkout)]) == 0
-    assert f"{TAG}, not patched" in capsys.readouterr().out
+    assert capsys.readouterr().out.count(f"{tag}, not patched") == 3
     assert patches.main(["apply", str(checkout)]) == 0
-    content = script.read_text()
-    assert content.count("megatron_lm.install_from_argv()") == 1
-    _, main_block = content.split('if __name__ == "__main__":')
-    assert main_block.index("install_from_argv") < main_block.index("parse_and_validate_args")
-    py_compile.compile(str(script), cfile=str(checkout / "compiled"), doraise=True)
-    assert script.stat().st_mode & 0o777 == 0o755
+    for script in scripts:
+        content = script.read_text()
+        assert content.count("megatron_lm.install_from_argv()") == 1
+        _, main_block = content.split('if __name__ == "__main__":')
+        assert main_block.index("install_from_argv") < main_block.index("    pretrain(")
+        py_compile.compile(str(script), cfile=str(checkout / "compiled"), doraise=True)
+    assert scripts[0].stat().st_mode & 0o777 == 0o755
     capsys.readouterr()
     assert patches.main(["check", str(checkout)]) == 0
-    assert f"{TAG}, patched" in capsys.readouterr().out
+    assert capsys.readouterr().out.count(f"{tag}, patched") == 3
     assert patches.main(["revert", str(checkout)]) == 0
-    assert script.read_bytes() == original
+    assert [script.read_bytes() for script in scripts] == originals
 
 
 def test_twice_is_as_good_as_once(patches, checkout, capsys):
@@ -76,11 +92,11 @@ def test_twice_is_as_good_as_once(patches, checkout, capsys):
 
 
 @pytest.mark.parametrize("command", ["check", "apply", "revert"])
-def test_a_script_with_other_content_is_refused_and_left_alone(patches, checkout, capsys, command):
+def test_a_script_with_other_content_is_refused_and_left_alone(patches, tag, checkout, capsys, command):
     script = checkout / SCRIPT
     script.write_bytes(script.read_bytes() + b"\n# ours\n")
     content = script.read_bytes()
-    assert TAG in _refusal(patches, capsys, command, checkout)
+    assert tag in _refusal(patches, capsys, command, checkout)
     assert script.read_bytes() == content
 
 

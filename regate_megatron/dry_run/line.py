@@ -1,0 +1,77 @@
+"""A launch line, taken apart."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from regate_megatron.errors import refuse
+
+USAGE = "python -m regate_megatron dry-run [--nproc N] [--max-ranks N] [--timeout S] torchrun … SCRIPT <flags>"
+
+
+@dataclass(frozen=True)
+class LaunchLine:
+    """What a launch line asks for.
+
+    Attributes:
+        script: path of the training script.
+        flags: the script's own flags.
+        num_ranks: ranks of the cluster.
+        max_ranks: most ranks to start here; None: as many as memory holds.
+        timeout_s: seconds after which the run is ended.
+    """
+
+    script: str
+    flags: list[str]
+    num_ranks: int
+    max_ranks: int | None
+    timeout_s: float
+
+
+def parse_line(words: list[str]) -> LaunchLine:
+    """Take a launch line apart.
+
+    Raises:
+        ReGateError: no script, no such file, or a number of ranks that is not said.
+    """
+    parser = argparse.ArgumentParser(prog="dry-run", add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--nproc", type=int)
+    parser.add_argument("--max-ranks", type=int)
+    parser.add_argument("--timeout", type=float, default=900.0)
+    parser.add_argument("line", nargs=argparse.REMAINDER)
+    try:
+        own = parser.parse_args(words)
+    except (argparse.ArgumentError, SystemExit) as error:
+        raise refuse("dry-run", given=error, allowed=USAGE, change="the command") from None
+    line, num_ranks = own.line, own.nproc
+    if line and Path(line[0]).name == "torchrun":
+        line, ranks_of_line = _torchrun(line[1:])
+        num_ranks = num_ranks or ranks_of_line
+    line = line[2:] if line[:2] == ["-m", "regate_megatron"] else line
+    line = line[1:] if line[:1] == ["--cpu"] else line
+    if not line or not Path(line[0]).is_file():
+        raise refuse("dry-run", given=line[0] if line else "no script", allowed=USAGE, change="the script's path")
+    if num_ranks is None or num_ranks < 1:
+        raise refuse(
+            "dry-run", given=f"{num_ranks} ranks", allowed="1 or more", change="--nproc to the cluster's ranks"
+        )
+    return LaunchLine(line[0], line[1:], num_ranks, own.max_ranks, own.timeout)
+
+
+def _torchrun(words: list[str]) -> tuple[list[str], int | None]:
+    """The words after torchrun's own options, and the ranks those options ask for."""
+    from torch.distributed.run import get_args_parser
+
+    try:
+        options = get_args_parser().parse_args(words)
+    except SystemExit:
+        raise refuse("dry-run", given="options torchrun does not know", allowed=USAGE, change="the line") from None
+    module = ["-m", options.training_script] if options.module else [options.training_script]
+    try:
+        nodes = int(str(options.nnodes).split(":")[-1])
+        num_ranks = nodes * int(options.nproc_per_node)
+    except ValueError:  # "gpu", "auto": as many as that machine has
+        num_ranks = None
+    return [*module, *options.training_script_args], num_ranks

@@ -1,0 +1,60 @@
+"""Clusters' launch lines of NVIDIA's scripts, and the recipes', pass the dry run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch import ROOT
+from tests.scripts.checkouts import parameters
+
+pytestmark = pytest.mark.parametrize("checkout", parameters())
+LLAMA = """--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --group-query-attention
+ --num-query-groups 8 --seq-length 8192 --max-position-embeddings 8192 --micro-batch-size 1 --global-batch-size 256
+ --train-samples 1000000 --lr 3e-4 --lr-decay-style cosine --lr-warmup-samples 1000 --bf16 --swiglu
+ --normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights --position-embedding-type rope
+ --tokenizer-type HuggingFaceTokenizer --tokenizer-model no/such-model --data-path 0.3 /no/a 0.7 /no/b --split 99,1,0
+ --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer
+ --overlap-grad-reduce --overlap-param-gather --recompute-granularity full --recompute-method uniform
+ --recompute-num-layers 1 --save /no/folder --load /no/folder --save-interval 500 --eval-interval 1000 --eval-iters 10
+ --tensorboard-dir /no/folder --attention-dropout 0 --hidden-dropout 0 --regate --regate-teacher-load /no/teacher
+ --regate-trace /no/trace""".split()
+
+
+def _tried(command: list[str], **variables: str) -> str:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # the recipes say `python`
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, **variables}
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert run.stdout.rstrip().endswith("[dry run] ok") and "2 sparse steps" in run.stdout
+    return run.stdout
+
+
+def test_a_cluster_line_passes_a_dry_run(checkout):
+    line = ["torchrun", "--nnodes", "4", "--nproc-per-node", "8", "-m", "regate_megatron"]
+    script = checkout.script("pretrain_gpt.py")
+    said = _tried([sys.executable, "-m", "regate_megatron", "dry-run", "--max-ranks", "4", *line, script, *LLAMA])
+    assert (
+        "TP2 PP2 DP8" in said and "num-layers 32 -> 2" in said and "an evaluation, a sparse step, a checkpoint" in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("recipe", "precision"), [("llava_8b.sh", "bf16"), ("llava_8b.sh", "fp8"), ("slurm.sbatch", "bf16")]
+)
+def test_a_recipe_passes_its_dry_run(checkout, recipe, precision):
+    sizes = {"TP": "2", "PP": "2"} if recipe == "slurm.sbatch" else {}
+    said = _tried(
+        ["bash", f"examples/recipes/{recipe}"],
+        MEGATRON=str(checkout.path),
+        DRY_RUN="1",
+        DRY_RUN_FLAGS="--max-ranks 4",
+        PRECISION=precision,
+        **{"CACHE": "", **sizes},
+    )
+    assert "ReGATE on LLaVAModel" in said
+    assert ("FP8 to the precision beside it" in said) == (precision == "fp8")
