@@ -24,8 +24,8 @@ def flag_table() -> str:
     for field in dataclasses.fields(ReGateConfig):
         choices = field.metadata["choices"]
         value = "{" + ",".join(choices) + "}" if choices else field.metadata["metavar"] or ""
-        name = f"`{flag(field.name)}{' ' + value if value and field.name != 'enabled' else ''}`".replace("|", "\\|")
-        default = "off" if field.name == "enabled" else "none" if field.default is None else field.default
+        name = f"`{flag(field.name)}{' ' + value if value else ''}`".replace("|", "\\|")
+        default = "off" if isinstance(field.default, bool) else "none" if field.default is None else field.default
         lines.append(f"| {name} | {default} | {field.metadata['help'].replace('|', chr(92) + '|')} |")
     return "\n".join(lines)
 

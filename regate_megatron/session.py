@@ -42,7 +42,7 @@ class Session:
         self.phase = "warmup"
         self.reference: ReferenceLosses | None = None
         self.counts_own_steps = True
-        self._dense_until = 0
+        self.dense_until = 0
         self._pending: _Pending | None = None
         self._teacher_source: tuple[Any, LanguageModelCheckpoint | None, int | None] | None = None
         self._is_prepared = False
@@ -95,12 +95,18 @@ class Session:
         self._is_prepared = True
 
     def resume(self, step: int) -> None:
-        """Continue a run of which ``step`` steps are done: what difficulty has learned is not there yet, so the next
-        ``dense_steps`` steps (one at least) run dense and refresh it.
+        """Continue a run of which ``step`` steps are done, of which nothing learned is left: the next ``dense_steps``
+        steps (one at least) run dense and refresh difficulty.
         """
         self.step = step
         if self.config.learns:
-            self._dense_until = step + max(1, self.config.dense_steps)
+            self.dense_until = step + max(1, self.config.dense_steps)
+        if self.trace:
+            self.trace.continues = True
+
+    def restore(self, step: int, dense_until: int, totals: Counters) -> None:
+        """Continue a run of which ``step`` steps are done, with what it had learned and counted."""
+        self.step, self.dense_until, self.totals = step, dense_until, totals
         if self.trace:
             self.trace.continues = True
 
@@ -136,7 +142,7 @@ class Session:
             cycle_steps=self.config.cycle_steps,
             dense_steps=self.config.dense_steps,
         )
-        return "dense" if phase == "sparse" and self.step < self._dense_until else phase
+        return "dense" if phase == "sparse" and self.step < self.dense_until else phase
 
     def _gather(self, arguments: dict[str, Any]) -> tuple[list[list[Any] | None], list[MicrobatchFacts] | None, float]:
         """Pull this step's batches and read them on the planner; returns both and the seconds of reading.

@@ -26,6 +26,8 @@ FLAGS = {  # a change here breaks users' scripts
     "--regate-teacher-load": None,
     "--regate-teacher-visual": "drop",
     "--regate-reference-cache": None,
+    "--regate-difficulty-memory": 4.0,
+    "--regate-reset-difficulty": False,
     "--regate-trace": None,
     "--regate-seed": 1234,
 }
