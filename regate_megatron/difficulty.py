@@ -143,6 +143,14 @@ class DifficultyStore:
         self._take_in(torch.cat(route.asked_DX3).numpy(), loss_X, step)
         self.records.evict()
 
+    def describe(self) -> str:
+        """One line: how much this planner remembers, and has forgotten."""
+        held = self.records
+        return (
+            f"difficulty: {held.num_targets:,} targets in {len(held):,} samples, {held.bytes_used / 1e9:.3g} of"
+            f" {held.limit_bytes / 1e9:g} GB, {held.evicted_samples:,} samples evicted"
+        )
+
     def _take_in(self, rows_N3: np.ndarray, loss_X: np.ndarray, step: int) -> None:
         _, same_N = np.unique(rows_N3, axis=0, return_inverse=True)
         turn_N = _occurrence(same_N.reshape(-1))

@@ -219,6 +219,8 @@ class Session:
         """What is attached where, one line per hook."""
         lines = [f"regate on data-parallel rank {self.topology.dp_rank}" + (", planner" if self.planner else "")]
         lines += [hook.describe() for hook in self.hooks]
+        if self.planner:
+            lines.append(self.planner.difficulty.describe())
         if self.reference is not None:
             lines.append(self.reference.describe())
         return "\n".join(lines)

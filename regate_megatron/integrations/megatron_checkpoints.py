@@ -26,8 +26,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from regate_megatron.checkpoint import saved_arguments
+from regate_megatron.errors import refuse
 from regate_megatron.session import Session
 from regate_megatron.state import STATE_FOLDER, StateSave, has_state, load_state
+from regate_megatron.topology import agree_on_error
 
 _ASIDE = "regate_incomplete_"
 
@@ -126,16 +129,17 @@ def restore(session: Session, options: Any) -> str | None:
     All ranks call this, once weights are loaded.
 
     Raises:
-        ReGateError: the saved state is damaged; on every rank.
+        ReGateError: the saved state is damaged, or missing from a checkpoint of a ReGATE run; on every rank.
     """
     if not options.iteration:
         return None
-    folder = None if session.config.reset_difficulty else _find_state(session, options)
+    reset = session.config.reset_difficulty
+    folder = None if reset else _find_state(session, options)
     if folder is not None:
         what = load_state(session, folder)
     else:
-        why = "--regate-reset-difficulty" if session.config.reset_difficulty else "the checkpoint holds none"
-        what = f"difficulty starts empty ({why})" + ("; dense steps come first" if session.config.learns else "")
+        what = "difficulty starts empty (" + ("--regate-reset-difficulty)" if reset else "the checkpoint holds none)")
+        what += "; dense steps come first" if session.config.learns else ""
         session.resume(options.iteration)
     return f"[regate] resumed at iteration {options.iteration}: {what}"
 
@@ -148,7 +152,26 @@ def _find_state(session: Session, options: Any) -> Path | None:
         folder = Path(get_checkpoint_name(str(root), options.iteration, return_base_dir=True)) / STATE_FOLDER
         if has_state(folder, session.topology):
             return folder
+        _check_plain(folder.parent, session)
     return None
+
+
+def _check_plain(iteration: Path, session: Session) -> None:
+    """Refuse a checkpoint whose own arguments say that ReGATE was on: its folder got lost. All ranks call this.
+
+    Megatron's legacy format keeps its arguments in a pickle, which is not read here.
+    """
+    error = None
+    if dist.get_rank() == 0 and iteration.is_dir() and getattr(saved_arguments(iteration), "regate", False):
+        error = str(
+            refuse(
+                "saved difficulty",
+                given=f"{iteration} of a run with --regate, without its folder {STATE_FOLDER}",
+                allowed="the complete checkpoint as it was saved",
+                change="the copy, or add --regate-reset-difficulty to start with empty difficulty",
+            )
+        )
+    agree_on_error(error, session.topology)
 
 
 def _save_folder(options: Any, *, is_non_persistent: bool) -> Path | None:
