@@ -176,7 +176,9 @@ def load_state(session: Session, folder: Path) -> str:
     agree_on_error(error, session.topology)
     if session.planner:
         session.planner.difficulty.records, session.planner.prior = learned
-    totals = Counters(**manifest["totals"]) if session.topology.dp_rank == 0 else Counters()
+    names = {field.name for field in dataclasses.fields(Counters)}
+    totals = Counters(**{name: count for name, count in manifest["totals"].items() if name in names})
+    totals = totals if session.topology.dp_rank == 0 else Counters()  # they are summed over replicas
     session.restore(manifest["step"], manifest["dense_until"], totals)
     if session.config.learns and not manifest["learns"]:
         session.resume(manifest["step"])
@@ -194,9 +196,7 @@ def _read(folder: Path, manifest: dict[str, Any], session: Session) -> tuple[Rec
     rank, size = session.topology.dp_rank, session.topology.dp_size
     files = [FileFacts(**facts) for facts in manifest["difficulty"]]
     records = Records(session.planner.difficulty.records.limit_bytes)
-    # A key k lies in file k mod F and belongs to planner k mod D: only files equal to this rank mod gcd(F, D) hold any.
-    step = math.gcd(len(files), size)
-    for index in range(rank % step, len(files), step):
+    for index in files_to_read(rank, size, len(files)):
         path = folder / records_name(index)
         for saved in read_records(path, files[index], lambda key_N2: key_N2[:, 0] % size == rank):
             records.append(saved.key_N2, saved.count_N, saved.seen_N, saved.value_X)
@@ -206,6 +206,15 @@ def _read(folder: Path, manifest: dict[str, Any], session: Session) -> tuple[Rec
     prior.mean_V, prior.is_seen_V = mean_V.nan_to_num(0.0), ~mean_V.isnan()
     prior.overall, prior.any_seen = manifest["prior"]["overall"], manifest["prior"]["any_seen"]
     return records, prior
+
+
+def files_to_read(rank: int, size: int, num_files: int) -> range:
+    """The files of another run that can hold samples of planner ``rank`` of ``size``.
+
+    A key k lies in file k mod F and belongs to planner k mod D: the two are equal mod gcd(F, D).
+    """
+    step = math.gcd(num_files, size)
+    return range(rank % step, num_files, step)
 
 
 def _settings(config: Any) -> dict[str, Any]:

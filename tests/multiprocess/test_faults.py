@@ -85,9 +85,10 @@ def test_nan_on_one_replica_makes_the_step_dense_on_all_and_leaves_the_store_fin
         assert {one["iteration"] for one in records if one["fallback"]} == {5}
         assert all(one["kept_length"] == 32 for one in records if one["fallback"])
     assert run.output.count("| 1 steps ran dense (non-finite)") == 1
-    values = _values(_state(tmp_path, STEPS))
-    assert len(values) and not np.isinf(values).any()
-    assert np.isnan(values).mean() == pytest.approx(2 / 32, abs=1e-9)  # positions 3 and 7, seen by nobody
+    values_N32 = _values(_state(tmp_path, STEPS)).reshape(-1, 32)  # every position is a target
+    assert len(values_N32) and not np.isinf(values_N32).any()
+    assert np.isnan(values_N32[:, [3, 7]]).all() and np.isfinite(values_N32[:, 8]).any()
+    assert np.nanmax(values_N32[:, 11]) == np.finfo(np.float16).max  # a loss beyond what float16 holds
 
 
 def test_a_slow_planner_delays_and_nothing_else(runs, calm, tmp_path):
@@ -103,7 +104,7 @@ def test_a_slow_planner_delays_and_nothing_else(runs, calm, tmp_path):
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_killed_in_a_save_a_run_continues_from_the_last_complete_state(runs, tmp_path, kind):
     """Ten kills at random moments of a save, each followed by a restart: the state loaded is the one that was saved."""
-    steps, random_moment = 48, random.Random(7)
+    steps, random_moment = 120, random.Random(7)
     more = ["--train-iters", steps, "--save-interval", 2, *FORMATS[kind]]
     calm, ours = tmp_path / "calm", tmp_path / "ours"
     ours.mkdir()
@@ -111,8 +112,9 @@ def test_killed_in_a_save_a_run_continues_from_the_last_complete_state(runs, tmp
     tracker, moments = ours / "latest_checkpointed_iteration.txt", []
     for _ in range(10):
         done = int(tracker.read_text()) if tracker.exists() else 0
-        save = ours / f"regate_incomplete_{done + 2 * random_moment.choice((1, 2)):07d}"
-        kill = [str(save), random_moment.uniform(0.0, 0.25 if kind == "sync" else 0.6)]
+        saves = [ours / f"regate_incomplete_{done + ahead:07d}" for ahead in (2, 4)]
+        save = random_moment.choice([path for path in saves if not path.exists()])  # the last kill may have left one
+        kill = [str(save), random_moment.uniform(0.0, 0.1 if kind == "sync" else 0.25)]
         run = train(runs, 2, ours, "--load", ours, *more, teacher=False, ok=None, kill=kill)
         assert -9 in run.codes, run.output[-3000:]
         now = int(tracker.read_text()) if tracker.exists() else 0

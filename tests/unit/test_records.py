@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from regate_megatron.errors import ReGateError
 from regate_megatron.records import BYTES_PER_SAMPLE, Records
+from regate_megatron.state import files_to_read
 from regate_megatron.state_files import (
     FileFacts,
     read_array,
@@ -147,6 +148,14 @@ def test_readers_of_any_number_share_what_was_saved(tmp_path, size):
     parts = [_content(_loaded(tmp_path, facts, rank=rank, size=size)) for rank in range(size)]
     assert sum(map(len, parts)) == len(records)
     assert sorted(repr(item) for part in parts for item in part.items()) == sorted(map(repr, _content(records).items()))
+
+
+def test_a_planner_reads_every_file_that_can_hold_its_samples():
+    for num_files in range(1, 9):
+        for size in range(1, 9):
+            holds = {(key % size, key % num_files) for key in range(-200, 200)}
+            read = {(rank, file) for rank in range(size) for file in files_to_read(rank, size, num_files)}
+            assert holds == read  # and none besides
 
 
 def test_a_reloaded_container_forgets_what_the_other_one_does(tmp_path):
