@@ -15,7 +15,7 @@ import torch
 
 from regate_megatron import planner, session, state
 
-_FAULT, _SECONDS = os.environ["TEST_FAULT"], 1.5
+_FAULT, _SECONDS = os.environ["TEST_FAULT"], 0.7
 
 
 def slowly(inner):

@@ -141,6 +141,42 @@ def test_m_is_what_a_dictionary_of_targets_says(decay, history):
         assert record == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
 
 
+def test_a_loss_beyond_the_range_of_float16_stays_finite():
+    store = _store()
+    _update(store, ((1, 2), [1e30, -1e30]))
+    _update(store, ((1, 2), [3e38, 0.0]))
+    assert _fetch(store, ((1, 2), 2)) == [[65504.0, _mean(DECAY, -65504.0, 0.0)]]
+
+
+@pytest.mark.parametrize("loss", [0.01, 0.3, 3.0, 12.0, 20.0])
+def test_rounding_stops_the_average_within_half_a_percent(loss):
+    """The average stands still once it is within ulp / (2·(1-β)) of its goal."""
+    for start in (0.0, 20.0):
+        store = _store()
+        _update(store, ((1, 2), [start]))
+        for _ in range(150):
+            _update(store, ((1, 2), [loss]))
+        (m,), step = _fetch(store, ((1, 2), 1))[0], float(np.spacing(np.float16(loss)))
+        assert abs(m - loss) <= 0.5 * step / (1 - DECAY) + step
+        assert abs(m - loss) <= 0.0055 * loss
+
+
+def test_a_sample_whose_number_of_targets_changed_is_another_sample():
+    store = _store()
+    _update(store, ((1, 2), [4.0, 2.0]))
+    assert _fetch(store, ((1, 2), 3)) == [_about([NAN] * 3)]
+    assert _fetch(store, ((1, 2), 2)) == [[4.0, 2.0]]
+
+
+def test_the_route_of_a_fetch_serves_the_update_of_that_step_only():
+    store = _store()
+    _fetch(store, ((1, 1), 1), ((2, 2), 2), step=4)
+    _update(store, ((1, 1), [1.0]), ((2, 2), [2.0, 3.0]), step=4)
+    _fetch(store, ((1, 1), 1), step=5)
+    _update(store, ((3, 3), [7.0]), step=6)  # step 5 was skipped
+    assert _fetch(store, ((1, 1), 1), ((2, 2), 2), ((3, 3), 1)) == [[1.0], [2.0, 3.0], [7.0]]
+
+
 def _teach(prior: TokenPrior, labels: list[int], losses: list[float]) -> None:
     prior.update(torch.tensor(labels, dtype=torch.int64), torch.tensor(losses, dtype=torch.float64), ALONE)
 
