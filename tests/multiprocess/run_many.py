@@ -78,7 +78,7 @@ def run(job: dict) -> list[int]:
         ranks.append(child)
     codes: dict[int, int] = {}
     now = time.monotonic
-    ends = [now() + job.get("timeout_s", 120)]
+    ends = [now() + job.get("timeout_s", 240)]
     watched, seconds = job.get("kill") or (None, 0)
     while len(codes) < len(ranks):
         for child in ranks:
