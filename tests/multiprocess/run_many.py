@@ -92,11 +92,17 @@ def run(job: dict) -> list[int]:
             ends.append(now() + seconds)
             watched = None
         if now() > min(ends):
-            for child in ranks:
-                with suppress(ProcessLookupError):
-                    os.killpg(child, signal.SIGKILL)
+            kill(ranks)
         time.sleep(0.001 if job.get("kill") else 0.02)
+    kill(ranks)  # what a rank has forked may outlive it: Megatron's queue of written checkpoint files does
     return [codes[child] for child in ranks]
+
+
+def kill(ranks: list[int]) -> None:
+    """End the ranks and whatever they have forked."""
+    for rank in ranks:
+        with suppress(ProcessLookupError):
+            os.killpg(rank, signal.SIGKILL)
 
 
 if __name__ == "__main__":
