@@ -12,15 +12,33 @@ from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import ReGateError
 
 if TYPE_CHECKING:
-    from regate_megatron.api import attach, describe, detach, wrap_forward_backward
+    from regate_megatron.api import (
+        attach,
+        describe,
+        detach,
+        load_state,
+        save_state,
+        step_done,
+        wrap_forward_backward,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["ReGateConfig", "ReGateError", "attach", "describe", "detach", "wrap_forward_backward"]
+__all__ = [
+    "ReGateConfig",
+    "ReGateError",
+    "attach",
+    "describe",
+    "detach",
+    "load_state",
+    "save_state",
+    "step_done",
+    "wrap_forward_backward",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Load the parts that need Megatron only when they are asked for."""
-    if name in ("attach", "describe", "detach", "wrap_forward_backward"):
+    if name in __all__:
         from regate_megatron import api
 
         return getattr(api, name)

@@ -1,8 +1,13 @@
-"""The public verbs: attach ReGATE to model chunks, detach, describe, and wrap a forward-backward function."""
+"""The public verbs: attach ReGATE to model chunks, detach, describe, wrap a forward-backward function; and for loops of
+one's own, count steps, save what was learned and load it again.
+
+Megatron-LM's integration does the latter three by itself.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from regate_megatron import compat
@@ -10,6 +15,8 @@ from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import ReGateError, refuse
 from regate_megatron.metrics import check_trace_folder
 from regate_megatron.session import Session
+from regate_megatron.state import load_state as load_session
+from regate_megatron.state import save_state as save_session
 from regate_megatron.teacher import TeacherSource
 from regate_megatron.teacher.source import find_teacher
 from regate_megatron.topology import agree_on_error, build_topology
@@ -103,7 +110,7 @@ def wrap_forward_backward(schedule: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a forward-backward function of Megatron-Core's schedules.
 
     Training calls on attached models become ReGATE steps; evaluation and other models pass through untouched. A step is
-    counted when the next one begins, unless the framework's integration says so earlier (see :meth:`Session.commit`).
+    counted when the next one begins, or by :func:`step_done` before that.
     """
 
     def forward_backward(**arguments: Any) -> Any:
@@ -116,3 +123,55 @@ def wrap_forward_backward(schedule: Callable[..., Any]) -> Callable[..., Any]:
 
     forward_backward.__wrapped__ = schedule
     return forward_backward
+
+
+def step_done(model_chunks: list[Any], counted: bool = True) -> None:
+    """Say what became of the step that just ran: learn from it, or forget it.
+
+    All ranks call this, after the optimizer; planners exchange losses over their group. A loop that never skips or
+    replays a step can leave it out: the next step then counts the one before.
+
+    Args:
+        counted: False where the optimizer did not step (gradients not finite, a replay): nothing is learned.
+    """
+    session = session_of(model_chunks)
+    if session is not None and counted:
+        session.commit()
+    elif session is not None:
+        session.discard()
+
+
+def save_state(model_chunks: list[Any], folder: str | Path) -> None:
+    """Save what was learned (difficulty, prior, schedule position, totals) into ``folder``, all or nothing.
+
+    All ranks call this between two steps, in step; a step not counted yet is counted. ``folder`` is on a file system
+    that all ranks see; every planner writes its own part, and the folder appears when all parts are on the disk.
+
+    Raises:
+        ReGateError: ReGATE is not attached, or a part could not be written; on every rank.
+    """
+    session = _session_for(model_chunks, "save_state")
+    session.commit()
+    save_session(session, Path(folder))
+
+
+def load_state(model_chunks: list[Any], folder: str | Path) -> str:
+    """Continue from what :func:`save_state` left in ``folder``; another data-parallel size is fine.
+
+    All ranks call this after :func:`attach`, before the first step, in step.
+
+    Returns:
+        one line for the log: how much came back, and which settings differ.
+
+    Raises:
+        ReGateError: ReGATE is not attached, or the folder is missing, incomplete or damaged; on every rank, and nothing
+            has changed.
+    """
+    return load_session(_session_for(model_chunks, "load_state"), Path(folder))
+
+
+def _session_for(model_chunks: list[Any], verb: str) -> Session:
+    session = session_of(model_chunks)
+    if session is None:
+        raise refuse(verb, given="a model without ReGATE", allowed="attached chunks", change="attach first")
+    return session

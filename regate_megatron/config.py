@@ -70,6 +70,12 @@ class ReGateConfig:
     )
     reference_cache: str | None = _option(None, "directory that keeps reference losses between runs", metavar="DIR")
     teacher_offload: bool = _option(False, "keep the teacher's weights in host memory between uses")
+    difficulty_memory: float = _option(
+        4.0,
+        "host memory for difficulty, per data-parallel rank, in 10^9 bytes; the least recently seen go",
+        metavar="GB",
+    )
+    reset_difficulty: bool = _option(False, "resume without the difficulty in the checkpoint, which starts empty")
     trace: str | None = _option(
         None, "directory for one JSON line per microbatch: what was kept and why", metavar="DIR"
     )
@@ -87,6 +93,7 @@ class ReGateConfig:
         if self.length_multiple is not None:
             self._check_number("length_multiple", "an integer of 1 or more", lambda v: v >= 1, "64", True)
         self._check_number("seed", "an integer of 0 or more, below 2**63", lambda v: 0 <= v < 2**63, "1234", True)
+        self._check_number("difficulty_memory", "a finite number above 0 (10^9 bytes)", lambda v: v > 0, "4")
         for field in dataclasses.fields(self):
             choices = field.metadata["choices"]
             if choices and getattr(self, field.name) not in choices:
@@ -165,7 +172,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     for field in dataclasses.fields(ReGateConfig):
         help_text = field.metadata["help"].replace("%", "%%")
         if isinstance(field.default, bool):
-            group.add_argument(flag(field.name), action="store_true", help=help_text)
+            default = "" if field.name == "enabled" else " (default: %(default)s)"
+            group.add_argument(flag(field.name), action="store_true", help=help_text + default)
             continue
         choices, metavar = field.metadata["choices"], field.metadata["metavar"]
         group.add_argument(

@@ -37,7 +37,7 @@ class Planner:
     def __init__(self, config: ReGateConfig, topology: Topology, multiple: int, segment_multiple: int = 1) -> None:
         self.config, self.topology = config, topology
         self.multiple, self.segment_multiple = multiple, segment_multiple
-        self.difficulty = DifficultyStore(config.ema_decay, topology)
+        self.difficulty = DifficultyStore(config.ema_decay, topology, config.difficulty_memory * 1e9)
         self.prior = TokenPrior(config.ema_decay)
         self.balance: Balance | None = None
 
@@ -157,7 +157,7 @@ class Planner:
             losses_N += loss_X.split(one.num_target_N.tolist())
             labels.append(one.label_BS[one.is_target_BS])
             values.append(loss_X.double())
-        self.difficulty.update(torch.cat([one.difficulty_key_N2 for one in facts]), losses_N)
+        self.difficulty.update(torch.cat([one.difficulty_key_N2 for one in facts]), losses_N, plan.step)
         if is_dense:
             label_X, loss_X = torch.cat(labels), torch.cat(values)
             finite_X = loss_X.isfinite()
@@ -174,7 +174,7 @@ class Planner:
             ]
         num_target_N = torch.cat([f.num_target_N for f in facts])
         if self.config.learns:
-            records = self.difficulty.fetch(torch.cat([f.difficulty_key_N2 for f in facts]), num_target_N)
+            records = self.difficulty.fetch(torch.cat([f.difficulty_key_N2 for f in facts]), num_target_N, step)
         else:
             records = [torch.full((count,), torch.nan) for count in num_target_N.tolist()]
         scores, sample = [], 0

@@ -50,7 +50,7 @@ class Session:
         self.phase = "warmup"
         self.reference: ReferenceLosses | None = None
         self.counts_own_steps = True
-        self._dense_until = 0
+        self.dense_until = 0
         self._pending: _Pending | None = None
         self._teacher_source: TeacherSource | None = None
         self._is_prepared = False
@@ -109,12 +109,18 @@ class Session:
         self._is_prepared = True
 
     def resume(self, step: int) -> None:
-        """Continue a run of which ``step`` steps are done: what difficulty has learned is not there yet, so the next
-        ``dense_steps`` steps (one at least) run dense and refresh it.
+        """Continue a run of which ``step`` steps are done, of which nothing learned is left: the next ``dense_steps``
+        steps (one at least) run dense and refresh difficulty.
         """
         self.step = step
         if self.config.learns:
-            self._dense_until = step + max(1, self.config.dense_steps)
+            self.dense_until = step + max(1, self.config.dense_steps)
+        if self.trace:
+            self.trace.continues = True
+
+    def restore(self, step: int, dense_until: int, totals: Counters) -> None:
+        """Continue a run of which ``step`` steps are done, with what it had learned and counted."""
+        self.step, self.dense_until, self.totals = step, dense_until, totals
         if self.trace:
             self.trace.continues = True
 
@@ -158,7 +164,7 @@ class Session:
             cycle_steps=self.config.cycle_steps,
             dense_steps=self.config.dense_steps,
         )
-        return "dense" if phase == "sparse" and self.step < self._dense_until else phase
+        return "dense" if phase == "sparse" and self.step < self.dense_until else phase
 
     def score_only(self, arguments: dict[str, Any]) -> None:
         """Have the reference losses of a step's batches in the store, and run nothing else. All ranks call this."""
@@ -241,6 +247,8 @@ class Session:
         """What is attached where, one line per hook."""
         lines = [f"regate on data-parallel rank {self.topology.dp_rank}" + (", planner" if self.planner else "")]
         lines += [hook.describe() for hook in self.hooks]
+        if self.planner:
+            lines.append(self.planner.difficulty.describe())
         if self.reference is not None:
             lines.append(self.reference.describe())
         return "\n".join(lines)

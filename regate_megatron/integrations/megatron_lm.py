@@ -1,4 +1,4 @@
-"""Megatron-LM's training loop: functions of ``megatron.training.training``, wrapped where the loop looks them up.
+"""Megatron-LM's training loop: functions of ``megatron.training``, wrapped where the loop looks them up.
 
 ``pretrain`` offers no hook between loading a checkpoint and the first step, and none around a step, so symbols are
 patched: the narrowest late-bound ones, in the module whose globals ``pretrain`` and ``train`` read. Nothing else is
@@ -10,6 +10,7 @@ touched; :func:`uninstall` restores them.
 - ``training_log``: one line and scalars per log interval.
 - ``train`` and ``save_checkpoint_and_time``: what waits to be written goes to disk with a checkpoint and at the end.
 - ``num_floating_point_operations``: counts what ran, see :mod:`.flops`.
+- ``save_checkpoint`` and two of ``megatron.training.checkpointing``: see :mod:`.megatron_checkpoints`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from regate_megatron.checkpoint import save_language_model
 from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig, add_arguments, parse_command_line
 from regate_megatron.errors import ReGateError, one_line_refusals, one_line_refusals_from_now_on, refuse
 from regate_megatron.integrations.flops import share_of_dense
+from regate_megatron.integrations.megatron_checkpoints import CheckpointState, restore
 from regate_megatron.metrics import Counters, log_line, ratios, reduce_counters
 from regate_megatron.session import Session
 from regate_megatron.teacher.source import TEACHER_FOLDER, hash_of_tokenizer, teacher_of_resumed_run
@@ -37,11 +39,12 @@ _MARK = "_regate"
 
 def install(config: ReGateConfig) -> None:
     """Wrap the functions; a second call replaces the settings of the first (in-process restart)."""
-    from megatron.training import training
+    from megatron.training import checkpointing, training
 
     uninstall()
     session: list[Session] = []
-    wrappers: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    state = CheckpointState(session)
+    in_training = {
         "setup_model_and_optimizer": lambda inner: _attach_after(inner, config, session),
         "get_forward_backward_func": lambda inner: _wrap_schedule_of(inner),
         "train_step": lambda inner: _count_steps(inner, session),
@@ -49,8 +52,14 @@ def install(config: ReGateConfig) -> None:
         "training_log": lambda inner: _log_after(inner, session),
         "save_checkpoint_and_time": lambda inner: _flush_after(inner, session),
         "train": lambda inner: _flush_after(inner, session),
+        "save_checkpoint": state.wrap_save,
     }
-    missing = [name for name in wrappers if not callable(getattr(training, name, None))]
+    in_checkpointing = {
+        "get_checkpoint_tracker_filename": state.wrap_tracker,
+        "schedule_async_save": state.wrap_schedule,
+    }
+    missing = [name for name in in_training if not callable(getattr(training, name, None))]
+    missing += [name for name in in_checkpointing if not callable(getattr(checkpointing, name, None))]
     if missing:
         raise refuse(
             "megatron.training",
@@ -58,14 +67,19 @@ def install(config: ReGateConfig) -> None:
             allowed=f"megatron-core {compat.MEGATRON_CORE}",
             change="the version",
         )
-    loop_globals = training.train.__globals__
+    save_checkpoint = training.save_checkpoint
+    _patch(training, in_training, training.train)
+    _patch(checkpointing, in_checkpointing, save_checkpoint)
+
+
+def _patch(module: Any, wrappers: dict[str, Callable[..., Any]], caller: Callable[..., Any]) -> None:
     for name, wrap in wrappers.items():
-        inner = getattr(training, name)
+        inner = getattr(module, name)
         wrapper = functools.wraps(inner)(wrap(inner))
         setattr(wrapper, _MARK, True)
-        setattr(training, name, wrapper)
-        # The loop must read its globals from the module patched here, or the patch would be for nobody.
-        assert loop_globals[name] is wrapper, f"{name} is bound elsewhere"
+        setattr(module, name, wrapper)
+        # The caller must read its globals from the module patched here, or the patch would be for nobody.
+        assert inspect.unwrap(caller).__globals__[name] is wrapper, f"{name} is bound elsewhere"
 
 
 def install_from_argv() -> None:
@@ -129,11 +143,12 @@ def check_flags(flags: Sequence[str], config: ReGateConfig) -> None:
 
 def uninstall() -> None:
     """Put the original functions back."""
-    from megatron.training import training
+    from megatron.training import checkpointing, training
 
-    for name, value in list(vars(training).items()):
-        if getattr(value, _MARK, False):
-            setattr(training, name, value.__wrapped__)
+    for module in (training, checkpointing):
+        for name, value in list(vars(module).items()):
+            if getattr(value, _MARK, False):
+                setattr(module, name, value.__wrapped__)
 
 
 def _attach_after(inner: Callable[..., Any], config: ReGateConfig, sessions: list[Session]) -> Callable[..., Any]:
@@ -153,12 +168,8 @@ def _attach_after(inner: Callable[..., Any], config: ReGateConfig, sessions: lis
         session = session_of(model)
         session.counts_own_steps = False
         session.prepare(options.micro_batch_size)
-        if options.iteration:
-            session.resume(options.iteration)
-            print_rank_0(
-                f"[regate] resumed at iteration {options.iteration}: difficulty is not saved in this version and "
-                "starts empty; dense steps come first"
-            )
+        if line := restore(session, options):
+            print_rank_0(line)
         keep_teacher(session, options)
         sessions[:] = [session]
         print_rank_0(attached_line(session))

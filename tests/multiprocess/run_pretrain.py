@@ -1,8 +1,11 @@
 """A small Megatron script, as a user has it: GPTModel on mock data through ``megatron.training.pretrain``.
 
-It knows nothing of ReGATE and needs no checkout of Megatron-LM.
+It knows nothing of ReGATE and needs no checkout of Megatron-LM. With TEST_SAMPLES=n the training set is n samples over
+and over: epochs. With TEST_VALIDATE=fatal the loss is validated as pretrain_gpt.py does, so that errors can be
+injected.
 """
 
+import os
 from functools import partial
 
 import torch
@@ -13,6 +16,7 @@ from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.parallel_state import get_tensor_model_parallel_rank, is_pipeline_first_stage, is_pipeline_last_stage
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tensor_parallel import broadcast_data
 from megatron.training import get_args, get_tokenizer, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -34,6 +38,19 @@ def model_provider(pre_process=True, post_process=True, vp_stage=None, config=No
     )
 
 
+class Epochs(torch.utils.data.Dataset):
+    """The first samples of a dataset, again and again."""
+
+    def __init__(self, inner, num_samples):
+        self.inner, self.num_samples = inner, num_samples
+
+    def __len__(self):
+        return len(self.inner)
+
+    def __getitem__(self, index):
+        return self.inner[index % self.num_samples]
+
+
 def datasets_provider(num_samples, vp_stage=None):
     args = get_args()
     config = GPTDatasetConfig(
@@ -47,14 +64,25 @@ def datasets_provider(num_samples, vp_stage=None):
         eod_mask_loss=False,
         create_attention_mask=False,
     )
-    return BlendedMegatronDatasetBuilder(
+    train, valid, test = BlendedMegatronDatasetBuilder(
         MockGPTDataset, num_samples, lambda: get_tensor_model_parallel_rank() == 0, config
     ).build()
+    if train is not None and "TEST_SAMPLES" in os.environ:
+        train = Epochs(train, int(os.environ["TEST_SAMPLES"]))
+    return train, valid, test
 
 
 def loss_func(loss_mask, losses):
     mask = loss_mask.view(-1).float()
     loss, count = (losses.view(-1).float() * mask).sum(), mask.sum().clone().detach().to(torch.int)
+    if "TEST_VALIDATE" in os.environ:
+        get_rerun_state_machine().validate_result(
+            result=loss,
+            rejection_func=torch.isnan,
+            message="found NaN in local forward loss calculation",
+            tolerance=0.0,
+            fatal=os.environ["TEST_VALIDATE"] == "fatal",
+        )
     return loss, count, {"lm loss": torch.cat([loss.clone().detach().view(1), count.view(1)])}
 
 

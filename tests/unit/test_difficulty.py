@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,22 +18,31 @@ NAN, INF = math.nan, math.inf
 DECAY = 0.9
 
 
-def _store(decay: float = DECAY) -> DifficultyStore:
-    return DifficultyStore(decay, ALONE)
+def _store(decay: float = DECAY, limit_bytes: float = 1e9) -> DifficultyStore:
+    return DifficultyStore(decay, ALONE, limit_bytes)
 
 
-def _update(store: DifficultyStore, *rows: tuple[tuple[int, int], list[float]]) -> None:
-    store.update(torch.tensor([key for key, _ in rows]), [torch.tensor(losses) for _, losses in rows])
+def _update(store: DifficultyStore, *rows: tuple[tuple[int, int], list[float]], step: int = 0) -> None:
+    store.update(torch.tensor([key for key, _ in rows]), [torch.tensor(losses) for _, losses in rows], step)
 
 
-def _fetch(store: DifficultyStore, *rows: tuple[tuple[int, int], int]) -> list[list[float]]:
-    got = store.fetch(torch.tensor([key for key, _ in rows]), torch.tensor([count for _, count in rows]))
+def _fetch(store: DifficultyStore, *rows: tuple[tuple[int, int], int], step: int = 0) -> list[list[float]]:
+    got = store.fetch(torch.tensor([key for key, _ in rows]), torch.tensor([count for _, count in rows]), step)
     assert all(record.dtype == torch.float32 for record in got)
     return [record.tolist() for record in got]
 
 
 def _about(values) -> object:
-    return pytest.approx(values, rel=1e-5, nan_ok=True)
+    return pytest.approx(values, rel=2**-11, nan_ok=True)  # float16 rounds to half of this at most
+
+
+def _half(value: float) -> float:
+    return float(np.float16(value))
+
+
+def _mean(decay: float, before: float, loss: float) -> float:
+    """The printed formula in float32, kept as float16."""
+    return _half(np.float32(decay) * np.float32(before) + np.float32(1 - decay) * np.float32(loss))
 
 
 def test_a_target_never_seen_is_nan():
@@ -93,7 +103,7 @@ def test_a_zero_decay_remembers_the_last_loss_only():
 def test_fetching_teaches_nothing_and_returns_copies():
     store = _store()
     _update(store, ((1, 2), [8.0]))
-    store.fetch(torch.tensor([[1, 2]]), torch.tensor([1]))[0].fill_(0)
+    store.fetch(torch.tensor([[1, 2]]), torch.tensor([1]), 0)[0].fill_(0)
     _fetch(store, ((9, 9), 4))
     assert _fetch(store, ((1, 2), 1)) == [[8.0]]
     assert len(store) == 1
@@ -124,11 +134,47 @@ def test_m_is_what_a_dictionary_of_targets_says(decay, history):
             for target, loss in enumerate(losses):
                 if not math.isnan(loss):
                     before = slow.get((key, target))
-                    slow[key, target] = loss if before is None else decay * before + (1 - decay) * loss
+                    slow[key, target] = _half(loss) if before is None else _mean(decay, before, loss)
     got = _fetch(store, *TARGETS.items())
     for record, (key, count) in zip(got, TARGETS.items(), strict=True):
         expected = [slow.get((key, target), NAN) for target in range(count)]
-        assert record == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
+        assert record == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
+
+
+def test_a_loss_beyond_the_range_of_float16_stays_finite():
+    store = _store()
+    _update(store, ((1, 2), [1e30, -1e30]))
+    _update(store, ((1, 2), [3e38, 0.0]))
+    assert _fetch(store, ((1, 2), 2)) == [[65504.0, _mean(DECAY, -65504.0, 0.0)]]
+
+
+@pytest.mark.parametrize("loss", [0.01, 0.3, 3.0, 12.0, 20.0])
+def test_rounding_stops_the_average_within_half_a_percent(loss):
+    """The average stands still once it is within ulp / (2·(1-β)) of its goal."""
+    for start in (0.0, 20.0):
+        store = _store()
+        _update(store, ((1, 2), [start]))
+        for _ in range(150):
+            _update(store, ((1, 2), [loss]))
+        (m,), step = _fetch(store, ((1, 2), 1))[0], float(np.spacing(np.float16(loss)))
+        assert abs(m - loss) <= 0.5 * step / (1 - DECAY) + step
+        assert abs(m - loss) <= 0.0055 * loss
+
+
+def test_a_sample_whose_number_of_targets_changed_is_another_sample():
+    store = _store()
+    _update(store, ((1, 2), [4.0, 2.0]))
+    assert _fetch(store, ((1, 2), 3)) == [_about([NAN] * 3)]
+    assert _fetch(store, ((1, 2), 2)) == [[4.0, 2.0]]
+
+
+def test_the_route_of_a_fetch_serves_the_update_of_that_step_only():
+    store = _store()
+    _fetch(store, ((1, 1), 1), ((2, 2), 2), step=4)
+    _update(store, ((1, 1), [1.0]), ((2, 2), [2.0, 3.0]), step=4)
+    _fetch(store, ((1, 1), 1), step=5)
+    _update(store, ((3, 3), [7.0]), step=6)  # step 5 was skipped
+    assert _fetch(store, ((1, 1), 1), ((2, 2), 2), ((3, 3), 1)) == [[1.0], [2.0, 3.0], [7.0]]
 
 
 def _teach(prior: TokenPrior, labels: list[int], losses: list[float]) -> None:

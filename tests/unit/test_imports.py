@@ -8,7 +8,21 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-CORE = ("config", "errors", "schedule", "scoring", "budget", "balance", "selection", "plan", "topology", "difficulty")
+CORE = (
+    "config",
+    "errors",
+    "schedule",
+    "scoring",
+    "budget",
+    "balance",
+    "selection",
+    "sharding",
+    "plan",
+    "topology",
+    "difficulty",
+    "records",
+    "state_files",
+)
 
 # Imports each module named on its command line; prints, by module, what that import did beyond defining the module.
 PROBE = """

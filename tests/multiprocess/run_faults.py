@@ -1,0 +1,69 @@
+"""run_pretrain.py with a fault, named by TEST_FAULT:
+
+- ``slow``: the planner of replica 1 sleeps before it plans, and before it writes its part of a checkpoint;
+- ``nan``: replica 1 has a teacher that answers NaN in step 4, and on every replica some of the student's losses look
+  like NaN and infinity to the planner;
+- ``rss``: no fault; every 50 steps each rank notes its resident memory in TEST_RSS.<rank>.
+"""
+
+import os
+import runpy
+import time
+from pathlib import Path
+
+import torch
+
+from regate_megatron import planner, session, state
+
+_FAULT, _SECONDS = os.environ["TEST_FAULT"], 0.7
+
+
+def slowly(inner):
+    def wrapper(self, *args, **kwargs):
+        if self.topology.dp_rank == 1:
+            time.sleep(_SECONDS)
+        return inner(self, *args, **kwargs)
+
+    return wrapper
+
+
+def nan_reference(inner):
+    def plan(self, step, facts, reference):
+        if step == 4 and self.topology.dp_rank == 1:
+            reference = [torch.full_like(loss_T, torch.nan) for loss_T in reference]
+        return inner(self, step, facts, reference)
+
+    return plan
+
+
+def some_not_finite(inner):
+    def learn(self, facts, plan, losses, **kwargs):
+        losses = [loss_BS.clone() for loss_BS in losses]
+        for loss_BS in losses:
+            loss_BS[:, 3], loss_BS[:, 7], loss_BS[:, 11] = torch.nan, torch.inf, 1e30
+        return inner(self, facts, plan, losses, **kwargs)
+
+    return learn
+
+
+def note_memory(inner):
+    def commit(self):
+        inner(self)
+        if self.step % 50 == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            with open(f"{os.environ['TEST_RSS']}.{os.environ['RANK']}", "a") as file:
+                file.write(f"{os.getpid()} {self.step} {pages * os.sysconf('SC_PAGE_SIZE')}\n")
+
+    return commit
+
+
+if _FAULT == "slow":
+    planner.Planner.plan = slowly(planner.Planner.plan)
+    state.StateSave._write = slowly(state.StateSave._write)
+elif _FAULT == "nan":
+    planner.Planner.plan = nan_reference(planner.Planner.plan)
+    planner.Planner.learn = some_not_finite(planner.Planner.learn)
+elif _FAULT == "rss":
+    session.Session.commit = note_memory(session.Session.commit)
+
+runpy.run_path(str(Path(__file__).with_name("run_pretrain.py")), run_name="__main__")

@@ -1,0 +1,241 @@
+"""The container of difficulty: against a dictionary, its bound, its snapshots, and its files; one rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from regate_megatron.errors import ReGateError
+from regate_megatron.records import BYTES_PER_SAMPLE, Records
+from regate_megatron.state import files_to_read
+from regate_megatron.state_files import (
+    FileFacts,
+    read_array,
+    read_manifest,
+    read_records,
+    write_array,
+    write_manifest,
+    write_records,
+)
+
+
+def _keys(*numbers: int) -> np.ndarray:
+    return np.array([[number, -number] for number in numbers], np.int64).reshape(-1, 2)
+
+
+def _observe(records: Records, step: int, rows: dict[int, list[float]], decay: float = 0.0) -> None:
+    count_N = np.array([len(losses) for losses in rows.values()], np.int64)
+    loss_X = np.array([loss for losses in rows.values() for loss in losses], np.float32)
+    records.observe(_keys(*rows), count_N, loss_X, decay=decay, step=step)
+    records.evict()
+
+
+def _read(records: Records, number: int, count: int) -> list[float]:
+    return records.read(_keys(number), np.array([count])).tolist()
+
+
+def _content(records: Records) -> dict[tuple[int, int], tuple[int, list[float]]]:
+    """Every record, by number and count: last step seen and values, wherever it lies."""
+    snapshot = records.snapshot()
+    records.release()
+    entries, values = np.concatenate(snapshot.entries), np.concatenate(snapshot.values)
+    ends = np.cumsum(entries["count"])
+    return {
+        (int(entry["key"][0]), int(entry["count"])): (int(entry["seen"]), values[end - entry["count"] : end].tolist())
+        for entry, end in zip(entries, ends, strict=True)
+    }
+
+
+@given(
+    block=st.integers(1, 9),
+    steps=st.lists(st.dictionaries(st.integers(-(2**62), 2**62), st.integers(0, 7), max_size=5), max_size=30),
+)
+def test_records_are_those_of_a_dictionary_however_blocks_cut_them(block, steps):
+    records, slow = Records(1e9, values_per_block=block), {}
+    for step, counts in enumerate(steps):
+        rows = {number: [float(step + at) for at in range(count)] for number, count in counts.items()}
+        _observe(records, step, rows)
+        slow |= {(number, len(values)): values for number, values in rows.items() if values}
+    assert len(records) == len(slow)
+    for (number, count), values in slow.items():
+        assert _read(records, number, count) == values
+
+
+def test_a_hundred_thousand_records_are_all_found():
+    records, number_N = Records(1e9), np.arange(100_000)
+    key_N2 = np.stack([number_N * 1024, number_N // 3], axis=1)  # as regular as keys never are
+    for part in np.array_split(number_N, 7):
+        records.observe(key_N2[part], np.ones(len(part), np.int64), np.float32(part % 1000), decay=0.9, step=0)
+    assert np.array_equal(records.read(key_N2, np.ones(100_000, np.int64)), np.float16(number_N % 1000))
+    assert np.isnan(records.read(key_N2 + 7, np.ones(100_000, np.int64))).all()
+
+
+def _sample_bytes(count: int) -> int:
+    return BYTES_PER_SAMPLE + 2 * count
+
+
+def test_the_least_recently_seen_go_whole_steps_at_a_time():
+    records = Records(4 * _sample_bytes(10))
+    for step in range(4):
+        _observe(records, step, {step: [float(step)] * 10})
+    assert len(records) == 4 and records.evicted_samples == 0
+    _observe(records, 4, {0: [5.0] * 10})  # seen again: no longer the oldest
+    _observe(records, 5, {4: [4.0] * 10})  # over the bound: 1 and 2 bring it below 7/8, 1 alone would not
+    assert {number for number, _ in _content(records)} == {0, 3, 4}
+    assert records.evicted_samples == 2 and records.bytes_used <= records.limit_bytes
+    assert _read(records, 0, 10) == [5.0] * 10 and np.isnan(_read(records, 1, 10)).all()
+    _observe(records, 6, {1: [1.0] * 10})
+    assert _read(records, 1, 10) == [1.0] * 10
+
+
+@given(st.lists(st.dictionaries(st.integers(0, 40), st.integers(1, 9), min_size=1, max_size=6), max_size=40))
+def test_memory_stays_within_its_bound_and_what_is_left_is_right(steps):
+    records, slow = Records(12 * _sample_bytes(5), values_per_block=16), {}
+    for step, counts in enumerate(steps):
+        rows = {number: [float(step)] * count for number, count in counts.items()}
+        _observe(records, step, rows)
+        slow |= {(number, len(values)): step for number, values in rows.items()}
+        assert records.bytes_used <= records.limit_bytes
+    left = sorted((step, key) for key, step in slow.items() if _read(records, *key) == [float(step)] * key[1])
+    oldest = left[0][0] if left else 0
+    assert {key for _, key in left} == {key for key, step in slow.items() if step >= oldest}
+
+
+def test_a_snapshot_stays_as_it_was_while_training_goes_on():
+    records = Records(1e9, values_per_block=4)
+    _observe(records, 0, {1: [1.0] * 6, 2: [2.0] * 3})
+    first = records.snapshot()
+    _observe(records, 1, {1: [9.0] * 6, 3: [3.0] * 9})
+    second = records.snapshot()
+    records.release()
+    _observe(records, 2, {2: [8.0] * 3})
+    assert np.concatenate(first.values).tolist() == [1.0] * 6 + [2.0] * 3
+    assert np.concatenate(first.entries)["seen"].tolist() == [0, 0]
+    assert np.concatenate(second.values).tolist() == [9.0] * 6 + [2.0] * 3 + [3.0] * 9
+    assert _read(records, 2, 3) == [8.0] * 3
+
+
+def _saved(folder, steps: int = 40) -> tuple[Records, FileFacts]:
+    records = Records(1e9, values_per_block=64)
+    for step in range(steps):
+        _observe(records, step, {7 * step % 31: [step / 8.0] * (step % 5), 1000 + step: [1.0, np.nan, 3.0]}, decay=0.9)
+    return records, write_records(folder / "difficulty-00000.npy", records.snapshot())
+
+
+def _loaded(folder, facts: FileFacts, *, rank: int = 0, size: int = 1) -> Records:
+    records = Records(1e9)
+    wanted = lambda key_N2: key_N2[:, 0] % size == rank  # noqa: E731
+    for saved in read_records(folder / "difficulty-00000.npy", facts, wanted):
+        records.append(saved.key_N2, saved.count_N, saved.seen_N, saved.value_X)
+    return records
+
+
+def test_what_is_loaded_is_bit_for_bit_what_was_saved(tmp_path):
+    records, facts = _saved(tmp_path)
+    again = _loaded(tmp_path, facts)
+    assert repr(_content(again)) == repr(_content(records))  # repr: NaN equals NaN
+    assert again.bytes_used == records.bytes_used
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_readers_of_any_number_share_what_was_saved(tmp_path, size):
+    records, facts = _saved(tmp_path)
+    parts = [_content(_loaded(tmp_path, facts, rank=rank, size=size)) for rank in range(size)]
+    assert sum(map(len, parts)) == len(records)
+    assert sorted(repr(item) for part in parts for item in part.items()) == sorted(map(repr, _content(records).items()))
+
+
+def test_a_planner_reads_every_file_that_can_hold_its_samples():
+    for num_files in range(1, 9):
+        for size in range(1, 9):
+            holds = {(key % size, key % num_files) for key in range(-200, 200)}
+            read = {(rank, file) for rank in range(size) for file in files_to_read(rank, size, num_files)}
+            assert holds == read  # and none besides
+
+
+def test_a_reloaded_container_forgets_what_the_other_one_does(tmp_path):
+    records, facts = _saved(tmp_path)
+    again = _loaded(tmp_path, facts)
+    again.limit_bytes = records.limit_bytes = records.bytes_used
+    for step in range(40, 80):
+        for one in (records, again):
+            _observe(one, step, {5 * step % 37: [float(step)] * 4})
+    assert records.evicted_samples == again.evicted_samples > 0
+    assert repr(sorted(_content(again).items())) == repr(sorted(_content(records).items()))
+
+
+def _refused(words: str, action) -> None:
+    with pytest.raises(ReGateError, match=r"^regate: saved difficulty: given .*; allowed .*; change .*") as refusal:
+        action()
+    assert words in str(refusal.value) and "\n" not in str(refusal.value)
+    assert "--regate-reset-difficulty" in str(refusal.value)
+
+
+@pytest.mark.parametrize("missing", [1, 100, None])
+def test_a_truncated_or_missing_file_is_refused(tmp_path, missing):
+    _, facts = _saved(tmp_path)
+    path = tmp_path / "difficulty-00000.npy"
+    if missing is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-missing])
+    _refused("no file to read" if missing is None else "bytes of", lambda: _loaded(tmp_path, facts))
+
+
+def test_every_flipped_bit_is_refused(tmp_path):
+    _, facts = _saved(tmp_path, steps=6)
+    path = tmp_path / "difficulty-00000.npy"
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
+        _refused("difficulty-00000.npy with", lambda: _loaded(tmp_path, facts))
+    path.write_bytes(whole)
+    _loaded(tmp_path, facts)
+
+
+def test_an_array_of_objects_is_never_unpickled(tmp_path):
+    path = tmp_path / "prior.npy"
+    np.save(path, np.array([{"a": 1}, None], dtype=object), allow_pickle=True)
+    facts = FileFacts(path.stat().st_size, "0" * 32, 0, 2)
+    _refused("another array", lambda: read_array(path, facts, np.dtype("<f8")))
+
+
+def test_a_damaged_prior_is_refused(tmp_path):
+    path = tmp_path / "prior.npy"
+    facts = write_array(path, np.array([1.0, np.nan, 3.0]))
+    assert repr(read_array(path, facts, np.dtype("<f8")).tolist()) == "[1.0, nan, 3.0]"
+    whole = bytearray(path.read_bytes())
+    whole[-1] ^= 1
+    path.write_bytes(whole)
+    _refused("a wrong checksum", lambda: read_array(path, facts, np.dtype("<f8")))
+
+
+def test_every_flipped_bit_of_the_manifest_is_refused(tmp_path):
+    content = {"step": 12, "prior": {"overall": 0.1}, "difficulty": [dataclasses.asdict(FileFacts(1, "ab", 2, 3))]}
+    write_manifest(tmp_path, content)
+    path = tmp_path / "state.json"
+    whole = path.read_bytes()
+    assert read_manifest(tmp_path) == dict(content, version=1)
+    for at in range(len(whole)):
+        damaged = whole[:at] + bytes([whole[at] ^ (1 << at % 7)]) + whole[at + 1 :]
+        path.write_bytes(damaged)
+        try:
+            same = json.loads(damaged) == json.loads(whole)  # between tokens one white space may become another
+        except ValueError:
+            same = False
+        if not same:
+            _refused("state.json with", lambda: read_manifest(tmp_path))
+    path.unlink()
+    _refused("unreadable", lambda: read_manifest(tmp_path))
+
+
+def test_a_manifest_of_another_version_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("regate_megatron.state_files.VERSION", 99)
+    write_manifest(tmp_path, {"step": 1})
+    monkeypatch.undo()
+    _refused("version 99", lambda: read_manifest(tmp_path))
