@@ -117,7 +117,15 @@ def open_language_model(directory: str | Path, what: str = "checkpoint") -> Lang
         raise refuse(
             what, given=f"{path}, unreadable ({type(error).__name__})", allowed="a complete checkpoint", change="it"
         ) from error
-    shapes = {key: tuple(tensor.global_shape) for key, tensor in metadata.items()}
+    return language_model_in(path, {key: tuple(tensor.global_shape) for key, tensor in metadata.items()}, what)
+
+
+def language_model_in(path: Path, shapes: dict[str, tuple[int, ...]], what: str) -> LanguageModelCheckpoint:
+    """Find the language model among the tensors of the checkpoint at ``path``; ``what`` is named in a refusal.
+
+    Raises:
+        ReGateError: there is none.
+    """
     for prefix in ("", LANGUAGE_MODEL_PREFIX):
         if prefix + EMBEDDING in shapes:
             own = {
