@@ -94,14 +94,17 @@ def to_config(architecture: Architecture, dtype: str) -> dict[str, Any]:
     return config
 
 
-def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The language model's part of a configuration: itself, or what a vision-language model nests in it."""
-    for name in ("text_config", "llm_config"):
-        if isinstance(config.get(name), dict):
-            nested = config[name]
-            tied = config.get("tie_word_embeddings")
-            return nested if "tie_word_embeddings" in nested or tied is None else nested | {"tie_word_embeddings": tied}
-    return config
+def text_config(whole: dict[str, Any], *, has_head: bool) -> dict[str, Any]:
+    """The language model's part of a configuration: itself, or what a vision-language model nests in it.
+
+    A vision-language model says twice whether its embeddings are tied, not always the same; whether there is an output
+    layer of its own decides then.
+    """
+    nested = next((whole[name] for name in ("text_config", "llm_config") if isinstance(whole.get(name), dict)), None)
+    if nested is None:
+        return whole
+    said = {bool(part["tie_word_embeddings"]) for part in (whole, nested) if "tie_word_embeddings" in part} or {False}
+    return nested | {"tie_word_embeddings": not has_head if len(said) == 2 else said.pop()}
 
 
 def _window(config: dict[str, Any], full: dict[str, Any]) -> float:

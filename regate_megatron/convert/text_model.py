@@ -74,9 +74,10 @@ def open_text_model(path: str | Path, *, inside: bool, what: str = "--source") -
         ReGateError: no such model, another family, or tensors that are missing, unknown or of another shape.
     """
     folder = SafetensorsFolder(path, what)
-    config = text_config(folder.config)
+    prefix = next((pair for pair in _PREFIXES if pair[0] + _WORDS in folder.names), None)
+    config = text_config(folder.config, has_head=prefix is not None and prefix[1] + "weight" in folder.names)
     is_inside = config is not folder.config or config.get("model_type") not in FAMILIES
-    if is_inside and not inside and ("vision_config" in folder.config):
+    if is_inside and not inside and "vision_config" in folder.config:
         raise refuse(
             what,
             given=f"{path}, a {folder.config.get('model_type')!r}",
@@ -84,7 +85,6 @@ def open_text_model(path: str | Path, *, inside: bool, what: str = "--source") -
             change="the command: take its language model out with tools/extract_teacher.py",
         )
     architecture = from_config(config)
-    prefix = next((pair for pair in _PREFIXES if pair[0] + _WORDS in folder.names), None)
     if prefix is None:
         raise refuse(
             what, given=f"{path}, which holds no {_WORDS}", allowed=f"a dense {allowed_families()}", change="the path"

@@ -107,13 +107,15 @@ def plan_to_huggingface(
             architecture = dataclasses.replace(architecture, vocab_size=vocab_size)
         config = to_config(architecture, dtype)
     else:
-        config = dict(text_config(read_config(template, "--like")))
+        config = dict(text_config(read_config(template, "--like"), has_head=OUTPUT in language_model.shapes))
         if vocab_size:
             config["vocab_size"] = vocab_size
         for name in ("torch_dtype", "dtype"):
             if name in config:
                 config[name] = dtype
         architecture = from_config(config)
+        if config.get("model_type") != architecture.family.name:  # a text model inside another
+            config = to_config(architecture, dtype)
         config["architectures"] = [architecture.family.architecture]
         _check_arguments(architecture, saved, template)
     companions = companions_of(template) if template else []

@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 tests/tools/run_convert.py CASES.json RESULTS.json
 
-A case: {"hf": DIR, "megatron": DIR, "flags": [Megatron's flags as printed by the tool], "tp": 1, "pp": 1}.
+A case: {"hf": DIR, "megatron": DIR, "flags": [Megatron's flags as printed by the tool], "tp": 1, "pp": 1}. Where
+"hf" is a vision-language model, it is given text alone.
 """
 
 from __future__ import annotations
@@ -87,9 +88,11 @@ def run(case: dict) -> dict:
     args = megatron_arguments(case)
     checkpoint = open_language_model(case["megatron"])
     model = build(args, checkpoint.vocab_size)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(case["hf"], dtype=torch.float32).eval()
-    vocab = reference.config.vocab_size
-    tokens_BS = torch.randint(1, vocab, (2, LENGTH), generator=torch.Generator().manual_seed(3))
+    sees = "vision_config" in json.loads((Path(case["hf"]) / "config.json").read_text())
+    kind = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+    reference = kind.from_pretrained(case["hf"], dtype=torch.float32).eval()
+    vocab = reference.config.get_text_config().vocab_size
+    tokens_BS = torch.randint(1, vocab - 4, (2, LENGTH), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         want = reference(tokens_BS).logits
     result = {"scale": want.abs().max().item(), "differences": []}
