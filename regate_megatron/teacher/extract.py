@@ -118,8 +118,8 @@ def extract(
         the folder of the checkpoint's only iteration.
 
     Raises:
-        ReGateError: see ``targets.check_target``; the target cannot be written, or the source ends early. Nothing is left
-            behind then.
+        ReGateError: see ``targets.check_target``; the target cannot be written, or the source ends early. Nothing is
+            left behind then.
     """
     sources, num_bytes = (extraction.path,), extraction.num_bytes
     with new_folder(target, sources=sources, overwrite=overwrite, num_bytes=num_bytes) as aside:
