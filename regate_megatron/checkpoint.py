@@ -23,7 +23,7 @@ EMBEDDING = "embedding.word_embeddings.weight"
 LANGUAGE_MODEL_PREFIX = "language_model."
 _TRACKER = "latest_checkpointed_iteration.txt"
 _INDEX = ".metadata"
-_NORM_NAMES = (
+NORM_NAMES = (
     (".input_layernorm.", ".self_attention.linear_qkv.layer_norm_"),
     (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
 )
@@ -60,7 +60,7 @@ class LanguageModelCheckpoint:
         """
         if key in self.shapes:
             return key
-        for apart, fused in _NORM_NAMES:
+        for apart, fused in NORM_NAMES:
             for ours, theirs in ((apart, fused), (fused, apart)):
                 if ours in key and (other := key.replace(ours, theirs)) in self.shapes:
                     return other
