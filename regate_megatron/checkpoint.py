@@ -149,7 +149,7 @@ def saved_arguments(path: Path) -> Any:
 
     try:
         return dist_checkpointing.load_common_state_dict(str(path)).get("args")
-    except Exception:  # absent, or of a class that is not allowed: the caller does without
+    except (Exception, CheckpointException):  # absent, or of a class that is not allowed: the caller does without
         return None
 
 

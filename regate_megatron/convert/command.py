@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -64,7 +65,10 @@ def run(made: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None
     """Parse and work; a refusal is one line on standard error and exit code 1."""
     options = made.parse_args(argv)
     try:
-        work(options)
+        with warnings.catch_warnings():
+            # what Megatron says of a machine without GPU, where it is asked for the classes of its arguments
+            warnings.filterwarnings("ignore", module=r"megatron\.")
+            work(options)
     except ReGateError as error:
         print(error, file=sys.stderr)
         return 1

@@ -228,7 +228,7 @@ class TorchDistReader:
 
         try:
             return dist_checkpointing.load_common_state_dict(str(self.path))
-        except Exception:  # absent, or of a class that is not allowed: the caller does without
+        except (Exception, CheckpointException):  # absent, or of a class that is not allowed: the caller does without
             return {}
 
     def arguments(self) -> Namespace:
