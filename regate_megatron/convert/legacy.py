@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from regate_megatron.convert.targets import TRACKER
+from regate_megatron.convert.trust import allowed_classes, megatron_classes
 from regate_megatron.errors import ReGateError, refuse
 
 FILE = "model_optim_rng.pt"
@@ -61,7 +60,7 @@ def read_rank(file: Path, what: str) -> dict[str, Any]:
         ReGateError: it is damaged or holds anything else.
     """
     try:
-        with _allowed_classes():
+        with allowed_classes(megatron_classes()):
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged pickles raise whatever they like
         reason = str(error).split("\n")[0] if "lobal" not in str(error) else _named_class(str(error))
@@ -81,17 +80,6 @@ def write_rank(folder: Path, weights: dict[str, torch.Tensor], arguments: Namesp
     """Write one rank's file: weights, arguments, no optimizer."""
     folder.mkdir(parents=True)
     torch.save({"args": arguments, "checkpoint_version": 3.0, "iteration": 0, "model": weights}, folder / FILE)
-
-
-@contextmanager
-def _allowed_classes() -> Iterator[None]:
-    """Megatron's own list where it is installed (argument enums, random states); argparse's namespace otherwise."""
-    try:
-        from megatron.core.safe_globals import SAFE_GLOBALS
-    except ImportError:
-        SAFE_GLOBALS = [Namespace]
-    with torch.serialization.safe_globals(SAFE_GLOBALS):
-        yield
 
 
 def _named_class(text: str) -> str:

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.planner import (
 
 from regate_megatron.checkpoint import find_iteration
 from regate_megatron.convert.targets import TRACKER
+from regate_megatron.convert.trust import allowed_classes
 from regate_megatron.errors import refuse
 
 RELEASE = "release"
@@ -220,7 +221,7 @@ class TorchDistReader:
         """Megatron's common state, read weights-only; empty where there is none to be read."""
         file = self.path / COMMON_FILE
         try:
-            with torch.serialization.safe_globals([Namespace]):
+            with allowed_classes([Namespace]):
                 return torch.load(file, weights_only=True)  # as written here: plain values
         except Exception:  # absent, elsewhere, or with classes of Megatron: it knows where and which
             pass

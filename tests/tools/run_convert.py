@@ -28,11 +28,11 @@ from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.safe_globals import SAFE_GLOBALS
 from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
 from megatron.training.checkpointing import get_checkpoint_name
 
 from regate_megatron.checkpoint import find_iteration, load_language_model, open_language_model, saved_arguments
+from regate_megatron.convert.trust import allowed_classes, megatron_classes
 
 LENGTH = 24
 
@@ -131,7 +131,7 @@ def check_legacy(model, file: Path) -> None:
     want = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))
-    with torch.serialization.safe_globals(SAFE_GLOBALS):
+    with allowed_classes(megatron_classes()):
         state = torch.load(file, weights_only=True)
     assert state["args"].tensor_model_parallel_size == mpu.get_tensor_model_parallel_world_size()
     model.load_state_dict(state["model"], strict=True)

@@ -75,3 +75,13 @@ def test_refuses_what_is_no_checkpoint_or_not_to_be_trusted(program, capsys, fol
     (tmp_path / "metadata.json").write_text("{}")
     (tmp_path / ".metadata").write_bytes(pickle.dumps(print))
     assert "untrusted" in refusal(program, capsys, tmp_path)
+
+
+def test_reading_arguments_leaves_torchs_list_of_safe_classes_as_it_was(program, folders):
+    from argparse import Namespace
+
+    with torch.serialization.safe_globals([Namespace]):
+        before = set(torch.serialization.get_safe_globals())
+        run(program, folders["torch_dist"])
+        run(program, folders["torch"])
+        assert set(torch.serialization.get_safe_globals()) >= before
