@@ -24,7 +24,7 @@ EMBEDDING = "embedding.word_embeddings.weight"
 LANGUAGE_MODEL_PREFIX = "language_model."
 _TRACKER = "latest_checkpointed_iteration.txt"
 _INDEX = ".metadata"
-_NORM_NAMES = (
+NORM_NAMES = (
     (".input_layernorm.", ".self_attention.linear_qkv.layer_norm_"),
     (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
 )
@@ -61,7 +61,7 @@ class LanguageModelCheckpoint:
         """
         if key in self.shapes:
             return key
-        for apart, fused in _NORM_NAMES:
+        for apart, fused in NORM_NAMES:
             for ours, theirs in ((apart, fused), (fused, apart)):
                 if ours in key and (other := key.replace(ours, theirs)) in self.shapes:
                     return other
@@ -125,7 +125,15 @@ def open_language_model(directory: str | Path, what: str = "checkpoint") -> Lang
         raise refuse(
             what, given=f"{path}, unreadable ({type(error).__name__})", allowed="a complete checkpoint", change="it"
         ) from error
-    shapes = {key: tuple(tensor.global_shape) for key, tensor in metadata.items()}
+    return language_model_in(path, {key: tuple(tensor.global_shape) for key, tensor in metadata.items()}, what)
+
+
+def language_model_in(path: Path, shapes: dict[str, tuple[int, ...]], what: str) -> LanguageModelCheckpoint:
+    """Find the language model among the tensors of the checkpoint at ``path``; ``what`` is named in a refusal.
+
+    Raises:
+        ReGateError: there is none.
+    """
     for prefix in ("", LANGUAGE_MODEL_PREFIX):
         if prefix + EMBEDDING in shapes:
             own = {
@@ -149,7 +157,7 @@ def saved_arguments(path: Path) -> Any:
 
     try:
         return dist_checkpointing.load_common_state_dict(str(path)).get("args")
-    except Exception:  # absent, or of a class that is not allowed: the caller does without
+    except (Exception, CheckpointException):  # absent, or of a class that is not allowed: the caller does without
         return None
 
 

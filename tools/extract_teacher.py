@@ -1,56 +1,98 @@
 #!/usr/bin/env python3
-"""Make a text-only teacher from a LLaVA checkpoint: copy its language model into a GPT checkpoint, bit for bit.
+"""Make a text-only teacher from a vision-language model: take its language model out, bit for bit.
 
-Runs on any machine that sees the files: one process, no GPU, no Megatron; only the language model's bytes are read.
+The source is a Megatron LLaVA checkpoint (torch_dist), or a Hugging Face folder of LLaVA, Qwen2-VL, Qwen2.5-VL,
+InternVL or another whose language model is a dense Llama, Mistral, Qwen2 or Qwen3. Runs on any machine that sees the
+files: one process, no GPU, no Megatron; only the language model's bytes are read.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
-from tqdm import tqdm
-
-from regate_megatron.errors import ReGateError
+from regate_megatron.convert import command
+from regate_megatron.convert.extract_text import extract_text, open_inner_model, plan_text_extraction
+from regate_megatron.convert.to_megatron import plan_to_megatron
+from regate_megatron.errors import refuse
 from regate_megatron.teacher.extract import Extraction, check_target, extract, plan_extraction
 
-EXAMPLE = """\
-example:
+EXAMPLES = """\
+examples:
   python tools/extract_teacher.py --source checkpoints/llava --target checkpoints/teacher
+  python tools/extract_teacher.py --source Qwen2.5-VL-7B-Instruct --target checkpoints/teacher
+  python tools/extract_teacher.py --source llava-1.5-7b-hf --target vicuna-7b --to-hf
   torchrun ... -m regate_megatron pretrain_vlm.py ... --regate --regate-teacher-load checkpoints/teacher
 
-The source is a checkpoint folder (its latest iteration is taken) or the folder of one iteration, saved with
---ckpt-format torch_dist. The target also loads into pretrain_gpt.py with --load DIR --finetune."""
+A Megatron source is a checkpoint folder (its latest iteration is taken) or the folder of one iteration, saved with
+--ckpt-format torch_dist. A target in Megatron's format also loads into pretrain_gpt.py with --load DIR --finetune."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    options = _parse(argv)
-    try:
-        extraction = plan_extraction(options.source)
-        check_target(extraction, options.target, overwrite=options.overwrite)
-        print(_summary(extraction))
-        if options.dry_run:
-            print(f"dry run: nothing written to {options.target}")
-            return 0
-        with tqdm(total=extraction.num_bytes, unit="B", unit_scale=True, desc="copying", disable=None) as bar:
-            extract(extraction, options.target, overwrite=options.overwrite, progress=bar.update)
-    except ReGateError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(f"wrote {options.target}; use it with --regate-teacher-load {options.target}")
-    return 0
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command.parser(__doc__, EXAMPLES)
+    parser.add_argument(
+        "--source", required=True, metavar="DIR", help="Megatron LLaVA checkpoint or Hugging Face folder"
     )
-    parser.add_argument("--source", required=True, metavar="DIR", help="torch_dist checkpoint of a LLaVAModel")
-    parser.add_argument("--target", required=True, metavar="DIR", help="checkpoint folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint at the target")
-    parser.add_argument("--dry-run", action="store_true", help="check both and say what would be copied")
-    return parser.parse_args(argv)
+    parser.add_argument("--to-hf", action="store_true", help="write a Hugging Face causal language model")
+    command.add_megatron_options(parser)
+    return command.run(parser, _work, argv)
+
+
+def _work(options: argparse.Namespace) -> None:
+    if not _is_huggingface(Path(options.source)):
+        _from_megatron(options)
+    elif options.to_hf:
+        _to_huggingface(options)
+    else:
+        plan = plan_to_megatron(
+            open_inner_model(options.source),
+            tensor_size=options.tensor_model_parallel_size,
+            divisor=options.make_vocab_size_divisible_by,
+            dtype=command.DTYPES.get(options.dtype),
+        )
+        command.write_megatron(plan, options)
+
+
+def _is_huggingface(source: Path) -> bool:
+    """Checkpoints made by these tools have a config.json too."""
+    megatron = ("latest_checkpointed_iteration.txt", "metadata.json")
+    return (source / "config.json").is_file() and not any((source / name).is_file() for name in megatron)
+
+
+def _to_huggingface(options: argparse.Namespace) -> None:
+    model = open_inner_model(options.source)
+    plan = plan_text_extraction(model, options.target, overwrite=options.overwrite)
+    print(
+        f"language model in {model.folder.path}: {model.architecture.family.name}, {len(plan.names)} of "
+        f"{len(model.folder.names)} tensors, {plan.num_bytes / 1e6:,.1f} MB"
+    )
+    if options.dry_run:
+        print(f"dry run: nothing written to {options.target}")
+        return
+    with command.bar(plan.num_bytes, "copying") as bar:
+        extract_text(plan, options.target, overwrite=options.overwrite, progress=bar.update)
+    print(f"wrote {options.target}")
+
+
+def _from_megatron(options: argparse.Namespace) -> None:
+    extraction = plan_extraction(options.source)
+    if options.to_hf:
+        raise refuse(
+            "--to-hf",
+            given=f"{extraction.path}, a Megatron checkpoint",
+            allowed="a Hugging Face folder",
+            change="the command: tools/export_student.py exports Megatron checkpoints",
+        )
+    check_target(extraction, options.target, overwrite=options.overwrite)
+    print(_summary(extraction))
+    if options.dry_run:
+        print(f"dry run: nothing written to {options.target}")
+        return
+    with command.bar(extraction.num_bytes, "copying") as bar:
+        extract(extraction, options.target, overwrite=options.overwrite, progress=bar.update)
+    print(f"wrote {options.target}; use it with --regate-teacher-load {options.target}")
 
 
 def _summary(extraction: Extraction) -> str:

@@ -21,12 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from regate_megatron.checkpoint import EMBEDDING, LANGUAGE_MODEL_PREFIX, find_iteration, replace_folder
+from regate_megatron.checkpoint import EMBEDDING, LANGUAGE_MODEL_PREFIX, find_iteration
+from regate_megatron.convert import targets
+from regate_megatron.convert.targets import TRACKER as _TRACKER
+from regate_megatron.convert.targets import new_folder
 from regate_megatron.errors import ReGateError, refuse
 
 _COMMON_STATE = "common_state/"  # an object inside the checkpoint since megatron-core 0.19, before that a file:
 _COMMON_FILE = "common.pt"
-_TRACKER = "latest_checkpointed_iteration.txt"
 _RELEASE = "release"
 _PIECE = 16 << 20  # bytes copied at a time
 
@@ -116,48 +118,18 @@ def extract(
         the folder of the checkpoint's only iteration.
 
     Raises:
-        ReGateError: see :func:`check_target`; the target cannot be written, or the source ends early. Nothing is left
-            behind then.
+        ReGateError: see ``targets.check_target``; the target cannot be written, or the source ends early. Nothing is
+            left behind then.
     """
-    target = Path(target).absolute()
-    check_target(extraction, target, overwrite=overwrite)
-    aside = target.with_name(target.name + ".incomplete")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
+    sources, num_bytes = (extraction.path,), extraction.num_bytes
+    with new_folder(target, sources=sources, overwrite=overwrite, num_bytes=num_bytes) as aside:
         _write(extraction, aside, progress or (lambda count: None))
-        if target.is_dir() and not any(target.iterdir()):
-            target.rmdir()
-        replace_folder(aside, target)
-    except OSError as error:
-        raise refuse(
-            "--target",
-            given=f"{target}: {error.strerror or error}",
-            allowed=f"a folder that can be written, with {extraction.num_bytes / 2**30:.1f} GiB free",
-            change="the path or its permissions",
-        ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return target / _RELEASE
+    return Path(target).absolute() / _RELEASE
 
 
 def check_target(extraction: Extraction, target: str | Path, *, overwrite: bool) -> None:
-    """Refuse a target that exists, or whose replacement would delete something that is no checkpoint.
-
-    Raises:
-        ReGateError: what is at ``target`` and may not be replaced.
-    """
-    target = Path(target).absolute()
-    form = {"allowed": "a new folder, or a checkpoint together with --overwrite", "change": "the path"}
-    real, source = target.resolve(), extraction.path.resolve()
-    if source.is_relative_to(real) or real.is_relative_to(source):
-        raise refuse("--target", given=f"{target}, which holds or lies in the source", **form)
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not any((target / name).is_file() for name in (_TRACKER, "metadata.json")):
-        raise refuse("--target", given=f"{target}, which exists and is no checkpoint", **form)
-    if not overwrite:
-        form["change"] = "the path, or add --overwrite"
-        raise refuse("--target", given=f"{target}, which exists", **form)
+    """Refuse a target that :func:`extract` would refuse; see ``targets.check_target``."""
+    targets.check_target(target, sources=(extraction.path,), overwrite=overwrite, num_bytes=extraction.num_bytes)
 
 
 def _new_name(name: str) -> str | None:

@@ -1,0 +1,258 @@
+"""Megatron's torch_dist format without Megatron and without process groups: pieces of tensors, read and written lazily.
+
+A torch_dist checkpoint is one of torch.distributed.checkpoint, with Megatron's common state in ``common.pt`` (all
+versions of megatron-core read it) and a ``metadata.json``. Layers of one kind are stacked in one tensor, [L, ...].
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import (
+    BytesIOWriteData,
+    LoadItemType,
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+
+from regate_megatron.checkpoint import find_iteration
+from regate_megatron.convert.targets import TRACKER
+from regate_megatron.convert.trust import allowed_classes
+from regate_megatron.errors import refuse
+
+RELEASE = "release"
+COMMON_FILE = "common.pt"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a tensor to be written.
+
+    Attributes:
+        name: the tensor.
+        size: shape of the whole tensor.
+        offsets: where the part begins.
+        shape: shape of the part.
+        dtype: type of the elements.
+        read: gives the part, or its elements in another shape.
+    """
+
+    name: str
+    size: tuple[int, ...]
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the part."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class _LazyPlanner(DefaultSavePlanner):
+    """Asks for a piece when it is written, and forgets it then."""
+
+    def __init__(self, pieces: list[Piece], objects: dict[str, Any], progress: Callable[[int], Any]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.pieces = {MetadataIndex(piece.name, torch.Size(piece.offsets)): piece for piece in pieces}
+        self.objects, self.progress = objects, progress
+
+    def create_local_plan(self) -> SavePlan:
+        items = [
+            WriteItem(
+                index=index,
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=ChunkStorageMetadata(torch.Size(piece.offsets), torch.Size(piece.shape)),
+                    properties=TensorProperties(dtype=piece.dtype),
+                    size=torch.Size(piece.size),
+                ),
+            )
+            for index, piece in self.pieces.items()
+        ]
+        items += [
+            WriteItem(index=MetadataIndex(name), type=WriteItemType.BYTE_IO, bytes_io_data=BytesIOWriteData(nbytes=0))
+            for name in self.objects
+        ]
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            buffer = io.BytesIO()
+            torch.save(self.objects[write_item.index.fqn], buffer)
+            return buffer
+        piece = self.pieces[MetadataIndex(write_item.index.fqn, write_item.index.offset)]
+        value = piece.read()
+        assert value.dtype == piece.dtype, (piece.name, value.dtype)
+        self.progress(piece.num_bytes)
+        return value.reshape(piece.shape)
+
+
+def write_torch_dist(
+    folder: Path,
+    pieces: list[Piece],
+    *,
+    objects: dict[str, Any],
+    common: dict[str, Any],
+    progress: Callable[[int], Any],
+) -> None:
+    """Write a checkpoint folder: one iteration called "release", and the tracker file that names it.
+
+    Loaders start a release at iteration 0 and ask for neither optimizer nor random state.
+
+    Args:
+        folder: an empty folder.
+        objects: small things stored by name beside the tensors.
+        common: what Megatron's loader calls the common state: "args", "iteration", "checkpoint_version".
+        progress: called with the number of bytes written since its last call.
+    """
+    iteration = folder / RELEASE
+    iteration.mkdir()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as no_dist says
+        checkpoint.save(
+            {},
+            storage_writer=FileSystemWriter(str(iteration)),
+            planner=_LazyPlanner(pieces, objects, progress),
+            no_dist=True,
+        )
+    torch.save(common, iteration / COMMON_FILE)
+    (iteration / "metadata.json").write_text(
+        json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+    )
+    (folder / TRACKER).write_text(RELEASE)
+
+
+class _PiecePlanner(DefaultLoadPlanner):
+    """Reads one piece into one tensor."""
+
+    def __init__(self, into: torch.Tensor) -> None:
+        super().__init__()
+        self.into = into
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        value = self.into
+        for axis, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            value = value.narrow(axis, start, length)
+        return value
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        pass  # it was copied in place
+
+
+class TorchDistReader:
+    """The tensors of one torch_dist checkpoint, by name and piece; the index is checked before it is unpickled.
+
+    Args:
+        folder: a checkpoint folder, or that of one iteration.
+        what: the option to name in a refusal.
+
+    Raises:
+        ReGateError: see ``checkpoint.find_iteration``.
+    """
+
+    def __init__(self, folder: str | Path, what: str = "--source") -> None:
+        self.path, self.what = find_iteration(folder, what), what
+        self._reader = FileSystemReader(str(self.path))
+        self.metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(self.metadata, True)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every stored tensor; stacked layers count as one."""
+        entries = self.metadata.state_dict_metadata.items()
+        return {name: tuple(entry.size) for name, entry in entries if hasattr(entry, "size")}
+
+    @property
+    def objects(self) -> list[str]:
+        """Names of what is stored beside tensors."""
+        return [name for name, entry in self.metadata.state_dict_metadata.items() if not hasattr(entry, "size")]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a stored tensor."""
+        return self.metadata.state_dict_metadata[name].properties.dtype
+
+    def read(self, name: str, layer: int | None = None) -> torch.Tensor:
+        """A tensor, or one layer of a stacked one; only the files' parts that overlap it are read.
+
+        Raises:
+            ReGateError: a data file is damaged or missing.
+        """
+        entry = self.metadata.state_dict_metadata[name]
+        start = [0] * len(entry.size)
+        shape = list(entry.size)
+        if layer is not None:
+            start[0], shape[0] = layer, 1
+        into = torch.empty(shape, dtype=entry.properties.dtype)
+        items = [item for chunk in entry.chunks if (item := _overlap(name, chunk, start, shape)) is not None]
+        try:
+            if sum(item.lengths.numel() for item in items) != into.numel():
+                raise ValueError("parts are missing")
+            plan = self._reader.prepare_local_plan(LoadPlan(items))
+            self._reader.read_data(plan, _PiecePlanner(into)).wait()
+        except (Exception, CheckpointException) as error:  # damaged files raise anything
+            raise refuse(
+                self.what,
+                given=f"{self.path}, whose {name} cannot be read ({type(error).__name__})",
+                allowed="a complete checkpoint",
+                change="to one saved or copied in full",
+            ) from error
+        return into if layer is None else into[0]
+
+    def common_state(self) -> dict[str, Any]:
+        """Megatron's common state, read weights-only; empty where there is none to be read."""
+        file = self.path / COMMON_FILE
+        try:
+            with allowed_classes([Namespace]):
+                return torch.load(file, weights_only=True)  # as written here: plain values
+        except Exception:  # absent, elsewhere, or with classes of Megatron: it knows where and which
+            pass
+        from megatron.core import dist_checkpointing
+
+        try:
+            return dist_checkpointing.load_common_state_dict(str(self.path))
+        except (Exception, CheckpointException):  # absent, or of a class that is not allowed: the caller does without
+            return {}
+
+    def arguments(self) -> Namespace:
+        """Megatron's saved arguments; empty where there are none."""
+        return self.common_state().get("args") or Namespace()
+
+
+def _overlap(name: str, chunk: Any, start: list[int], shape: list[int]) -> ReadItem | None:
+    """What of a stored chunk falls into the wanted box."""
+    stored, wanted, lengths = [], [], []
+    for begin, size, offset, length in zip(chunk.offsets, chunk.sizes, start, shape, strict=True):
+        low, high = max(begin, offset), min(begin + size, offset + length)
+        if low >= high:
+            return None
+        stored.append(low - begin)
+        wanted.append(low - offset)
+        lengths.append(high - low)
+    index = MetadataIndex(name, chunk.offsets)
+    return ReadItem(
+        type=LoadItemType.TENSOR,
+        dest_index=index,
+        dest_offsets=torch.Size(wanted),
+        storage_index=index,
+        storage_offsets=torch.Size(stored),
+        lengths=torch.Size(lengths),
+    )
