@@ -75,7 +75,7 @@ class LanguageModelCheckpoint:
 
 def canonical_name(key: str) -> str:
     """One name for a tensor however its norm is stored; see :meth:`LanguageModelCheckpoint.key_of`."""
-    for apart, fused in _NORM_NAMES:
+    for apart, fused in NORM_NAMES:
         key = key.replace(apart, fused)
     return key
 

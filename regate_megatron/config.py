@@ -37,7 +37,11 @@ class ReGateConfig:
 
     enabled: bool = _option(True, "train with ReGATE token elision")
     keep_ratio: float = _option(0.5, "share p of the target tokens that stay active in sparse steps, in (0, 1]")
-    dense_layers: int = _option(1, "number of first decoder layers that see every token; 0 is the paper's method")
+    dense_layers: int = _option(
+        1,
+        "number of first decoder layers that see every token; 0 is the paper's method; "
+        "a HybridModel counts attention and MLP apart",
+    )
     warmup_steps: int = _option(100, "iterations at the start that run dense")
     cycle_steps: int = _option(128, "iterations per cycle after the warm-up (C)")
     dense_steps: int = _option(16, "dense iterations at the head of each cycle (F); they refresh every difficulty")

@@ -196,6 +196,28 @@ def truncated_teacher_is_refused() -> None:
         refused("whose data cannot be read", lambda: session_of(models).prepare(2))
 
 
+def teachers_of_other_models_come_from_their_checkpoints() -> None:
+    moe = {"num_moe_experts": 4, "moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
+    latent = {"kv_lora_rank": 16, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head_dim": 8, "q_lora_rank": 16}
+    for case in (
+        dict(GPT, config=moe),
+        dict(GPT, mla=True, config={**latent, "qk_layernorm": True}),
+        dict(GPT, model="hybrid", pattern="*-*E", config=moe),
+    ):
+        source = build(case)[0]
+        with torch.no_grad():
+            for value in source.state_dict().values():  # expert bias is no parameter, and starts at 0
+                if torch.is_tensor(value) and value.is_floating_point():
+                    value.add_(0.25)
+        with tempfile.TemporaryDirectory() as folder:
+            save_language_model(source, f"{folder}/teacher")
+            models = attach(build(case), config(teacher_load=f"{folder}/teacher"))
+            session_of(models).prepare(2)
+        found = session_of(models).reference.teacher.state_dict()
+        for name, value in source.state_dict().items():
+            assert not torch.is_tensor(value) or torch.equal(found[name], value), name
+
+
 def attach_tied_teacher(folder: str) -> None:
     save_language_model(build(dict(GPT, tied=True)), f"{folder}/tied")
     attach(build(GPT), config(teacher_load=f"{folder}/tied"))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regate_megatron.teacher.rows import TeacherRows, rows_for_teacher
+from regate_megatron.teacher.rows import TeacherRows, grown, rows_for_teacher
 
 PAD = 99
 TENSORS = ("token_NK", "position_NK", "num_read_N", "target_slot_NT", "label_NT", "num_target_N")
@@ -122,3 +122,28 @@ def test_cutting_rows_changes_no_input():
             pad_token=PAD,
         )
     assert all(torch.equal(a, b) for a, b in zip(before, (token, label, target, context, visual), strict=True))
+
+
+def test_a_grown_request_has_empty_rows_and_fill_at_the_end():
+    rows = _rows("vvvcct", "ctcctt", visual="drop")
+    sizes = rows.sizes + torch.tensor([1, 4, 0, 2, 3])
+    more = grown(rows, sizes)
+    assert more.sizes.tolist() == sizes.tolist()
+    assert more.num_read_N.tolist() == [3, 6, 0] and more.num_target_N.tolist() == [1, 3, 0]
+    for name in TENSORS:
+        own, large = getattr(rows, name), getattr(more, name)
+        assert torch.equal(large[tuple(slice(size) for size in own.shape)], own)
+        assert int(large.sum()) == int(own.sum())
+    assert grown(None, sizes).num_read_N.tolist() == [0, 0, 0]
+
+
+def test_position_ids_of_three_axes_follow_their_tokens_and_travel():
+    places = torch.arange(4)
+    axes_NS3 = torch.stack([places, places * 10, places * 100], dim=-1)[None]
+    is_target_NS = torch.tensor([[False, False, True, False]])
+    is_visual_NS = torch.tensor([[False, True, False, False]])
+    rows = rows_for_teacher(
+        places[None], axes_NS3, places[None], is_target_NS, ~is_target_NS, is_visual_NS, visual="drop", pad_token=None
+    )
+    assert rows.position_id_NK.tolist() == [[[0, 0, 0], [2, 20, 200]]]
+    assert torch.equal(TeacherRows.unpack(rows.pack()).position_id_NK, rows.position_id_NK)
