@@ -97,6 +97,13 @@ def select(rows: Rows, *, kind: str, keep_ratio: float, alignment: Alignment, al
     return Selection(length_M, rank_X < num_keep_R[row_X], achievable)
 
 
+def _best_first(score_T: Tensor) -> Tensor:
+    """The order of scores from the best; ties by position, NaN last."""
+    is_nan_T = score_T.isnan()
+    order_T = score_T.masked_fill(is_nan_T, -torch.inf).argsort(descending=True, stable=True)
+    return order_T[is_nan_T[order_T].int().argsort(stable=True)] if bool(is_nan_T.any()) else order_T
+
+
 def rank_targets(score_X: Tensor, row_X: Tensor, group_X: Tensor, floor_G: Tensor) -> Tensor:
     """The place of each target in the order in which its row keeps targets, from 0; int64 [X].
 
@@ -106,11 +113,9 @@ def rank_targets(score_X: Tensor, row_X: Tensor, group_X: Tensor, floor_G: Tenso
         row_X, group_X: row and group of each target, int64, ascending.
         floor_G: how many targets of each group come first, int64.
     """
-    lowest = torch.finfo(score_X.dtype).min
-    score_X = score_X.nan_to_num(nan=lowest, posinf=torch.inf, neginf=lowest)
     count_R = torch.bincount(row_X)
     start_R = count_R.cumsum(0) - count_R
-    best = [score_T.argsort(descending=True, stable=True) for score_T in score_X.split(count_R.tolist())]
+    best = [_best_first(score_T) for score_T in score_X.split(count_R.tolist())]
     best_X = torch.cat([torch.zeros_like(row_X[:0]), *best]) + start_R[row_X]  # row by row
     if not torch.equal(row_X, group_X):  # else the row's best are the group's best
         by_group_X = best_X[_sort(group_X[best_X])]
