@@ -39,7 +39,7 @@ POSITIONS = [
     case("none", positions="none"),
 ]
 LATENT = [
-    _mla("mla-yarn", config={"rope_type": "yarn"}),
+    _mla("mla-yarn", config={"rope_type": "yarn"}, multiple=2),
     _mla("mla-rope-uniform", config={"rope_type": "rope"}, recompute="uniform"),
     _mla(
         "mla-yarn-no-q-lora-block",
@@ -55,8 +55,12 @@ EXPERTS = [
     _moe("moe-llava", model="llava"),
     _moe("moe-n0-uniform", dense_layers=0, recompute="uniform", config=AUX, aux=True),
     _moe("moe-aux", config=AUX, aux=True, multiple=5),
-    _moe("moe-bias-alltoall", config={**BIAS, "moe_token_dispatcher_type": "alltoall"}, multiple=5),
-    _moe("moe-shared-frequency", config={"moe_shared_expert_intermediate_size": 32, "moe_layer_freq": [0, 1, 0, 1]}),
+    _moe("moe-bias-alltoall", config={**BIAS, "moe_token_dispatcher_type": "alltoall"}, multiple=10),
+    _moe(
+        "moe-shared-frequency",
+        config={"moe_shared_expert_intermediate_size": 32, "moe_layer_freq": [0, 1, 0, 1]},
+        multiple=2,
+    ),
     _moe("moe-selective", config=AUX, aux=True, recompute="moe+core_attn"),
 ]
 HYBRID = [
