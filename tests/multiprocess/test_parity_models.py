@@ -52,6 +52,7 @@ LATENT = [
 ]
 EXPERTS = [
     _moe("moe"),
+    _moe("moe-forgets", forgets=True),
     _moe("moe-llava", model="llava"),
     _moe("moe-n0-uniform", dense_layers=0, recompute="uniform", config=AUX, aux=True),
     _moe("moe-aux", config=AUX, aux=True, multiple=5),
@@ -92,6 +93,7 @@ FOUR_RANKS = [
     _mla("mla-yarn@tp2-sp-pp2", config={"rope_type": "yarn"}, tp=2, pp=2, sp=True, multiple=2),
     _mla("mla-rope-uniform@tp2-pp2", config={"rope_type": "rope"}, recompute="uniform", tp=2, pp=2),
     _moe("moe@ep4", ep=4),
+    _moe("moe-forgets@ep2-pp2", ep=2, pp=2, forgets=True),
     _moe("moe-n0-uniform@ep2-pp2", dense_layers=0, recompute="uniform", config=AUX, aux=True, ep=2, pp=2),
     _moe(
         "moe-bias-alltoall@tp2-sp-ep2",
