@@ -1,4 +1,6 @@
-"""Every process group is gloo. Patched: ``init_process_group`` and ``new_group`` of ``torch.distributed``."""
+"""Every process group is gloo. Patched: ``init_process_group``, ``new_group`` and ``all_to_all_single`` of
+``torch.distributed``.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed
 from torch.distributed import distributed_c10d
 
@@ -14,9 +17,10 @@ _KEPT_BACKENDS = ("fake", "mpi")
 
 
 def install() -> None:
-    """Replace both functions where torch itself and its users look them up."""
-    for name in ("init_process_group", "new_group"):
-        wrapper = _on_gloo(getattr(distributed_c10d, name))
+    """Replace the functions where torch itself and its users look them up."""
+    wrappers = {name: _on_gloo(getattr(distributed_c10d, name)) for name in ("init_process_group", "new_group")}
+    wrappers["all_to_all_single"] = _with_lists(distributed_c10d.all_to_all_single)
+    for name, wrapper in wrappers.items():
         for module in (distributed_c10d, torch.distributed):
             setattr(module, name, wrapper)
 
@@ -32,5 +36,21 @@ def _on_gloo(function: Callable) -> Callable:
             bound.arguments.pop("pg_options", None)  # made for NCCL
         bound.arguments.pop("device_id", None)
         return function(*bound.args, **bound.kwargs)
+
+    return wrapper
+
+
+def _with_lists(function: Callable) -> Callable:
+    """Split sizes may be tensors: Megatron makes lists of them on their way from the GPU, and here they are there."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        tensors, splits = args[:2], args[2:4]  # output, input, output splits, input splits
+        splits = tuple(one.tolist() if torch.is_tensor(one) else one for one in splits)
+        named = {
+            name: value.tolist() if name.endswith("_split_sizes") and torch.is_tensor(value) else value
+            for name, value in kwargs.items()
+        }
+        return function(*tensors, *splits, *args[4:], **named)
 
     return wrapper

@@ -5,6 +5,9 @@ token counts that move its expert bias. The block's ``padding_mask`` argument (T
 with every short run, also where no slot is fill: whether it is there decides how the auxiliary losses reduce their
 counts, and all ranks must decide alike.
 
+Under sequence parallelism Megatron weighs the auxiliary losses by each rank's own tokens, so there they differ from a
+masked full-length step, whose ranks hold other tokens, by as much as fill and elided tokens are spread unevenly.
+
 Shapes: S dense positions, K slots that run, k those of this context rank, B rows, N tokens of a rank, E experts.
 """
 

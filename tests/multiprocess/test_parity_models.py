@@ -39,7 +39,7 @@ POSITIONS = [
     case("none", positions="none"),
 ]
 LATENT = [
-    _mla("mla-yarn", config={"rope_type": "yarn"}),
+    _mla("mla-yarn", config={"rope_type": "yarn"}, multiple=2),
     _mla("mla-rope-uniform", config={"rope_type": "rope"}, recompute="uniform"),
     _mla(
         "mla-yarn-no-q-lora-block",
@@ -52,11 +52,16 @@ LATENT = [
 ]
 EXPERTS = [
     _moe("moe"),
+    _moe("moe-forgets", forgets=True),
     _moe("moe-llava", model="llava"),
     _moe("moe-n0-uniform", dense_layers=0, recompute="uniform", config=AUX, aux=True),
     _moe("moe-aux", config=AUX, aux=True, multiple=5),
-    _moe("moe-bias-alltoall", config={**BIAS, "moe_token_dispatcher_type": "alltoall"}, multiple=5),
-    _moe("moe-shared-frequency", config={"moe_shared_expert_intermediate_size": 32, "moe_layer_freq": [0, 1, 0, 1]}),
+    _moe("moe-bias-alltoall", config={**BIAS, "moe_token_dispatcher_type": "alltoall"}, multiple=10),
+    _moe(
+        "moe-shared-frequency",
+        config={"moe_shared_expert_intermediate_size": 32, "moe_layer_freq": [0, 1, 0, 1]},
+        multiple=2,
+    ),
     _moe("moe-selective", config=AUX, aux=True, recompute="moe+core_attn"),
 ]
 HYBRID = [
@@ -88,6 +93,7 @@ FOUR_RANKS = [
     _mla("mla-yarn@tp2-sp-pp2", config={"rope_type": "yarn"}, tp=2, pp=2, sp=True, multiple=2),
     _mla("mla-rope-uniform@tp2-pp2", config={"rope_type": "rope"}, recompute="uniform", tp=2, pp=2),
     _moe("moe@ep4", ep=4),
+    _moe("moe-forgets@ep2-pp2", ep=2, pp=2, forgets=True),
     _moe("moe-n0-uniform@ep2-pp2", dense_layers=0, recompute="uniform", config=AUX, aux=True, ep=2, pp=2),
     _moe(
         "moe-bias-alltoall@tp2-sp-ep2",
