@@ -41,6 +41,7 @@ from regate_megatron import ReGateConfig, attach, detach, wrap_forward_backward
 from regate_megatron.api import session_of
 from regate_megatron.budget import align_up
 from regate_megatron.sharding import places
+from regate_megatron.teacher.memory import RecentLosses
 from tests.multiprocess.hybrid import hybrid_model
 
 LAYERS, HIDDEN, VOCAB, TEXT, GLOBAL_ROWS = 4, 32, 64, 24, 8
@@ -430,7 +431,7 @@ def check(case: dict) -> dict:
     if case.get("forgets"):  # one replica alone has something to ask its teacher, whose experts lie on all ranks
         run(case, models, schedule, Step())
         if mpu.get_data_parallel_rank() == 0:
-            session.reference._known.clear()
+            session.reference.store = RecentLosses()
     sparse = Step()
     run(case, models, schedule, sparse)
     pending = session._pending

@@ -80,7 +80,7 @@ def main() -> None:
         fill_by_name(chunk)  # "loading a checkpoint"
     losses = train(hooked)
     assert session.work_to_report.positions_run < session.work_to_report.positions_dense
-    student, teacher = dict(seen[0].named_parameters()), session.reference.teacher
+    student, teacher = dict(seen[0].named_parameters()), session.reference.run.chunks[0]
     assert all(torch.equal(value, student[name]) for name, value in teacher.named_parameters())
 
     later = build([])
