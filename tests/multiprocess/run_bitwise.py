@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from run_parity import Step, build, mpu, run, tensor_parallel  # installs the emulation first
+from run_parity import Step, build, parallel, run, shared_store, tensor_parallel  # installs the emulation first
 
 from regate_megatron import ReGateConfig, attach, wrap_forward_backward
 
@@ -66,28 +66,24 @@ def train(case: dict, *, with_regate: bool) -> tuple[list, list[torch.Tensor]]:
 
 
 def main(names: list[str]) -> None:
-    dist.init_process_group(backend="gloo")
+    store = shared_store()
     for name in names:
-        case = CASES[name]
-        mpu.initialize_model_parallel(
-            case["tp"],
-            case["pp"],
-            virtual_pipeline_model_parallel_size=case.get("vpp"),
-            context_parallel_size=case.get("cp", 1),
-        )
-        case = dict(case, dense_layers=1)
-        plain, plain_weights = train(case, with_regate=False)
-        ours, our_weights = train(case, with_regate=True)
-        assert len({norm for _, norm in plain}) > STEPS // 2, "nothing was trained"
-        for number, ((losses, norm), (our_losses, our_norm)) in enumerate(zip(plain, ours, strict=True)):
-            assert norm == our_norm, f"{name}: gradient norm of step {number}"
-            assert all(map(torch.equal, losses, our_losses)), f"{name}: losses of step {number}"
-        assert all(map(torch.equal, plain_weights, our_weights)), f"{name}: weights"
-        if dist.get_rank() == 0:
-            print(f"equal over {STEPS} steps: {name}", flush=True)
-        mpu.destroy_model_parallel()
-    dist.barrier()
-    dist.destroy_process_group()
+        case = dict(CASES[name], name=name, dense_layers=1)
+        with parallel(case, store):
+            compare(case)
+            if dist.get_rank() == 0:
+                print(f"equal over {STEPS} steps: {name}", flush=True)
+
+
+def compare(case: dict) -> None:
+    """Train with and without; raises AssertionError at the first difference."""
+    plain, plain_weights = train(case, with_regate=False)
+    ours, our_weights = train(case, with_regate=True)
+    assert len({norm for _, norm in plain}) > STEPS // 2, "nothing was trained"
+    for number, ((losses, norm), (our_losses, our_norm)) in enumerate(zip(plain, ours, strict=True)):
+        assert norm == our_norm, f"{case['name']}: gradient norm of step {number}"
+        assert all(map(torch.equal, losses, our_losses)), f"{case['name']}: losses of step {number}"
+    assert all(map(torch.equal, plain_weights, our_weights)), f"{case['name']}: weights"
 
 
 if __name__ == "__main__":

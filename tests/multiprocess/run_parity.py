@@ -9,7 +9,9 @@ by nobody. Weights are made from the names of tensors, so every layout starts fr
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -40,6 +42,7 @@ from megatron.core.utils import flatten_batch_for_packed_sequences, get_batch_on
 from regate_megatron import ReGateConfig, attach, detach, wrap_forward_backward
 from regate_megatron.api import session_of
 from regate_megatron.budget import align_up
+from regate_megatron.compat import unwrap
 from regate_megatron.sharding import places
 from regate_megatron.teacher.memory import RecentLosses
 from tests.multiprocess.hybrid import hybrid_model
@@ -324,6 +327,7 @@ def local_slice(mask_BS: torch.Tensor, case: dict) -> torch.Tensor:
 
 
 def language_models(models):
+    models = [unwrap(model) for model in models]
     return [getattr(model, "language_model", None) or model for model in models]
 
 
@@ -502,29 +506,43 @@ def check(case: dict) -> dict:
     }
 
 
-def main(cases_file: str, results_file: str) -> None:
-    dist.init_process_group(backend="gloo")
-    results = {}
-    for case in json.loads(Path(cases_file).read_text()):
-        mpu.initialize_model_parallel(
-            case["tp"],
-            case["pp"],
-            virtual_pipeline_model_parallel_size=case.get("vpp"),
-            context_parallel_size=case.get("cp", 1),
-            expert_model_parallel_size=case.get("ep", 1),
-            expert_tensor_parallel_size=case.get("etp"),
-        )
-        tensor_parallel.model_parallel_cuda_manual_seed(1)
-        try:
-            results[case["name"]] = check(case)
-        except Exception:
-            print(f"case {case['name']} failed on rank {dist.get_rank()}", file=sys.stderr, flush=True)
-            raise
-        mpu.destroy_model_parallel()
-    if dist.get_rank() == 0:
-        Path(results_file).write_text(json.dumps(results))
+@contextlib.contextmanager
+def parallel(case: dict, store: dist.Store):
+    """Megatron's groups for one case, and none of them afterwards: each holds threads of gloo's."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", store=dist.PrefixStore(case["name"], store), rank=rank, world_size=world_size)
+    mpu.initialize_model_parallel(
+        case["tp"],
+        case["pp"],
+        virtual_pipeline_model_parallel_size=case.get("vpp"),
+        context_parallel_size=case.get("cp", 1),
+        expert_model_parallel_size=case.get("ep", 1),
+        expert_tensor_parallel_size=case.get("etp"),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    yield
     dist.barrier()
+    mpu.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def shared_store() -> dist.Store:
+    """The store that torchrun keeps for its ranks."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, int(os.environ["WORLD_SIZE"]), is_master=False)
+
+
+def main(cases_file: str, results_file: str) -> None:
+    results, store = {}, shared_store()
+    for case in json.loads(Path(cases_file).read_text()):
+        with parallel(case, store):
+            try:
+                results[case["name"]] = check(case)
+            except Exception:
+                print(f"case {case['name']} failed on rank {dist.get_rank()}", file=sys.stderr, flush=True)
+                raise
+    if os.environ["RANK"] == "0":
+        Path(results_file).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -83,10 +83,10 @@ FOUR_RANKS = [
 ]
 
 
-def run_cases(num_ranks: int, cases: list[dict], folder) -> dict:
+def run_cases(num_ranks: int, cases: list[dict], folder, timeout_s: int = 600) -> dict:
     given, results = folder / "cases.json", folder / "results.json"
     given.write_text(json.dumps(cases))
-    succeed(num_ranks, [str(ROOT / WORKER), str(given), str(results)])
+    succeed(num_ranks, [str(ROOT / WORKER), str(given), str(results)], timeout_s=timeout_s)
     return json.loads(results.read_text())
 
 

@@ -1,0 +1,56 @@
+"""The claims of test_parity on eight ranks: layouts that need three kinds of parallelism at once."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.multiprocess.test_parity import case, run_cases
+from tests.multiprocess.test_parity_models import AUX, MLA, MOE
+
+pytestmark = pytest.mark.full
+
+ONE_RANK = [
+    *(case(f"{m}-by4", model=m, multiple=4) for m in ("gpt", "llava")),
+    *(case(f"{m}-by8", model=m, multiple=8) for m in ("gpt", "llava")),
+    case("gpt"),
+    case("llava", model="llava"),
+    case("packed-rows1", packed=True, rows=1),
+    case("moe-by4", config={**MOE}, multiple=4),
+    case("mla-by4", mla=True, config=MLA, multiple=4),
+    case("hybrid-moe-by2", model="hybrid", pattern="*E*E", config={**MOE, **AUX}, multiple=2),
+]
+EIGHT_RANKS = [
+    *(case(f"{m}-by4@tp2-sp-cp2-pp2", model=m, tp=2, sp=True, cp=2, pp=2) for m in ("gpt", "llava")),
+    *(case(f"{m}-by4@tp2-sp-cp2-dp2", model=m, tp=2, sp=True, cp=2, recompute="uniform") for m in ("gpt", "llava")),
+    *(case(f"{m}@tp2-pp2-dp2", model=m, tp=2, pp=2) for m in ("gpt", "llava")),
+    case("gpt-by4@cp2-pp2-vpp2-dp2", cp=2, pp=2, vpp=2),
+    case("gpt@tp2-pp2-vpp2-dp2", tp=2, pp=2, vpp=2, recompute="uniform"),
+    case("gpt-by8@cp4-dp2", cp=4),
+    case("gpt-by8@tp2-cp4", tp=2, cp=4, multiple=8),
+    case("packed-rows1@tp2-sp-cp2-pp2", packed=True, rows=1, tp=2, sp=True, cp=2, pp=2),
+    case("moe-by4@tp2-sp-ep2-pp2", config={**MOE}, tp=2, sp=True, ep=2, etp=1, pp=2, multiple=4),
+    case("moe-by4@cp2-ep4", config={**MOE}, cp=2, ep=4, multiple=4),
+    case("mla-by4@tp2-sp-cp2-pp2", mla=True, config=MLA, tp=2, sp=True, cp=2, pp=2, multiple=4),
+    case("hybrid-moe-by2@ep2-pp2-dp2", model="hybrid", pattern="*E|*E", config={**MOE, **AUX}, ep=2, pp=2, multiple=2),
+]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory) -> dict:
+    return run_cases(1, ONE_RANK, tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module")
+def eight_ranks(tmp_path_factory) -> dict:
+    return run_cases(8, EIGHT_RANKS, tmp_path_factory.mktemp("eight"), timeout_s=1200)
+
+
+@pytest.mark.parametrize("name", [case["name"] for case in EIGHT_RANKS])
+def test_sparse_step_equals_masked_dense_step_and_keeps_the_same_positions(one_rank, eight_ranks, name):
+    assert eight_ranks[name]["loss_error"] <= 2e-6
+    assert eight_ranks[name]["gradient_error"] <= 1e-5
+    alone, here = one_rank[name.split("@")[0]]["kept"], eight_ranks[name]["kept"]
+    assert alone.keys() == here.keys()
+    for key, (kept, loss, _) in alone.items():
+        assert here[key][0] == kept
+        assert here[key][1] == pytest.approx(loss, rel=1e-5, abs=1e-5)
