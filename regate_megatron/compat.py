@@ -346,7 +346,13 @@ RULES = (
         "it finds turns by runs of the loss mask, which elision cuts",
         in_flags=False,
     ),
-    Rule("fully sharded data parallel", _fsdp, "Megatron's DDP", "the command: leave the flag out", "not built yet"),
+    Rule(
+        "fully sharded data parallel",
+        _fsdp,
+        "Megatron's DDP",
+        "the command: leave the flag out",
+        "it gathers weights around module calls, and the decoder is called by ranges of layers",
+    ),
     Rule(
         "fused RoPE",
         _fused_rope,
