@@ -91,6 +91,10 @@ def route(keep_idx_BK: Tensor, dense: Places, short: Places, *, rank: int, num_r
     num_rows = len(keep_idx_BK)
     row_1B = torch.arange(num_rows)[None, :]
     keep_KB = keep_idx_BK.t()
+    sizes = {"dense_size": dense.local_length * num_rows, "short_size": short.local_length * num_rows}
+    if num_ranks == 1:
+        entries_X, count = (keep_KB * num_rows + row_1B).reshape(-1), keep_KB.numel()
+        return Route(entries_X, torch.arange(count), [count], [count], **sizes)
     source_KB = dense.rank_L[keep_KB]
     target_KB = short.rank_L[:, None].expand_as(source_KB)
     from_KB = dense.index_L[keep_KB] * num_rows + row_1B
@@ -106,6 +110,5 @@ def route(keep_idx_BK: Tensor, dense: Places, short: Places, *, rank: int, num_r
         receive_index_X=to_Y[order_Y],
         send_counts=torch.bincount(target_X, minlength=num_ranks).tolist(),
         receive_counts=torch.bincount(source_Y, minlength=num_ranks).tolist(),
-        dense_size=dense.local_length * num_rows,
-        short_size=short.local_length * num_rows,
+        **sizes,
     )

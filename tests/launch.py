@@ -33,6 +33,14 @@ def torchrun(
 
     Fails the test when the run does not end within ``timeout_s``; every rank is killed then.
     """
+    for _ in range(3):
+        run = _torchrun_once(num_ranks, command, timeout_s, env)
+        if "EADDRINUSE" not in run.errors:  # somebody took the port between finding and using it
+            break
+    return run
+
+
+def _torchrun_once(num_ranks: int, command: Sequence[str], timeout_s: int, env: Mapping[str, str] | None) -> Finished:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

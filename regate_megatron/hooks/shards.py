@@ -76,8 +76,10 @@ class Exchange:
     def __init__(self, moves: Route, group: Any, device: torch.device) -> None:
         self._moves, self._group = moves, group
         self._send_index_X = _to(moves.send_index_X, device)
-        self._receive_index_X = _to(moves.receive_index_X, device)
-        self._receive_order_X = _to(moves.receive_index_X.argsort(), device)
+        self._receive_index_X = self._receive_order_X = None  # on one rank entries arrive in their order
+        if group is not None:
+            self._receive_index_X = _to(moves.receive_index_X, device)
+            self._receive_order_X = _to(_inverse(moves.receive_index_X), device)
 
     def to_short(self, dense_LBx: Tensor) -> Tensor:
         """Kept entries at their slots; [L, B, …] to [L', B, …]."""
@@ -94,19 +96,21 @@ class Exchange:
     def gather(self, dense_Xx: Tensor) -> Tensor:
         """Dense entries to short ones."""
         sent = dense_Xx.index_select(0, self._send_index_X)
+        if self._group is None:
+            return sent
         received = self._all_to_all(sent, self._moves.send_counts, self._moves.receive_counts)
         return received.index_select(0, self._receive_order_X)
 
     def scatter(self, short_Xx: Tensor) -> Tensor:
         """Short entries to dense ones: the transpose of :meth:`gather`."""
-        sent = short_Xx.index_select(0, self._receive_index_X)
-        received = self._all_to_all(sent, self._moves.receive_counts, self._moves.send_counts)
+        received = short_Xx
+        if self._group is not None:
+            sent = short_Xx.index_select(0, self._receive_index_X)
+            received = self._all_to_all(sent, self._moves.receive_counts, self._moves.send_counts)
         dense_Xx = short_Xx.new_zeros(self._moves.dense_size, *short_Xx.shape[1:])
         return dense_Xx.index_add_(0, self._send_index_X, received)
 
     def _all_to_all(self, sent: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
-        if self._group is None:
-            return sent
         received = sent.new_empty(sum(receive_counts), *sent.shape[1:])
         dist.all_to_all_single(received, sent, receive_counts, send_counts, group=self._group)
         return received
@@ -214,6 +218,11 @@ def _exchange(
     dense: Places = places(dense_N, **sizes)
     moves = route(plan.keep_idx_BK, dense, places(short_N, **sizes), rank=rank, num_ranks=layout.cp_size * sp_size)
     return Exchange(moves, group, device)
+
+
+def _inverse(order_X: Tensor) -> Tensor:
+    """The inverse of a permutation."""
+    return torch.empty_like(order_X).scatter_(0, order_X, torch.arange(len(order_X)))
 
 
 def _cumulative(length_N: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def build(case: dict) -> list[torch.nn.Module]:
 
 def merged_length(case: dict) -> int:
     """Positions of a row inside the model; a LLaVAModel pads its own to what SP and CP cut."""
-    if case["model"] == "gpt":
+    if case["model"] != "llava":
         return TEXT
     cp = case.get("cp", 1)
     return align_up(TEXT - 1 + VISUAL, (2 * cp if cp > 1 else 1) * (case["tp"] if case.get("sp") else 1))

@@ -20,12 +20,15 @@ ONE_RANK = [
     case("hybrid-moe-by2", model="hybrid", pattern="*E*E", config={**MOE, **AUX}, multiple=2),
 ]
 EIGHT_RANKS = [
-    *(case(f"{m}-by4@tp2-sp-cp2-pp2", model=m, tp=2, sp=True, cp=2, pp=2) for m in ("gpt", "llava")),
-    *(case(f"{m}-by4@tp2-sp-cp2-dp2", model=m, tp=2, sp=True, cp=2, recompute="uniform") for m in ("gpt", "llava")),
+    *(case(f"{m}-by4@tp2-sp-cp2-pp2", model=m, tp=2, sp=True, cp=2, pp=2, multiple=4) for m in ("gpt", "llava")),
+    *(
+        case(f"{m}-by4@tp2-sp-cp2-dp2", model=m, tp=2, sp=True, cp=2, multiple=4, recompute="uniform")
+        for m in ("gpt", "llava")
+    ),
     *(case(f"{m}@tp2-pp2-dp2", model=m, tp=2, pp=2) for m in ("gpt", "llava")),
-    case("gpt-by4@cp2-pp2-vpp2-dp2", cp=2, pp=2, vpp=2),
+    case("gpt-by4@cp2-pp2-vpp2-dp2", cp=2, pp=2, vpp=2, multiple=4),
     case("gpt@tp2-pp2-vpp2-dp2", tp=2, pp=2, vpp=2, recompute="uniform"),
-    case("gpt-by8@cp4-dp2", cp=4),
+    case("gpt-by8@cp4-dp2", cp=4, multiple=8),
     case("gpt-by8@tp2-cp4", tp=2, cp=4, multiple=8),
     case("packed-rows1@tp2-sp-cp2-pp2", packed=True, rows=1, tp=2, sp=True, cp=2, pp=2),
     case("moe-by4@tp2-sp-ep2-pp2", config={**MOE}, tp=2, sp=True, ep=2, etp=1, pp=2, multiple=4),
