@@ -20,8 +20,8 @@ demo: venv ## train a small vision-language model with and without ReGATE; repor
 demo-quick: venv ## the same in a few minutes
 	$(PYTHON_BIN) examples/demo/run.py --quick
 
-test: venv ## the tests that take seconds
-	@$(call pytest,)
+test: venv ## the tests that take seconds each, two files at a time
+	@$(call pytest,-n 2 --dist loadfile)
 
 test-full: venv ## all tests
 	@$(call pytest,-m "full or not full")

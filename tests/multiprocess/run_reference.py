@@ -6,6 +6,7 @@ torchrun --nproc-per-node 4 tests/multiprocess/run_reference.py FOLDER RESULTS.j
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -17,8 +18,7 @@ emulation.install()
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, tensor_parallel
-from megatron.core import parallel_state as mpu
+from megatron.core import dist_checkpointing
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from regate_megatron import ReGateConfig, ReGateError, attach, describe, detach, wrap_forward_backward
@@ -26,7 +26,7 @@ from regate_megatron.api import session_of
 from regate_megatron.checkpoint import open_language_model, save_language_model
 from regate_megatron.teacher.cache import ReferenceCache
 from regate_megatron.teacher.fingerprint import fingerprint_of_checkpoint, fingerprint_of_model
-from tests.multiprocess.run_parity import Step, build, run
+from tests.multiprocess.run_parity import Step, build, parallel, run, shared_store
 
 STEPS = 3
 
@@ -57,7 +57,7 @@ def losses_by_key(models: list) -> dict[str, list[float]]:
 
 
 def make_teacher(case: dict, folder: Path) -> str:
-    save_language_model(build(case)[0], folder / "teacher")
+    save_language_model(build(case), folder / "teacher")
     return str(folder / "teacher")
 
 
@@ -82,7 +82,7 @@ def fingerprint_is_of_the_weights_alone(case: dict, folder: Path) -> dict:
     topology = session_of(models).topology
     detach(models)
     in_memory = fingerprint_of_model([model.language_model], topology)
-    save_language_model(model.language_model, folder / "teacher")
+    save_language_model([model.language_model], folder / "teacher")
     whole = folder / "whole"
     if dist.get_rank() == 0:
         whole.mkdir()
@@ -225,27 +225,23 @@ CLAIMS = [claim for claim in CLAIMS if claim is not make_teacher]
 
 
 def main(folder: str, results_file: str, *layouts: str) -> None:
-    dist.init_process_group(backend="gloo")
     results: dict[str, dict] = {}
+    store = shared_store()
     for layout in layouts:
         tp, pp = map(int, layout.split("x"))
-        mpu.initialize_model_parallel(tp, pp)
-        tensor_parallel.model_parallel_cuda_manual_seed(1)
-        for claim in CLAIMS:
-            place = Path(folder) / f"{claim.__name__}-{layout}"
-            place.mkdir(exist_ok=True)
-            try:
-                case = {"model": "gpt", "tp": tp, "pp": pp, "dense_layers": 1}
-                results[f"{claim.__name__}@{layout}"] = claim(case, place)
-            except BaseException:  # the other ranks cannot go on
-                print(f"{claim.__name__}@{layout} on rank {dist.get_rank()}", file=sys.stderr)
-                traceback.print_exc()
-                raise
-        mpu.destroy_model_parallel()
-    if dist.get_rank() == 0:
+        case = {"name": layout, "model": "gpt", "tp": tp, "pp": pp, "dense_layers": 1}
+        with parallel(case, store):
+            for claim in CLAIMS:
+                place = Path(folder) / f"{claim.__name__}-{layout}"
+                place.mkdir(exist_ok=True)
+                try:
+                    results[f"{claim.__name__}@{layout}"] = claim(case, place)
+                except BaseException:  # the other ranks cannot go on
+                    print(f"{claim.__name__}@{layout} on rank {dist.get_rank()}", file=sys.stderr)
+                    traceback.print_exc()
+                    raise
+    if os.environ["RANK"] == "0":
         Path(results_file).write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

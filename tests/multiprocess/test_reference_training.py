@@ -31,21 +31,22 @@ def _precompute(*flags: str) -> tuple[str, int, int]:
 
 def test_precomputed_cache_trains_without_a_teacher(teacher, tmp_path):
     """Computed at TP2, used at DP2; stopped and started again in between."""
-    cache = [*teacher, "--regate-reference-cache", str(tmp_path / "cache"), "--save", str(tmp_path / "save")]
-    output, computed, _ = _precompute(*cache)
+    cache = [*teacher, "--regate-reference-cache", str(tmp_path / "cache")]
+    save = ["--save", str(tmp_path / "save"), "--save-interval", "6"]
+    output, computed, _ = _precompute(*cache, *save)
     assert computed > 0 and not _losses(output) and "validation loss" not in output
     assert not (tmp_path / "save").exists(), "nothing was trained, so nothing is saved"
     (note,) = (tmp_path / "cache" / "progress").iterdir()
     assert json.loads(note.read_text()) == {"iteration": 6, "samples": 48}
 
-    trained = _train(2, *REGATE, *cache[:-2])
+    trained = _train(2, *REGATE, *cache)
     assert len(_losses(trained.output)) == 6 and "sparse (1/1 steps sparse)" in trained.output
     assert "built when a loss is missing" in trained.output and BUILT not in trained.output
 
     note.write_text(json.dumps({"iteration": 4, "samples": 32}))  # as if stopped there
     for file in (tmp_path / "cache" / "losses").iterdir():
         file.unlink()
-    output, again, found = _precompute(*cache)
+    output, again, found = _precompute(*cache, *save)
     assert "precomputing goes on at iteration 4" in output
     assert 0 < again <= 16 and again + found == 16 and again <= computed
 

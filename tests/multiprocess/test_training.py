@@ -204,10 +204,9 @@ def test_unsupported_flags_are_refused_before_megatron_looks_at_them():
         (["--cuda-graph-impl", "local"], "CUDA graphs"),
         (["--overlap-moe-expert-parallel-comm"], "combined 1F1B"),
         (["--tp-comm-overlap"], "tensor-parallel communication overlap"),
-        (["--num-experts", "4"], "mixture of experts"),
+        (["--num-experts", "4", "--moe-expert-capacity-factor", "1.5"], "expert capacity"),
         (["--multi-latent-attention"], "multi-latent attention"),
-        (["--position-embedding-type", "mrope"], "position embedding"),
-        (["--sft"], "packed rows"),
+        (["--position-embedding-type", "relative"], "position embedding"),
         (["--use-megatron-fsdp"], "fully sharded data parallel"),
     ],
 )
