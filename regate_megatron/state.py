@@ -43,7 +43,15 @@ if TYPE_CHECKING:
 STATE_FOLDER = "regate"
 _FLOAT64 = np.dtype("<f8")
 # They say where things are or what this run is to do, not what was learned.
-_NO_SETTINGS = {"enabled", "reset_difficulty", "difficulty_memory", "trace", "reference_cache", "teacher_load"}
+_NO_SETTINGS = {
+    "enabled",
+    "reset_difficulty",
+    "difficulty_memory",
+    "trace",
+    "reference_cache",
+    "teacher_load",
+    "teacher_offload",
+}
 
 
 class StateSave:

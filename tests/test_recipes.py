@@ -1,4 +1,4 @@
-"""The launch recipes print lines that hold together; tests/scripts/test_recipes.py tries them."""
+"""The launch recipes print lines that hold together; tests/scripts/test_dry_run.py tries them."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from regate_megatron.batches.gpt import GPTBatches
 from regate_megatron.batches.llava import LLaVABatches
 from regate_megatron.batches.multimodal import MultimodalBatches
 from regate_megatron.batches.qwen_vl import QwenVLBatches
+from regate_megatron.errors import refuse
 
 __all__ = [
     "BatchAdapter",
@@ -42,6 +43,15 @@ def adapter_for(model: Any, pad_token: int | None, args: Any = None) -> BatchAda
             packs=_llava_packs(model, args),
         )
         return MultimodalBatches(merged, pad_token)
+    if not hasattr(model, "get_rope_index"):
+        error = refuse(
+            "model",
+            given=type(model).__name__,
+            allowed="GPTModel, HybridModel, LLaVAModel, or Megatron-Bridge's Qwen2.5-VL",
+            change="the model class, or train it without --regate",
+        )
+        error.everywhere = True
+        raise error
     return QwenVLBatches(
         image_token=model.config.image_token_id,
         video_token=model.config.video_token_id,

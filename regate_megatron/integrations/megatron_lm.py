@@ -275,6 +275,9 @@ def attached_line(session: Session) -> str:
     config, transformer = session.config, session.language_models[0].config
     sizes = (transformer.tensor_model_parallel_size, transformer.pipeline_model_parallel_size, session.topology.dp_size)
     layout = " ".join(f"{name}{size}" for name, size in zip(("TP", "PP", "DP"), sizes, strict=True))
+    for name, field in (("CP", "context"), ("EP", "expert_model"), ("VPP", "virtual_pipeline_model")):
+        size = getattr(transformer, f"{field}_parallel_size", None) or 1
+        layout += f" {name}{size}" if size > 1 else ""
     parts = [
         f"score {config.score}, keep {config.keep_ratio:g} of the targets",
         f"dense layers {config.dense_layers} of {transformer.num_layers}",

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from regate_megatron.batches import MicrobatchFacts
+from regate_megatron.compat import experts_span_replicas
 from regate_megatron.teacher.cache import rounded
 from regate_megatron.teacher.cache_files import KEY_BYTES
 from regate_megatron.teacher.memory import RecentLosses
@@ -181,7 +182,7 @@ class ReferenceLosses:
 
         All planners call this, over their group, one small reduction; without expert parallelism none communicates.
         """
-        if getattr(self.config, "expert_model_parallel_size", 1) == 1:
+        if not experts_span_replicas(self.config):
             return request
         own = request.sizes if request is not None else torch.zeros(5, dtype=torch.int64)
         sizes = self.topology.all_reduce_planners(own, "max")

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import torch
 
 from regate_megatron.metrics import Balance, Counters, count_step, log_line, ratios
-from regate_megatron.plan import MicrobatchPlan, StepPlan
+from regate_megatron.plan import MicrobatchPlan, Packing, StepPlan
 
 FACTS = SimpleNamespace(
-    is_target_BS=torch.tensor([[False, True, True, True]]), is_context_BS=torch.tensor([[True, False, False, False]])
+    is_target_BS=torch.tensor([[False, True, True, True]]),
+    is_context_BS=torch.tensor([[True, False, False, False]]),
+    sample_BS=None,
 )
 SPARSE = StepPlan(3, (MicrobatchPlan.of(torch.tensor([[True, False, True, False]]), 3),))  # one slot of fill
 
@@ -58,3 +60,16 @@ def test_dense_steps_say_nothing_of_balance():
 def test_counters_travel_as_numbers():
     counters = _step(90, 110, 100.0, 1.3)
     assert Counters.from_tensor(counters.to_tensor()) == counters
+
+
+def test_packed_rows_count_the_squares_of_their_segments():
+    """Attention does not cross segments: two of 2 are less work than one of 4."""
+    facts = SimpleNamespace(
+        is_target_BS=FACTS.is_target_BS, sample_BS=torch.tensor([[0, 0, 1, 1]]), segment_length_N=torch.tensor([2, 2])
+    )
+    dense = count_step([facts], StepPlan(3), num_layers=4, dense_layers=1, fallback=False)
+    assert (dense.positions_dense, dense.layer_squares_dense) == (4, 4 * 8)
+    packing = Packing(torch.tensor([2, 2]), torch.tensor([1, 2]))
+    plan = StepPlan(3, (MicrobatchPlan.of_packed(torch.tensor([[True, False, True, True]]), packing),))
+    sparse = count_step([facts], plan, num_layers=4, dense_layers=1, fallback=False)
+    assert (sparse.positions_run, sparse.layer_squares_run) == (3, 8 + 3 * 5)
