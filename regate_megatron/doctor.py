@@ -40,7 +40,8 @@ def main() -> int:
 
 
 def _print(head: str, text: str) -> None:
-    print(textwrap.fill(text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head)))
+    indent = {"initial_indent": head, "subsequent_indent": " " * len(head)}
+    print(textwrap.fill(text, _WIDTH, **indent, break_on_hyphens=False, break_long_words=False))  # flags stay whole
 
 
 def check_python() -> Iterator[Finding]:

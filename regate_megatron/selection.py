@@ -4,7 +4,7 @@
 floor's best targets of each group, then the best of all others. *It is optimal*: where an allowed set lacks one of a
 group's best, swapping it in for a lower one of the group loses nothing and keeps every floor, so some best set holds
 the floor's best of each group; the other places are free, and best filled with the best of what remains. (The bases of
-a partition matroid with lower bounds.) Ties go to the lower position; NaN ranks last.
+a partition matroid with lower bounds.) Ties go to the lower position; NaN is −inf.
 
 How many targets each row keeps is decided before: by counts in ``uniform`` and ``per-sample`` (:mod:`.budget`), by
 scores in ``balanced`` (:mod:`.balance`).
@@ -98,10 +98,8 @@ def select(rows: Rows, *, kind: str, keep_ratio: float, alignment: Alignment, al
 
 
 def _best_first(score_T: Tensor) -> Tensor:
-    """The order of scores from the best; ties by position, NaN last."""
-    is_nan_T = score_T.isnan()
-    order_T = score_T.masked_fill(is_nan_T, -torch.inf).argsort(descending=True, stable=True)
-    return order_T[is_nan_T[order_T].int().argsort(stable=True)] if bool(is_nan_T.any()) else order_T
+    """The order of scores from the best; NaN counts as minus infinity, ties go to the lower position."""
+    return score_T.masked_fill(score_T.isnan(), -torch.inf).argsort(descending=True, stable=True)
 
 
 def rank_targets(score_X: Tensor, row_X: Tensor, group_X: Tensor, floor_G: Tensor) -> Tensor:
