@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.multiprocess.test_parity import case, run_cases
-from tests.multiprocess.test_parity_models import AUX, MLA, MOE
+from tests.multiprocess.test_parity_models import MLA, MOE
 
 pytestmark = pytest.mark.full
 
@@ -15,9 +15,9 @@ ONE_RANK = [
     case("gpt"),
     case("llava", model="llava"),
     case("packed-rows1", packed=True, rows=1),
-    case("moe-by4", config={**MOE}, multiple=4),
+    case("moe-by4", config=MOE, multiple=4),
     case("mla-by4", mla=True, config=MLA, multiple=4),
-    case("hybrid-moe-by2", model="hybrid", pattern="*E*E", config={**MOE, **AUX}, multiple=2),
+    case("hybrid-moe-by2", model="hybrid", pattern="*E*E", config=MOE, multiple=2),
 ]
 EIGHT_RANKS = [
     *(case(f"{m}-by4@tp2-sp-cp2-pp2", model=m, tp=2, sp=True, cp=2, pp=2, multiple=4) for m in ("gpt", "llava")),
@@ -31,10 +31,10 @@ EIGHT_RANKS = [
     case("gpt-by8@cp4-dp2", cp=4, multiple=8),
     case("gpt-by8@tp2-cp4", tp=2, cp=4, multiple=8),
     case("packed-rows1@tp2-sp-cp2-pp2", packed=True, rows=1, tp=2, sp=True, cp=2, pp=2),
-    case("moe-by4@tp2-sp-ep2-pp2", config={**MOE}, tp=2, sp=True, ep=2, etp=1, pp=2, multiple=4),
-    case("moe-by4@cp2-ep4", config={**MOE}, cp=2, ep=4, multiple=4),
+    case("moe-by4@tp2-sp-ep2-pp2", config=MOE, tp=2, sp=True, ep=2, etp=1, pp=2, multiple=4),
+    case("moe-by4@cp2-ep4", config=MOE, cp=2, ep=4, multiple=4),
     case("mla-by4@tp2-sp-cp2-pp2", mla=True, config=MLA, tp=2, sp=True, cp=2, pp=2, multiple=4),
-    case("hybrid-moe-by2@ep2-pp2-dp2", model="hybrid", pattern="*E|*E", config={**MOE, **AUX}, ep=2, pp=2, multiple=2),
+    case("hybrid-moe-by2@ep2-pp2-dp2", model="hybrid", pattern="*E|*E", config=MOE, ep=2, pp=2, multiple=2),
 ]
 
 
