@@ -12,8 +12,9 @@ trains a LLaVAModel, and loads that one, so that every run has one start. Layout
 A batch has the keys of Megatron's own vision-language batches: `tokens` [B, S] with one placeholder for the picture at
 the start, `labels` (already shifted), `loss_mask`, `position_ids`, `image` [B, 3, H, W]; and `needs_image` [B, S] for
 the evaluation. Every evaluation of the training loop also writes one JSON line to `--eval-log`: iteration, eval_loss,
-image_word_accuracy (labels that need the picture) and all_word_accuracy (all targets), all on held-out samples and
-teacher-forced: each token is predicted from the true ones before it. `--eval-losses FILE` keeps the last evaluation's
+image_word_accuracy (labels that need the picture; where `needs_image` tells several kinds apart, also
+accuracy_by_kind, from kind 1 up) and all_word_accuracy (all targets), all on held-out samples and teacher-forced: each
+token is predicted from the true ones before it. `--eval-losses FILE` keeps the last evaluation's
 loss of every token, as `losses` and `labels` [N, S] in the order of the held-out file.
 """
 
@@ -32,8 +33,8 @@ from megatron.core.datasets.utils import Split
 from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.multimodal.llava_model import LLaVAModel
-from megatron.core.models.multimodal.llava_spec import decoder_model_with_local_default_spec
 from megatron.core.models.vision.clip_vit_model import get_num_image_embeddings
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
 from megatron.core.transformer.spec_utils import get_submodules
@@ -42,12 +43,14 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 from megatron.training.checkpointing import save_checkpoint
 
+NUM_KINDS = 8  # values of `needs_image`, 0 included
+
 
 def model_provider(built: list, pre_process=True, post_process=True, config=None, **_) -> GPTModel | LLaVAModel:
     """Build the model of `--stage` and add it to `built`; the language model is the same in both stages."""
     args = get_args()
     config = config or core_transformer_config_from_args(args)
-    spec = decoder_model_with_local_default_spec(None, False)
+    spec = get_gpt_layer_local_spec(normalization=config.normalization)  # its names are those of converted weights
     if args.stage == "text":
         model = GPTModel(
             config=config,
@@ -145,8 +148,13 @@ class HeldOut:
     """Sums over one evaluation; `write` is the `non_loss_data_func` that ends every evaluation on all ranks."""
 
     def __init__(self):
-        self.sums, self.written = torch.zeros(5), -1
+        self.sums, self.written = self.zeros(), -1
         self.rows: list[torch.Tensor] = []
+
+    @staticmethod
+    def zeros() -> torch.Tensor:
+        """Loss, hits and number of targets; then hits and number of each kind of `needs_image`, 0 first."""
+        return torch.zeros(3 + 2 * NUM_KINDS)
 
     def loss_func(self, batch: dict[str, torch.Tensor], logits: torch.Tensor):
         """`logits` [B, S, V / TP]: this rank's part of the vocabulary, text positions only."""
@@ -156,25 +164,31 @@ class HeldOut:
         best, token = map(tensor_parallel.gather_from_tensor_model_parallel_region, (best, token))  # [B, S, TP]
         hits = (token.gather(-1, best.argmax(-1, keepdim=True)).squeeze(-1) == labels).float()
         losses = tensor_parallel.vocab_parallel_cross_entropy(logits.float(), labels)
-        self.sums += torch.stack([x.sum() for x in (losses * mask, hits * mask, mask, hits * needs, needs)])
+        by_kind = torch.zeros(2, NUM_KINDS)
+        by_kind.index_add_(1, needs.flatten(), torch.stack((hits * mask, mask)).flatten(1))
+        self.sums += torch.cat((torch.stack([x.sum() for x in (losses * mask, hits * mask, mask)]), by_kind.flatten()))
         self.rows.append(torch.stack((losses, labels.float())))
         return loss_func(mask, losses)
 
     def write(self, _model) -> None:
         args = get_args()
-        sums, self.sums, rows, self.rows = self.sums, torch.zeros(5), self.rows, []
+        sums, self.sums, rows, self.rows = self.sums, self.zeros(), self.rows, []
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-        loss, hits, num_targets, image_hits, num_image = sums.tolist()
+        loss, hits, num_targets = sums[:3].tolist()
+        kind_hits, num_kind = sums[3:].view(2, NUM_KINDS)[:, 1:]
         iteration = args.consumed_train_samples // args.global_batch_size
         if iteration == self.written:  # the evaluation that ends the training repeats the last one
             return
         self.written = iteration
-        line = json.dumps({
+        found = {
             "iteration": iteration,
             "eval_loss": loss / num_targets,
-            "image_word_accuracy": image_hits / num_image,
+            "image_word_accuracy": float(kind_hits.sum() / num_kind.sum()),
             "all_word_accuracy": hits / num_targets,
-        })  # fmt: skip
+        }
+        if num_kind[1:].any():
+            found["accuracy_by_kind"] = [round(float(h / n), 5) for h, n in zip(kind_hits, num_kind, strict=True) if n]
+        line = json.dumps(found)
         print_rank_last(f"held-out: {line}")
         if args.eval_losses:
             self.write_losses(rows, args.eval_losses)

@@ -49,7 +49,7 @@ class TeacherRun:
 
         All ranks of the replica call this.
         """
-        microbatches = self._microbatches(request, micro_batch_size)
+        microbatches, num_rows = self._microbatches(request, micro_batch_size)
         iterators = [iter(microbatches) for _ in self.chunks]
         is_interleaved = self.config.virtual_pipeline_model_parallel_size is not None
         outputs = self._schedule()(
@@ -58,7 +58,7 @@ class TeacherRun:
             model=self.chunks,
             num_microbatches=len(microbatches),
             seq_length=request.token_NK.shape[1],
-            micro_batch_size=micro_batch_size,
+            micro_batch_size=num_rows,
             forward_only=True,
             collect_non_loss_data=True,
         )
@@ -75,14 +75,19 @@ class TeacherRun:
             return schedules.forward_backward_pipelining_without_interleaving
         return schedules.forward_backward_pipelining_with_interleaving
 
-    def _microbatches(self, request: TeacherRows, size: int) -> list[TeacherRows]:
-        """Microbatches of ``size`` rows, as many as an interleaved schedule takes; filled up with the last row."""
-        count = -(-len(request) // size)
+    def _microbatches(self, request: TeacherRows, most_rows: int) -> tuple[list[TeacherRows], int]:
+        """As many microbatches as an interleaved schedule takes, of at most ``most_rows`` rows, and how many rows.
+
+        A request for a few missing rows is spread evenly, so that it costs what these rows cost; the last row repeats
+        where the numbers do not divide.
+        """
+        count = -(-len(request) // most_rows)
         if self.config.virtual_pipeline_model_parallel_size is not None:
             group = self.config.microbatch_group_size_per_vp_stage
             count = -(-count // group) * group
-        index_N = torch.arange(count * size).clamp_max(len(request) - 1)
-        return [request.rows_at(index_b) for index_b in index_N.split(size)]
+        num_rows = -(-len(request) // count)
+        index_N = torch.arange(count * num_rows).clamp_max(len(request) - 1)
+        return [request.rows_at(index_b) for index_b in index_N.split(num_rows)], num_rows
 
     def _forward_step(self, microbatches: Any, model: Any) -> tuple[Tensor, Any]:
         rows: TeacherRows = next(microbatches)

@@ -1,0 +1,130 @@
+"""The demo's pictures and captions in the tokens of a pretrained language model, its vocabulary cut to those in use.
+
+Files in the folder: `train.npz` and `heldout.npz` as examples/demo/data.py writes them, but with the kind of word in
+`needs_image` (0: text predicts it; 1 and up: KINDS); `vocabulary.json`, the model's own id of every id used here;
+`captions.json`; `about.json`.
+
+A vocabulary of 32,000 or more would spend most of a small machine's time in the LM head, on pieces that no caption
+has. Rows of the embedding are taken as they are, so that the weights stay the pretrained ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+DEMO = Path(__file__).resolve().parents[1] / "demo"
+sys.path.append(str(DEMO))
+
+import data as scenes  # noqa: E402  the demo's: what is drawn and said
+
+KINDS = ("count", "colour", "object", "place")
+PLACES = {"at", "on", "in", "top", "bottom", "left", "right"}
+COLOURS = {*scenes.GROUNDS, "red", "orange", "brown", "purple", "black"}
+
+
+def kind_of(word: str) -> int:
+    """1 and up: the place in KINDS of a word that needs the picture."""
+    if word in scenes.NUMBERS:
+        return 1
+    if word in COLOURS:
+        return 2
+    return 4 if word in PLACES else 3
+
+
+def encode(tokenizer: Tokenizer, sample: tuple, bos: int, eos: int) -> tuple[list[int], list[int], list[int]]:
+    """`<bos> instruction answer <eos>` in the model's own ids; per token whether it is a target, and the kind of word.
+
+    Only the first piece of a word that needs the picture has a kind: it tells the others.
+    """
+    instruction, answer, spans = sample
+    prompt, coded = [bos, *tokenizer.encode(instruction, add_special_tokens=False).ids], tokenizer.encode(
+        " " + answer if tokenizer_adds_no_space(tokenizer) else answer, add_special_tokens=False
+    )
+    shift = 1 if tokenizer_adds_no_space(tokenizer) else 0
+    kinds, last = [], None
+    for begin, end in coded.offsets:
+        span = next((s for s in spans if begin - shift < s[1] and end - shift > s[0]), None)
+        kinds.append(kind_of(answer[slice(*span)]) if span and span != last else 0)
+        last = span or last
+    return prompt + coded.ids + [eos], [0] * len(prompt) + [1] * (len(coded.ids) + 1), [0] * len(prompt) + kinds + [0]
+
+
+def tokenizer_adds_no_space(tokenizer: Tokenizer) -> bool:
+    """Whether a text's first word has to be given its space (byte-level vocabularies)."""
+    return tokenizer.normalizer is None
+
+
+def prepare(out: Path, language_model: Path, *, num_train: int, num_heldout: int, seed: int) -> Path:
+    """Write all files into `out` unless they are there; a failed run leaves nothing. Returns `out`."""
+    wanted = {"num_train": num_train, "num_heldout": num_heldout, "seed": seed, "language_model": language_model.name}
+    sources = (Path(__file__), DEMO / "data.py")
+    wanted["source"] = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
+    if (out / "about.json").exists() and wanted.items() <= json.loads((out / "about.json").read_text()).items():
+        return out
+    aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        rng = random.Random(seed)
+        emoji = scenes.load_emoji()
+        drawn: dict[tuple, scenes.Scene] = {}
+        while len(drawn) < num_train + num_heldout:
+            scene = scenes.draw_scene(emoji, rng)
+            drawn.setdefault((scene.parts, scene.ground), scene)  # no two samples share parts and ground
+        samples = [scenes.describe(scene, emoji) for scene in drawn.values()]
+        config = json.loads((language_model / "config.json").read_text())
+        special = [int(config[name]) for name in ("bos_token_id", "eos_token_id")]
+        tokenizer = Tokenizer.from_file(str(language_model / "tokenizer.json"))
+        rows = [encode(tokenizer, sample, *special) for sample in samples]
+        vocabulary = sorted(set(special).union(*(tokens for tokens, _, _ in rows)))
+        new_id = {old: new for new, old in enumerate(vocabulary)}
+        length = max(len(tokens) for tokens, _, _ in rows)
+        tokens, target, kind = (np.zeros((len(rows), length), dtype=np.int32) for _ in range(3))
+        for i, (row, is_target, kinds) in enumerate(rows):
+            tokens[i, : len(row)] = [new_id[token] for token in row]
+            target[i, : len(row)], kind[i, : len(row)] = is_target, kinds
+        pictures = tqdm(drawn.values(), desc="painting pictures", unit="picture", mininterval=1, disable=None)
+        images = np.stack([scenes.paint(scene, emoji, rng) for scene in pictures])
+        for name, part in (("train", slice(num_train)), ("heldout", slice(num_train, None))):
+            masks = {"loss_mask": target[part, 1:].astype(np.uint8), "needs_image": kind[part, 1:].astype(np.uint8)}
+            np.savez(aside / f"{name}.npz", images=images[part], tokens=tokens[part], **masks)
+        (aside / "vocabulary.json").write_text(json.dumps(vocabulary))
+        texts = [f"{instruction} {answer}" for instruction, answer, _ in samples]
+        captions = {"train": texts[:num_train], "heldout": texts[num_train:]}
+        (aside / "captions.json").write_text(json.dumps(captions, indent=0))
+        about = {
+            **wanted, "licence": scenes.LICENCE, "num_emoji": len(emoji), "vocabulary": len(vocabulary),
+            "text_length": length - 1, "targets_per_sample": round(float(target.sum(1).mean()), 2), "kinds": KINDS,
+            "share_of_targets_by_kind": [round(float((kind == k).sum() / target.sum()), 3) for k in (1, 2, 3, 4)],
+        }  # fmt: skip
+        (aside / "about.json").write_text(json.dumps(about, indent=1))
+        shutil.rmtree(out, ignore_errors=True)
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return out
+
+
+def cut_vocabulary(language_model: Path, data: Path, target: Path) -> None:
+    """Write the language model with only the embedding's rows of `data`'s vocabulary."""
+    ids = json.loads((data / "vocabulary.json").read_text())
+    config = json.loads((language_model / "config.json").read_text())
+    tensors = load_file(language_model / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in tensors:
+            tensors[name] = tensors[name][ids].contiguous()
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    special = {name: ids.index(int(config[name])) for name in ("bos_token_id", "eos_token_id")}
+    (target / "config.json").write_text(json.dumps(config | special | {"vocab_size": len(ids)}, indent=1))
