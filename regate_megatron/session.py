@@ -22,7 +22,7 @@ from regate_megatron.hooks import CurrentMicrobatch, DecoderHook, Layout, LossHo
 from regate_megatron.metrics import Counters, Trace, count_plan, count_step
 from regate_megatron.plan import StepPlan, share_plan
 from regate_megatron.planner import Planner
-from regate_megatron.schedule import Phase, phase_of
+from regate_megatron.schedule import Phase, keep_ratio_of, phase_of
 from regate_megatron.sharding import places
 from regate_megatron.teacher import ReferenceLosses, TeacherSource, open_reference
 from regate_megatron.topology import Topology
@@ -128,7 +128,7 @@ class Session:
         """Run one training step of ``schedule`` with ``arguments`` (keywords of Megatron's forward-backward)."""
         self.prepare(arguments["micro_batch_size"])
         self.phase = self._phase()
-        elides = self.phase == "sparse" and self.config.elides
+        elides = self.phase == "sparse" and keep_ratio_of(self.step, self.config) < 1.0
         teacher_before = self.reference.seconds if self.reference else 0.0
         batches, facts, anyone_misses, seconds = self._gather(arguments, asks=elides)
         plan, scores, fallback = StepPlan(self.step), None, False
@@ -163,6 +163,7 @@ class Session:
             warmup_steps=self.config.warmup_steps,
             cycle_steps=self.config.cycle_steps,
             dense_steps=self.config.dense_steps,
+            dense_from=self.config.dense_from,
         )
         return "dense" if phase == "sparse" and self.step < self.dense_until else phase
 

@@ -103,6 +103,8 @@ def _fp8_multiple(flags: list[str]) -> int:
 def _regate(config: ReGateConfig, fp8_multiple: int) -> dict[str, Any]:
     dense = min(config.dense_steps, 1)
     values = {"--regate-warmup-steps": 2 - dense, "--regate-cycle-steps": 8, "--regate-dense-steps": dense}
+    if config.keep_ratio_end is not None:  # the first cycle has the first ratio, which may be 1
+        values["--regate-keep-ratio"] = min(config.keep_ratio, config.keep_ratio_end)
     if fp8_multiple > 1:
         values["--regate-length-multiple"] = max(config.length_multiple, fp8_multiple)
     if config.needs_teacher:

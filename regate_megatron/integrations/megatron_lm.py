@@ -279,14 +279,21 @@ def attached_line(session: Session) -> str:
         size = getattr(transformer, f"{field}_parallel_size", None) or 1
         layout += f" {name}{size}" if size > 1 else ""
     parts = [
-        f"score {config.score}, keep {config.keep_ratio:g} of the targets",
+        f"score {config.score}, keep {_ratio(config)} of the targets",
         f"dense layers {config.dense_layers} of {transformer.num_layers}",
         f"budget {config.budget}",
-        f"warm-up {config.warmup_steps}, then {config.dense_steps} of {config.cycle_steps} steps dense",
+        f"warm-up {config.warmup_steps}, then {config.dense_steps} of {config.cycle_steps} steps dense"
+        + ("" if config.dense_from is None else f", all of them after iteration {config.dense_from}"),
         _teacher_of(session),
         compat.versions(),
     ]
     return f"[regate] attached to {type(session.models[0]).__name__} ({layout}): " + "; ".join(parts)
+
+
+def _ratio(config: ReGateConfig) -> str:
+    if config.keep_ratio_end is None:
+        return f"{config.keep_ratio:g}"
+    return f"{config.keep_ratio:g} to {config.keep_ratio_end:g} (over {config.keep_ratio_steps} iterations)"
 
 
 def _teacher_of(session: Session) -> str:

@@ -108,6 +108,21 @@ def evaluation_is_never_elided() -> None:
     assert session._pending.step == 0, "an evaluation counted as a step"
 
 
+def ratio_moves_from_one_and_the_cool_down_is_dense() -> None:
+    """Cycles of two from 1.0 to 0.25: whole, then shorter and shorter; then dense, where every step would elide."""
+    moving = {"keep_ratio": 1.0, "keep_ratio_end": 0.25, "keep_ratio_steps": 4, "cycle_steps": 2, "dense_from": 6}
+    models, session, schedule = attached(score="student", budget="per-sample", length_multiple=1, **moving)
+    kept = []
+    for _ in range(7):
+        run(GPT, models, schedule, Step())
+        session.commit()
+        share = session.interval.targets_kept / session.interval.targets_total
+        kept.append((session.phase, round(share, 1), session.interval.sparse_steps))
+        session.interval = type(session.interval)()
+    ones = [("warmup", 1.0, 0), ("sparse", 1.0, 0), ("sparse", 1.0, 0)]
+    assert kept == [*ones, ("sparse", 0.6, 1), ("sparse", 0.6, 1), ("sparse", 0.3, 1), ("dense", 1.0, 0)], kept
+
+
 def building_a_teacher_leaves_the_random_state() -> None:
     models = build(GPT)
     tracker = tensor_parallel.get_cuda_rng_tracker()
