@@ -97,6 +97,16 @@ def _too_many_dense_layers(setting: Setting) -> Any:
     return f"{dense} with {first} layers in the first pipeline chunk" if dense > first else None
 
 
+def _dense_last_layers(setting: Setting) -> Any:
+    last, stages = setting.config.dense_last_layers, setting.model.pipeline_model_parallel_size
+    if last and stages > 1:
+        return f"{last} with {stages} pipeline stages"
+    first, layers = setting.config.dense_layers, setting.model.num_layers
+    if last and layers and first + last >= layers:  # flags with a layer pattern have no number of layers
+        return f"{last} with {flag('dense_layers')} {first} of {layers} decoder layers"
+    return None
+
+
 def _pattern(setting: Setting) -> str | None:
     """The layer pattern of a HybridModel; None for a GPTModel."""
     return getattr(setting.chunks[0], "hybrid_layer_pattern", None)
@@ -227,6 +237,13 @@ RULES = (
         "it to 1, or to a smaller number",
         "pipeline stages after the first exchange short sequences",
         in_flags=False,
+    ),
+    Rule(
+        flag("dense_last_layers"),
+        _dense_last_layers,
+        "fewer than the layers after the first dense ones, without pipeline stages",
+        "it to 0, or --pipeline-model-parallel-size to 1",
+        "elided positions come back where the whole decoder is",
     ),
     Rule(
         flag("budget"),

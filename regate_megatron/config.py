@@ -48,6 +48,9 @@ class ReGateConfig:
         "number of first decoder layers that see every token; 0 is the paper's method; "
         "a HybridModel counts attention and MLP apart",
     )
+    dense_last_layers: int = _option(
+        0, "number of last decoder layers that see every token again; no pipeline stages then"
+    )
     warmup_steps: int = _option(100, "iterations at the start that run dense")
     cycle_steps: int = _option(128, "iterations per cycle after the warm-up (C)")
     dense_steps: int = _option(16, "dense iterations at the head of each cycle (F); they refresh every difficulty")
@@ -102,8 +105,8 @@ class ReGateConfig:
         top = 1.0 if self.fusion == "convex" else math.inf
         allowed = "a finite number in [0, 1]" if self.fusion == "convex" else "a finite number of 0 or more"
         self._check_number("reference_weight", allowed, lambda v: 0 <= v <= top, "0.5")
-        for name, low in (("dense_layers", 0), ("warmup_steps", 0), ("dense_steps", 0)):
-            self._check_number(name, f"an integer of {low} or more", lambda v, low=low: v >= low, str(low + 1), True)
+        for name in ("dense_layers", "dense_last_layers", "warmup_steps", "dense_steps"):
+            self._check_number(name, "an integer of 0 or more", lambda v: v >= 0, "1", True)
         self._check_number("cycle_steps", "an integer of 1 or more", lambda v: v >= 1, "128", True)
         if self.length_multiple is not None:
             self._check_number("length_multiple", "an integer of 1 or more", lambda v: v >= 1, "64", True)

@@ -69,7 +69,8 @@ class Session:
     def attach_hooks(self) -> None:
         """Put the hooks on this rank's language-model chunks."""
         for model in self.language_models:
-            self.hooks.append(DecoderHook(model, self.current, dense_layers=self.config.dense_layers))
+            dense = {"dense_layers": self.config.dense_layers, "dense_last_layers": self.config.dense_last_layers}
+            self.hooks.append(DecoderHook(model, self.current, **dense))
             if model.post_process:
                 self.hooks.append(LossHook(model, self.current))
 
@@ -143,7 +144,7 @@ class Session:
         seconds -= teacher_seconds
         layers = {
             "num_layers": self.language_models[0].config.num_layers,
-            "dense_layers": self.config.dense_layers,
+            "dense_layers": self.config.dense_layers + self.config.dense_last_layers,
         }
         counters, self.work_to_report = Counters(steps=1), count_plan(plan, **layers)
         if self.planner:
@@ -319,6 +320,7 @@ class Session:
         moves = {
             "moves_hidden": any(hook.compacts for hook in self.hooks if isinstance(hook, DecoderHook)),
             "moves_losses": any(isinstance(hook, LossHook) for hook in self.hooks),
+            "comes_back": self.config.dense_last_layers > 0,
         }
         return [shard_plan(one, self._layout, device, **moves) for one in plan.microbatches]
 

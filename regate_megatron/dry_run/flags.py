@@ -63,7 +63,7 @@ def small_flags(
     small = shrink.shrink(
         cluster,
         replicas=replicas,
-        dense_layers=config.dense_layers if config else 0,
+        dense_layers=config.dense_layers + config.dense_last_layers if config else 0,
         is_multimodal=is_multimodal,
         fp8_multiple=fp8,
     )

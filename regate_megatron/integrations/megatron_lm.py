@@ -278,9 +278,10 @@ def attached_line(session: Session) -> str:
     for name, field in (("CP", "context"), ("EP", "expert_model"), ("VPP", "virtual_pipeline_model")):
         size = getattr(transformer, f"{field}_parallel_size", None) or 1
         layout += f" {name}{size}" if size > 1 else ""
+    last = f" and the last {config.dense_last_layers}" if config.dense_last_layers else ""
     parts = [
         f"score {config.score}, keep {_ratio(config)} of the targets",
-        f"dense layers {config.dense_layers} of {transformer.num_layers}",
+        f"dense layers {config.dense_layers}{last} of {transformer.num_layers}",
         f"budget {config.budget}",
         f"warm-up {config.warmup_steps}, then {config.dense_steps} of {config.cycle_steps} steps dense"
         + ("" if config.dense_from is None else f", all of them after iteration {config.dense_from}"),

@@ -123,6 +123,19 @@ def ratio_moves_from_one_and_the_cool_down_is_dense() -> None:
     assert kept == [*ones, ("sparse", 0.6, 1), ("sparse", 0.6, 1), ("sparse", 0.3, 1), ("dense", 1.0, 0)], kept
 
 
+def last_layers_that_are_dense_again_are_told_and_counted() -> None:
+    models, session, schedule = attached(score="student", dense_layers=1, dense_last_layers=2)
+    assert "layers 1-4): compacts after 1 dense layers, the last 2 are dense again" in describe(models)
+    run(GPT, models, schedule, Step())
+    session.commit()
+    before = session.totals.layer_positions_run
+    run(GPT, models, schedule, Step())
+    dense = sum(one.keep_idx_BK.shape[0] * one.dense_length for one in session._pending.plan.microbatches)
+    short = sum(one.keep_idx_BK.numel() for one in session._pending.plan.microbatches)
+    session.commit()
+    assert session.totals.layer_positions_run - before == 3 * dense + short and short < dense
+
+
 def building_a_teacher_leaves_the_random_state() -> None:
     models = build(GPT)
     tracker = tensor_parallel.get_cuda_rng_tracker()

@@ -26,6 +26,7 @@ FLAGS = {  # a change here breaks users' scripts
     "--regate-keep-ratio-end": None,
     "--regate-keep-ratio-steps": None,
     "--regate-dense-layers": 1,
+    "--regate-dense-last-layers": 0,
     "--regate-warmup-steps": 100,
     "--regate-cycle-steps": 128,
     "--regate-dense-steps": 16,
@@ -59,7 +60,7 @@ CHOICES = {
 
 NOT_FINITE = (float("nan"), float("inf"), -float("inf"))
 
-FROM_ZERO = ("dense_layers", "warmup_steps", "dense_steps", "seed")
+FROM_ZERO = ("dense_layers", "dense_last_layers", "warmup_steps", "dense_steps", "seed")
 OUT_OF_RANGE = [
     *(("keep_ratio", value) for value in (0, 0.0, -0.1, 1.0000001, 2, True, "0.5", None, *NOT_FINITE)),
     *(("ema_decay", value) for value in (-0.01, 1, 1.0, 1.5, False, "0.9", None, *NOT_FINITE)),
@@ -209,6 +210,7 @@ def test_flags_give_the_config_they_spell():
         "keep_ratio_end": 0.75,
         "keep_ratio_steps": 1000,
         "dense_layers": 0,
+        "dense_last_layers": 2,
         "warmup_steps": 3,
         "cycle_steps": 9,
         "dense_steps": 2,
