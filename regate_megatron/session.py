@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from regate_megatron import compat
+from regate_megatron.alignment import length_alignment, segment_alignment
 from regate_megatron.batches import BatchAdapter, MicrobatchFacts, adapter_for
 from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import ReGateError, refuse
@@ -24,6 +25,7 @@ from regate_megatron.plan import StepPlan, share_plan
 from regate_megatron.planner import Planner
 from regate_megatron.schedule import Phase, keep_ratio_of, phase_of
 from regate_megatron.sharding import places
+from regate_megatron.support import Setting, check_support
 from regate_megatron.teacher import ReferenceLosses, TeacherSource, open_reference
 from regate_megatron.topology import Topology
 
@@ -61,9 +63,7 @@ class Session:
         self._args = args
         self.planner = self.trace = None
         if topology.is_planner:
-            self.planner = Planner(
-                config, topology, compat.length_alignment(transformer), compat.segment_alignment(transformer)
-            )
+            self.planner = Planner(config, topology, length_alignment(transformer), segment_alignment(transformer))
             self.trace = Trace(config.trace, topology.dp_rank) if config.trace else None
 
     def attach_hooks(self) -> None:
@@ -101,8 +101,8 @@ class Session:
         if self._is_prepared:
             return
         is_multimodal = self.language_models[0] is not self.models[0]
-        setting = compat.Setting(self.language_models, self.config, self._args, micro_batch_size, is_multimodal)
-        supported, reason = compat.check_support(setting)
+        setting = Setting(self.language_models, self.config, self._args, micro_batch_size, is_multimodal)
+        supported, reason = check_support(setting)
         if not supported:
             raise ReGateError(reason, everywhere=True)
         if self._teacher_source is not None:

@@ -13,8 +13,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer import TransformerConfig
 
-from regate_megatron.compat import RULES, Setting, check_support
 from regate_megatron.config import ReGateConfig
+from regate_megatron.support import RULES, Setting, check_support
 
 
 def _setting(config: dict | None = None, model: dict | None = None, args: dict | None = None, **chunk) -> Setting:

@@ -90,7 +90,7 @@ def small_flags(
 
 
 def _fp8_multiple(flags: list[str]) -> int:
-    """What FP8 asks of lengths, as :func:`regate_megatron.compat.length_alignment` has it; 1 without FP8."""
+    """What FP8 asks of lengths, as :func:`regate_megatron.alignment.length_alignment` has it; 1 without FP8."""
     names = [word.partition("=")[0] for word in flags]
     if "--fp8-format" not in names:
         return 1

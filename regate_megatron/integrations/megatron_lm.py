@@ -32,6 +32,7 @@ from regate_megatron.integrations.flops import share_of_dense
 from regate_megatron.integrations.megatron_checkpoints import CheckpointState, restore
 from regate_megatron.metrics import Counters, log_line, ratios, reduce_counters
 from regate_megatron.session import Session
+from regate_megatron.support import check_support, setting_of_flags
 from regate_megatron.teacher.source import TEACHER_FOLDER, hash_of_tokenizer, teacher_of_resumed_run
 
 _MARK = "_regate"
@@ -136,7 +137,7 @@ def check_flags(flags: Sequence[str], config: ReGateConfig) -> None:
         args, _ = arguments.add_megatron_arguments(parser).parse_known_args(list(flags))
     except (argparse.ArgumentError, SystemExit):
         return  # Megatron's own parser will say what is wrong
-    supported, reason = compat.check_support(compat.setting_of_flags(args, config), flags_only=True)
+    supported, reason = check_support(setting_of_flags(args, config), flags_only=True)
     if not supported:
         raise ReGateError(reason, everywhere=True)
 
