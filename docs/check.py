@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from regate_megatron.compat import RULES  # noqa: E402
 from regate_megatron.config import ReGateConfig, flag  # noqa: E402
+from regate_megatron.support import RULES  # noqa: E402
 
 
 def flag_table() -> str:
@@ -31,7 +31,7 @@ def flag_table() -> str:
 
 
 def support_table() -> str:
-    """What is refused before step 0, from the rules of compat.py."""
+    """What is refused before step 0, from the rules of regate_megatron/support."""
     lines = ["| what | allowed | why | what to change |", "|---|---|---|---|"]
     lines += [f"| {rule.what} | {rule.allowed} | {rule.why} | {rule.change} |" for rule in RULES]
     return "\n".join(lines)
@@ -57,15 +57,16 @@ def broken_links(page: Path) -> list[str]:
 
 def main() -> int:
     """Check all pages; returns the exit code."""
-    readme = ROOT / "README.md"
-    if "--write" in sys.argv[1:]:
-        readme.write_text(with_tables(readme.read_text()))
-    problems = (
-        [] if with_tables(readme.read_text()) == readme.read_text() else ["README.md: its tables are stale: --write"]
-    )
-    pages = [readme, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "patches").glob("*.md"))]
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "patches").glob("*.md"))]
     pages += sorted((ROOT / "examples").glob("**/*.md"))
+    problems = []
     for page in pages:
+        text = page.read_text()
+        if "--write" in sys.argv[1:]:
+            text = with_tables(text)
+            page.write_text(text)
+        if with_tables(text) != text:
+            problems.append(f"{page.relative_to(ROOT)}: its tables are stale: --write")
         problems += [f"{page.relative_to(ROOT)}: no such file: {target}" for target in broken_links(page)]
     print("\n".join(problems) or f"{len(pages)} pages: links resolve, tables agree with the code")
     return bool(problems)

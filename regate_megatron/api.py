@@ -17,6 +17,7 @@ from regate_megatron.metrics import check_trace_folder
 from regate_megatron.session import Session
 from regate_megatron.state import load_state as load_session
 from regate_megatron.state import save_state as save_session
+from regate_megatron.support import Setting, check_support
 from regate_megatron.teacher import TeacherSource
 from regate_megatron.teacher.source import find_teacher
 from regate_megatron.topology import agree_on_error, build_topology
@@ -63,8 +64,8 @@ def attach(
     is_multimodal = language_models[0] is not compat.unwrap(chunks[0])
     checkpoint, error = None, None
     try:
-        setting = compat.Setting(language_models, config, args, is_multimodal=is_multimodal)
-        supported, reason = compat.check_support(setting)
+        setting = Setting(language_models, config, args, is_multimodal=is_multimodal)
+        supported, reason = check_support(setting)
         if not supported:
             raise ReGateError(reason)
         if teacher is None and config.needs_teacher:

@@ -37,14 +37,28 @@ class ReGateConfig:
 
     enabled: bool = _option(True, "train with ReGATE token elision")
     keep_ratio: float = _option(0.5, "share p of the target tokens that stay active in sparse steps, in (0, 1]")
+    keep_ratio_end: float | None = _option(
+        None, "ratio that the keep ratio goes to, up or down, cycle by cycle; none: it stays", metavar="R"
+    )
+    keep_ratio_steps: int | None = _option(
+        None, "iterations after the warm-up in which the keep ratio goes to its end", metavar="N"
+    )
     dense_layers: int = _option(
         1,
         "number of first decoder layers that see every token; 0 is the paper's method; "
         "a HybridModel counts attention and MLP apart",
     )
+    dense_last_layers: int = _option(
+        0, "number of last decoder layers that see every token again; no pipeline stages then"
+    )
     warmup_steps: int = _option(100, "iterations at the start that run dense")
     cycle_steps: int = _option(128, "iterations per cycle after the warm-up (C)")
     dense_steps: int = _option(16, "dense iterations at the head of each cycle (F); they refresh every difficulty")
+    dense_from: int | None = _option(
+        None,
+        "iterations after the first N all run dense: a cool-down before evaluation; N = train iterations - cool-down",
+        metavar="N",
+    )
     ema_decay: float = _option(0.9, "decay beta of the running average of the student's loss, in [0, 1)")
     reference_weight: float = _option(0.5, "weight lambda of the reference loss; 0 or more, at most 1 when convex")
     fusion: str = _option("sum", "m + lambda*ref (sum) or (1-lambda)*m + lambda*ref (convex)", FUSIONS)
@@ -91,8 +105,8 @@ class ReGateConfig:
         top = 1.0 if self.fusion == "convex" else math.inf
         allowed = "a finite number in [0, 1]" if self.fusion == "convex" else "a finite number of 0 or more"
         self._check_number("reference_weight", allowed, lambda v: 0 <= v <= top, "0.5")
-        for name, low in (("dense_layers", 0), ("warmup_steps", 0), ("dense_steps", 0)):
-            self._check_number(name, f"an integer of {low} or more", lambda v, low=low: v >= low, str(low + 1), True)
+        for name in ("dense_layers", "dense_last_layers", "warmup_steps", "dense_steps"):
+            self._check_number(name, "an integer of 0 or more", lambda v: v >= 0, "1", True)
         self._check_number("cycle_steps", "an integer of 1 or more", lambda v: v >= 1, "128", True)
         if self.length_multiple is not None:
             self._check_number("length_multiple", "an integer of 1 or more", lambda v: v >= 1, "64", True)
@@ -108,6 +122,23 @@ class ReGateConfig:
                 f"0 to {self.cycle_steps}, the cycle",
                 f"it to {min(16, self.cycle_steps)} or raise {flag('cycle_steps')}",
             )
+        self._check_moving_ratio()
+        if self.dense_from is not None:
+            least = self.warmup_steps + 1
+            allowed = f"none, or an integer of {least} or more (after the warm-up)"
+            self._check_number("dense_from", allowed, lambda v: v >= least, str(least), True)
+
+    def _check_moving_ratio(self) -> None:
+        if self.keep_ratio_end is not None:
+            allowed = "none, or a finite number in (0, 1]"
+            self._check_number("keep_ratio_end", allowed, lambda v: 0 < v <= 1, "0.5")
+        if self.keep_ratio_steps is not None:
+            allowed = "none, or an integer of 1 or more"
+            self._check_number("keep_ratio_steps", allowed, lambda v: v >= 1, "1000", True)
+        if (self.keep_ratio_end is None) != (self.keep_ratio_steps is None):
+            given, missing = sorted(("keep_ratio_end", "keep_ratio_steps"), key=lambda n: getattr(self, n) is None)
+            change = f"it to where the ratio shall go or get there, or leave {flag(given)} out"
+            raise self._refuse(missing, f"a value beside {flag(given)} {getattr(self, given)}", change)
 
     @property
     def needs_teacher(self) -> bool:
@@ -117,7 +148,7 @@ class ReGateConfig:
     @property
     def elides(self) -> bool:
         """Whether any step can be shorter than the dense one."""
-        return self.keep_ratio < 1.0
+        return min(self.keep_ratio, self.keep_ratio_end or 1.0) < 1.0
 
     def require_teacher(self) -> None:
         """Refuse a score that uses the reference loss when no teacher is named.
@@ -172,7 +203,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     Ranges and choices are left to :class:`ReGateConfig`, so that every refusal has one form.
     """
     group = parser.add_argument_group(title="regate", description="reference-guided adaptive token elision")
-    types = {"int": int, "float": float, "str": str, "str | None": str, "int | None": int}
+    types = {"int": int, "float": float, "str": str, "str | None": str, "int | None": int, "float | None": float}
     for field in dataclasses.fields(ReGateConfig):
         help_text = field.metadata["help"].replace("%", "%%")
         if isinstance(field.default, bool):

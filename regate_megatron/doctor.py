@@ -13,6 +13,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from regate_megatron import compat
+from regate_megatron.support import RULES
 
 _WIDTH = 116
 
@@ -32,7 +33,7 @@ def main() -> int:
     for finding in findings:
         _print(f"  {finding.state:<4}  ", finding.text)
     print("\nrefused before step 0, unless as allowed")
-    for rule in compat.RULES:
+    for rule in RULES:
         _print("  ", f"{rule.what}: allowed {rule.allowed} ({rule.why}); change {rule.change}")
     failed = sum(finding.state == "FAIL" for finding in findings)
     print(f"\n{failed} of {len(findings)} checks failed" if failed else f"\nall {len(findings)} checks passed")

@@ -1,7 +1,7 @@
 """Counts of what ran, the log line, and the trace.
 
 Every number counts the same everywhere: *targets* are positions with loss; *kept* are targets that ran in a step;
-*positions* are what a row runs after the dense layers, fill included; *dense-equivalent* is the share of decoder
+*positions* are what a row runs after the first dense layers, fill included; *dense-equivalent* is the share of decoder
 layer-positions that ran, dense layers included, against running every position in every layer; *max/mean* compares
 the positions that data-parallel ranks ran in sparse steps, step by step: every step waits for the slowest rank. Fill is
 never kept.

@@ -18,6 +18,7 @@ from regate_megatron.config import ReGateConfig
 from regate_megatron.difficulty import DifficultyStore, TokenPrior
 from regate_megatron.metrics import Balance
 from regate_megatron.plan import MicrobatchPlan, Packing, StepPlan
+from regate_megatron.schedule import keep_ratio_of
 from regate_megatron.topology import Topology
 
 
@@ -62,7 +63,7 @@ class Planner:
         chosen = selection.select(
             self._rows(facts, context, scores),
             kind=self.config.budget,
-            keep_ratio=self.config.keep_ratio,
+            keep_ratio=keep_ratio_of(step, self.config),
             alignment=Alignment(self.multiple, self.config.length_multiple),
             all_gather=self.topology.all_gather_planners,
         )

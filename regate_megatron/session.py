@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from regate_megatron import compat
+from regate_megatron.alignment import length_alignment, segment_alignment
 from regate_megatron.batches import BatchAdapter, MicrobatchFacts, adapter_for
 from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import ReGateError, refuse
@@ -22,8 +23,9 @@ from regate_megatron.hooks import CurrentMicrobatch, DecoderHook, Layout, LossHo
 from regate_megatron.metrics import Counters, Trace, count_plan, count_step
 from regate_megatron.plan import StepPlan, share_plan
 from regate_megatron.planner import Planner
-from regate_megatron.schedule import Phase, phase_of
+from regate_megatron.schedule import Phase, keep_ratio_of, phase_of
 from regate_megatron.sharding import places
+from regate_megatron.support import Setting, check_support
 from regate_megatron.teacher import ReferenceLosses, TeacherSource, open_reference
 from regate_megatron.topology import Topology
 
@@ -61,15 +63,14 @@ class Session:
         self._args = args
         self.planner = self.trace = None
         if topology.is_planner:
-            self.planner = Planner(
-                config, topology, compat.length_alignment(transformer), compat.segment_alignment(transformer)
-            )
+            self.planner = Planner(config, topology, length_alignment(transformer), segment_alignment(transformer))
             self.trace = Trace(config.trace, topology.dp_rank) if config.trace else None
 
     def attach_hooks(self) -> None:
         """Put the hooks on this rank's language-model chunks."""
         for model in self.language_models:
-            self.hooks.append(DecoderHook(model, self.current, dense_layers=self.config.dense_layers))
+            dense = {"dense_layers": self.config.dense_layers, "dense_last_layers": self.config.dense_last_layers}
+            self.hooks.append(DecoderHook(model, self.current, **dense))
             if model.post_process:
                 self.hooks.append(LossHook(model, self.current))
 
@@ -100,8 +101,8 @@ class Session:
         if self._is_prepared:
             return
         is_multimodal = self.language_models[0] is not self.models[0]
-        setting = compat.Setting(self.language_models, self.config, self._args, micro_batch_size, is_multimodal)
-        supported, reason = compat.check_support(setting)
+        setting = Setting(self.language_models, self.config, self._args, micro_batch_size, is_multimodal)
+        supported, reason = check_support(setting)
         if not supported:
             raise ReGateError(reason, everywhere=True)
         if self._teacher_source is not None:
@@ -128,7 +129,7 @@ class Session:
         """Run one training step of ``schedule`` with ``arguments`` (keywords of Megatron's forward-backward)."""
         self.prepare(arguments["micro_batch_size"])
         self.phase = self._phase()
-        elides = self.phase == "sparse" and self.config.elides
+        elides = self.phase == "sparse" and keep_ratio_of(self.step, self.config) < 1.0
         teacher_before = self.reference.seconds if self.reference else 0.0
         batches, facts, anyone_misses, seconds = self._gather(arguments, asks=elides)
         plan, scores, fallback = StepPlan(self.step), None, False
@@ -143,7 +144,7 @@ class Session:
         seconds -= teacher_seconds
         layers = {
             "num_layers": self.language_models[0].config.num_layers,
-            "dense_layers": self.config.dense_layers,
+            "dense_layers": self.config.dense_layers + self.config.dense_last_layers,
         }
         counters, self.work_to_report = Counters(steps=1), count_plan(plan, **layers)
         if self.planner:
@@ -163,6 +164,7 @@ class Session:
             warmup_steps=self.config.warmup_steps,
             cycle_steps=self.config.cycle_steps,
             dense_steps=self.config.dense_steps,
+            dense_from=self.config.dense_from,
         )
         return "dense" if phase == "sparse" and self.step < self.dense_until else phase
 
@@ -318,6 +320,7 @@ class Session:
         moves = {
             "moves_hidden": any(hook.compacts for hook in self.hooks if isinstance(hook, DecoderHook)),
             "moves_losses": any(isinstance(hook, LossHook) for hook in self.hooks),
+            "comes_back": self.config.dense_last_layers > 0,
         }
         return [shard_plan(one, self._layout, device, **moves) for one in plan.microbatches]
 

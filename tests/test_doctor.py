@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from regate_megatron.compat import RULES
+from regate_megatron.support import RULES
 from tests.launch import ROOT
 
 

@@ -13,8 +13,8 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer import TransformerConfig
 
-from regate_megatron.compat import RULES, Setting, check_support
 from regate_megatron.config import ReGateConfig
+from regate_megatron.support import RULES, Setting, check_support
 
 
 def _setting(config: dict | None = None, model: dict | None = None, args: dict | None = None, **chunk) -> Setting:
@@ -49,6 +49,14 @@ REFUSED = {
             "model": {"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32},
         },
         "given 3 with 2 layers in the first pipeline chunk",
+    ),
+    "last layers dense behind pipeline stages": (
+        {"config": {"dense_last_layers": 1}, "model": {"pipeline_model_parallel_size": 2}},
+        "given 1 with 2 pipeline stages",
+    ),
+    "all layers dense": (
+        {"config": {"dense_layers": 2, "dense_last_layers": 2}},
+        "given 2 with --regate-dense-layers 2 of 4 decoder layers",
     ),
     "balanced budget with shared experts": (
         {"config": {"budget": "balanced"}, "model": {"expert_model_parallel_size": 4}},
@@ -148,6 +156,7 @@ SUPPORTED = {
     "GPTModel": {},
     "hybrid of attention, MLP and experts": {"pattern": "*-|*E"},
     "hybrid of latent attention": {"pattern": "+-+-", "model": {"multi_latent_attention": True}},
+    "dense layers first and last": {"config": {"dense_layers": 1, "dense_last_layers": 2}},
     "yarn": {"position_embedding_type": "yarn"},
     "mrope": {"position_embedding_type": "mrope"},
     "experts over ranks": {"model": {"num_moe_experts": 4, "expert_model_parallel_size": 2}},

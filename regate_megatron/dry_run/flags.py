@@ -63,7 +63,7 @@ def small_flags(
     small = shrink.shrink(
         cluster,
         replicas=replicas,
-        dense_layers=config.dense_layers if config else 0,
+        dense_layers=config.dense_layers + config.dense_last_layers if config else 0,
         is_multimodal=is_multimodal,
         fp8_multiple=fp8,
     )
@@ -90,7 +90,7 @@ def small_flags(
 
 
 def _fp8_multiple(flags: list[str]) -> int:
-    """What FP8 asks of lengths, as :func:`regate_megatron.compat.length_alignment` has it; 1 without FP8."""
+    """What FP8 asks of lengths, as :func:`regate_megatron.alignment.length_alignment` has it; 1 without FP8."""
     names = [word.partition("=")[0] for word in flags]
     if "--fp8-format" not in names:
         return 1
@@ -103,6 +103,8 @@ def _fp8_multiple(flags: list[str]) -> int:
 def _regate(config: ReGateConfig, fp8_multiple: int) -> dict[str, Any]:
     dense = min(config.dense_steps, 1)
     values = {"--regate-warmup-steps": 2 - dense, "--regate-cycle-steps": 8, "--regate-dense-steps": dense}
+    if config.keep_ratio_end is not None:  # the first cycle has the first ratio, which may be 1
+        values["--regate-keep-ratio"] = min(config.keep_ratio, config.keep_ratio_end)
     if fp8_multiple > 1:
         values["--regate-length-multiple"] = max(config.length_multiple, fp8_multiple)
     if config.needs_teacher:

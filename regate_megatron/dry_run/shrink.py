@@ -21,7 +21,7 @@ DROPPED = (
     "--use-checkpoint-args --exit-on-missing --ckpt-convert --data-cache-path --eval- --full-validation --log-interval",
     "--tensorboard-dir --wandb --profile --inprocess --log-straggler --num-workers --fp8 --fp4 --enable-one-logger",
     "--one-logger --nccl --distributed-timeout --check-weight --rerun-mode --first-last-layers-bf16 --num-layers-at-",
-    "--iterations-to-skip",
+    "--iterations-to-skip --regate-dense-from",
 )
 DATA = "--data-path --train-data-path --valid-data-path --test-data-path --data-args-path --per-split-data-args-path"
 TOKENIZER = "--tokenizer-model --vocab-file --merge-file"

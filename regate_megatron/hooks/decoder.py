@@ -1,4 +1,4 @@
-"""Compact once, run short to the end: the decoder with the first ``n`` layers dense and the rest on kept positions.
+"""Compact once, run short: the decoder with the first ``n`` layers dense and the rest on kept positions.
 
 An inactive token takes part in no elided layer, so for causal attention and token-wise MLPs those layers are exactly
 dense layers on the kept positions in order, with their original positions in the rotary embedding. The block's own
@@ -6,10 +6,14 @@ forward is run twice, over two ranges of its layers; in between the hidden state
 Each range is the framework's forward with its recompute, quantisation and offload contexts; what the short range needs
 (rotary frequencies, attention mask) goes in as arguments, so recompute is safe.
 
+The last layers may see every position again (``dense_last_layers``): elided positions then come back with the hidden
+states they left with, and kept ones alone go on to the LM head.
+
 Means: an instance attribute ``forward`` on the block. Layer hooks would run once per layer and again in recompute, and
 a module spec would change what users configured.
 
-Shapes: S dense positions, K slots that run, k those of this context rank, B rows, D rotary.
+Shapes: S dense positions, K slots that run, k those of this context rank, L and l this rank's parts of S and K, B rows,
+H hidden.
 """
 
 from __future__ import annotations
@@ -37,23 +41,31 @@ class DecoderHook:
     Args:
         model: the language model (``GPTModel`` or ``HybridModel``); its ``decoder`` gets the hook.
         current: where the plan of the forward in progress is found.
-        dense_layers: layers that see every position; all of them lie in the first chunk.
+        dense_layers: first layers that see every position; all of them lie in the first chunk.
+        dense_last_layers: last layers that see every position again, in a model of one chunk.
         arrives_short: the model's input holds kept positions only (the teacher's does).
     """
 
     def __init__(
-        self, model: Any, current: CurrentMicrobatch, *, dense_layers: int, arrives_short: bool = False
+        self,
+        model: Any,
+        current: CurrentMicrobatch,
+        *,
+        dense_layers: int,
+        dense_last_layers: int = 0,
+        arrives_short: bool = False,
     ) -> None:
         self.model, self.block, self.current = model, model.decoder, current
         self.is_first_chunk = self.block.pre_process
         self.compacts = self.is_first_chunk and not arrives_short
         num_dense = dense_layers if self.compacts else 0
         self.num_dense_here = num_dense
-        range_of = HybridRange if is_hybrid(self.block) else LayerRange
+        self.num_dense_last = dense_last_layers
+        num_layers, range_of = len(self.block.layers), HybridRange if is_hybrid(self.block) else LayerRange
+        stop, is_end = num_layers - dense_last_layers, not dense_last_layers
         self.dense = range_of(self.block, 0, num_dense, takes_input=True, is_end=False)
-        self.short = range_of(
-            self.block, num_dense, len(self.block.layers), takes_input=self.is_first_chunk, is_end=True
-        )
+        self.short = range_of(self.block, num_dense, stop, takes_input=self.is_first_chunk, is_end=is_end)
+        self.last = range_of(self.block, stop, num_layers, takes_input=True, is_end=True)
         self._forward = type(self.block).forward
         self._signature = inspect.signature(self._forward)
         self.positions, self.experts = Positions(model, arrives_short=arrives_short), Experts(self.block)
@@ -71,8 +83,14 @@ class DecoderHook:
         first = self.block.layers[0].layer_number if layers else 0
         where = f"layers {first}-{first + layers - 1}" if layers else "no layers"
         if self.compacts:
-            return f"decoder ({where}): compacts after {self.num_dense_here} dense layers"
+            end = f", the last {self.num_dense_last} are dense again" if self.comes_back else ""
+            return f"decoder ({where}): compacts after {self.num_dense_here} dense layers{end}"
         return f"decoder ({where}): arrives short"
+
+    @property
+    def comes_back(self) -> bool:
+        """Whether the last layers see every position again."""
+        return self.num_dense_last > 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's forward; short after the dense layers when the current plan says so."""
@@ -96,8 +114,19 @@ class DecoderHook:
     def _dense_then_short(self, arguments: dict[str, Any], plan: ShardedPlan) -> Any:
         if self.num_dense_here:
             arguments["hidden_states"] = self._forward(self.dense, **arguments)
+        dense_LBH = arguments["hidden_states"]
         if self.compacts:
-            check_length("hidden states", arguments["hidden_states"].shape[0], plan.local_length)
+            check_length("hidden states", dense_LBH.shape[0], plan.local_length)
+        short_lBH = self._forward(self.short, **self._short_arguments(arguments, plan))
+        if not self.comes_back:
+            return short_lBH
+        arguments["hidden_states"] = plan.put_back(dense_LBH, short_lBH)
+        return plan.hidden.to_short(self._forward(self.last, **arguments))
+
+    def _short_arguments(self, arguments: dict[str, Any], plan: ShardedPlan) -> dict[str, Any]:
+        """The block's arguments at the kept positions."""
+        arguments = dict(arguments)
+        if self.compacts:
             arguments["hidden_states"] = plan.hidden.to_short(arguments["hidden_states"])
         arguments["rotary_pos_emb"] = self.positions.rotary(arguments.get("rotary_pos_emb"), plan)
         padding_mask = self.experts.padding(arguments.get("padding_mask"), plan)
@@ -107,7 +136,7 @@ class DecoderHook:
             arguments["attention_mask"] = _short_mask(arguments["attention_mask"], plan)
         if arguments.get("packed_seq_params") is not None:
             arguments["packed_seq_params"] = _short_packing(arguments["packed_seq_params"], plan)
-        return self._forward(self.short, **arguments)
+        return arguments
 
 
 def check_length(what: str, found: int, planned: int) -> None:

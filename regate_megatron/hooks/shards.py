@@ -4,7 +4,7 @@ Made for all microbatches before the schedule starts, from the plan on the host,
 waits for the device. Kept hidden states travel once per microbatch, in one all-to-all over the ranks that share the
 sequence; per-token losses travel back the same way. On one rank an exchange is an index.
 
-Shapes: B rows, S dense positions, K slots, k slots of this context rank, L local entries, H hidden.
+Shapes: B rows, S dense positions, K slots, k slots of this context rank, L local entries (l short ones), H hidden.
 """
 
 from __future__ import annotations
@@ -145,6 +145,8 @@ class ShardedPlan:
         max_length: the longest row or segment, slots.
         is_packed: whether the row holds several segments.
         cp_size: context-parallel ranks.
+        is_kept_LB: which dense positions of hidden states on this rank are kept, where they come back.
+        is_fill_lB: which of its short ones are fill (l under context and sequence parallelism), where they come back.
     """
 
     dense_length: int
@@ -159,16 +161,33 @@ class ShardedPlan:
     max_length: int
     is_packed: bool
     cp_size: int
+    is_kept_LB: Tensor | None = None
+    is_fill_lB: Tensor | None = None
+
+    def put_back(self, dense_LBH: Tensor, short_lBH: Tensor) -> Tensor:
+        """Hidden states of the dense sequence: ``short_lBH`` where positions were kept, ``dense_LBH`` elsewhere.
+
+        Every rank that shares hidden states calls this, over :attr:`Layout.hidden_group`; [L, B, H].
+        """
+        back_LBH = self.hidden.to_dense(short_lBH.masked_fill(self.is_fill_lB[..., None], 0))
+        return back_LBH + dense_LBH.masked_fill(self.is_kept_LB[..., None], 0)
 
 
 def shard_plan(
-    plan: MicrobatchPlan, layout: Layout, device: torch.device, *, moves_hidden: bool, moves_losses: bool
+    plan: MicrobatchPlan,
+    layout: Layout,
+    device: torch.device,
+    *,
+    moves_hidden: bool,
+    moves_losses: bool,
+    comes_back: bool = False,
 ) -> ShardedPlan:
     """This rank's part of ``plan``; on the host, no communication.
 
     Args:
         moves_hidden: whether this rank's chunk compacts.
         moves_losses: whether this rank's chunk computes the loss.
+        comes_back: whether the chunk's last layers run at full length again; with ``moves_hidden``.
     """
     packing = plan.packing
     num_rows, length = plan.keep_idx_BK.shape
@@ -186,6 +205,11 @@ def shard_plan(
         hidden = _exchange(plan, dense_N, short_N, layout, device, over_tensor_group=True)
     if moves_losses:
         tokens = _exchange(plan, dense_N, short_N, layout, device, over_tensor_group=False)
+    is_kept_LB = is_fill_lB = None
+    if comes_back:
+        sizes = {"cp_size": layout.cp_size, "tp_size": layout.sp_size}
+        is_kept_LB = plan.kept_mask().t()[places(dense_N, **sizes).positions_of(layout.rank)]
+        is_fill_lB = ~plan.is_kept_BK.t()[places(short_N, **sizes).positions_of(layout.rank)]
     return ShardedPlan(
         dense_length=plan.dense_length,
         local_length=plan.dense_length // (layout.cp_size * layout.sp_size),
@@ -199,6 +223,8 @@ def shard_plan(
         max_length=int(lengths_N.max()),
         is_packed=packing is not None,
         cp_size=layout.cp_size,
+        is_kept_LB=_to(is_kept_LB, device) if comes_back else None,
+        is_fill_lB=_to(is_fill_lB, device) if comes_back else None,
     )
 
 

@@ -32,6 +32,7 @@ from regate_megatron.integrations.flops import share_of_dense
 from regate_megatron.integrations.megatron_checkpoints import CheckpointState, restore
 from regate_megatron.metrics import Counters, log_line, ratios, reduce_counters
 from regate_megatron.session import Session
+from regate_megatron.support import check_support, setting_of_flags
 from regate_megatron.teacher.source import TEACHER_FOLDER, hash_of_tokenizer, teacher_of_resumed_run
 
 _MARK = "_regate"
@@ -136,7 +137,7 @@ def check_flags(flags: Sequence[str], config: ReGateConfig) -> None:
         args, _ = arguments.add_megatron_arguments(parser).parse_known_args(list(flags))
     except (argparse.ArgumentError, SystemExit):
         return  # Megatron's own parser will say what is wrong
-    supported, reason = compat.check_support(compat.setting_of_flags(args, config), flags_only=True)
+    supported, reason = check_support(setting_of_flags(args, config), flags_only=True)
     if not supported:
         raise ReGateError(reason, everywhere=True)
 
@@ -278,15 +279,23 @@ def attached_line(session: Session) -> str:
     for name, field in (("CP", "context"), ("EP", "expert_model"), ("VPP", "virtual_pipeline_model")):
         size = getattr(transformer, f"{field}_parallel_size", None) or 1
         layout += f" {name}{size}" if size > 1 else ""
+    last = f" and the last {config.dense_last_layers}" if config.dense_last_layers else ""
     parts = [
-        f"score {config.score}, keep {config.keep_ratio:g} of the targets",
-        f"dense layers {config.dense_layers} of {transformer.num_layers}",
+        f"score {config.score}, keep {_ratio(config)} of the targets",
+        f"dense layers {config.dense_layers}{last} of {transformer.num_layers}",
         f"budget {config.budget}",
-        f"warm-up {config.warmup_steps}, then {config.dense_steps} of {config.cycle_steps} steps dense",
+        f"warm-up {config.warmup_steps}, then {config.dense_steps} of {config.cycle_steps} steps dense"
+        + ("" if config.dense_from is None else f", all of them after iteration {config.dense_from}"),
         _teacher_of(session),
         compat.versions(),
     ]
     return f"[regate] attached to {type(session.models[0]).__name__} ({layout}): " + "; ".join(parts)
+
+
+def _ratio(config: ReGateConfig) -> str:
+    if config.keep_ratio_end is None:
+        return f"{config.keep_ratio:g}"
+    return f"{config.keep_ratio:g} to {config.keep_ratio_end:g} (over {config.keep_ratio_steps} iterations)"
 
 
 def _teacher_of(session: Session) -> str:

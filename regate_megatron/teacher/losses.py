@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from regate_megatron.alignment import experts_span_replicas
 from regate_megatron.batches import MicrobatchFacts
-from regate_megatron.compat import experts_span_replicas
 from regate_megatron.teacher.cache import rounded
 from regate_megatron.teacher.cache_files import KEY_BYTES
 from regate_megatron.teacher.memory import RecentLosses

@@ -2,7 +2,8 @@
 
 The oracle is independent of the hooks: the plain model at full length, where an explicit attention mask hides inactive
 keys in every elided layer, and the loss is taken at active targets only. What inactive positions compute there is read
-by nobody. Weights are made from the names of tensors, so every layout starts from the same ones.
+by nobody; before last dense layers, which read them again, they pass elided layers by on the residual path. Weights are
+made from the names of tensors, so every layout starts from the same ones.
 
     torchrun --nproc-per-node 4 tests/multiprocess/run_parity.py CASES.json RESULTS.json
 """
@@ -350,8 +351,20 @@ def masked_full_length(case: dict, models: list, plan, dense_layers: int, loss_m
         own = places(segments(plan.microbatches[index]), cp_size=mpu.get_context_parallel_world_size())
         own_BqS = hidden_BSS[:, own.positions_of(mpu.get_context_parallel_rank())]
 
+        kept_LB1 = local_slice(kept_BS[:, own.positions_of(mpu.get_context_parallel_rank())], case).t()[..., None]
+
+        def is_elided(module):
+            return dense_layers < module.layer_number <= LAYERS - case.get("dense_last", 0)
+
+        def pass_by(layer, _, kwargs, output):
+            if not is_elided(layer) or not case.get("dense_last"):
+                return None
+            is_tuple = isinstance(output, tuple)
+            hidden_LBH = torch.where(kept_LB1, output[0] if is_tuple else output, kwargs["hidden_states"])
+            return (hidden_LBH, *output[1:]) if is_tuple else hidden_LBH
+
         def mask_keys(layer, args, kwargs):
-            if layer.layer_number > dense_layers:
+            if is_elided(layer):
                 kwargs = dict(kwargs, attention_mask=own_BqS[:, None])
                 if case.get("aux"):
                     kwargs["padding_mask"] = local_slice(~kept_BS, case)
@@ -359,15 +372,14 @@ def masked_full_length(case: dict, models: list, plan, dense_layers: int, loss_m
 
         def count_kept(router, _, output):
             routing_NE = output[1]
-            if router.layer_number > dense_layers:
+            if is_elided(router):
                 routing_NE = routing_NE & local_slice(kept_BS, case).t().reshape(-1, 1)
             name = f"tokens of layer {router.layer_number}"
             counts[name] = counts.get(name, 0) + routing_NE.sum(dim=0).float()
 
-        hooks = [
-            layer.register_forward_pre_hook(mask_keys, with_kwargs=True)
-            for layer in language_models([model])[0].decoder.layers
-        ]
+        layers = language_models([model])[0].decoder.layers
+        hooks = [layer.register_forward_pre_hook(mask_keys, with_kwargs=True) for layer in layers]
+        hooks += [layer.register_forward_hook(pass_by, with_kwargs=True) for layer in layers]
         hooks += [r.register_forward_hook(count_kept) for _, r in routers([model]) if r.enable_expert_bias]
         try:
             return step(iterator, model)
@@ -420,6 +432,7 @@ def check(case: dict) -> dict:
         cycle_steps=100,
         dense_steps=0,
         dense_layers=case["dense_layers"],
+        dense_last_layers=case.get("dense_last", 0),
         score=case.get("score", "regate"),
         budget=case.get("budget", "uniform"),
         length_multiple=case.get("multiple", 1),

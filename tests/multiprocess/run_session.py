@@ -108,6 +108,34 @@ def evaluation_is_never_elided() -> None:
     assert session._pending.step == 0, "an evaluation counted as a step"
 
 
+def ratio_moves_from_one_and_the_cool_down_is_dense() -> None:
+    """Cycles of two from 1.0 to 0.25: whole, then shorter and shorter; then dense, where every step would elide."""
+    moving = {"keep_ratio": 1.0, "keep_ratio_end": 0.25, "keep_ratio_steps": 4, "cycle_steps": 2, "dense_from": 6}
+    models, session, schedule = attached(score="student", budget="per-sample", length_multiple=1, **moving)
+    kept = []
+    for _ in range(7):
+        run(GPT, models, schedule, Step())
+        session.commit()
+        share = session.interval.targets_kept / session.interval.targets_total
+        kept.append((session.phase, round(share, 1), session.interval.sparse_steps))
+        session.interval = type(session.interval)()
+    ones = [("warmup", 1.0, 0), ("sparse", 1.0, 0), ("sparse", 1.0, 0)]
+    assert kept == [*ones, ("sparse", 0.6, 1), ("sparse", 0.6, 1), ("sparse", 0.3, 1), ("dense", 1.0, 0)], kept
+
+
+def last_layers_that_are_dense_again_are_told_and_counted() -> None:
+    models, session, schedule = attached(score="student", dense_layers=1, dense_last_layers=2)
+    assert "layers 1-4): compacts after 1 dense layers, the last 2 are dense again" in describe(models)
+    run(GPT, models, schedule, Step())
+    session.commit()
+    before = session.totals.layer_positions_run
+    run(GPT, models, schedule, Step())
+    dense = sum(one.keep_idx_BK.shape[0] * one.dense_length for one in session._pending.plan.microbatches)
+    short = sum(one.keep_idx_BK.numel() for one in session._pending.plan.microbatches)
+    session.commit()
+    assert session.totals.layer_positions_run - before == 3 * dense + short and short < dense
+
+
 def building_a_teacher_leaves_the_random_state() -> None:
     models = build(GPT)
     tracker = tensor_parallel.get_cuda_rng_tracker()

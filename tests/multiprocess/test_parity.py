@@ -27,6 +27,7 @@ def _grid(layout: str, recomputes: tuple, **options) -> list[dict]:
     ]
 
 
+LAST = {"": {}, "-uniform": {"recompute": "uniform"}, "-even": {"multiple": 2}, "-by4": {"multiple": 4}}
 ONE_RANK = [
     *_grid("", (None, "uniform", "block")),
     case("gpt-n2-block", dense_layers=2, recompute="block"),
@@ -52,6 +53,9 @@ ONE_RANK = [
     case("packed-n1-read-per-sample", packed=True, rows=1, context="read", budget="per-sample"),
     case("gpt-n1-tied-grouped", tied=True, groups=2),
     case("llava-n1-learned-positions", model="llava", positions="learned_absolute"),
+    *(case(f"{m}-n1-last1{way}", model=m, dense_last=1, **own) for m in ("gpt", "llava") for way, own in LAST.items()),
+    case("gpt-n0-last2-block", dense_layers=0, dense_last=2, recompute="block"),
+    case("packed-n1-last1", packed=True, dense_last=1),
 ]
 FOUR_RANKS = [
     *_grid("@tp2-pp2", (None, "uniform"), tp=2, pp=2),
@@ -83,6 +87,14 @@ FOUR_RANKS = [
     case("packed-n1-rows1@cp2-pp2", packed=True, cp=2, pp=2, rows=1),
     case("llava-n1-even@tp2-sp-dp2", model="llava", tp=2, sp=True, multiple=2),
     case("llava-n1-even@tp2-sp-pp2", model="llava", tp=2, sp=True, pp=2, multiple=2),
+    *(case(f"{m}-n1-last1@tp2-dp2", model=m, tp=2, dense_last=1) for m in ("gpt", "llava")),
+    *(
+        case(f"{m}-n1-last1-even@tp2-sp-dp2", model=m, tp=2, sp=True, multiple=2, dense_last=1)
+        for m in ("gpt", "llava")
+    ),
+    case("gpt-n1-last1-by4@cp2-dp2", cp=2, multiple=4, dense_last=1, recompute="uniform"),
+    case("llava-n1-last1-by4@tp2-sp-cp2", model="llava", tp=2, sp=True, cp=2, multiple=4, dense_last=1),
+    case("packed-n1-last1@tp2-sp-cp2", packed=True, cp=2, tp=2, sp=True, dense_last=1),
 ]
 
 

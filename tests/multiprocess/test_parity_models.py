@@ -35,6 +35,7 @@ POSITIONS = [
     case("rope-interleaved", config={"rotary_interleaved": True}),
     case("rope-not-in-every-layer", config={"no_rope_freq": [0, 1, 0, 1]}),
     case("mrope", positions="mrope", config={"mrope_section": [2, 1, 1]}),
+    case("mrope-last1", positions="mrope", dense_last=1, config={"mrope_section": [2, 1, 1]}),
     case("mrope-n0", positions="mrope", dense_layers=0, config={"mrope_section": [2, 1, 1]}),
     case("none", positions="none"),
 ]
@@ -47,6 +48,7 @@ LATENT = [
         recompute="block",
         dense_layers=0,
     ),
+    _mla("mla-yarn-last1", config={"rope_type": "yarn"}, dense_last=1, recompute="uniform"),
     _mla("mla-up-proj", recompute="mla_up_proj+core_attn"),
     _mla("mla-moe", config=MOE),
 ]
@@ -62,10 +64,12 @@ EXPERTS = [
         config={"moe_shared_expert_intermediate_size": 32, "moe_layer_freq": [0, 1, 0, 1]},
         multiple=2,
     ),
+    _moe("moe-last1-aux-bias", config={**AUX, **BIAS}, aux=True, multiple=2, dense_last=1),
     _moe("moe-selective", config=AUX, aux=True, recompute="moe+core_attn"),
 ]
 HYBRID = [
     _hybrid("hybrid", "*-*-"),
+    _hybrid("hybrid-last1", "*-*-", dense_last=1, recompute="uniform"),
     _hybrid("hybrid-n2-uniform", "*-*-", dense_layers=2, recompute="uniform"),
     _hybrid("hybrid-n0-block", "*-*-", dense_layers=0, recompute="block"),
     _hybrid("hybrid-moe", "*E*E", config={**MOE, **AUX}, aux=True, multiple=5),

@@ -23,10 +23,14 @@ from regate_megatron.config import (
 FLAGS = {  # a change here breaks users' scripts
     "--regate": False,
     "--regate-keep-ratio": 0.5,
+    "--regate-keep-ratio-end": None,
+    "--regate-keep-ratio-steps": None,
     "--regate-dense-layers": 1,
+    "--regate-dense-last-layers": 0,
     "--regate-warmup-steps": 100,
     "--regate-cycle-steps": 128,
     "--regate-dense-steps": 16,
+    "--regate-dense-from": None,
     "--regate-ema-decay": 0.9,
     "--regate-reference-weight": 0.5,
     "--regate-fusion": "sum",
@@ -56,7 +60,7 @@ CHOICES = {
 
 NOT_FINITE = (float("nan"), float("inf"), -float("inf"))
 
-FROM_ZERO = ("dense_layers", "warmup_steps", "dense_steps", "seed")
+FROM_ZERO = ("dense_layers", "dense_last_layers", "warmup_steps", "dense_steps", "seed")
 OUT_OF_RANGE = [
     *(("keep_ratio", value) for value in (0, 0.0, -0.1, 1.0000001, 2, True, "0.5", None, *NOT_FINITE)),
     *(("ema_decay", value) for value in (-0.01, 1, 1.0, 1.5, False, "0.9", None, *NOT_FINITE)),
@@ -64,6 +68,9 @@ OUT_OF_RANGE = [
     *((name, value) for name in FROM_ZERO for value in (-1, 1.0, True, "1")),
     *((name, value) for name in ("cycle_steps", "length_multiple") for value in (0, -1, 1.5, True, "1")),
     ("seed", 2**63),
+    *(("keep_ratio_end", value) for value in (0, 0.0, -0.1, 1.5, True, "0.5", *NOT_FINITE)),
+    *(("keep_ratio_steps", value) for value in (0, -1, 1.5, True, "1")),
+    *(("dense_from", value) for value in (0, -1, 100, 200.0, True, "200")),
     *((name, value) for name in CHOICES for value in ("", "other", None, 1)),
 ]
 
@@ -87,6 +94,8 @@ def test_a_value_out_of_range_is_refused_in_one_line_that_says_what_to_change(na
     [
         {"keep_ratio": 1},
         {"keep_ratio": 1e-6},
+        {"keep_ratio": 1.0, "keep_ratio_end": 1e-6, "keep_ratio_steps": 1},
+        {"warmup_steps": 3, "dense_from": 4},
         {"ema_decay": 0},
         {"ema_decay": 0.999999},
         {"reference_weight": 0},
@@ -117,6 +126,29 @@ def test_a_reference_weight_above_one_is_refused_in_the_convex_mix_only():
     with pytest.raises(ReGateError) as refusal:
         ReGateConfig(reference_weight=1.5, fusion="convex")
     assert _is_refusal(str(refusal.value), "reference_weight")
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"), [("keep_ratio_end", "keep_ratio_steps"), ("keep_ratio_steps", "keep_ratio_end")]
+)
+def test_where_the_ratio_goes_and_how_long_it_takes_belong_together(given, missing):
+    with pytest.raises(ReGateError) as refusal:
+        ReGateConfig(**{given: 1})
+    assert _is_refusal(str(refusal.value), missing)
+    assert f"given nothing; allowed a value beside {flag(given)} 1" in str(refusal.value)
+
+
+def test_a_ratio_of_one_elides_only_if_it_falls():
+    assert not ReGateConfig(keep_ratio=1.0).elides
+    assert not ReGateConfig(keep_ratio=1.0, keep_ratio_end=1.0, keep_ratio_steps=9).elides
+    assert ReGateConfig(keep_ratio=1.0, keep_ratio_end=0.9, keep_ratio_steps=9).elides
+    assert ReGateConfig(keep_ratio=0.9, keep_ratio_end=1.0, keep_ratio_steps=9).elides
+
+
+def test_a_cool_down_cannot_begin_in_the_warm_up():
+    with pytest.raises(ReGateError) as refusal:
+        ReGateConfig(warmup_steps=7, dense_from=7)
+    assert "given 7; allowed none, or an integer of 8 or more (after the warm-up)" in str(refusal.value)
 
 
 def test_the_choices_are_the_documented_ones_and_a_refusal_lists_them_all():
@@ -175,10 +207,14 @@ def test_the_bare_flag_gives_the_defaults():
 def test_flags_give_the_config_they_spell():
     words = {
         "keep_ratio": 0.25,
+        "keep_ratio_end": 0.75,
+        "keep_ratio_steps": 1000,
         "dense_layers": 0,
+        "dense_last_layers": 2,
         "warmup_steps": 3,
         "cycle_steps": 9,
         "dense_steps": 2,
+        "dense_from": 2000,
         "ema_decay": 0.5,
         "reference_weight": 0.75,
         "fusion": "convex",

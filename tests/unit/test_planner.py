@@ -40,9 +40,9 @@ def _facts(*rows: str) -> MicrobatchFacts:
 PACKED = [_facts("cctttt ccctt."), _facts("ctttttttt ctc")]
 
 
-def _plan(facts, **options):
+def _plan(facts, step=5, **options):
     planner = Planner(ReGateConfig(score="random", length_multiple=1, **options), ALONE, 1)
-    plan, _, fallback = planner.plan(5, facts, None)
+    plan, _, fallback = planner.plan(step, facts, None)
     assert not fallback
     kept = []
     for one, microbatch in zip(facts, plan.microbatches, strict=True):
@@ -79,3 +79,9 @@ def test_context_after_the_last_target_of_a_row_can_be_left_out(budget):
     assert [context for _, context, _ in every] == [6, 8]
     assert [context for _, context, _ in read] == [1, 0]
     assert every[1][2] == 8 and read[1][2] <= 2
+
+
+def test_the_share_is_that_of_the_step():
+    moving = {"keep_ratio": 0.25, "keep_ratio_end": 0.75, "keep_ratio_steps": 200, "warmup_steps": 0}
+    shares = [_plan([_facts("cttttttttttttttttt")], step, **moving)[0] for step in (127, 128, 256)]
+    assert [held for [(held, _, _)] in shares] == [[5], [10], [13]]  # of 17: a quarter, 0.57, three quarters

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regate_megatron.schedule import mean_kept_share, phase_of
+from regate_megatron import ReGateConfig
+from regate_megatron.schedule import keep_ratio_of, mean_kept_share, phase_of
 
 PAPER = {"warmup_steps": 100, "cycle_steps": 128, "dense_steps": 16}
 
@@ -33,6 +35,51 @@ def test_no_dense_steps_means_all_sparse_and_a_full_cycle_of_them_means_all_dens
     assert {phase_of(step, warmup_steps=0, cycle_steps=5, dense_steps=5) for step in range(12)} == {"dense"}
     assert mean_kept_share(0.25, cycle_steps=5, dense_steps=0) == 0.25
     assert mean_kept_share(0.25, cycle_steps=5, dense_steps=5) == 1.0
+
+
+def test_a_cool_down_is_dense_to_the_end_and_changes_nothing_before():
+    """1000 iterations with a cool-down of 90: the last 90 are dense."""
+    before = [phase_of(step, **PAPER) for step in range(1000)]
+    cooled = [phase_of(step, **PAPER, dense_from=1000 - 90) for step in range(1000)]
+    assert cooled == before[:910] + ["dense"] * 90
+    assert "sparse" in before[910:]
+
+
+def _moving(start: float, end: float, steps: int, warmup: int = 100, cycle: int = 128) -> ReGateConfig:
+    schedule = {"warmup_steps": warmup, "cycle_steps": cycle, "dense_steps": 0}
+    return ReGateConfig(keep_ratio=start, keep_ratio_end=end, keep_ratio_steps=steps, **schedule)
+
+
+def test_the_ratio_is_constant_unless_told_otherwise():
+    assert {keep_ratio_of(step, ReGateConfig(keep_ratio=0.3)) for step in range(0, 10_000, 17)} == {0.3}
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.3, 0.7), (0.7, 0.3)])
+def test_the_ratio_goes_to_its_end_in_equal_steps_cycle_by_cycle(start, end):
+    config = _moving(start, end, steps=4 * 128)
+    ratios = [keep_ratio_of(step, config) for step in range(100 + 6 * 128)]
+    levels = [start, (3 * start + end) / 4, (start + end) / 2, (start + 3 * end) / 4, end, end]
+    assert ratios == [start] * 100 + [round(level, 4) for level in levels for _ in range(128)]
+
+
+def test_a_ratio_that_takes_no_whole_cycles_ends_with_the_first_cycle_after_it():
+    config = _moving(0.5, 1.0, steps=5, warmup=0, cycle=2)
+    assert [keep_ratio_of(step, config) for step in range(0, 10, 2)] == [0.5, 0.7, 0.9, 1.0, 1.0]
+
+
+@given(
+    ends=st.tuples(*[st.floats(1e-7, 1.0)] * 2),
+    steps=st.integers(1, 300),
+    cycle=st.integers(1, 40),
+    step=st.integers(0, 600),
+)
+def test_a_moving_ratio_stays_between_its_ends_and_has_four_decimals_on_the_way(ends, steps, cycle, step):
+    config = _moving(*ends, steps=steps, warmup=10, cycle=cycle)
+    ratio = keep_ratio_of(step, config)
+    assert min(ends) <= ratio <= max(ends)
+    assert ratio in ends or Fraction(str(ratio)) * 10_000 % 1 == 0
+    assert ratio == ends[0] or step >= 10 + cycle
+    assert ratio == ends[1] or step < 10 + steps + cycle
 
 
 @given(warmup=st.integers(0, 50), cycle=st.integers(1, 40), dense=st.data(), start=st.integers(0, 200))

@@ -1,0 +1,31 @@
+"""What a layout asks of kept lengths, from the language model's transformer config."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def length_alignment(model: Any) -> int:
+    """What kept lengths must be a multiple of: what context and sequence parallelism cut, and FP8's matrix sizes."""
+    context = model.context_parallel_size
+    slices = context * (model.tensor_model_parallel_size if model.sequence_parallel else 1)
+    if model.fp8:
+        from megatron.core.fp8_utils import get_fp8_align_size
+
+        # The rows of a rank's matrices, b·K/(CP·TP), must divide by the size; a K that does alone serves every b.
+        slices *= get_fp8_align_size(model.fp8_recipe)
+    return math.lcm(slices, segment_alignment(model))
+
+
+def segment_alignment(model: Any) -> int:
+    """What the segments of a packed row must be multiples of: context parallelism cuts each by itself."""
+    context = model.context_parallel_size
+    return 2 * context if context > 1 else 1
+
+
+def experts_span_replicas(model: Any) -> bool:
+    """Whether experts lie on ranks of several data-parallel replicas, which then run their layers together."""
+    tensor = model.tensor_model_parallel_size
+    expert_tensor = getattr(model, "expert_tensor_parallel_size", None) or tensor
+    return getattr(model, "expert_model_parallel_size", 1) > 1 or expert_tensor > tensor
