@@ -6,7 +6,7 @@ STATUS_FILE ?= /dev/null
 pytest = $(PYTHON_BIN) -m pytest $(1) $(PYTEST_ARGS) || { status=$$?; echo $$status >$(STATUS_FILE); exit $$status; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-quick test test-full lint bench bench-balance docs clean
+.PHONY: help venv demo demo-quick experiment test test-full lint bench bench-balance docs clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null || cat $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ demo: venv ## train a small vision-language model with and without ReGATE; repor
 
 demo-quick: venv ## the same in a few minutes
 	$(PYTHON_BIN) examples/demo/run.py --quick
+
+experiment: venv ## the learning experiment: real weights, three seeds, about an hour; results in out/experiments
+	$(PYTHON_BIN) examples/experiments/run.py
 
 test: venv ## the tests that take seconds each, two files at a time
 	@$(call pytest,-n 2 --dist loadfile)

@@ -1,8 +1,8 @@
 """The demo's pictures and captions in the tokens of a pretrained language model, its vocabulary cut to those in use.
 
 Files in the folder: `train.npz` and `heldout.npz` as examples/demo/data.py writes them, but with the kind of word in
-`needs_image` (0: text predicts it; 1 and up: KINDS); `vocabulary.json`, the model's own id of every id used here;
-`captions.json`; `about.json`.
+`needs_image` (0: text predicts it; 1 and up: KINDS); `fresh/`, the same with `fresh_factor` times as many training
+samples, the first of them the same; `vocabulary.json`, the model's own id of every id used here; `about.json`.
 
 A vocabulary of 32,000 or more would spend most of a small machine's time in the LM head, on pieces that no caption
 has. Rows of the embedding are taken as they are, so that the weights stay the pretrained ones.
@@ -48,26 +48,22 @@ def encode(tokenizer: Tokenizer, sample: tuple, bos: int, eos: int) -> tuple[lis
     Only the first piece of a word that needs the picture has a kind: it tells the others.
     """
     instruction, answer, spans = sample
-    prompt, coded = [bos, *tokenizer.encode(instruction, add_special_tokens=False).ids], tokenizer.encode(
-        " " + answer if tokenizer_adds_no_space(tokenizer) else answer, add_special_tokens=False
-    )
-    shift = 1 if tokenizer_adds_no_space(tokenizer) else 0
+    space = "" if tokenizer.normalizer else " "  # byte-level vocabularies put no space before the first word
+    prompt = [bos, *tokenizer.encode(instruction, add_special_tokens=False).ids]
+    coded = tokenizer.encode(space + answer, add_special_tokens=False)
     kinds, last = [], None
     for begin, end in coded.offsets:
-        span = next((s for s in spans if begin - shift < s[1] and end - shift > s[0]), None)
+        begin, end = begin - len(space), end - len(space)
+        span = next((s for s in spans if begin < s[1] and end > s[0]), None)
         kinds.append(kind_of(answer[slice(*span)]) if span and span != last else 0)
         last = span or last
     return prompt + coded.ids + [eos], [0] * len(prompt) + [1] * (len(coded.ids) + 1), [0] * len(prompt) + kinds + [0]
 
 
-def tokenizer_adds_no_space(tokenizer: Tokenizer) -> bool:
-    """Whether a text's first word has to be given its space (byte-level vocabularies)."""
-    return tokenizer.normalizer is None
-
-
-def prepare(out: Path, language_model: Path, *, num_train: int, num_heldout: int, seed: int) -> Path:
+def prepare(out: Path, language_model: Path, *, num_train: int, num_heldout: int, fresh_factor: int, seed: int) -> Path:
     """Write all files into `out` unless they are there; a failed run leaves nothing. Returns `out`."""
-    wanted = {"num_train": num_train, "num_heldout": num_heldout, "seed": seed, "language_model": language_model.name}
+    wanted = {"num_train": num_train, "num_heldout": num_heldout, "fresh_factor": fresh_factor, "seed": seed}
+    wanted["language_model"] = language_model.name
     sources = (Path(__file__), DEMO / "data.py")
     wanted["source"] = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
     if (out / "about.json").exists() and wanted.items() <= json.loads((out / "about.json").read_text()).items():
@@ -79,7 +75,7 @@ def prepare(out: Path, language_model: Path, *, num_train: int, num_heldout: int
         rng = random.Random(seed)
         emoji = scenes.load_emoji()
         drawn: dict[tuple, scenes.Scene] = {}
-        while len(drawn) < num_train + num_heldout:
+        while len(drawn) < fresh_factor * num_train + num_heldout:
             scene = scenes.draw_scene(emoji, rng)
             drawn.setdefault((scene.parts, scene.ground), scene)  # no two samples share parts and ground
         samples = [scenes.describe(scene, emoji) for scene in drawn.values()]
@@ -96,13 +92,13 @@ def prepare(out: Path, language_model: Path, *, num_train: int, num_heldout: int
             target[i, : len(row)], kind[i, : len(row)] = is_target, kinds
         pictures = tqdm(drawn.values(), desc="painting pictures", unit="picture", mininterval=1, disable=None)
         images = np.stack([scenes.paint(scene, emoji, rng) for scene in pictures])
-        for name, part in (("train", slice(num_train)), ("heldout", slice(num_train, None))):
+        heldout, train = slice(num_heldout), slice(num_heldout, num_heldout + num_train)
+        parts = {"heldout": heldout, "train": train, "fresh/heldout": heldout, "fresh/train": slice(num_heldout, None)}
+        (aside / "fresh").mkdir()
+        for name, part in parts.items():
             masks = {"loss_mask": target[part, 1:].astype(np.uint8), "needs_image": kind[part, 1:].astype(np.uint8)}
             np.savez(aside / f"{name}.npz", images=images[part], tokens=tokens[part], **masks)
         (aside / "vocabulary.json").write_text(json.dumps(vocabulary))
-        texts = [f"{instruction} {answer}" for instruction, answer, _ in samples]
-        captions = {"train": texts[:num_train], "heldout": texts[num_train:]}
-        (aside / "captions.json").write_text(json.dumps(captions, indent=0))
         about = {
             **wanted, "licence": scenes.LICENCE, "num_emoji": len(emoji), "vocabulary": len(vocabulary),
             "text_length": length - 1, "targets_per_sample": round(float(target.sum(1).mean()), 2), "kinds": KINDS,

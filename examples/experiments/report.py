@@ -1,0 +1,174 @@
+"""Results of the experiment: results.csv, summary.json, summary.md and two pictures, from what the runs left.
+
+    python examples/experiments/run.py --report-only               writes them again
+    python examples/experiments/run.py --report-only --docs docs   also into the documentation
+
+What is counted: *targets processed* are answer tokens with loss that were not elided; *compute* is the FLOPs of the
+training steps after ReGATE's own count, in dense steps (a run of 240 dense steps is 240); the teacher is not in it, but
+in the seconds. Accuracies are of dense evaluations on held-out pictures, teacher-forced, on the first piece of each
+word that needs the picture.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import statistics
+import tomllib
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from dataset import Captions
+
+HERE = Path(__file__).resolve().parent
+BATCH = re.compile(r"--global-batch-size (\d+)")
+LINE = re.compile(
+    r"\[regate\] iteration (?P<iteration>\d+) .*?targets kept (?P<kept>\d+)/(?P<targets>\d+)"
+    r".*?positions run (?P<run>\d+)/(?P<dense>\d+).*?FLOPs (?P<share>[\d.]+)% of dense"
+    r".*?planning (?P<planning>[\d.]+) ms, teacher (?P<teacher>[\d.]+) ms"
+)
+STEP = re.compile(r"iteration +(\d+)/ *\d+ .*elapsed time per iteration \(ms\): ([\d.]+)")
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+PICTURES = ("accuracy_against_targets.png", "arms.png")
+
+
+def write(out: Path, docs: Path | None = None) -> None:
+    """Write everything into `out` from its finished runs, and a table and pictures into `docs`."""
+    runs = [
+        read_run(folder, out / "data")
+        for folder in sorted((out / "runs").glob("*-*"))
+        if (folder / "settings").exists()
+    ]
+    if not runs:
+        print("experiment: no finished run yet")
+        return
+    arms = tomllib.loads((HERE / "arms.toml").read_text())
+    grouped = {name: [run for run in runs if run["arm"] == name] for name in arms}
+    grouped = {name: found for name, found in grouped.items() if found}
+    write_csv(runs, out / "results.csv")
+    summary = [summarise(name, arms[name]["title"], found, grouped.get("dense", [])) for name, found in grouped.items()]
+    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+    lines = table(summary)
+    (out / "summary.md").write_text("\n".join(lines) + "\n")
+    import curves
+
+    curves.against_targets({name: grouped[name] for name in grouped if arms[name].get("main")}, arms, out / PICTURES[0])
+    curves.all_arms(summary, out / PICTURES[1])
+    print("\n".join(lines))
+    print(f"{out / 'results.csv'}, {out / 'summary.json'}, {', '.join(str(out / name) for name in PICTURES)}")
+    if docs is not None:
+        write_docs(out, docs, lines)
+
+
+def read_run(folder: Path, data: Path) -> dict:
+    """One run: its about.json and, per evaluation, quality, targets processed, compute and seconds so far."""
+    about, log = json.loads((folder / "about.json").read_text()), (folder / "log.txt").read_text(errors="replace")
+    evaluations = [json.loads(line) for line in (folder / "heldout.jsonl").read_text().splitlines()]
+    counted = {int(found["iteration"]): found for found in LINE.finditer(log)}
+    seconds, last = {0: 0.0}, 0
+    for found in STEP.finditer(log):
+        iteration = int(found[1])
+        seconds[iteration] = seconds[last] + (iteration - last) * float(found[2]) / 1000
+        last = iteration
+    per_step = dense_targets(folder, data, about, int(BATCH.search(log)[1]))
+    curve, before = [], {"iteration": 0, "targets_processed": 0, "targets_total": 0, "compute": 0.0}
+    for evaluation in evaluations:
+        steps = evaluation["iteration"] - before["iteration"]
+        total = int(per_step[before["iteration"] : evaluation["iteration"]].sum())
+        found = counted.get(evaluation["iteration"])
+        assert found is None or int(found["targets"]) == total, f"{folder}: the log counts other targets than the data"
+        point = evaluation | {
+            "targets_processed": before["targets_processed"] + (int(found["kept"]) if found else total),
+            "targets_total": before["targets_total"] + total,
+            "compute": round(before["compute"] + steps * (float(found["share"]) / 100 if found else 1.0), 2),
+            "seconds": round(seconds.get(evaluation["iteration"], float("nan")), 1),
+        }
+        curve.append(point)
+        before = point
+    return about | {"curve": curve}
+
+
+def dense_targets(folder: Path, data: Path, about: dict, batch: int) -> np.ndarray:
+    """Targets of every step's batch, elided or not."""
+    file = (data / "fresh" if about.get("fresh") else data) / "train.npz"
+    rows = Captions(file, about["iterations"] * batch, with_image=False, shuffle=True, seed=about["seed"])
+    targets = rows.arrays["loss_mask"].sum(axis=1).astype(np.int64)
+    order = [rows.row(i) for i in range(len(rows))]
+    return targets[order].reshape(-1, batch).sum(axis=1)
+
+
+def write_csv(runs: list[dict], file: Path) -> None:
+    """One line per evaluation."""
+    names = ("iteration", "targets_processed", "targets_total", "compute", "seconds", "eval_loss")
+    names += ("image_word_accuracy", "all_word_accuracy")
+    with file.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["arm", "seed", *names, "count", "colour", "object", "place"])
+        for run in runs:
+            for point in run["curve"]:
+                values = [round(point[name], 5) if isinstance(point[name], float) else point[name] for name in names]
+                writer.writerow([run["arm"], run["seed"], *values, *point.get("accuracy_by_kind", [])])
+
+
+def summarise(name: str, title: str, runs: list[dict], dense: list[dict]) -> dict:
+    """One arm's line of the table; what is compared with dense is compared seed by seed."""
+    ends = [run["curve"][-1] for run in runs]
+    entry = {"arm": name, "title": title, "seeds": len(runs), "iterations": runs[0]["iterations"]}
+    for key in ("image_word_accuracy", "all_word_accuracy", "eval_loss"):
+        values = [end[key] for end in ends]
+        entry[key] = statistics.mean(values)
+        entry[f"{key}_deviation"] = statistics.stdev(values) if len(values) > 1 else None
+        entry[f"{key}_by_seed"] = {run["seed"]: end[key] for run, end in zip(runs, ends, strict=True)}
+    entry["by_kind"] = np.mean([end["accuracy_by_kind"] for end in ends], axis=0).round(4).tolist()
+    by_seed = {run["seed"]: run["curve"] for run in dense}
+    shares = defaultdict(list)
+    for run, end in zip(runs, ends, strict=True):
+        if (curve := by_seed.get(run["seed"])) is None:
+            continue
+        shares["targets"].append(end["targets_processed"] / curve[-1]["targets_processed"])
+        shares["compute"].append(end["compute"] / curve[-1]["compute"])
+        best = max(point["image_word_accuracy"] for point in curve)
+        reached = [point for point in run["curve"] if point["image_word_accuracy"] >= best]
+        shares["peak"].append(reached[0]["targets_processed"] / curve[-1]["targets_processed"] if reached else None)
+        shares["gain"].append(end["image_word_accuracy"] - curve[-1]["image_word_accuracy"])
+    for key in ("targets", "compute", "gain"):
+        entry[key] = statistics.mean(shares[key]) if shares[key] else None
+    entry["targets_at_dense_peak"] = shares["peak"]
+    return entry
+
+
+def table(summary: list[dict]) -> list[str]:
+    """Markdown."""
+    names = ("arm", "seeds", "targets", "compute", "words that need the picture", "against dense")
+    names += ("count / colour / object / place", "all words", "loss")
+    head = " | ".join(names)
+    lines = [f"| {head} |", "|" + "---|" * (head.count("|") + 1)]
+    for one in summary:
+        deviation = one["image_word_accuracy_deviation"]
+        spread = f" ± {100 * deviation:.1f}" if deviation is not None else ""
+        gain = "–" if one["gain"] is None or one["arm"] == "dense" else f"{100 * one['gain']:+.1f}"
+        share = ["–" if one[key] is None else f"{one[key]:.0%}" for key in ("targets", "compute")]
+        kinds = " / ".join(f"{100 * value:.0f}" for value in one["by_kind"])
+        cells = [
+            one["title"],
+            str(one["seeds"]),
+            *share,
+            f"{100 * one['image_word_accuracy']:.1f}{spread}",
+            gain,
+            kinds,
+        ]
+        lines.append(f"| {' | '.join(cells)} | {100 * one['all_word_accuracy']:.1f} | {one['eval_loss']:.3f} |")
+    return lines
+
+
+def write_docs(out: Path, docs: Path, lines: list[str]) -> None:
+    """Put the table between the markers of learning.md, and pictures and results.csv beside it."""
+    page = docs / "learning.md"
+    before, rest = page.read_text().split(BEGIN)
+    page.write_text(before + "\n".join([BEGIN, *lines, END]) + rest.split(END)[1])
+    for name in PICTURES:
+        shutil.copy(out / name, docs / f"learning_{name}")
+    shutil.copy(out / "results.csv", docs / "learning_results.csv")
