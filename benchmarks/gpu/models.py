@@ -1,8 +1,8 @@
 """Megatron models and batches of the GPU benchmarks, and the work of a decoder by formula.
 
-The shapes are those of today's small decoders: RMSNorm, SwiGLU, grouped queries, tied embeddings. Three core attentions:
-``te`` (Transformer Engine's layers and its attention), ``flash`` (Megatron's local layers, torch's own flash kernel: runs
-where Transformer Engine is missing) and ``local`` (Megatron's own, unfused, takes any mask: the oracle's).
+The shapes are those of today's small decoders: RMSNorm, SwiGLU, grouped queries, tied embeddings. Three kinds of
+layers: ``te`` (Transformer Engine's, with its attention), ``flash`` (Megatron's local ones with torch's own flash
+kernel, for where Transformer Engine is missing) and ``local`` (Megatron's local ones with its own unfused attention).
 
 Shapes: S positions, B rows, N heads, D per head, H hidden.
 """
@@ -22,8 +22,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-ATTENTIONS = ("te", "flash", "local")
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ SIZES = {
 
 
 class FlashAttention(torch.nn.Module):
-    """Core attention by torch's flash kernel, causal; no mask, no dropout, no packed rows. Built as Megatron builds its own.
+    """Core attention by torch's flash kernel, causal, without mask or dropout; Megatron builds it like its own.
 
     On a GPU nothing but the flash kernel may run: it raises where that cannot.
     """

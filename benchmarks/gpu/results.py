@@ -102,8 +102,16 @@ def write_json(path: Path, data: Any) -> None:
 def brief(found: dict[str, Any]) -> str:
     """A measurement's name and its plain figures, in one line."""
     figures = {key: value for key, value in found.items() if key not in ("name", "holds", "seconds")}
-    plain = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items()]
-    return f"{found['name']} ({found['seconds']} s): " + ", ".join(text for text in plain if len(text) < 90)
+    texts = [f"{key} {_short(value)}" for key, value in figures.items() if key not in ("setting", "raw_s")]
+    return f"{found['name']} ({found['seconds']} s): " + ", ".join(texts)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict) and "median" in value:
+        return f"{value['median']:.3g} ({value['quartiles'][0]:.3g}–{value['quartiles'][1]:.3g})"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} {_short(one)}" for key, one in value.items()) + "}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def spread(values: list[float]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 """What only a GPU can show, in parts of under ten minutes each, on a machine without a network.
 
     python3 benchmarks/gpu/pack.py                    # where there is a network: out/gpu-parcel, in loads of 45 MiB
-    python3 benchmarks/gpu/run.py setup               # on the GPU machine: join, check, build, install into out/gpu-site
+    python3 benchmarks/gpu/run.py setup               # on the GPU machine: join, check, build, install
     python3 benchmarks/gpu/run.py parity              # exactness on CUDA and NCCL, and keep ratio 1.0 bit for bit
     python3 benchmarks/gpu/run.py step_time           # dense against sparse: conv, speed-up, peak memory
     python3 benchmarks/gpu/run.py fp8                 # Transformer Engine's FP8 recipes

@@ -1,8 +1,8 @@
 """A model that steps, dense or sparse, through Megatron's own schedule; what the parts step_time and fp8 share.
 
-One model serves both arms: a dense step calls Megatron's schedule itself, with ReGATE's hooks in place but idle; a sparse
-one calls the wrapped schedule and commits inside the timed stretch. So weights, gradients and the allocator's state are
-the same for both. No optimizer runs.
+One model serves both arms: a dense step calls Megatron's schedule itself, with ReGATE's hooks in place but idle; a
+sparse one calls the wrapped schedule and commits inside the timed stretch. So weights, gradients and the allocator's
+state are the same for both. No optimizer runs.
 """
 
 from __future__ import annotations
