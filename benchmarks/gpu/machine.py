@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import platform
 import subprocess
@@ -98,6 +99,7 @@ def one_rank(options: Any) -> Iterator[Any]:
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
 
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
     device = torch.device("cpu" if options.cpu_rehearsal else "cuda:0")
     if not options.cpu_rehearsal:
         torch.cuda.set_device(device)
@@ -120,7 +122,7 @@ def describe(options: Any) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "commit": options.commit or _git_head(),
+        "commit": options.commit or describe_commit(),
         "source_sha256": source_digest(),
         **{name: _version(name) for name in PACKAGES},
     }
@@ -158,7 +160,8 @@ def _processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
 
 
-def _git_head() -> str | None:
+def describe_commit() -> str | None:
+    """The commit of the tree, with ``-dirty`` where something is changed; None without git."""
     return _answer(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"])
 
 

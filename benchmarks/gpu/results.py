@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import machine
+from regate_megatron.errors import ReGateError
 
 _START = time.monotonic()
 
@@ -60,7 +61,8 @@ class Results:
         try:
             found = {"name": name, "holds": None, **function()}
         except Exception as fault:
-            traceback.print_exc()
+            if not isinstance(fault, ReGateError):
+                traceback.print_exc()
             found = {"name": name, "holds": False, "fault": f"{type(fault).__name__}: {fault}"[:2000]}
         found["seconds"] = round(time.monotonic() - start, 1)
         self.data["measurements"].append(found)
