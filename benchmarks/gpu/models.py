@@ -1,4 +1,4 @@
-"""Megatron models and batches of the GPU benchmarks, and the work of a decoder by formula.
+"""Megatron models and batches of the GPU benchmarks.
 
 The shapes are those of today's small decoders: RMSNorm, SwiGLU, grouped queries, tied embeddings. Three kinds of
 layers: ``te`` (Transformer Engine's, with its attention), ``flash`` (Megatron's local ones with torch's own flash
@@ -22,6 +22,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.gpu.work import Work
 
 
 @dataclass(frozen=True)
@@ -163,34 +165,6 @@ def layer_weights(model: Any) -> int:
     return sum(weight.numel() for weight in layer.parameters() if weight.dim() == 2)
 
 
-@dataclass(frozen=True)
-class Work:
-    """Operations of one training step, two per multiply-add; backward counts twice the forward.
-
-    A layer on K positions per row: ``2 · B · K · weights`` in its matrices and ``2 · B · N·D · K²`` in causal attention
-    (the lower half of two products; a flash kernel computes no more, and recomputation in its backward is not counted).
-    LM head: ``2 · B · K · H · V``. Embedding, norms, rotary, softmax and loss are not counted.
-    """
-
-    rows: int
-    num_layers: int
-    weights_per_layer: int
-    attention_width: int
-    head_weights: int
-
-    def layer(self, positions: int) -> float:
-        linear = 2 * positions * self.weights_per_layer
-        return 3 * self.rows * (linear + 2 * self.attention_width * positions**2)
-
-    def decoder(self, length: int, short: int, dense_layers: int) -> float:
-        """``dense_layers`` on all positions, the others on ``short``."""
-        return dense_layers * self.layer(length) + (self.num_layers - dense_layers) * self.layer(short)
-
-    def step(self, length: int, short: int, dense_layers: int) -> float:
-        """The decoder and the LM head, which runs short."""
-        return self.decoder(length, short, dense_layers) + 3 * self.rows * 2 * short * self.head_weights
-
-
 def work_of(model: Any, rows: int) -> Work:
     """The work of a GPTModel's step."""
     config = model.config
@@ -201,8 +175,3 @@ def work_of(model: Any, rows: int) -> Work:
         attention_width=config.kv_channels * config.num_attention_heads,
         head_weights=config.hidden_size * model.vocab_size,
     )
-
-
-def conv(sparse_time: float, dense_time: float, sparse_work: float, dense_work: float) -> float:
-    """The share of the work left out that became time saved."""
-    return (1 - sparse_time / dense_time) / (1 - sparse_work / dense_work)

@@ -104,7 +104,7 @@ def write_json(path: Path, data: Any) -> None:
 def brief(found: dict[str, Any]) -> str:
     """A measurement's name and its plain figures, in one line."""
     figures = {key: value for key, value in found.items() if key not in ("name", "holds", "seconds")}
-    texts = [f"{key} {_short(value)}" for key, value in figures.items() if key not in ("setting", "raw_s")]
+    texts = [f"{key} {_short(value)}" for key, value in figures.items() if key not in ("setting", "raw_s", "curves")]
     return f"{found['name']} ({found['seconds']} s): " + ", ".join(texts)
 
 

@@ -2,7 +2,7 @@
 
 Per setting, pairs of a dense and a sparse step on the same batch (:mod:`.stepping`), medians and quartiles over pairs:
 
-* ``decoder_time_share``, ``decoder_work_share``: sparse ÷ dense; work by the formula of :class:`.models.Work`.
+* ``decoder_time_share``, ``decoder_work_share``: sparse ÷ dense; work by the formula of :class:`.work.Work`.
 * ``conv`` = (1 − decoder time share) ÷ (1 − decoder work share); the claim is 0.9 or more.
 * ``step_conv``: the same for the whole step, LM head counted, planning and learning included.
 * ``speedup``: dense ÷ sparse step, without optimizer.
@@ -30,6 +30,7 @@ import torch
 from benchmarks.gpu import machine, models
 from benchmarks.gpu.results import Results, spread
 from benchmarks.gpu.stepping import Step, Stepper, pairs
+from benchmarks.gpu.work import Work, conv
 
 LONGEST = 16384  # positions
 CONV, PLANNING = 0.9, 0.01  # the claims
@@ -69,7 +70,7 @@ def settings(rehearsal: bool) -> list[Setting]:
 def run(options: Any, device: torch.device) -> int:
     """The part; returns the exit code."""
     dtype = torch.float32 if options.cpu_rehearsal else torch.bfloat16
-    results = Results(options, dtype=str(dtype), conv_claim=CONV, planning_claim=PLANNING, work=models.Work.__doc__)
+    results = Results(options, dtype=str(dtype), conv_claim=CONV, planning_claim=PLANNING, work=Work.__doc__)
     has_te, reason = machine.check_transformer_engine()
     wanted = []
     for setting in settings(options.cpu_rehearsal):
@@ -124,8 +125,8 @@ def measure(setting: Setting, lazy: Lazy, device: torch.device) -> dict[str, Any
     dense_work, whole_work = work.decoder(length, length, 0), work.step(length, length, 0)
     works = [(work.decoder(length, s.length, n), work.step(length, s.length, n)) for _, s in found]
     ratios = {
-        "conv": [models.conv(s.decoder, d.decoder, w[0], dense_work) for (d, s), w in zip(found, works, strict=True)],
-        "step_conv": [models.conv(s.total, d.total, w[1], whole_work) for (d, s), w in zip(found, works, strict=True)],
+        "conv": [conv(s.decoder, d.decoder, w[0], dense_work) for (d, s), w in zip(found, works, strict=True)],
+        "step_conv": [conv(s.total, d.total, w[1], whole_work) for (d, s), w in zip(found, works, strict=True)],
         "decoder_time_share": [s.decoder / d.decoder for d, s in found],
         "speedup": [d.total / s.total for d, s in found],
         "planning_share": [s.planning for _, s in found],
