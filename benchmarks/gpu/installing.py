@@ -76,6 +76,8 @@ def install(manifest: dict[str, Any], options: Any) -> dict[str, Any]:
     files = parcel.unpack(manifest, options.parcel, options.parcel.parent / "gpu-wheels-joined")
     wheels = [path for path in files if path.suffix == ".whl" and not path.name.startswith(EXTENSION)]
     wheels = [path for path in wheels if OURS.match(path.name) or not is_installed(path)]
+    if options.cpu_rehearsal:  # without its extension Transformer Engine does not even let Megatron import
+        wheels = [path for path in wheels if not path.name.startswith("transformer_engine")]
     found = {"packages": [path.name for path in wheels], "pack_commit": manifest["commit"]}
     source = next((path for path in files if path.name.startswith(EXTENSION) and path.suffix == ".gz"), None)
     sent = next((path for path in files if path.name.startswith(EXTENSION) and path.suffix == ".whl"), None)

@@ -104,7 +104,11 @@ def write_json(path: Path, data: Any) -> None:
 def brief(found: dict[str, Any]) -> str:
     """A measurement's name and its plain figures, in one line."""
     figures = {key: value for key, value in found.items() if key not in ("name", "holds", "seconds")}
-    texts = [f"{key} {_short(value)}" for key, value in figures.items() if key not in ("setting", "raw_s", "curves")]
+    texts = [
+        f"{key} {_short(value)}"
+        for key, value in figures.items()
+        if key not in ("setting", "raw_s", "curves", "said_last", "report")
+    ]
     return f"{found['name']} ({found['seconds']} s): " + ", ".join(texts)
 
 

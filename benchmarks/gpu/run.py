@@ -48,16 +48,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--commit", default=os.environ.get("REGATE_COMMIT"), help="where the tree comes without .git")
     parser.add_argument("--only", metavar="TEXT", help="only measurements whose name contains this")
     parser.add_argument("--config", type=Path, help="learning: another configuration")
+    parser.add_argument("--experiment", default="", metavar="FLAGS", help="learning: passed on to the experiment")
     return parser.parse_args(argv)
 
 
 def main() -> int:
     """Run one part; returns the exit code."""
     options = parse()
-    for folder in (str(options.site), str(ROOT)):
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(options.site), os.environ.get("PYTHONPATH", "")])
+    # The emulation wants no Transformer Engine, so a rehearsal leaves the folder out that setup made.
+    folders = [str(ROOT), *([] if options.cpu_rehearsal and options.part != "setup" else [str(options.site)])]
+    sys.path[:0] = folders
+    os.environ["PYTHONPATH"] = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
     from benchmarks.gpu import machine
     from regate_megatron.errors import one_line_refusals
 
