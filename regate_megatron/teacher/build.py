@@ -26,6 +26,8 @@ _NO_CALLBACKS = {
     # The teacher runs in bf16 beside an FP8 student: TE would register its amax in the student's all-reduce.
     "fp8": None,
     "fp4": None,
+    "fp8_param": False,  # asks for a recipe, and there is none
+    "fp4_param": False,
     "sequence_parallel": False,
     "tp_comm_overlap": False,
     "overlap_p2p_comm": False,

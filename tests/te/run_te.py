@@ -214,8 +214,10 @@ def first_and_last_layers_are_told_by_their_global_number() -> None:
 def teacher_of_an_fp8_student_has_no_fp8() -> None:
     for recipe in RECIPES:
         student = gpt(fp8="hybrid", fp8_recipe=recipe)
+        student.config.fp8_param = True  # --fp8-param-gather; set late, because such parameters need a GPU
         teacher = build_teacher(student, None)
         assert teacher.config.fp8 is None and student.config.fp8 == "hybrid"
+        assert not teacher.config.fp8_param and student.config.fp8_param
         assert not any(module.fp8_initialized for module in teacher.modules() if hasattr(module, "fp8_initialized"))
         ours, theirs = dict(teacher.named_parameters()), dict(student.named_parameters())
         assert ours.keys() == theirs.keys()
