@@ -29,11 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--format", required=True, choices=("torch", "torch_dist"), help="format to write")
     for name in ("tensor", "pipeline"):
         parser.add_argument(f"--{name}-model-parallel-size", type=command.positive, default=1, metavar="N")
-    parser.add_argument(
-        "--transformer-impl",
-        choices=("transformer_engine", "local"),
-        help="whose names the norms get: under the linear layer they precede, or apart (default: as stored)",
-    )
+    command.add_implementation_option(parser)
     return command.run(parser, _work, argv)
 
 

@@ -53,6 +53,16 @@ def add_megatron_options(made: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=DTYPES, help="convert the weights to this type (default: as they are)")
 
 
+def add_implementation_option(made: argparse.ArgumentParser, default: str | None = None) -> None:
+    """``--transformer-impl``."""
+    made.add_argument(
+        "--transformer-impl",
+        choices=("transformer_engine", "local"),
+        default=default,
+        help=f"whose names the norms get: with the linear layer behind, or apart (default: {default or 'as stored'})",
+    )
+
+
 def add_huggingface_options(made: argparse.ArgumentParser) -> None:
     """Options of conversions to Hugging Face."""
     group = made.add_argument_group("to Hugging Face")
@@ -94,8 +104,12 @@ def positive(text: str) -> int:
     return value
 
 
-def write_megatron(plan: ToMegatron, options: argparse.Namespace) -> None:
-    """Say what is converted, write it unless this is a dry run, and print Megatron's flags for it."""
+def write_megatron(plan: ToMegatron, options: argparse.Namespace, flag: str = "--regate-teacher-load") -> None:
+    """Say what is converted, write it unless this is a dry run, and print Megatron's flags for it.
+
+    Args:
+        flag: what loads the result.
+    """
     check_to_megatron(plan, options.target, overwrite=options.overwrite)
     model, arguments = plan.model, plan.arguments
     print(
@@ -114,8 +128,10 @@ def write_megatron(plan: ToMegatron, options: argparse.Namespace) -> None:
     else:
         with bar(plan.num_bytes, "converting") as shown:
             to_megatron(plan, options.target, overwrite=options.overwrite, progress=shown.update)
-        print(f"wrote {options.target}; use it with --regate-teacher-load {options.target}, or in Megatron-LM with")
-        print(f"  --load {shlex.quote(options.target)} --ckpt-format torch_dist --finetune")
+        target = shlex.quote(options.target)
+        as_teacher = "" if flag == "--load" else f"{flag} {target}, or "
+        print(f"wrote {options.target}; use it with {as_teacher}in Megatron-LM with")
+        print(f"  --load {target} --ckpt-format torch_dist --finetune")
     print("its flags:")
     print(f"  {shlex.join(plan.flags)} --tokenizer-type HuggingFaceTokenizer --tokenizer-model {options.target}")
 
@@ -124,7 +140,7 @@ def write_huggingface(plan: ToHuggingFace, options: argparse.Namespace) -> None:
     """Say what is exported, and write it unless this is a dry run."""
     check_to_huggingface(plan, options.target, overwrite=options.overwrite)
     print(
-        f"language model in {plan.reader.path}: {plan.config['architectures'][0]}, {len(plan.sizes)} tensors, "
+        f"{plan.reader.path} as {plan.config['architectures'][0]}, {len(plan.sizes)} tensors, "
         f"{plan.num_bytes / 1e6:,.1f} MB; tokenizer: {'copied' if plan.companions else 'none found, copy it yourself'}"
     )
     if options.dry_run:

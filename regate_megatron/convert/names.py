@@ -28,7 +28,7 @@ class Rule:
     Attributes:
         megatron: its stored name.
         sources: the Hugging Face names, ``{}`` for the number of the layer.
-        merge: how they become Megatron's tensor: "copy", "qkv", "gate_up" or "vocabulary".
+        merge: how they become Megatron's tensor: "copy", "token", "qkv", "gate_up" or "vocabulary".
         shapes: the shapes of the sources, as a function of the architecture.
     """
 
@@ -40,7 +40,7 @@ class Rule:
     @property
     def per_layer(self) -> bool:
         """Whether there is one for each decoder layer."""
-        return self.megatron.startswith(LAYERS)
+        return LAYERS in self.megatron
 
 
 def _hidden(a: Architecture) -> tuple[tuple[int, ...], ...]:
@@ -123,13 +123,6 @@ _ONLY_WITH = {
     f"{LAYERS}self_attention.k_layernorm.weight": lambda a: a.family.qk_norm,
     OUTPUT: lambda a: not a.tied,
 }
-# Modules for which a Transformer Engine model asks the checkpoint for an (empty) extra state: (name, per layer).
-EXTRA_STATES = (
-    *(f"{LAYERS}{name}" for name in ("self_attention.linear_qkv", "self_attention.linear_proj")),
-    *(f"{LAYERS}{name}" for name in ("mlp.linear_fc1", "mlp.linear_fc2", "self_attention.core_attention")),
-    *(f"{LAYERS}self_attention.{name}" for name in ("q_layernorm", "k_layernorm")),
-    "decoder.final_layernorm",
-)
 
 
 def rules_for(architecture: Architecture) -> list[Rule]:
@@ -140,6 +133,8 @@ def rules_for(architecture: Architecture) -> list[Rule]:
 def merged_shape(rule: Rule, architecture: Architecture, padded_vocab: int) -> tuple[int, ...]:
     """Shape of Megatron's tensor, of one layer where there are several."""
     shapes = rule.shapes(architecture)
+    if rule.merge == "token":
+        return (1, 1, *shapes[0])
     rows = padded_vocab if rule.merge == "vocabulary" else sum(shape[0] for shape in shapes)
     return (rows, *shapes[0][1:])
 
@@ -148,7 +143,8 @@ def merge(rule: Rule, parts: Sequence[torch.Tensor], architecture: Architecture,
     """Megatron's tensor from the Hugging Face ones, which are left alone.
 
     ``qkv``: [QD, ...], [GD, ...], [GD, ...] -> [G(Q/G + 2)D, ...], for each group its queries, its key, its value.
-    ``gate_up``: one after the other. ``vocabulary``: rows of zeros are added up to the padded size.
+    ``gate_up``: one after the other. ``vocabulary``: rows of zeros are added up to the padded size. ``token``: [H] ->
+    [1, 1, H].
     """
     if rule.merge == "qkv":
         groups = [part.unflatten(0, (architecture.num_groups, -1)) for part in parts]
@@ -158,7 +154,7 @@ def merge(rule: Rule, parts: Sequence[torch.Tensor], architecture: Architecture,
     (part,) = parts
     if rule.merge == "vocabulary" and padded_vocab > len(part):
         return torch.cat([part, part.new_zeros(padded_vocab - len(part), *part.shape[1:])])
-    return part
+    return part[None, None] if rule.merge == "token" else part
 
 
 def split(rule: Rule, merged: torch.Tensor, architecture: Architecture) -> list[torch.Tensor]:
@@ -171,4 +167,6 @@ def split(rule: Rule, merged: torch.Tensor, architecture: Architecture) -> list[
         return [part.contiguous() for part in merged.chunk(2)]
     if rule.merge == "vocabulary":
         return [merged[: architecture.vocab_size].contiguous()]
+    if rule.merge == "token":
+        return [merged[0, 0].contiguous()]
     return [merged.contiguous()]

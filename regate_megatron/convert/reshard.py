@@ -17,11 +17,9 @@ import torch
 from regate_megatron.convert.legacy import rank_folder, write_rank
 from regate_megatron.convert.sharding import LAYER, norm_name, shard, split_axis, stage_of
 from regate_megatron.convert.targets import TRACKER, check_target, new_folder
-from regate_megatron.convert.torch_dist import RELEASE, Piece, write_torch_dist
+from regate_megatron.convert.torch_dist import RELEASE, Piece, extra_states, write_torch_dist
 from regate_megatron.convert.weights import MegatronWeights
 from regate_megatron.errors import refuse
-
-_LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ def _write_torch_dist(plan: Reshard, folder: Path, progress: Callable[[int], Any
     for name in plan.source.weights:
         if match := LAYER.match(name):
             stacks[match["stack"]] = max(stacks.get(match["stack"], 0), int(match["number"]) + 1)
-    pieces, objects = [], {}
+    pieces = []
     for name, weight in plan.source.weights.items():
         match = LAYER.match(name)
         new = norm_name(name, plan.implementation)
@@ -144,10 +142,6 @@ def _write_torch_dist(plan: Reshard, folder: Path, progress: Callable[[int], Any
             size, offsets = (count, *weight.shape), (number, *(0 for _ in weight.shape))
             pieces.append(Piece(stored, size, offsets, (1, *weight.shape), weight.dtype, weight.read))
         else:
-            count, number, stored = 1, 0, new
             pieces.append(Piece(new, weight.shape, (0,) * len(weight.shape), weight.shape, weight.dtype, weight.read))
-        module = stored.rsplit(".", 1)[0]
-        if module.endswith((*_LINEAR, "final_layernorm", "q_layernorm", "k_layernorm")):
-            objects[f"{module}._extra_state/shard_{number}_{count}"] = [None]  # a TE model asks for them
     common = {"args": plan.arguments, "checkpoint_version": 3.0, "iteration": 0}
-    write_torch_dist(folder, pieces, objects=objects, common=common, progress=progress)
+    write_torch_dist(folder, pieces, objects=extra_states(pieces), common=common, progress=progress)

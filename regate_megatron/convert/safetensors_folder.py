@@ -20,6 +20,7 @@ SHARD_BYTES = 4 << 30  # largest output file; one shard is held in memory while 
 # What a tokenizer and generation need; copied beside the weights.
 _COMPANIONS = ("tokenizer*", "*.model", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 _COMPANIONS += ("generation_config.json", "chat_template.*")
+_IMAGES = ("preprocessor_config.json", "processor_config.json")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -116,9 +117,10 @@ def read_config(folder: Path, what: str) -> dict[str, Any]:
     return _read_json(folder, CONFIG, what)
 
 
-def companions_of(folder: Path) -> list[Path]:
-    """Files of the tokenizer and for generation in a Hugging Face folder."""
-    return sorted({file for pattern in _COMPANIONS for file in folder.glob(pattern) if file.is_file()})
+def companions_of(folder: Path, *, images: bool = False) -> list[Path]:
+    """Files of the tokenizer and for generation in a Hugging Face folder; with ``images``, of the processor too."""
+    patterns = (*_COMPANIONS, *_IMAGES) if images else _COMPANIONS
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
 def _read_json(folder: Path, name: str, what: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,21 @@ from regate_megatron.errors import refuse
 
 
 @dataclass(frozen=True)
+class Output:
+    """Hugging Face tensors that come out of one read.
+
+    Attributes:
+        shapes: of the tensors, by name.
+        dtype: of their elements.
+        read: gives them, contiguous, in the order of ``shapes``.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    dtype: torch.dtype
+    read: Callable[[], list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
 class ToHuggingFace:
     """A planned export.
 
@@ -31,6 +47,7 @@ class ToHuggingFace:
         reader: the checkpoint.
         language_model: the language model in it.
         architecture: what it is.
+        outputs: what is written, in the order of writing.
         config: the ``config.json`` to be written.
         companions: tokenizer files to be copied.
     """
@@ -38,45 +55,54 @@ class ToHuggingFace:
     reader: TorchDistReader
     language_model: LanguageModelCheckpoint
     architecture: Architecture
+    outputs: list[Output]
     config: dict[str, Any]
     companions: list[Path]
 
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of every tensor, by its Hugging Face name, in the order of writing."""
-        sizes: dict[str, int] = {}
-        for rule, layer in self._order():
-            width = self.reader.dtype(self.key(rule)).itemsize
-            shapes = rule.shapes(self.architecture)
-            names = [name.format(layer) for name in rule.sources]
-            sizes |= {n: torch.Size(shape).numel() * width for n, shape in zip(names, shapes, strict=True)}
-        return sizes
+        return {
+            name: torch.Size(shape).numel() * output.dtype.itemsize
+            for output in self.outputs
+            for name, shape in output.shapes.items()
+        }
 
     @property
     def num_bytes(self) -> int:
         """Bytes to be written."""
         return sum(self.sizes.values())
 
-    def key(self, rule: Rule) -> str:
-        """The name of a rule's tensor in the checkpoint."""
-        return self.language_model.prefix + self.language_model.key_of(rule.megatron)
-
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and value of every tensor, one layer's worth at a time."""
-        for rule, layer in self._order():
-            parts = split(rule, self.reader.read(self.key(rule), layer), self.architecture)
-            yield from zip((name.format(layer) for name in rule.sources), parts, strict=True)
+        for output in self.outputs:
+            yield from zip(output.shapes, output.read(), strict=True)
 
-    def _order(self) -> Iterator[tuple[Rule, int | None]]:
-        rules = rules_for(self.architecture)
-        for rule in rules:
-            if rule.megatron == EMBEDDING:
-                yield rule, None
-        for layer in range(self.architecture.num_layers):
-            yield from ((rule, layer) for rule in rules if rule.per_layer)
-        for rule in rules:
-            if not rule.per_layer and rule.megatron != EMBEDDING:
-                yield rule, None
+
+def outputs_of(
+    reader: TorchDistReader, rules: list[Rule], architecture: Any, key_of: Callable[[str], str]
+) -> list[Output]:
+    """What a table's rules give, layer by layer.
+
+    Args:
+        rules: of the model that ``architecture`` describes.
+        key_of: the checkpoint's name of a rule's tensor.
+    """
+    outputs = []
+    for per_layer, group in groupby(rules, key=lambda rule: rule.per_layer):
+        rows = list(group)
+        for layer in range(architecture.num_layers) if per_layer else (None,):
+            for rule in rows:
+                key = key_of(rule.megatron)
+                names = (name.format(layer) for name in rule.sources)
+                outputs.append(
+                    Output(
+                        dict(zip(names, rule.shapes(architecture), strict=True)),
+                        reader.dtype(key),
+                        lambda rule=rule, key=key, layer=layer: split(rule, reader.read(key, layer), architecture),
+                    )
+                )
+    return outputs
 
 
 def plan_to_huggingface(
@@ -96,11 +122,10 @@ def plan_to_huggingface(
     """
     reader = TorchDistReader(source)
     language_model = language_model_in(reader.path, reader.shapes, "--source")
-    beside = Path(source) if (Path(source) / CONFIG).is_file() and family is None else None
-    template = Path(like) if like is not None else beside
+    template = template_of(source, like, family)
     saved = reader.arguments()
-    key = language_model.prefix + EMBEDDING
-    dtype = str(reader.dtype(key)).removeprefix("torch.")
+    prefix = language_model.prefix
+    dtype = str(reader.dtype(prefix + EMBEDDING)).removeprefix("torch.")
     if template is None:
         architecture = from_arguments(saved, family)
         if vocab_size:
@@ -119,10 +144,20 @@ def plan_to_huggingface(
         config["architectures"] = [architecture.family.architecture]
         _check_arguments(architecture, saved, template)
     companions = companions_of(template) if template else []
-    plan = ToHuggingFace(reader, language_model, architecture, config, companions)
+    plan = ToHuggingFace(reader, language_model, architecture, [], config, companions)
     _check_vocabulary(plan, saved, vocab_size)
     _check_tensors(plan)
-    return plan
+    outputs = outputs_of(
+        reader, rules_for(architecture), architecture, lambda name: prefix + language_model.key_of(name)
+    )
+    return dataclasses.replace(plan, outputs=outputs)
+
+
+def template_of(source: str | Path, like: str | Path | None, family: str | None) -> Path | None:
+    """The folder whose config and tokenizer are taken: the one named, else the checkpoint's own if it has a config."""
+    if like is not None:
+        return Path(like)
+    return Path(source) if (Path(source) / CONFIG).is_file() and family is None else None
 
 
 def check_to_huggingface(plan: ToHuggingFace, target: str | Path, *, overwrite: bool) -> None:

@@ -14,11 +14,11 @@ import torch
 
 from regate_megatron.convert.arguments import divisor_for, model_flags, padded_vocabulary, to_arguments
 from regate_megatron.convert.hf_config import to_config
-from regate_megatron.convert.names import EXTRA_STATES, LAYERS, Rule, merge, merged_shape, rules_for
+from regate_megatron.convert.names import Rule, merge, merged_shape, rules_for
 from regate_megatron.convert.safetensors_folder import CONFIG
 from regate_megatron.convert.targets import check_target, new_folder
 from regate_megatron.convert.text_model import TextModel
-from regate_megatron.convert.torch_dist import Piece, write_torch_dist
+from regate_megatron.convert.torch_dist import Piece, extra_states, write_torch_dist
 from regate_megatron.errors import refuse
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -29,16 +29,20 @@ class ToMegatron:
     """A planned conversion.
 
     Attributes:
-        model: what is converted.
+        model: the language model.
         pieces: the parts of the tensors to be written.
         arguments: Megatron's arguments to be stored.
-        flags: the flags that match the model.
+        flags: the flags that match the language model.
+        config: the ``config.json`` to be written beside them.
+        companions: files of the tokenizer to be copied.
     """
 
     model: TextModel
     pieces: list[Piece]
     arguments: Namespace
     flags: list[str]
+    config: dict[str, Any]
+    companions: list[Path]
 
     @property
     def num_bytes(self) -> int:
@@ -72,11 +76,12 @@ def plan_to_megatron(
     architecture = model.architecture
     padded = padded_vocabulary(architecture.vocab_size, divisor, tensor_size)
     divisor = divisor_for(_num_tokens(model), padded, tensor_size, divisor)
-    pieces = [piece for rule in rules_for(architecture) for piece in _pieces(model, rule, padded, dtype)]
+    pieces = [piece for rule in rules_for(architecture) for piece in pieces_of(model, rule, padded, dtype)]
     arguments = to_arguments(architecture, padded_vocab=padded, divisor=divisor, tensor_size=tensor_size)
     stored = {piece.dtype for piece in pieces}
     arguments.bf16, arguments.fp16 = stored == {torch.bfloat16}, stored == {torch.float16}
-    return ToMegatron(model, pieces, arguments, model_flags(architecture, divisor))
+    flags, config = model_flags(architecture, divisor), alone_config(model, pieces[0].dtype)
+    return ToMegatron(model, pieces, arguments, flags, config, model.folder.companions())
 
 
 def check_to_megatron(plan: ToMegatron, target: str | Path, *, overwrite: bool) -> None:
@@ -96,19 +101,13 @@ def to_megatron(
     Raises:
         ReGateError: the target cannot be written.
     """
-    layers = plan.model.architecture.num_layers
-    objects: dict[str, Any] = {}
-    for name in EXTRA_STATES:
-        count = layers if name.startswith(LAYERS) else 1
-        objects |= {f"{name}._extra_state/shard_{index}_{count}": [None] for index in range(count)}
     common = {"args": plan.arguments, "checkpoint_version": 3.0, "iteration": 0}
-    folder = plan.model.folder
-    with new_folder(target, sources=(folder.path,), overwrite=overwrite, num_bytes=plan.num_bytes) as aside:
-        write_torch_dist(aside, plan.pieces, objects=objects, common=common, progress=progress)
-        for file in folder.companions():
+    source = plan.model.folder.path
+    with new_folder(target, sources=(source,), overwrite=overwrite, num_bytes=plan.num_bytes) as aside:
+        write_torch_dist(aside, plan.pieces, objects=extra_states(plan.pieces), common=common, progress=progress)
+        for file in plan.companions:
             shutil.copyfile(file, aside / file.name)
-        config = alone_config(plan.model, plan.pieces[0].dtype)
-        (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (aside / CONFIG).write_text(json.dumps(plan.config, indent=2) + "\n")
 
 
 def alone_config(model: TextModel, dtype: torch.dtype) -> dict[str, Any]:
@@ -119,7 +118,17 @@ def alone_config(model: TextModel, dtype: torch.dtype) -> dict[str, Any]:
     return to_config(model.architecture, str(dtype).removeprefix("torch.")) | ids
 
 
-def _pieces(model: TextModel, rule: Rule, padded: int, dtype: torch.dtype | None) -> list[Piece]:
+def pieces_of(model: Any, rule: Rule, padded: int, dtype: torch.dtype | None) -> list[Piece]:
+    """The parts of one tensor of Megatron, a layer each.
+
+    Args:
+        model: gives ``folder``, ``architecture``, and the names of a rule's ``sources`` in its ``layers``.
+        padded: rows of the word embedding.
+        dtype: type to convert to; None: as it is.
+
+    Raises:
+        ReGateError: layers are of different types.
+    """
     sources = {layer: model.sources(rule, layer) for layer in model.layers(rule)}
     found = {model.folder.dtype(name) for names in sources.values() for name in names}
     if dtype is None and len(found) > 1:

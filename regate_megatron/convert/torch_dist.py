@@ -66,6 +66,25 @@ class Piece:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+# Modules of which a Transformer Engine model asks the checkpoint for an (empty) extra state.
+_WITH_STATE = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "final_layernorm", "q_layernorm", "k_layernorm")
+_WITH_STATE += ("ln_pre",)
+
+
+def extra_states(pieces: list[Piece]) -> dict[str, list[None]]:
+    """The empty extra states, by name, of the modules that the pieces belong to."""
+    objects: dict[str, list[None]] = {}
+    for piece in pieces:
+        module = piece.name.rsplit(".", 1)[0]
+        stacked = ".layers." in module
+        shard = f"_extra_state/shard_{piece.offsets[0] if stacked else 0}_{piece.size[0] if stacked else 1}"
+        if module.endswith(_WITH_STATE):
+            objects[f"{module}.{shard}"] = [None]
+        if module.endswith(".linear_qkv"):
+            objects[f"{module.removesuffix('linear_qkv')}core_attention.{shard}"] = [None]
+    return objects
+
+
 class _LazyPlanner(DefaultSavePlanner):
     """Asks for a piece when it is written, and forgets it then."""
 
