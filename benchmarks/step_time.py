@@ -9,7 +9,7 @@ the same batch: forward and backward, planning and learning included, score "stu
 Times are CPU seconds on one thread; figures are medians over rounds of the ratio within a round.
 
 * **conv** = (1 − sparse/dense decoder time) ÷ (1 − sparse/dense decoder work): 1 when all work that is left out is time
-  that is saved. Work is counted by formula (work.py: MLP and projections linear, attention quadratic, the dense layers in
+  that is saved. Work is counted by formula (work.py: MLP and projections linear, attention quadratic, dense layers in
   full). Above 1 where what the formula leaves out (softmax, copies and page faults of K² arrays) shrinks faster.
 * **step conv**: the same of the whole step, with LM head and vision tower counted.
 * **speedup**: plain step ÷ sparse step, end to end.
@@ -17,9 +17,9 @@ Times are CPU seconds on one thread; figures are medians over rounds of the rati
 * **kept share**: targets that run ÷ targets.
 
 Two controls run in the rounds of the first model: **same again**, a second plain model on the same batch (how far from
-1 chance and order take a ratio), and **against short**, sparse decoder time without dense layers ÷ that of a plain model
-whose rows are as short as the sparse step's: what the mechanism itself costs, free of how this machine's speed depends
-on length.
+1 chance and order take a ratio), and **against short**, sparse decoder time without dense layers ÷ that of a plain
+model whose rows are as short as the sparse step's: what the mechanism itself costs, free of how this machine's speed
+depends on length.
 """
 
 from __future__ import annotations
