@@ -2,8 +2,8 @@
 
 Of a layer on K positions per row: ``2 · rows · K · weights`` in its linear layers (QKV, projection, MLP) and
 ``4 · rows · H · K²`` in attention: the whole square, because Megatron's local CPU attention computes all of it and
-masks. Of the LM head: ``2 · rows · K · H · V``. Of the vision tower: its layers on the patches and its projector, the same in
-every step. Softmax, norms, rotary, embeddings and copies are not counted.
+masks. Of the LM head: ``2 · rows · K · H · V``. Of the vision tower: its layers on the patches and its projector, the
+same in every step. Softmax, norms, rotary, embeddings and copies are not counted.
 """
 
 from __future__ import annotations
