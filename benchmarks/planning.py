@@ -143,7 +143,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         steps = len(over_one) + 1
         sent = {name: round(count / steps) for name, count in planner.topology.sent.items()}
         rows.append({"ranks": size, "budget": budget, **found, "over_one_rank": spread(over_one), "sent": sent})
-    layouts = _layouts(256 if options.quick else 16_384, 3 if options.quick else 20)
+    layouts = _layouts(1024 if options.quick else 16_384, 3 if options.quick else 20)
     return {
         "figures": _figures(rows, layouts, records.num_targets, length),
         "rows": rows,

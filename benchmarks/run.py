@@ -39,7 +39,8 @@ def run_part(name: str, options: argparse.Namespace) -> None:
     Raises:
         SystemExit: it failed; what it printed says why.
     """
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--out", str(options.out)]
+    python = options.deepspeed_python if name == "alternatives" and options.deepspeed_python else sys.executable
+    command = [python, "-m", f"benchmarks.{name}", "--out", str(options.out)]
     if options.quick:
         command.append("--quick")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -93,6 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="leave out the parts that are measured already")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and few rounds")
     parser.add_argument("--write-docs", action="store_true", help="publish what is measured")
+    parser.add_argument("--deepspeed-python", metavar="FILE", help="a Python that has DeepSpeed too, for alternatives")
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR")
     options = parser.parse_args(argv)
     options.out = options.out.resolve()

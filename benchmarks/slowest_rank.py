@@ -7,11 +7,11 @@
 Rows come from the skew generator (skew.py), an eighth as long. Every budget plans all ranks of a step with the
 planner's own code; then each rank's microbatches run, one rank after the other in this process: forward and backward of
 a GPT with one dense layer through the package's hooks, each microbatch at the length its plan says. A rank's time is
-the CPU time of its microbatches; a step takes as long as its slowest rank. What ranks wait for besides is not simulated.
+the CPU time of its microbatches; a step takes as long as its slowest rank. Nothing else that ranks wait for is
+simulated.
 
 * **slowest rank, of dense**: its time ÷ that of the slowest rank of the dense step, on the same rows.
 * **max/mean**: of the ranks' times, beside it that of their positions, which is what the budgets balance.
-* **targets per second**: kept targets ÷ the slowest rank's time, relative to the dense step's.
 """
 
 from __future__ import annotations
@@ -139,7 +139,6 @@ def _row(name: str, budget: str, taken: dict[str, list[dict[str, float]]]) -> di
         "position_max_mean": spread([one["position_spread"] for one in own]),
         "positions_share": float(np.mean([one["positions"] for one in own])),
         "kept_share": float(np.mean([one["kept"] for one in own])),
-        "targets_per_second": spread([one["kept"] / value for one, value in zip(own, share, strict=True)]),
     }
 
 
@@ -147,7 +146,7 @@ def _figure(row: dict[str, Any], ranks: int) -> dict[str, Any]:
     beside = (
         f"max/mean of times {row['time_max_mean']['median']:.3f}, of positions"
         f" {row['position_max_mean']['median']:.3f}; positions {row['positions_share']:.1%}, targets kept"
-        f" {row['kept_share']:.1%}; targets per second x{row['targets_per_second']['median']:.2f}"
+        f" {row['kept_share']:.1%}"
     )
     setting = f"{row['mix']}, {ranks} ranks, {row['budget']}"
     return figure(setting, "slowest rank, of dense", row["slowest_share"], "percent", beside=beside)

@@ -1,5 +1,5 @@
 """Benchmarks count what they say: rows dealt to ranks against exhaustive search, balance on a few ranks, medians, work
-by formula, pages filled from results. That the ways compared do the same work is in test_benchmarked_ways.py.
+by formula, pages filled from results. That the ways compared do the same work is in tests/test_benchmarked_ways.py.
 """
 
 from __future__ import annotations

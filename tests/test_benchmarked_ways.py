@@ -1,4 +1,4 @@
-"""The ways that alternatives.py compares do the same on the kept tokens; Megatron on one CPU rank, in its own process."""
+"""The ways that alternatives.py compares do the same on the kept tokens; Megatron, one CPU rank, in its own process."""
 
 from __future__ import annotations
 
