@@ -6,7 +6,7 @@ STATUS_FILE ?= /dev/null
 pytest = $(PYTHON_BIN) -m pytest $(1) $(PYTEST_ARGS) || { status=$$?; echo $$status >$(STATUS_FILE); exit $$status; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-quick experiment test test-full lint bench bench-balance docs clean
+.PHONY: help venv demo demo-quick experiment test test-full lint bench bench-docs bench-balance docs clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null || cat $(MAKEFILE_LIST)
@@ -33,8 +33,11 @@ lint: venv ## style and formatting
 	$(PYTHON_BIN) -m ruff check .
 	$(PYTHON_BIN) -m ruff format --check .
 
-bench: venv ## step time, dense against sparse; results in out/bench
-	$(PYTHON_BIN) benchmarks/step_time.py
+bench: venv ## step time, alternatives, planning, balance, teacher, memory: one table, results in out/bench
+	$(PYTHON_BIN) benchmarks/run.py
+
+bench-docs: venv ## put the last results of `make bench` into docs/benchmarks.md and README.md
+	$(PYTHON_BIN) benchmarks/run.py --write-docs
 
 bench-balance: venv ## positions run over simulated data-parallel ranks, per budget; table and picture in out/bench
 	$(PYTHON_BIN) benchmarks/balance.py

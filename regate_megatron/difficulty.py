@@ -23,7 +23,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from regate_megatron.records import Records
@@ -83,13 +82,17 @@ class _Route:
     """Who asks whom for what in one step: what fetching learns of it, the update of the same step uses again.
 
     Attributes:
-        owner_N: the planner that owns each of this rank's samples.
-        asked_DX3: per planner, the (key, T) of its samples that this planner owns.
+        order_N: this rank's samples, by owner.
+        own_D: targets of its samples that each planner owns.
+        asked_X3: (key, T) of the samples that this planner owns, by the planner that has them.
+        asked_D: their targets.
     """
 
     step: int
-    owner_N: Tensor
-    asked_DX3: list[Tensor]
+    order_N: Tensor
+    own_D: Tensor
+    asked_X3: Tensor
+    asked_D: Tensor
 
 
 class DifficultyStore:
@@ -115,14 +118,14 @@ class DifficultyStore:
 
         All planners call this, over their group: one small exchange of keys, one of records.
         """
-        self._route = self._make_route(key_N2, num_target_N, step)
-        answers = []
-        for rows_X3 in self._route.asked_DX3:
-            value_X = self.records.read(rows_X3[:, :2].numpy(), rows_X3[:, 2].numpy())
-            answers.append(torch.from_numpy(value_X.astype(np.float32)))
-        owner_N = self._route.owner_N
-        counts = [int(num_target_N[owner_N == rank].sum()) for rank in range(self.topology.dp_size)]
-        return _split_samples(_exchange(answers, self.topology, counts), owner_N, num_target_N)
+        route = self._route = self._make_route(key_N2, num_target_N, step)
+        asked_X3 = route.asked_X3.numpy()
+        answer_X = torch.from_numpy(self.records.read(asked_X3[:, :2], asked_X3[:, 2]).astype(np.float32))
+        record_X, _ = self.topology.exchange_planners(answer_X, route.asked_D, route.own_D)
+        pieces = record_X.split(num_target_N[route.order_N].tolist())
+        return [
+            piece for _, piece in sorted(zip(route.order_N.tolist(), pieces, strict=True), key=lambda pair: pair[0])
+        ]
 
     def update(self, key_N2: Tensor, losses: Sequence[Tensor], step: int) -> None:
         """Take in this step's losses: per sample float32 [T], NaN where the target did not run.
@@ -134,13 +137,9 @@ class DifficultyStore:
         if route is None or route.step != step:
             num_target_N = torch.tensor([len(loss_T) for loss_T in losses], dtype=torch.int64)
             route = self._make_route(key_N2, num_target_N, step)
-        sent = []
-        for rank in range(self.topology.dp_size):
-            mine = [losses[row] for row in torch.where(route.owner_N == rank)[0].tolist()]
-            sent.append(torch.cat([torch.empty(0), *mine]))
-        counts = [int(rows_X3[:, 2].sum()) for rows_X3 in route.asked_DX3]
-        loss_X = torch.cat(_exchange(sent, self.topology, counts)).numpy()
-        self._take_in(torch.cat(route.asked_DX3).numpy(), loss_X, step)
+        sent_X = torch.cat([torch.empty(0), *(losses[sample] for sample in route.order_N.tolist())])
+        loss_X, _ = self.topology.exchange_planners(sent_X, route.own_D, route.asked_D)
+        self._take_in(route.asked_X3.numpy(), loss_X.numpy(), step)
         self.records.evict()
 
     def describe(self) -> str:
@@ -161,10 +160,21 @@ class DifficultyStore:
 
     def _make_route(self, key_N2: Tensor, num_target_N: Tensor, step: int) -> _Route:
         """Send (key, T) of each sample to its owner."""
-        owner_N = key_N2[:, 0] % self.topology.dp_size
+        num_planners = self.topology.dp_size
+        owner_N = key_N2[:, 0] % num_planners
+        order_N = owner_N.argsort(stable=True)
         rows_N3 = torch.cat([key_N2, num_target_N[:, None]], dim=1)
-        sent = [rows_N3[owner_N == rank].reshape(-1) for rank in range(self.topology.dp_size)]
-        return _Route(step, owner_N, [flat.view(-1, 3) for flat in _exchange(sent, self.topology)])
+        asked_X3, samples_D = self.topology.exchange_planners(
+            rows_N3[order_N], torch.bincount(owner_N, minlength=num_planners)
+        )
+        asker_X = torch.arange(num_planners).repeat_interleave(samples_D)
+        return _Route(
+            step=step,
+            order_N=order_N,
+            own_D=torch.zeros(num_planners, dtype=torch.int64).index_add_(0, owner_N, num_target_N),
+            asked_X3=asked_X3,
+            asked_D=torch.zeros(num_planners, dtype=torch.int64).index_add_(0, asker_X, asked_X3[:, 2]),
+        )
 
 
 def _occurrence(value_N: np.ndarray) -> np.ndarray:
@@ -176,27 +186,3 @@ def _occurrence(value_N: np.ndarray) -> np.ndarray:
     turn_N = np.empty(len(value_N), np.int64)
     turn_N[order_N] = place_N - first_N
     return turn_N
-
-
-def _split_samples(flat_by_owner: list[Tensor], owner_N: Tensor, num_target_N: Tensor) -> list[Tensor]:
-    """Give every sample its piece of what its owner sent, in order."""
-    pieces: list[Tensor] = [torch.empty(0)] * len(owner_N)
-    for rank, flat in enumerate(flat_by_owner):
-        rows = torch.where(owner_N == rank)[0]
-        for row, piece in zip(rows.tolist(), flat.split(num_target_N[rows].tolist()), strict=True):
-            pieces[row] = piece
-    return pieces
-
-
-def _exchange(sent: list[Tensor], topology: Topology, counts: list[int] | None = None) -> list[Tensor]:
-    """All-to-all of one flat tensor per planner; ``counts`` are the lengths to expect, asked for when not known."""
-    if topology.dp_size == 1:
-        return sent
-    sizes = [flat.numel() for flat in sent]
-    if counts is None:
-        count_D = torch.empty(topology.dp_size, dtype=torch.int64)
-        dist.all_to_all_single(count_D, torch.tensor(sizes), group=topology.planner_group)
-        counts = count_D.tolist()
-    received = torch.empty(sum(counts), dtype=sent[0].dtype)
-    dist.all_to_all_single(received, torch.cat(sent), counts, sizes, group=topology.planner_group)
-    return list(received.split(counts))

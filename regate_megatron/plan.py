@@ -10,6 +10,7 @@ Shapes: B rows of a microbatch, S dense positions, K positions that run, N segme
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -101,9 +102,13 @@ class MicrobatchPlan:
         return torch.bincount(segment_K[self.is_kept_BK[0]], minlength=len(self.packing.length_N))
 
     def kept_mask(self) -> Tensor:
-        """Kept dense positions as a mask; bool [B, S]."""
-        mask_BS = torch.zeros(len(self.keep_idx_BK), self.dense_length, dtype=torch.int64)
-        return mask_BS.scatter_add_(1, self.keep_idx_BK, self.is_kept_BK.long()) > 0
+        """Kept dense positions as a mask; bool [B, S]. Several ask for it in a step; nobody writes into it."""
+        return self._kept_BS
+
+    @cached_property
+    def _kept_BS(self) -> Tensor:
+        mask_BS = torch.zeros(len(self.keep_idx_BK), self.dense_length, dtype=torch.uint8)
+        return mask_BS.scatter_add_(1, self.keep_idx_BK, self.is_kept_BK.byte()).bool()
 
 
 @dataclass(frozen=True)

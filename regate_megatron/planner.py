@@ -55,19 +55,23 @@ class Planner:
             fell back to dense.
         """
         self.balance = None
-        scores = self._scores(step, facts, reference)
-        finite = all(bool(s[f.is_target_BS].isfinite().all()) for s, f in zip(scores, facts, strict=True))
+        score_X = self._scores(step, facts, reference)
+        num_target_M = [len(one.sample_X) for one in facts]
+        scores = [
+            _scatter(own_X, one.is_target_BS) for own_X, one in zip(score_X.split(num_target_M), facts, strict=True)
+        ]
+        finite = bool(score_X.isfinite().all())
         if int(self.topology.all_reduce_planners(torch.tensor([int(not finite)]), "max")):
             return StepPlan(step), scores, True
         context = [self._context_that_runs(one) for one in facts]
         chosen = selection.select(
-            self._rows(facts, context, scores),
+            self._rows(facts, context, score_X),
             kind=self.config.budget,
             keep_ratio=keep_ratio_of(step, self.config),
             alignment=Alignment(self.multiple, self.config.length_multiple),
             all_gather=self.topology.all_gather_planners,
         )
-        kept, is_kept = [], chosen.is_kept_X.split([int(one.num_target_N.sum()) for one in facts])
+        kept, is_kept = [], chosen.is_kept_X.split(num_target_M)
         for one, context_BS, is_kept_X in zip(facts, context, is_kept, strict=True):
             kept_BS = context_BS.masked_scatter(one.is_target_BS, is_kept_X)
             kept.append(kept_BS)
@@ -120,9 +124,7 @@ class Planner:
         slots_N[-1] += length - int(slots_N.sum())
         return Packing(facts.segment_length_N, slots_N)
 
-    def _rows(
-        self, facts: Sequence[MicrobatchFacts], context: Sequence[Tensor], scores: Sequence[Tensor]
-    ) -> selection.Rows:
+    def _rows(self, facts: Sequence[MicrobatchFacts], context: Sequence[Tensor], score_X: Tensor) -> selection.Rows:
         """The step's rows with their groups: samples, or whole rows where a packed row counts as one."""
         if self.config.packed_ratio == "row":
             num_target_G = torch.cat([one.count_by_row(one.is_target_BS) for one in facts])
@@ -137,7 +139,7 @@ class Planner:
             row_G=row_G,
             dense_M=torch.tensor([one.planned_length for one in facts]),
             key_M=torch.stack([one.difficulty_key_N2[0, 0] for one in facts]),
-            score_X=torch.cat([s[one.is_target_BS] for s, one in zip(scores, facts, strict=True)]),
+            score_X=score_X,
         )
 
     def learn(
@@ -156,7 +158,7 @@ class Planner:
                 loss_BS = loss_BS.masked_fill(~plan.microbatches[index].kept_mask(), torch.nan)
             loss_X = loss_BS[one.is_target_BS]
             losses_N += loss_X.split(one.num_target_N.tolist())
-            labels.append(one.label_BS[one.is_target_BS])
+            labels.append(one.label_X)
             values.append(loss_X.double())
         self.difficulty.update(torch.cat([one.difficulty_key_N2 for one in facts]), losses_N, plan.step)
         if is_dense:
@@ -164,35 +166,25 @@ class Planner:
             finite_X = loss_X.isfinite()
             self.prior.update(label_X[finite_X], loss_X[finite_X], self.topology)
 
-    def _scores(self, step: int, facts: Sequence[MicrobatchFacts], reference: Sequence[Tensor] | None) -> list[Tensor]:
+    def _scores(self, step: int, facts: Sequence[MicrobatchFacts], reference: Sequence[Tensor] | None) -> Tensor:
+        """The score of every target of the step, microbatch by microbatch; float64 [X]."""
+        key_N2 = torch.cat([one.difficulty_key_N2 for one in facts])
+        num_target_N = torch.cat([one.num_target_N for one in facts])
         if self.config.score == "random":
-            return [
-                _scatter(
-                    scoring.random_score(f.difficulty_key_N2[f.sample_X], f.place_X, seed=self.config.seed, step=step),
-                    f.is_target_BS,
-                )
-                for f in facts
-            ]
-        num_target_N = torch.cat([f.num_target_N for f in facts])
+            key_X2 = key_N2.repeat_interleave(num_target_N, dim=0)
+            place_X = torch.cat([one.place_X for one in facts])
+            return scoring.random_score(key_X2, place_X, seed=self.config.seed, step=step)
+        prior_X = self.prior.look_up(torch.cat([one.label_X for one in facts]))
         if self.config.learns:
-            records = self.difficulty.fetch(torch.cat([f.difficulty_key_N2 for f in facts]), num_target_N, step)
-        else:
-            records = [torch.full((count,), torch.nan) for count in num_target_N.tolist()]
-        scores, sample = [], 0
-        for one in facts:
-            own = slice(sample, sample + one.num_samples)
-            sample = own.stop
-            known_X = torch.cat(records[own]).double()
-            prior_X = self.prior.look_up(one.label_BS[one.is_target_BS])
-            score_X = scoring.fuse(
-                torch.where(known_X.isnan(), prior_X, known_X),
-                torch.cat(reference[own]) if reference is not None else None,
-                score=self.config.score,
-                fusion=self.config.fusion,
-                reference_weight=self.config.reference_weight,
-            )
-            scores.append(_scatter(score_X, one.is_target_BS))
-        return scores
+            known_X = torch.cat(self.difficulty.fetch(key_N2, num_target_N, step)).double()
+            prior_X = torch.where(known_X.isnan(), prior_X, known_X)
+        return scoring.fuse(
+            prior_X,
+            torch.cat(list(reference)) if reference is not None else None,
+            score=self.config.score,
+            fusion=self.config.fusion,
+            reference_weight=self.config.reference_weight,
+        )
 
 
 def _scatter(value_X: Tensor, is_target_BS: Tensor) -> Tensor:

@@ -172,8 +172,6 @@ def pack_positions(kept_RS: Tensor, length: int) -> tuple[Tensor, Tensor]:
     num_kept_R = kept_RS.sum(dim=1)
     if int(num_kept_R.max()) > length:
         raise ValueError(f"a row keeps {int(num_kept_R.max())} positions, more than the length {length}")
-    row_X, position_X = kept_RS.nonzero(as_tuple=True)
-    slot_RS = kept_RS.cumsum(dim=1) - 1
     keep_idx_RK = torch.zeros(len(kept_RS), length, dtype=torch.int64)
-    keep_idx_RK[row_X, slot_RS[row_X, position_X]] = position_X
-    return keep_idx_RK, num_kept_R
+    is_kept_RK = torch.arange(length) < num_kept_R[:, None]
+    return keep_idx_RK.masked_scatter_(is_kept_RK, kept_RS.nonzero()[:, 1]), num_kept_R

@@ -13,6 +13,7 @@ Shapes: L positions of a sequence, B rows, K kept slots, X entries a rank sends 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -32,10 +33,15 @@ class Places:
     index_L: Tensor
     local_length: int
 
+    @cached_property
+    def order_L(self) -> Tensor:
+        """All positions by rank, and in each rank's order; int64 [L]."""
+        place_L = self.rank_L * self.local_length + self.index_L
+        return torch.empty_like(place_L).scatter_(0, place_L, torch.arange(len(place_L)))
+
     def positions_of(self, rank: int) -> Tensor:
         """The positions a rank holds, in its order; int64 [local_length]."""
-        mine = torch.where(self.rank_L == rank)[0]
-        return mine[self.index_L[mine].argsort()]
+        return self.order_L[rank * self.local_length : (rank + 1) * self.local_length]
 
 
 def places(segment_length_N: Tensor, *, cp_size: int, tp_size: int = 1) -> Places:
@@ -47,11 +53,16 @@ def places(segment_length_N: Tensor, *, cp_size: int, tp_size: int = 1) -> Place
     Raises:
         ValueError: a length does not divide.
     """
+    return _places(tuple(segment_length_N.tolist()), cp_size, tp_size)
+
+
+@lru_cache(maxsize=32)
+def _places(segment_lengths: tuple[int, ...], cp_size: int, tp_size: int) -> Places:
+    """The same, remembered: rows have few lengths, and every microbatch asks. Nobody writes into what it returns."""
+    segment_length_N = torch.tensor(segment_lengths, dtype=torch.int64)
     total = int(segment_length_N.sum())
     if total % (cp_size * tp_size) or (cp_size > 1 and bool((segment_length_N % (2 * cp_size)).any())):
-        raise ValueError(
-            f"segments of {segment_length_N.tolist()} positions do not divide over CP{cp_size} x TP{tp_size}"
-        )
+        raise ValueError(f"segments of {list(segment_lengths)} positions do not divide over CP{cp_size} x TP{tp_size}")
     position_L = torch.arange(total)
     if cp_size == 1:
         cp_L, index_L = torch.zeros_like(position_L), position_L
@@ -95,20 +106,18 @@ def route(keep_idx_BK: Tensor, dense: Places, short: Places, *, rank: int, num_r
     if num_ranks == 1:
         entries_X, count = (keep_KB * num_rows + row_1B).reshape(-1), keep_KB.numel()
         return Route(entries_X, torch.arange(count), [count], [count], **sizes)
-    source_KB = dense.rank_L[keep_KB]
-    target_KB = short.rank_L[:, None].expand_as(source_KB)
-    from_KB = dense.index_L[keep_KB] * num_rows + row_1B
-    to_KB = short.index_L[:, None] * num_rows + row_1B
-    # Between any two ranks both sides order entries by their slot at the receiver.
-    sent, received = source_KB == rank, target_KB == rank
-    target_X, to_X, from_X = target_KB[sent], to_KB[sent], from_KB[sent]
-    order_X = torch.argsort(target_X * (short.local_length * num_rows) + to_X)
-    source_Y, to_Y = source_KB[received], to_KB[received]
-    order_Y = torch.argsort(source_Y * (short.local_length * num_rows) + to_Y)
+    # Between any two ranks both sides order entries by their slot at the receiver: going through the slots by receiver
+    # and place there leaves nothing to sort but who sends to this rank.
+    keep_KB = keep_KB[short.order_L]
+    source_KB, from_KB = dense.rank_L[keep_KB], dense.index_L[keep_KB] * num_rows + row_1B
+    sent_KB = source_KB == rank
+    mine = slice(rank * short.local_length, (rank + 1) * short.local_length)
+    source_Y = source_KB[mine].reshape(-1)
+    by_slot_RX = sent_KB.view(num_ranks, -1)
     return Route(
-        send_index_X=from_X[order_X],
-        receive_index_X=to_Y[order_Y],
-        send_counts=torch.bincount(target_X, minlength=num_ranks).tolist(),
+        send_index_X=from_KB[sent_KB],
+        receive_index_X=source_Y.to(torch.int16).argsort(stable=True),
+        send_counts=by_slot_RX.sum(dim=1).tolist(),
         receive_counts=torch.bincount(source_Y, minlength=num_ranks).tolist(),
         **sizes,
     )

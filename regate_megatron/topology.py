@@ -56,6 +56,29 @@ class Topology:
         dist.all_gather(list(gathered_Dk), values, group=self.planner_group)
         return gathered_Dk
 
+    def exchange_planners(
+        self, values_Xx: Tensor, send_D: Tensor, receive_D: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Give every planner its part of CPU values, in order of planners; all planners call this.
+
+        Args:
+            values_Xx: what this planner sends, one part after the other, [X, ...].
+            send_D: how many values go to each planner, int64.
+            receive_D: how many come from each; None: one more small exchange finds out.
+
+        Returns:
+            what came, one part after the other, and how much from each.
+        """
+        if self.dp_size == 1:
+            return values_Xx, send_D
+        if receive_D is None:
+            receive_D = torch.empty_like(send_D)
+            dist.all_to_all_single(receive_D, send_D, group=self.planner_group)
+        received_Xx = values_Xx.new_empty(int(receive_D.sum()), *values_Xx.shape[1:])
+        sizes = receive_D.tolist(), send_D.tolist()
+        dist.all_to_all_single(received_Xx, values_Xx.contiguous(), *sizes, group=self.planner_group)
+        return received_Xx, receive_D
+
     def agree(self, error: str | None, wish: bool = False) -> bool:
         """Stop all ranks when one of them met ``error``; all ranks call this, three small reductions on the host.
 

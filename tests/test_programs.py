@@ -57,8 +57,15 @@ def test_quick_demo_leaves_its_files_and_counts_agree(tmp_path):
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("report.html", "kept_words.png"))
 
 
-def test_benchmark_reports_its_headline(tmp_path):
-    _run("benchmarks/step_time.py", "--rounds", "2", "--out", str(tmp_path / "results.json"))
-    headline = json.loads((tmp_path / "results.json").read_text())["headline"]
-    assert set(headline) == {"conv", "planning_share", "speedup", "kept_share"}
-    assert headline["kept_share"] == pytest.approx(0.5, abs=0.02)
+def test_benchmarks_leave_one_table_one_picture_and_their_headline(tmp_path):
+    output = _run("benchmarks/run.py", "--quick", "--out", str(tmp_path))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["headline"]) == {"conv", "planning_share", "speedup", "kept_share"}
+    assert results["headline"]["kept_share"] == pytest.approx(0.5, abs=0.02)
+    assert len(results["parts"]) == 6 and all(part["part"].replace("_", " ") in output for part in results["parts"])
+    assert (tmp_path / "bench.png").stat().st_size > 10_000
+    published = subprocess.run(
+        [sys.executable, "benchmarks/run.py", "--write-docs", "--out", str(tmp_path)],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert published.returncode and "not to be published" in published.stderr

@@ -66,6 +66,11 @@ class MicrobatchFacts:
         return self.sample_BS[self.is_target_BS]
 
     @cached_property
+    def label_X(self) -> Tensor:
+        """The label of each target; int64 [X]."""
+        return self.label_BS[self.is_target_BS]
+
+    @cached_property
     def num_target_N(self) -> Tensor:
         """Targets of each sample; int64 [N]. What is kept per target is split by it."""
         return torch.bincount(self.sample_X, minlength=self.num_samples)

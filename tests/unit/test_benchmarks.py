@@ -1,4 +1,6 @@
-"""The study of dealing rows to ranks against exhaustive search, and the report of balance on a few ranks."""
+"""Benchmarks count what they say: rows dealt to ranks against exhaustive search, balance on a few ranks, medians, work
+by formula, pages filled from results. That the ways compared do the same work is in tests/test_benchmarked_ways.py.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import balance
+from benchmarks import balance, report
 from benchmarks.assigned import assign
+from benchmarks.measuring import figure, median_interval, spread
+from benchmarks.models import Size
+from benchmarks.work import head_work, layer_work
 
 
 def _best(lengths: list[int], num_ranks: int) -> int:
@@ -61,3 +66,75 @@ def test_the_report_of_balance_on_a_few_ranks(tmp_path, rows):
         assert 0.25 <= min(found["uniform"]["kept"], found["balanced"]["kept"])
         assert name in lines[0]
     assert results["mixed-instruct"][4]["uniform"]["max/mean"] == 1
+
+
+def test_work_of_a_layer_is_linear_in_the_mlp_and_quadratic_in_attention():
+    linear, square = 3 * 2 * 100, 3 * 4 * 8  # forward and backward; 100 weights, hidden 8
+    assert layer_work(rows=2, positions=10, hidden=8, weights=100) == 2 * (10 * linear + 10**2 * square)
+    assert layer_work(rows=1, positions=20, hidden=8, weights=0) == 4 * layer_work(1, 10, 8, 0)
+    assert head_work(Size(rows=1, hidden=4, vocab=5), positions=7) == 3 * 2 * 7 * 4 * 5
+
+
+def test_figures_are_medians_with_quartiles_and_an_interval_that_holds_them():
+    found = spread([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert (found["median"], found["rounds"]) == (3.0, 5)
+    assert found["quartiles"] == [1.5, 4.5]
+    assert found["interval"] == [1.0, 5.0]  # five values leave 6 % outside all of them
+    assert spread([2.0])["quartiles"] == [2.0, 2.0]
+
+
+def test_the_interval_of_a_median_covers_it_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered = [
+        low <= np.log(2) <= high for low, high in (median_interval(rng.exponential(size=25)) for _ in range(2000))
+    ]
+    assert 0.94 <= np.mean(covered) <= 0.99
+
+
+def _results() -> dict:
+    machine = {
+        "cpu": "CPU", "cores": 2, "precision": "float32", "python": "3.12", "torch": "2", "megatron_core": "0.19",
+        "regate_megatron": "0.1.0",
+    }  # fmt: skip
+    parts = [
+        {
+            "part": "step_time",
+            "figures": [
+                figure("GPT, keep 0.5", "conv", spread([0.9, 1.0, 1.1]), goal=">= 0.95", beside="work 59 %"),
+                figure("control", "time ratio", 1.5),
+            ],
+        },
+        {"part": "memory", "figures": [figure("ours", "of dense", 0.625, "percent")]},
+    ]
+    headline = {"conv": 1.0, "planning_share": 0.002, "speedup": 1.7, "kept_share": 0.5}
+    setting = {"model": "GPT", "length": 512, "keep_ratio": 0.5, "dense_layers": 1}
+    return {
+        "headline": headline,
+        "headline_setting": setting,
+        "headline_interval": {"conv": [0.9, 1.1]},
+        "machine": machine,
+        "seconds": 600.0,
+        "parts": parts,
+    }
+
+
+def test_one_table_has_a_row_per_figure_with_its_median_and_quartiles():
+    lines = report.markdown_table(_results()["parts"]).splitlines()
+    assert len(lines) == 2 + 3
+    assert lines[2] == "| step time | GPT, keep 0.5 | conv | 1.000 (0.900 to 1.100) | 3 | >= 0.95 | work 59 % |"
+    assert lines[3].startswith("|  | control | time ratio | 1.500 |")
+    assert "62.50%" in lines[4]
+
+
+def test_only_what_stands_between_markers_is_written(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- bench-table -->\nold\n<!-- /bench-table -->\nafter\n")
+    texts = report.fragments(_results())
+    assert report.write_between_markers(page, texts) == ["bench-table"]
+    once = page.read_text()
+    assert (
+        once.startswith("before\n<!-- bench-table -->\n| part |") and once.endswith("\nafter\n") and "old" not in once
+    )
+    report.write_between_markers(page, texts)
+    assert page.read_text() == once
+    assert "conv 1.000** (95 % interval 0.900 to 1.100)" in texts["bench-headline"]
