@@ -1,26 +1,27 @@
-"""What was learned travels in Megatron's checkpoints: a folder ``regate`` inside the folder of the iteration.
+"""What was learned travels in the host's checkpoints: a folder ``regate`` inside the folder of the iteration.
 
-Megatron's own files, keys and names stay as they are, so plain Megatron loads such a checkpoint and does not notice.
-A checkpoint is complete when Megatron's tracker file names its iteration, so the folder must be in place just before:
+The host's own files, keys and names stay as they are, so plain Megatron loads such a checkpoint and does not notice.
+A checkpoint is complete when the tracker file names its iteration, so the folder must be in place just before:
 
 - every rank writes its part beside the iteration's folder, in ``SAVE/regate_incomplete_…``;
 - when all parts and their manifest are on the disk, rank 0 renames that folder into the iteration's, as its last act
   before the tracker file is written.
 
-Symbols wrapped, each where it is looked up late:
+Megatron-LM and Megatron-Bridge have the same three functions, and each looks them up late. A callback would be too late
+(Bridge's ``on_checkpoint_save`` comes when the tracker file has been written), so they are wrapped:
 
-- ``training.save_checkpoint``: all ranks, every format (``generate_state_dict`` is called on some ranks only).
-- ``checkpointing.get_checkpoint_tracker_filename``: in a synchronous save rank 0 calls it when all ranks have written
-  theirs, to write the tracker file.
-- ``checkpointing.schedule_async_save``: in an asynchronous save, a function of ours goes before those that Megatron
-  calls when all is written, of which one writes the tracker file.
+- ``save_checkpoint``: all ranks, every format (``generate_state_dict`` is called on some ranks only).
+- ``get_checkpoint_tracker_filename``: in a synchronous save rank 0 calls it when all ranks have written theirs, to
+  write the tracker file.
+- ``schedule_async_save``: in an asynchronous save, a function of ours goes before those that the host calls when all is
+  written, of which one writes the tracker file.
 """
 
 from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,31 +34,48 @@ from regate_megatron.state import STATE_FOLDER, StateSave, has_state, load_state
 from regate_megatron.topology import agree_on_error
 
 _ASIDE = "regate_incomplete_"
+_NON_PERSISTENT = "non_persistent"  # below the folder of the checkpoints, in both hosts
 
 
 class CheckpointState:
-    """Puts the state of the one session in ``sessions`` into checkpoints."""
+    """Puts the state of the one session in ``sessions`` into checkpoints.
 
-    def __init__(self, sessions: list[Session]) -> None:
-        self._sessions = sessions
+    Args:
+        sessions: the session, once there is one.
+        host: from the arguments of a call of ``save_checkpoint``, Megatron-LM's namespace (or one with its names for
+            saving) and the iteration.
+    """
+
+    def __init__(self, sessions: list[Session], host: Callable[[Mapping[str, Any]], tuple[Any, int]]) -> None:
+        self._sessions, self._host = sessions, host
         self._staged: _Staged | None = None
         self._cleaned: set[Path] = set()
 
+    @property
+    def wrappers(self) -> dict[str, Callable[..., Any]]:
+        """What wraps the three functions, by their names."""
+        return {
+            "save_checkpoint": self.wrap_save,
+            "get_checkpoint_tracker_filename": self.wrap_tracker,
+            "schedule_async_save": self.wrap_schedule,
+        }
+
     def wrap_save(self, inner: Callable[..., Any]) -> Callable[..., Any]:
-        """``training.save_checkpoint``: stage the state first; all ranks."""
+        """``save_checkpoint``: bring to the disk what waits for it and stage the state first; all ranks."""
         signature = inspect.signature(inner)
 
         def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
-            from megatron.training import get_args, print_rank_0
-
-            given, options = signature.bind(*args, **kwargs).arguments, get_args()
+            given = signature.bind(*args, **kwargs).arguments
+            options, iteration = self._host(given)
+            for session in self._sessions:
+                session.flush()
             folder = _save_folder(options, is_non_persistent=given.get("non_persistent_ckpt", False))
-            if folder is None:
-                print_rank_0("[regate] difficulty is not saved in local (non-persistent) checkpoints")
+            if folder is None and dist.get_rank() == 0:
+                print("[regate] difficulty is not saved in local (non-persistent) checkpoints", flush=True)
             if folder is None or not self._sessions or given.get("release"):
                 return inner(*args, **kwargs)
-            staged = self._staged = self._stage(folder, given["iteration"])
-            if not options.async_save:
+            staged = self._staged = self._stage(folder, iteration, is_async=bool(options.async_save))
+            if not staged.is_async:
                 staged.save.write()
                 staged.save.finish()
             result = inner(*args, **kwargs)
@@ -68,13 +86,11 @@ class CheckpointState:
         return save_checkpoint
 
     def wrap_tracker(self, inner: Callable[..., Any]) -> Callable[..., Any]:
-        """``checkpointing.get_checkpoint_tracker_filename``: in a synchronous save on rank 0, publish first."""
+        """``get_checkpoint_tracker_filename``: in a synchronous save on rank 0, publish first."""
 
         def get_checkpoint_tracker_filename(*args: Any, **kwargs: Any) -> Any:
-            from megatron.training import get_args
-
             staged = self._staged
-            if staged is not None and not get_args().async_save and dist.get_rank() == 0:
+            if staged is not None and not staged.is_async and dist.get_rank() == 0:
                 self._staged = None
                 staged.publish()
             return inner(*args, **kwargs)
@@ -82,51 +98,53 @@ class CheckpointState:
         return get_checkpoint_tracker_filename
 
     def wrap_schedule(self, inner: Callable[..., Any]) -> Callable[..., Any]:
-        """``checkpointing.schedule_async_save``: write in a thread meanwhile, publish when Megatron has written."""
+        """``schedule_async_save``: write in a thread meanwhile, publish when the host has written."""
+        signature = inspect.signature(inner)
 
-        def schedule_async_save(request: Any, *args: Any, **kwargs: Any) -> Any:
+        def schedule_async_save(*args: Any, **kwargs: Any) -> Any:
             staged, self._staged = self._staged, None
             if staged is None:
-                return inner(request, *args, **kwargs)
+                return inner(*args, **kwargs)
 
             def publish_state() -> None:
                 staged.save.finish()
                 if dist.get_rank() == 0:
                     staged.publish()
 
+            request = signature.bind(*args, **kwargs).arguments["async_request"]
             request.finalize_fns.insert(0, publish_state)
-            result = inner(request, *args, **kwargs)
-            staged.save.write(in_background=True)  # after Megatron has forked its writer
+            result = inner(*args, **kwargs)
+            staged.save.write(in_background=True)  # after the host has forked its writer
             return result
 
         return schedule_async_save
 
-    def _stage(self, folder: Path, iteration: int) -> _Staged:
-        from megatron.training.checkpointing import get_checkpoint_name
-
+    def _stage(self, folder: Path, iteration: int, *, is_async: bool) -> _Staged:
         if folder not in self._cleaned and dist.get_rank() == 0:
             for left in folder.glob(_ASIDE + "*"):  # of a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
         self._cleaned.add(folder)
-        target = Path(get_checkpoint_name(str(folder), iteration, return_base_dir=True)) / STATE_FOLDER
         save = StateSave(self._sessions[0], folder / f"{_ASIDE}{iteration:07d}", iteration)
-        return _Staged(save, target)
+        return _Staged(save, _iteration_folder(folder, iteration) / STATE_FOLDER, is_async)
 
 
 class _Staged:
-    """A save and where it goes."""
+    """A save, where it goes, and whether the host writes its own part asynchronously."""
 
-    def __init__(self, save: StateSave, target: Path) -> None:
-        self.save, self.target = save, target
+    def __init__(self, save: StateSave, target: Path, is_async: bool) -> None:
+        self.save, self.target, self.is_async = save, target, is_async
 
     def publish(self) -> None:
         self.save.publish(self.target)
 
 
 def restore(session: Session, options: Any) -> str | None:
-    """Continue from the state in the checkpoint Megatron has loaded; returns a line to print, None for a new run.
+    """Continue from the state in the checkpoint the host has loaded; returns a line to print, None for a new run.
 
     All ranks call this, once weights are loaded.
+
+    Args:
+        options: Megatron-LM's namespace, or one with its names for loading; ``iteration`` steps are done.
 
     Raises:
         ReGateError: the saved state is damaged, or missing from a checkpoint of a ReGATE run; on every rank.
@@ -145,11 +163,9 @@ def restore(session: Session, options: Any) -> str | None:
 
 
 def _find_state(session: Session, options: Any) -> Path | None:
-    from megatron.training.checkpointing import get_checkpoint_name
-
     roots = [getattr(options, "load", None), _non_persistent_root(options, getattr(options, "load", None))]
     for root in dict.fromkeys(root for root in roots if root):
-        folder = Path(get_checkpoint_name(str(root), options.iteration, return_base_dir=True)) / STATE_FOLDER
+        folder = _iteration_folder(Path(root), options.iteration) / STATE_FOLDER
         if has_state(folder, session.topology):
             return folder
         _check_plain(folder.parent, session)
@@ -174,6 +190,11 @@ def _check_plain(iteration: Path, session: Session) -> None:
     agree_on_error(error, session.topology)
 
 
+def _iteration_folder(root: Path, iteration: int) -> Path:
+    """Where both hosts, in every version, keep an iteration; never asked of a release, which has no state."""
+    return root / f"iter_{iteration:07d}"
+
+
 def _save_folder(options: Any, *, is_non_persistent: bool) -> Path | None:
     """Where this save puts its iterations; None where every node keeps its own."""
     if not is_non_persistent:
@@ -183,9 +204,7 @@ def _save_folder(options: Any, *, is_non_persistent: bool) -> Path | None:
 
 
 def _non_persistent_root(options: Any, beside: str | None) -> str | None:
-    from megatron.training.checkpointing import _NON_PERSISTENT_CKPT_SUBDIR
-
     if getattr(options, "non_persistent_ckpt_type", None) != "global":
         return None
     given = getattr(options, "non_persistent_global_ckpt_dir", None)
-    return given or (str(Path(beside) / _NON_PERSISTENT_CKPT_SUBDIR) if beside else None)
+    return given or (str(Path(beside) / _NON_PERSISTENT) if beside else None)

@@ -1,23 +1,31 @@
-"""Worker of test_megatron_bridge: a tiny GPT trained by Megatron-Bridge's own loop, with and without ReGATE.
+"""Worker of the tests of Megatron-Bridge: imports it once, then trains every case in forked ranks of their own.
 
-torchrun --nproc-per-node 1 tests/frameworks/run_bridge.py CASE RESULTS.json [TRACE]
+    python tests/frameworks/run_bridge.py FOLDER [CASE …]
+
+Each case leaves FOLDER/CASE.json (what its last rank saw), FOLDER/CASE.log.RANK, its trace and its checkpoints.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
+import socket
 import sys
-from dataclasses import dataclass
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.frameworks import bridge_on_cpu
 
 bridge_on_cpu.install()
 
 import torch
-from megatron.bridge.data.base import DatasetProvider
-from megatron.bridge.models.gpt_provider import GPTModelProvider, local_layer_spec
+from megatron.bridge.training import checkpointing, gpt_step, vlm_step
 from megatron.bridge.training import train as loop
 from megatron.bridge.training.callbacks import Callback
 from megatron.bridge.training.config import (
@@ -31,55 +39,68 @@ from megatron.bridge.training.config import (
     TrainingConfig,
     ValidationConfig,
 )
-from megatron.bridge.training.gpt_step import forward_step
 from megatron.bridge.training.pretrain import pretrain
 
-from regate_megatron import ReGateConfig
+from regate_megatron import ReGateConfig, compat
 from regate_megatron.api import session_of
 from regate_megatron.integrations import megatron_bridge
+from tests.frameworks import bridge_models
 
-TEXT, VOCAB, SAMPLES, STEPS = 24, 64, 64, 6
-
-
-class Rows(torch.utils.data.Dataset):
-    """A prompt of eight tokens without loss, then an answer; the same rows for every size and rank."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(index % SAMPLES)
-        text = torch.randint(1, VOCAB, (TEXT + 1,), generator=generator)
-        mask = torch.ones(TEXT)
-        mask[:8] = 0
-        return {"tokens": text[:-1], "labels": text[1:], "loss_mask": mask, "position_ids": torch.arange(TEXT)}
+STEPS, SAVE_AT, SECONDS_PER_CASE = 6, 3, 400
 
 
-@dataclass(kw_only=True)
-class Data(DatasetProvider):
-    """Bridge's contract for a dataset of one's own."""
+@dataclass(frozen=True)
+class Case:
+    """One training of six steps, from the weights that the case ``begin`` has left.
 
-    seq_length: int = TEXT
-    skip_getting_attention_mask_from_dataset: bool = True
+    Attributes:
+        regate: settings; None for plain Bridge.
+        tp, pp, dp: the layout.
+        resume: a case whose checkpoint of the third step is continued.
+    """
 
-    def build_datasets(self, context):
-        return Rows(context.train_samples), Rows(context.valid_samples), None
+    model: str = "gpt"
+    regate: dict[str, Any] | None = None
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    begin: str | None = "start"
+    resume: str | None = None
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+    dataloader: str = "single"
+
+
+STUDENT, CHECKPOINT = {"teacher_load": "student"}, {"teacher_load": "start"}
+ALL_KEPT = {"keep_ratio": 1.0, "teacher_load": "student"}
+LAYOUTS = {"tp2": {"tp": 2}, "pp2": {"pp": 2}, "dp2": {"dp": 2}, "tp2 pp2": {"tp": 2, "pp": 2}}
+CASES = {
+    "start": Case(begin=None),
+    "plain": Case(),
+    "all kept": Case(regate=ALL_KEPT),
+    "regate": Case(regate=STUDENT),
+    "checkpoint teacher": Case(regate=CHECKPOINT),
+    "finetuning batches": Case(regate=STUDENT, dataloader="batch"),
+    "asynchronous": Case(regate=STUDENT, checkpoint={"async_save": True}),
+    "resumed": Case(regate=STUDENT, resume="regate"),
+    "resumed tp2": Case(regate=STUDENT, resume="regate", tp=2),
+    "resumed dp2": Case(regate=STUDENT, resume="regate", dp=2),
+    **{name: Case(regate=STUDENT, **layout) for name, layout in LAYOUTS.items()},
+}
+CASES |= {f"qwen {name}": dataclasses.replace(case, model="qwen") for name, case in CASES.items()}
 
 
 class Record(Callback):
-    """What happened, step by step; the model as it is when training ends."""
+    """What happened, step by step."""
 
     def __init__(self) -> None:
-        self.losses, self.steps, self.lengths = [], [], []
-        self.seen: dict = {"evaluations": 0}
+        self.losses: list[float] = []
+        self.steps: list[list] = []
+        self.lengths: list[tuple] = []
+        self.seen: dict[str, Any] = {"evaluations": 0}
 
     def on_train_start(self, context):
-        decoder = context.model[0].module.module if hasattr(context.model[0].module, "module") else None
-        block = (decoder or context.model[0].module).decoder
-        block.layers[-1].register_forward_pre_hook(
+        last = compat.language_model_of(compat.unwrap(context.model[-1])).decoder.layers[-1]
+        last.register_forward_pre_hook(
             lambda layer, args, kwargs: self.lengths.append(
                 (layer.training, torch.is_grad_enabled(), kwargs["hidden_states"].shape[0])
             ),
@@ -87,7 +108,8 @@ class Record(Callback):
         )
 
     def on_train_step_end(self, context):
-        self.losses.append(float(context.loss_dict["lm loss"]))
+        if context.loss_dict:  # the last stage's ranks
+            self.losses.append(float(context.loss_dict["lm loss"]))
         session = session_of(context.model)
         if session is not None:
             self.steps.append([session.phase, session.totals.steps, session.totals.sparse_steps])
@@ -100,31 +122,19 @@ class Record(Callback):
         self.seen["attached at the end"] = session_of(context.model) is not None
 
 
-def settings(folder: Path) -> ConfigContainer:
-    model = GPTModelProvider(
-        num_layers=3,
-        hidden_size=32,
-        num_attention_heads=4,
-        ffn_hidden_size=64,
-        seq_length=TEXT,
-        vocab_size=VOCAB,
-        position_embedding_type="rope",
-        transformer_layer_spec=local_layer_spec,
-        share_embeddings_and_output_weights=False,
-        use_cpu_initialization=True,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        cross_entropy_loss_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        pipeline_dtype=torch.float32,
-    )
+def settings(name: str, case: Case, folder: Path) -> ConfigContainer:
+    """Bridge's settings of a case."""
+    layout = {"tensor_model_parallel_size": case.tp, "pipeline_model_parallel_size": case.pp}
+    layout["sequence_parallel"] = case.tp > 1
+    prefix = "qwen " if case.model == "qwen" else ""
+    checkpoint = {"save": str(folder / name / "checkpoints"), "save_interval": SAVE_AT, "ckpt_format": "torch_dist"}
+    if case.resume:
+        checkpoint |= {"load": str(folder / (prefix + case.resume) / "checkpoints"), "ckpt_step": SAVE_AT}
+    elif case.begin:
+        checkpoint |= {"pretrained_checkpoint": str(folder / (prefix + case.begin) / "checkpoints")}
+    rows = bridge_models.PictureRows if case.model == "qwen" else bridge_models.Rows
     return ConfigContainer(
-        model=model,
+        model=getattr(bridge_models, case.model)(**layout),
         train=TrainingConfig(micro_batch_size=2, global_batch_size=4, train_iters=STEPS),
         validation=ValidationConfig(eval_interval=3, eval_iters=1),
         optimizer=OptimizerConfig(optimizer="adam", lr=1e-2, min_lr=1e-3, use_distributed_optimizer=False),
@@ -136,33 +146,92 @@ def settings(folder: Path) -> ConfigContainer:
             end_weight_decay=0.0,
             weight_decay_incr_style="constant",
         ),
-        dataset=Data(dataloader_type="single", num_workers=0, pin_memory=False, persistent_workers=False),
-        logger=LoggerConfig(log_interval=2, tensorboard_dir=str(folder / "tensorboard")),
-        tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=VOCAB - 1),
-        checkpoint=CheckpointConfig(save=None, load=None),
+        dataset=bridge_models.Data(
+            rows=rows, dataloader_type=case.dataloader, num_workers=0, pin_memory=False, persistent_workers=False
+        ),
+        logger=LoggerConfig(log_interval=2, tensorboard_dir=str(folder / name / "tensorboard")),
+        tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=bridge_models.VOCAB - 1),
+        checkpoint=CheckpointConfig(**checkpoint | case.checkpoint),
         rerun_state_machine=RerunStateMachineConfig(rerun_mode="disabled"),
     )
 
 
-CASES = {
-    "plain": None,
-    "all kept": {"keep_ratio": 1.0, "teacher_load": "student"},
-    "regate": {"keep_ratio": 0.5, "teacher_load": "student"},
-}
-
-
-def main(case: str, results: str) -> None:
-    record, folder = Record(), Path(results).parent
+def train(name: str, case: Case, folder: Path) -> None:
+    """One rank of a case."""
+    record, restored = Record(), [loop.get_forward_backward_func, dict(vars(checkpointing))]
     callbacks: list[Callback] = [record]
-    original = loop.get_forward_backward_func
-    if CASES[case] is not None:
-        config = ReGateConfig(warmup_steps=2, cycle_steps=100, dense_steps=0, trace=str(folder / case), **CASES[case])
-        callbacks = [megatron_bridge.install(config), record]
-    pretrain(settings(folder), forward_step, callbacks=callbacks)
-    record.seen["loop restored"] = loop.get_forward_backward_func is original
+    if case.regate is not None:
+        chosen = dict(case.regate, warmup_steps=2, cycle_steps=100, dense_steps=1, trace=str(folder / name / "trace"))
+        if chosen["teacher_load"] != "student":
+            prefix = "qwen " if case.model == "qwen" else ""
+            chosen["teacher_load"] = str(folder / (prefix + chosen["teacher_load"]) / "checkpoints")
+        callbacks = [megatron_bridge.install(ReGateConfig(**chosen)), record]
+    step = {"gpt": gpt_step, "qwen": vlm_step}[case.model].forward_step
+    pretrain(settings(name, case, folder), step, callbacks=callbacks)
+    record.seen["loop restored"] = restored == [loop.get_forward_backward_func, dict(vars(checkpointing))]
     found = {"losses": record.losses, "steps": record.steps, "lengths": record.lengths, **record.seen}
-    Path(results).write_text(json.dumps(found))
+    if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+        (folder / f"{name}.json").write_text(json.dumps(found))
+
+
+def run(name: str, num_ranks: int, log: Path, work: Callable[[], None]) -> bool:
+    """Fork ranks that do ``work``; whether all ended well. When one fails the others get ten seconds."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks: list[int] = []
+    for rank in range(num_ranks):
+        child = os.fork()
+        if child == 0:
+            become_rank(rank, num_ranks, port, log, work)
+        ranks.append(child)
+    codes: dict[int, int] = {}
+    end = time.monotonic() + SECONDS_PER_CASE
+    while len(codes) < num_ranks and time.monotonic() < end:
+        for child in set(ranks) - set(codes):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                codes[child] = status
+                end = min(end, time.monotonic() + 10) if status else end
+        time.sleep(0.02)
+    for child in set(ranks) - set(codes):
+        os.kill(child, signal.SIGKILL)
+        codes[child] = os.waitpid(child, 0)[1]
+    if any(codes.values()):
+        text = "\n".join(Path(f"{log}.{rank}").read_text()[-4000:] for rank in range(num_ranks))
+        print(f"{name} failed: {codes}\n{text}", file=sys.stderr, flush=True)
+    return not any(codes.values())
+
+
+def become_rank(rank: int, num_ranks: int, port: int, log: Path, work: Callable[[], None]) -> None:
+    """In a forked child: be one rank, and end."""
+    file = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {key: str(value) for key, value in place.items()}
+    code = 1
+    try:
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def main(folder: str, *names: str) -> int:
+    """Run the cases; the number of those that failed."""
+    failed = 0
+    for name in names or CASES:
+        case = CASES[name]
+        work = lambda name=name, case=case: train(name, case, Path(folder))  # noqa: E731
+        failed += not run(name, case.tp * case.pp * case.dp, Path(folder) / f"{name}.log", work)
+    return failed
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

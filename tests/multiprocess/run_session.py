@@ -297,7 +297,7 @@ def uninstall_restores_megatron() -> None:
     megatron_lm.install(config())
     changed = {name for name, value in vars(training).items() if before.get(name) is not value}
     wrapped = {"setup_model_and_optimizer", "get_forward_backward_func", "train_step", "training_log", "train"}
-    wrapped |= {"save_checkpoint_and_time", "save_checkpoint", "num_floating_point_operations"}
+    wrapped |= {"save_checkpoint", "num_floating_point_operations"}
     assert changed == wrapped
     megatron_lm.install(config())  # again, as in-process restart does: still one wrapper deep
     assert all(getattr(training, name).__wrapped__ is before[name] for name in wrapped)

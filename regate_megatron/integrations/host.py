@@ -1,0 +1,150 @@
+"""What every host does in the same way: begin with a loaded model, tell which steps counted, report what ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from regate_megatron import compat
+from regate_megatron.api import attach, session_of
+from regate_megatron.checkpoint import save_language_model
+from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig
+from regate_megatron.integrations.megatron_checkpoints import restore
+from regate_megatron.metrics import Counters, log_line, ratios, reduce_counters
+from regate_megatron.session import Session
+from regate_megatron.teacher.source import TEACHER_FOLDER, hash_of_tokenizer, teacher_of_resumed_run
+
+
+def begin(
+    model: list[Any], config: ReGateConfig, options: Any, tokenizer: Any, *, pad_token: int | None = None
+) -> Session | None:
+    """Attach to a model whose weights are loaded, restore what a resumed run had learned, and say so.
+
+    All ranks call this, in step, before the first step.
+
+    Args:
+        options: Megatron-LM's namespace, or one with its names; ``iteration`` steps are done.
+        tokenizer: the student's.
+        pad_token: its pad id, where it does not tell it itself.
+
+    Returns:
+        the session; None where the settings say off.
+
+    Raises:
+        ReGateError: something is not supported, or saved state is damaged; on every rank.
+    """
+    attach(
+        model,
+        config,
+        args=options,
+        pad_token=_known_int(tokenizer, "pad") if pad_token is None else pad_token,
+        vocab_size=_known_int(tokenizer, "vocab_size"),
+        tokenizer_hash=hash_of_tokenizer(tokenizer, options) if config.reference_cache else None,
+    )
+    session = session_of(model)
+    if session is None:
+        return None
+    session.counts_own_steps = False
+    session.prepare(options.micro_batch_size)
+    if line := restore(session, options):
+        _say_once(line)
+    _keep_teacher(session, options)
+    _say_once(_attached_line(session))
+    return session
+
+
+def count(session: Session, *, counted: bool) -> None:
+    """Learn from the step that ran if it ``counted``, else forget it. All ranks call this."""
+    assert session.has_step, "the training loop ran a schedule that was not wrapped"
+    if counted:
+        session.commit()
+    else:
+        session.discard()
+
+
+def report(
+    session: Session,
+    iteration: int,
+    say: Callable[[str], None],
+    tensorboard: Any,
+    wandb: Any,
+    *,
+    interval: Counters | None = None,
+    flops: float | None = None,
+) -> None:
+    """Tell what ran since the last report: a line, and scalars where there is a writer. All ranks call this.
+
+    Args:
+        interval: the reduced counters, where the caller has them already.
+        flops: the share of dense FLOPs that ran, where the framework counts them.
+    """
+    interval = interval or reduce_counters(session.interval, session.topology)
+    total = reduce_counters(session.totals, session.topology)
+    session.interval = Counters()
+    say(log_line(iteration, session.phase, interval, total, flops=flops))
+    values = ratios(interval) | ({} if flops is None else {"regate/flops": flops})
+    if tensorboard:
+        for name, value in values.items():
+            tensorboard.add_scalar(name, value, iteration)
+    if wandb:
+        wandb.log(values, iteration)
+
+
+def _say_once(line: str) -> None:
+    if dist.get_rank() == 0:
+        print(line, flush=True)
+
+
+def _attached_line(session: Session) -> str:
+    """What was attached, where, and to which versions."""
+    config, transformer = session.config, session.language_models[0].config
+    sizes = (transformer.tensor_model_parallel_size, transformer.pipeline_model_parallel_size, session.topology.dp_size)
+    layout = " ".join(f"{name}{size}" for name, size in zip(("TP", "PP", "DP"), sizes, strict=True))
+    for name, field in (("CP", "context"), ("EP", "expert_model"), ("VPP", "virtual_pipeline_model")):
+        size = getattr(transformer, f"{field}_parallel_size", None) or 1
+        layout += f" {name}{size}" if size > 1 else ""
+    last = f" and the last {config.dense_last_layers}" if config.dense_last_layers else ""
+    parts = [
+        f"score {config.score}, keep {_ratio(config)} of the targets",
+        f"dense layers {config.dense_layers}{last} of {transformer.num_layers}",
+        f"budget {config.budget}",
+        f"warm-up {config.warmup_steps}, then {config.dense_steps} of {config.cycle_steps} steps dense"
+        + ("" if config.dense_from is None else f", all of them after iteration {config.dense_from}"),
+        _teacher_of(session),
+        compat.versions(),
+    ]
+    return f"[regate] attached to {type(session.models[0]).__name__} ({layout}): " + "; ".join(parts)
+
+
+def _ratio(config: ReGateConfig) -> str:
+    if config.keep_ratio_end is None:
+        return f"{config.keep_ratio:g}"
+    return f"{config.keep_ratio:g} to {config.keep_ratio_end:g} (over {config.keep_ratio_steps} iterations)"
+
+
+def _teacher_of(session: Session) -> str:
+    if session.reference is None:
+        return "no teacher"
+    waits = "" if session.reference.run is not None else ", built when a loss is missing"
+    return f"teacher {session.config.teacher_load} ({session.config.teacher_visual}{waits})"
+
+
+def _keep_teacher(session: Session, options: Any) -> None:
+    """Save a teacher taken from the student beside the checkpoints, so that a resumed run has the same one."""
+    if session.config.teacher_load != STUDENT_AS_TEACHER or not session.config.needs_teacher or not options.save:
+        return
+    target, resumed = Path(options.save) / TEACHER_FOLDER, teacher_of_resumed_run(options)
+    if resumed is None or resumed.resolve() != target.resolve():
+        save_language_model(session.reference.require_teacher().chunks, target, session.topology.world_group)
+
+
+def _known_int(tokenizer: Any, name: str) -> int | None:
+    """An integer property of a tokenizer; None where it has none (tokenizers raise whatever they like)."""
+    try:
+        value = getattr(tokenizer, name)
+    except Exception:
+        return None
+    return value if isinstance(value, int) else None

@@ -1,0 +1,126 @@
+"""Tiny models and data for Megatron-Bridge's own loop: a GPT, and a Qwen2.5-VL whose rows have pictures of noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.bridge.data.base import DatasetProvider
+from megatron.bridge.models.gpt_provider import GPTModelProvider, local_layer_spec
+from megatron.bridge.models.qwen_vl import Qwen25VLModelProvider
+from megatron.bridge.training.utils.visual_inputs import GenericVisualInputs
+from torch.nn.functional import pad, silu
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+
+TEXT, PROMPT, VOCAB, SAMPLES = 24, 8, 128, 64
+IMAGE_TOKEN, VIDEO_TOKEN, START_TOKEN = 120, 121, 122
+GRID, MERGE = (1, 4, 6), 2
+VISUAL = GRID[0] * GRID[1] * GRID[2] // MERGE**2
+
+TINY = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 64,
+    "seq_length": TEXT,
+    "vocab_size": VOCAB,
+    "transformer_layer_spec": local_layer_spec,
+    "share_embeddings_and_output_weights": False,
+    "use_cpu_initialization": True,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_dropout_fusion": False,
+    "bias_activation_fusion": False,
+    "cross_entropy_loss_fusion": False,
+    "apply_rope_fusion": False,
+    "persist_layer_norm": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "pipeline_dtype": torch.float32,
+}
+
+
+def gpt(**layout: Any) -> GPTModelProvider:
+    return GPTModelProvider(position_embedding_type="rope", **TINY, **layout)
+
+
+def qwen(**layout: Any) -> Qwen25VLModelProvider:
+    vision = Qwen2_5_VLVisionConfig(
+        depth=1, hidden_size=32, intermediate_size=32, num_heads=4, out_hidden_size=32, patch_size=2, window_size=8
+    )
+    return Qwen25VLModelProvider(
+        num_query_groups=2,
+        kv_channels=8,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=silu,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        mrope_section=[1, 1, 2],
+        vision_config=vision,
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=VIDEO_TOKEN,
+        vision_start_token_id=START_TOKEN,
+        **TINY,
+        **layout,
+    )
+
+
+class Rows(torch.utils.data.Dataset):
+    """A prompt without loss, then an answer to learn; the same rows for every size and rank."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(index % SAMPLES)
+        text = torch.randint(1, 100, (TEXT + 1,), generator=generator)
+        mask = torch.ones(TEXT)
+        mask[:PROMPT] = 0
+        return {"tokens": text[:-1], "labels": text[1:], "loss_mask": mask, "position_ids": torch.arange(TEXT)}
+
+
+class PictureRows(Rows):
+    """Every second row: a picture and a caption; the others: a caption alone, padded."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(index % SAMPLES)
+        tokens, mask = torch.randint(1, 100, (TEXT,), generator=generator), torch.zeros(TEXT)
+        row = {"input_ids": tokens, "loss_mask": mask, "position_ids": torch.arange(TEXT)}
+        if index % 2 == 0:
+            tokens[1], tokens[2 : 2 + VISUAL] = START_TOKEN, IMAGE_TOKEN
+            mask[3 + VISUAL : -1] = 1
+            row["pixels"] = torch.randn(GRID[0] * GRID[1] * GRID[2], 3 * 2 * 2 * 2, generator=generator)
+        else:
+            tokens[19:] = 0
+            mask[2:18] = 1
+        row["labels"] = pad(tokens[1:], (0, 1), value=-100).masked_fill(mask == 0, -100)
+        return row
+
+    @staticmethod
+    def collate_fn(rows: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+        """What Bridge's collators make: placeholders written out, pixels and grids in one object."""
+        pixels = [row["pixels"] for row in rows if "pixels" in row]
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "pixels"}
+        visual = GenericVisualInputs()
+        if pixels:
+            visual = GenericVisualInputs(
+                pixel_values=torch.cat(pixels), image_grid_thw=torch.tensor([[GRID]] * len(pixels))
+            )
+        return dict(batch, visual_inputs=visual)
+
+
+@dataclass(kw_only=True)
+class Data(DatasetProvider):
+    """Bridge's contract for a dataset of one's own."""
+
+    rows: type[Rows]
+    seq_length: int = TEXT
+    skip_getting_attention_mask_from_dataset: bool = True
+
+    def build_datasets(self, context):
+        return self.rows(context.train_samples), self.rows(context.valid_samples), None
