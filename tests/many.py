@@ -47,12 +47,12 @@ class Many:
 
 
 @contextmanager
-def many(folder: Path) -> Iterator[Many]:
-    """A server for the time of the block; logs of its runs in ``folder``."""
+def many(folder: Path, *paths: Path) -> Iterator[Many]:
+    """A server for the time of the block; logs of its runs in ``folder``; it imports from ``paths`` before a wheel."""
     server = subprocess.Popen(
         [sys.executable, str(ROOT / "tests/multiprocess/run_many.py")],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *paths)))},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
