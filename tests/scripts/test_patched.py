@@ -8,7 +8,7 @@ import pytest
 
 from patches.apply import known_patches, run
 from tests.launch import succeed
-from tests.scripts.checkouts import LAYOUTS, REGATE, flags_of, launch, losses, parameters
+from tests.scripts.checkouts import LAYOUTS, REGATE, flags_of, losses, parameters, torchrun
 
 pytestmark = pytest.mark.parametrize("checkout", parameters())
 
@@ -34,7 +34,7 @@ def test_patch_and_launcher_give_identical_runs(checkout, patched, script, tmp_p
     flags = [*REGATE, "--regate-teacher-load", "student"]
     command = ["tests/scripts/run_emulated.py", patched / script, *flags_of(script, "dp2"), "--train-iters", "4"]
     ours = succeed(LAYOUTS["dp2"][0], [*command, *flags])
-    launched = launch(checkout, script, "dp2", *flags)
+    launched = torchrun(checkout, script, "dp2", *flags)
     assert losses(ours.output) == losses(launched.output) and len(losses(ours.output)) == 4
     kept = [line.split(" | per step")[0] for line in ours.output.splitlines() if line.startswith("[regate] iteration")]
     assert len(kept) == 4 and all(line in launched.output for line in kept)
