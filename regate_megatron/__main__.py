@@ -1,9 +1,10 @@
 """The launcher: run a Megatron training script with ReGATE's flags.
 
-    torchrun --nproc-per-node 8 -m regate_megatron pretrain_gpt.py <its flags> --regate --regate-teacher-load student
-    torchrun --nproc-per-node 4 -m regate_megatron --cpu pretrain_gpt.py <its flags> --regate …    (no GPU: gloo)
+    torchrun --nproc-per-node 8 -m regate_megatron SCRIPT <its flags> --regate --regate-teacher-load student
+    torchrun --nproc-per-node 4 -m regate_megatron --cpu SCRIPT <its flags> --regate …    the same without a GPU (gloo)
+    python -m regate_megatron dry-run torchrun … -m regate_megatron SCRIPT <its flags>    tries a cluster's launch line
     python -m regate_megatron doctor    what this environment has, and what is supported
-    python -m regate_megatron dry-run torchrun … -m regate_megatron pretrain_gpt.py <its flags>    (tries a launch line)
+    python -m regate_megatron --help    this text and ReGATE's flags; after SCRIPT: Megatron's flags and ReGATE's
 
 The script runs unmodified; its own checkout comes first on the path, before an installed megatron-core. Without a flag
 that starts with ``--regate`` nothing of Megatron is touched.
@@ -11,6 +12,7 @@ that starts with ``--regate`` nothing of Megatron is touched.
 
 from __future__ import annotations
 
+import argparse
 import runpy
 import sys
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from pathlib import Path
 from regate_megatron import config as settings
 from regate_megatron.errors import one_line_refusals, refuse
 
-_USAGE = "torchrun … -m regate_megatron [--cpu] SCRIPT [its flags] [--regate …], or dry-run LINE"
+_USAGE = "torchrun … -m regate_megatron [--cpu] SCRIPT [its flags] [--regate …], dry-run LINE, doctor or --help"
 
 
 def main(argv: list[str], install: Callable[[settings.ReGateConfig], None] | None = None) -> None:
@@ -28,6 +30,9 @@ def main(argv: list[str], install: Callable[[settings.ReGateConfig], None] | Non
     Args:
         install: called after ReGATE is installed, to change what the script does further.
     """
+    if argv in (["--help"], ["-h"], ["help"], ["--cpu", "--help"]):
+        print(_help())
+        return
     if argv == ["doctor"] and not Path("doctor").is_file():
         from regate_megatron import doctor
 
@@ -62,6 +67,11 @@ def main(argv: list[str], install: Callable[[settings.ReGateConfig], None] | Non
         runpy.run_path(script, run_name="__main__")
         if on_cpu:
             emulation.leave()
+
+
+def _help() -> str:
+    parser = argparse.ArgumentParser(prog="regate_megatron", usage=argparse.SUPPRESS, add_help=False)
+    return f"{__doc__.strip()}\n\n{settings.add_arguments(parser).format_help()}"
 
 
 def _script_and_flags(words: list[str]) -> tuple[str, list[str]]:
