@@ -50,7 +50,7 @@ def main(argv: list[str], install: Callable[[settings.ReGateConfig], None] | Non
             from regate_megatron import emulation
 
             emulation.set_environment()
-        sys.path.insert(0, str(Path(script).resolve().parent))
+        sys.path[:0] = folders_of(script)
         if on_cpu:
             emulation.install()
             flags = emulation.adjust_arguments(flags)
@@ -81,6 +81,13 @@ def _script_and_flags(words: list[str]) -> tuple[str, list[str]]:
         error.everywhere = True  # every rank has the same command line
         raise error
     return script, words[1:]
+
+
+def folders_of(script: str) -> list[str]:
+    """What comes first on the path: the script's folder, and the checkout it lies in (examples/… of Megatron-LM)."""
+    folders = Path(script).resolve().parents
+    checkout = next((str(folder) for folder in folders if (folder / "megatron/core/package_info.py").is_file()), None)
+    return list(dict.fromkeys([str(folders[0]), *([checkout] if checkout else [])]))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from argparse import Namespace
 
 import pytest
@@ -12,6 +14,7 @@ from regate_megatron.dry_run import command
 from regate_megatron.dry_run.command import _reason
 from regate_megatron.dry_run.line import LaunchLine, parse_line
 from regate_megatron.dry_run.shrink import data_parallel_size, shrink
+from regate_megatron.emulation import forked
 from regate_megatron.emulation.forked import Ended
 from regate_megatron.errors import ReGateError
 from tests.launch import ROOT
@@ -129,6 +132,23 @@ def test_the_reason_of_a_failure_is_one_line():
     killed = "a rank killed by the system, most likely for want of memory"
     assert _reason(closed, Ended([-9, 1], first=-9), 60) == killed
     assert _reason(closed, Ended([-9, -9], first=-9, timed_out=True), 60) == "no end after 60 s"
+
+
+def test_forked_ranks_end_with_the_first_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(forked, "_SECONDS_FOR_THE_OTHERS", 0.1)
+
+    def work():
+        rank = int(os.environ["RANK"])
+        os.write(1, f"rank {rank} of {os.environ['WORLD_SIZE']}".encode())
+        sys.exit(3) if rank else time.sleep(60)
+
+    assert forked.run(2, work, log=tmp_path / "log", timeout_s=50) == Ended([-9, 3], first=3)
+    assert [(tmp_path / f"log.{rank}").read_text() for rank in (0, 1)] == ["rank 0 of 2", "rank 1 of 2"]
+
+
+def test_forked_ranks_end_at_the_limit(tmp_path):
+    ended = forked.run(2, lambda: time.sleep(60), log=tmp_path / "log", timeout_s=0.2)
+    assert ended == Ended([-9, -9], first=-9, timed_out=True)
 
 
 def _dry_run(*flags: str, nproc: int = 32) -> subprocess.CompletedProcess:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from regate_megatron import __main__ as launcher
 from regate_megatron import compat, emulation
 from regate_megatron import config as settings
 from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig
@@ -34,7 +35,7 @@ def main(words: list[str]) -> None:
         line = parse_line(words)
         config = settings.parse_command_line(line.flags)
         emulation.set_environment()
-        sys.path.insert(0, str(Path(line.script).resolve().parent))
+        sys.path[:0] = launcher.folders_of(line.script)
         emulation.install()
         cluster = checks.validate(line)
         if config is not None:
@@ -87,12 +88,13 @@ def _run(line: LaunchLine, flags: list[str], num_ranks: int, folder: Path) -> st
     Raises:
         ReGateError: it failed or took too long; the refusal's one line, or the error that ended it.
     """
-    from regate_megatron.__main__ import main as launch
+    import megatron.core.tokenizers.text.libraries
+    import megatron.training.training  # noqa: F401
 
     def work() -> None:
         torch.set_num_threads(1)
         tempfile.tempdir = None  # TMPDIR has changed
-        launch(["--cpu", line.script, *flags])
+        launcher.main(["--cpu", line.script, *flags])
 
     log, env = folder / "log", {"OMP_NUM_THREADS": "1", "TMPDIR": folder}
     ended = forked.run(num_ranks, work, log=log, timeout_s=line.timeout_s, env=env)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def _regate(config: ReGateConfig, fp8_multiple: int) -> dict[str, Any]:
     dense = min(config.dense_steps, 1)
     values = {"--regate-warmup-steps": 2 - dense, "--regate-cycle-steps": 8, "--regate-dense-steps": dense}
     if fp8_multiple > 1:
-        values["--regate-length-multiple"] = max(config.length_multiple, fp8_multiple)
+        values["--regate-length-multiple"] = math.lcm(config.length_multiple or 1, fp8_multiple)
     if config.needs_teacher:
         values["--regate-teacher-load"] = "student"
     return values

@@ -62,6 +62,7 @@ def run(
     sys.stderr.flush()
     ranks: list[int] = []
     codes: dict[int, int] = {}
+    before = signal.signal(signal.SIGTERM, _leave)  # so that the ranks are ended, too
     first, limit = 0, time.monotonic() + timeout_s
     end = limit
     try:
@@ -84,6 +85,7 @@ def run(
                 _kill(ranks)
             time.sleep(0.001 if stop else 0.02)
     finally:
+        signal.signal(signal.SIGTERM, before)
         _kill(ranks)  # what a rank has forked may outlive it: Megatron's queue of written checkpoint files does
     return Ended([codes[child] for child in ranks], first, time.monotonic() > limit)
 
@@ -91,6 +93,7 @@ def run(
 def _become(place: Mapping[str, object], work: Callable[[], None], log: str) -> None:
     """In a forked child: be one rank, and end."""
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives who started it
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(file, 1)
@@ -108,6 +111,10 @@ def _become(place: Mapping[str, object], work: Callable[[], None], log: str) -> 
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _leave(number: int, frame: object) -> None:
+    sys.exit(128 + number)
 
 
 def _kill(ranks: list[int]) -> None:

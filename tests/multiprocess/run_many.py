@@ -23,6 +23,7 @@ from regate_megatron import emulation
 emulation.set_environment()
 emulation.install()
 
+import megatron.core.tokenizers.text.libraries
 import megatron.training  # noqa: F401
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: F401

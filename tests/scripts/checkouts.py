@@ -30,6 +30,7 @@ VLM = """--num-layers 4 --dataloader-seq-length 32 --max-position-embeddings 256
  --ckpt-format torch --normalization LayerNorm""".split()
 HYBRID = """--max-position-embeddings 64 --normalization RMSNorm --disable-bias-linear
  --spec hybrid_spec local_hybrid_stack_spec""".split()
+LIMIT_S = 900  # for a hung run; on an idle machine of two cores each takes 5 to 30 s
 REGATE = "--regate --regate-warmup-steps 1 --regate-cycle-steps 3 --regate-dense-steps 1".split()
 LAYOUTS = {
     "one": (1, []),
@@ -112,7 +113,7 @@ def torchrun(checkout: Checkout, script: str, layout: str, *flags: str, modules:
         modules: a folder of this one to import from as well.
     """
     words = ["-m", "regate_megatron", "--cpu", *command(checkout, script, layout, *flags)]
-    return succeed(LAYOUTS[layout][0], words, env={"PYTHONPATH": f"{ROOT}:{HERE}:{HERE / modules}"})
+    return succeed(LAYOUTS[layout][0], words, timeout_s=LIMIT_S, env={"PYTHONPATH": f"{ROOT}:{HERE}:{HERE / modules}"})
 
 
 def losses(output: str) -> list[float]:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 import pytest
 
 from tests.many import Many, many
-from tests.scripts.checkouts import HERE
+from tests.scripts.checkouts import HERE, LIMIT_S
 
 
 @pytest.fixture(autouse=True)
@@ -35,5 +35,5 @@ def server(checkout, _servers, tmp_path_factory) -> Many:
     servers, stack = _servers
     if checkout not in servers:
         logs = tmp_path_factory.mktemp(f"logs-{checkout.version}")
-        servers[checkout] = stack.enter_context(many(logs, HERE, checkout.path))
+        servers[checkout] = stack.enter_context(many(logs, HERE, checkout.path, timeout_s=LIMIT_S))
     return servers[checkout]
