@@ -13,6 +13,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import inspect
 import os
 import pathlib
 import shlex
@@ -168,7 +169,7 @@ def _patch_checkpoint_queue() -> None:
     0.4 GB and seconds per rank. Megatron spawns for CUDA's sake."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    queue = filesystem_async.get_write_results_queue
+    queue = inspect.unwrap(filesystem_async.get_write_results_queue)
     assert queue.__defaults__ == ("spawn",), "Megatron makes its queue in another way"
     queue.__defaults__ = ("fork",)
 

@@ -60,9 +60,9 @@ def write_dataset(folder: Path) -> None:
 
 def flags(folder: Path, checkout: Path) -> list[str]:
     """A command line of the script, without iterations; its language models bring their own MLP sizes."""
-    return f"""--language-model-type llama3.2_1b --vision-model-type clip --disable-vision-class-token --freeze-ViT
+    return f"""--language-model-type mistral_7b --vision-model-type clip --disable-vision-class-token --freeze-ViT
  --img-h 28 --img-w 28 --patch-dim 14 --num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 4
- --ffn-hidden-size 8192 --decoder-seq-length 64 --max-position-embeddings 64 --dataloader-seq-length 40
+ --ffn-hidden-size 14336 --decoder-seq-length 64 --max-position-embeddings 64 --dataloader-seq-length 40
  --normalization LayerNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights
  --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0
  --tokenizer-type MultimodalTokenizer --tokenizer-model {folder / "tokenizer"} --tokenizer-prompt-format mistral
