@@ -5,8 +5,9 @@
     python patches/apply.py apply  CHECKOUT
     python patches/apply.py revert CHECKOUT
 
-Each folder beside this file is named after a Megatron-LM tag and holds one diff per script and SHA256SUMS.json: the
-digest of every script before and after. A script with any other content is left alone. No git, no patch program.
+Each folder beside this file is named after a Megatron-LM tag or commit and holds one diff per script and
+SHA256SUMS.json: the digest of every script before and after. A script with any other content is left alone. No git, no
+patch program.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""For maintainers: write the diffs of a Megatron-LM tag from a checkout of it.
+"""Write the diffs of a Megatron-LM tag or commit from a checkout of it.
 
     python patches/make.py core_v0.19.0 CHECKOUT
+    python patches/make.py main_d98e8a64dd CHECKOUT
 
 Every training script that starts Megatron itself gets the same four lines at the head of its main block, and
 SHA256SUMS.json the digests of the scripts before and after. ``apply.py`` reads both.

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from argparse import Namespace
 
 import pytest
 
+from regate_megatron.dry_run import command
 from regate_megatron.dry_run.command import _reason
-from regate_megatron.dry_run.line import parse_line
+from regate_megatron.dry_run.line import LaunchLine, parse_line
 from regate_megatron.dry_run.shrink import data_parallel_size, shrink
+from regate_megatron.emulation import forked
+from regate_megatron.emulation.forked import Ended
 from regate_megatron.errors import ReGateError
 from tests.launch import ROOT
 
@@ -83,7 +88,22 @@ def test_expert_parallelism_sets_the_least_number_of_replicas():
     assert data_parallel_size(cluster(**sizes, expert_tensor_parallel_size=1), limit=100) == 2
     assert data_parallel_size(cluster(**sizes, expert_tensor_parallel_size=2), limit=100) == 4
     assert data_parallel_size(cluster(**sizes, expert_tensor_parallel_size=2), limit=4) is None
+
+
+def test_small_layouts_run_two_replicas_and_large_ones_the_fewest():
+    replicas = {tensor: data_parallel_size(cluster(tensor_model_parallel_size=tensor), limit=8) for tensor in (1, 2, 4)}
+    assert replicas == {1: 2, 2: 2, 4: 1}
     assert data_parallel_size(cluster(), limit=1) == 1
+
+
+def test_too_little_memory_is_refused_before_a_rank_starts(monkeypatch):
+    line = LaunchLine(SCRIPT, [], num_ranks=8, max_ranks=None, timeout_s=1)
+    monkeypatch.setattr(command, "_available_gb", lambda: 3.5 * command._GB_PER_RANK)
+    assert command._replicas(line, cluster(tensor_model_parallel_size=2)) == 1
+    with pytest.raises(
+        ReGateError, match=r"given a layout of at least 4 ranks and \d\.\d GB of free memory; allowed .*"
+    ):
+        command._replicas(line, cluster(tensor_model_parallel_size=4))
 
 
 def test_a_torchrun_line_says_how_many_ranks():
@@ -100,12 +120,35 @@ def test_a_command_that_says_too_little_is_refused(words):
 
 
 def test_the_reason_of_a_failure_is_one_line():
+    failed = Ended([1, -9], first=1)
     refusal = "noise\nregate: model: given X; allowed Y; change Z\n[rank0]: ValueError: later"
-    assert _reason(refusal) == "regate: model: given X; allowed Y; change Z"
-    assert _reason("usage\nx.py: error: unrecognized arguments: --y\n") == "x.py: error: unrecognized arguments: --y"
-    assert _reason("[rank1]: AssertionError: no\nValueError: later") == "[rank1]: AssertionError: no"
-    killed = "[rank1]: RuntimeError: Connection closed by peer\nfailed (exitcode: -9) local_rank: 0"
-    assert _reason(killed) == "a rank killed by the system, most likely for want of memory"
+    assert _reason(refusal, failed, 60) == "regate: model: given X; allowed Y; change Z"
+    assert (
+        _reason("usage\nx.py: error: unrecognized arguments: --y\n", failed, 60)
+        == "x.py: error: unrecognized arguments: --y"
+    )
+    assert _reason("[rank1]: AssertionError: no\nValueError: later", failed, 60) == "[rank1]: AssertionError: no"
+    closed = "[rank1]: RuntimeError: Connection closed by peer"
+    killed = "a rank killed by the system, most likely for want of memory"
+    assert _reason(closed, Ended([-9, 1], first=-9), 60) == killed
+    assert _reason(closed, Ended([-9, -9], first=-9, timed_out=True), 60) == "no end after 60 s"
+
+
+def test_forked_ranks_end_with_the_first_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(forked, "_SECONDS_FOR_THE_OTHERS", 0.1)
+
+    def work():
+        rank = int(os.environ["RANK"])
+        os.write(1, f"rank {rank} of {os.environ['WORLD_SIZE']}".encode())
+        sys.exit(3) if rank else time.sleep(60)
+
+    assert forked.run(2, work, log=tmp_path / "log", timeout_s=50) == Ended([-9, 3], first=3)
+    assert [(tmp_path / f"log.{rank}").read_text() for rank in (0, 1)] == ["rank 0 of 2", "rank 1 of 2"]
+
+
+def test_forked_ranks_end_at_the_limit(tmp_path):
+    ended = forked.run(2, lambda: time.sleep(60), log=tmp_path / "log", timeout_s=0.2)
+    assert ended == Ended([-9, -9], first=-9, timed_out=True)
 
 
 def _dry_run(*flags: str, nproc: int = 32) -> subprocess.CompletedProcess:

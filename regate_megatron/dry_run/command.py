@@ -7,12 +7,14 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from regate_megatron import __main__ as launcher
 from regate_megatron import compat, emulation
 from regate_megatron import config as settings
 from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig
@@ -20,6 +22,7 @@ from regate_megatron.dry_run import cluster as checks
 from regate_megatron.dry_run.flags import small_flags
 from regate_megatron.dry_run.line import LaunchLine, parse_line
 from regate_megatron.dry_run.shrink import TRAIN_STEPS, data_parallel_size, dense_group
+from regate_megatron.emulation import forked
 from regate_megatron.errors import one_line_refusals, refuse
 
 _GB_PER_RANK = 1.0  # torch and Megatron imported, a model of no size
@@ -32,7 +35,7 @@ def main(words: list[str]) -> None:
         line = parse_line(words)
         config = settings.parse_command_line(line.flags)
         emulation.set_environment()
-        sys.path.insert(0, str(Path(line.script).resolve().parent))
+        sys.path[:0] = launcher.folders_of(line.script)
         emulation.install()
         cluster = checks.validate(line)
         if config is not None:
@@ -46,16 +49,30 @@ def main(words: list[str]) -> None:
 
 
 def _replicas(line: LaunchLine, cluster: Any) -> int:
-    limit = line.max_ranks or max(1, int(_available_gb() / _GB_PER_RANK))
-    replicas = data_parallel_size(cluster, limit)
-    if replicas is None:
+    """How many data-parallel replicas to run here.
+
+    Raises:
+        ReGateError: not even the fewest fit.
+    """
+    free = _available_gb()
+    fit = int(free / _GB_PER_RANK) if free < math.inf else cluster.world_size
+    replicas = data_parallel_size(cluster, min(fit, line.max_ranks or fit))
+    if replicas is not None:
+        return replicas
+    fewest = data_parallel_size(cluster, cluster.world_size) * dense_group(cluster)
+    if fit < fewest:
         raise refuse(
             "dry-run",
-            given=f"a layout of at least {dense_group(cluster)} ranks",
-            allowed=f"{limit} ranks on this machine (1 GB of free memory each, or --max-ranks)",
-            change="the machine, or a smaller tensor or pipeline size for the dry run",
+            given=f"a layout of at least {fewest} ranks and {free:.1f} GB of free memory",
+            allowed=f"{_GB_PER_RANK} GB per rank",
+            change="the machine, or try a smaller tensor or pipeline size here",
         )
-    return replicas
+    raise refuse(
+        "dry-run",
+        given=f"a layout of at least {fewest} ranks and --max-ranks {line.max_ranks}",
+        allowed="a layout that fits into that many",
+        change="--max-ranks, or try a smaller tensor or pipeline size here",
+    )
 
 
 def _available_gb() -> float:
@@ -71,27 +88,19 @@ def _run(line: LaunchLine, flags: list[str], num_ranks: int, folder: Path) -> st
     Raises:
         ReGateError: it failed or took too long; the refusal's one line, or the error that ended it.
     """
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    command = [*launcher, "-m", "regate_megatron", "--cpu", line.script, *flags]
-    root = str(Path(__file__).resolve().parents[2])
-    paths = [path for path in (os.environ.get("PYTHONPATH"), root) if path]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": os.pathsep.join(paths), "TMPDIR": str(folder)}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    log = folder / "log"
-    with log.open("w") as file:
-        run = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
-        try:
-            code = run.wait(line.timeout_s)
-        except BaseException as stopped:
-            os.killpg(run.pid, signal.SIGKILL)
-            run.wait()
-            if isinstance(stopped, subprocess.TimeoutExpired):
-                raise _failed(line, f"no end after {line.timeout_s:.0f} s", log.read_text()) from None
-            raise
-    output = log.read_text()
-    if code:
-        raise _failed(line, _reason(output), output)
+    import megatron.core.tokenizers.text.libraries
+    import megatron.training.training  # noqa: F401
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        tempfile.tempdir = None  # TMPDIR has changed
+        launcher.main(["--cpu", line.script, *flags])
+
+    log, env = folder / "log", {"OMP_NUM_THREADS": "1", "TMPDIR": folder}
+    ended = forked.run(num_ranks, work, log=log, timeout_s=line.timeout_s, env=env)
+    output = "\n".join(Path(f"{log}.{rank}").read_text(errors="replace") for rank in range(num_ranks))
+    if any(ended.codes):
+        raise _failed(line, _reason(output, ended, line.timeout_s), output)
     return output
 
 
@@ -106,9 +115,11 @@ def _failed(line: LaunchLine, reason: str, output: str) -> Exception:
     )
 
 
-def _reason(output: str) -> str:
+def _reason(output: str, ended: forked.Ended, timeout_s: float) -> str:
     """Why a run ended, in one line: our refusal, the parser's complaint, a killed rank, or the first error."""
-    if "exitcode: -9" in output:
+    if ended.timed_out:
+        return f"no end after {timeout_s:.0f} s"
+    if ended.first == -signal.SIGKILL:
         return "a rank killed by the system, most likely for want of memory"
     for pattern in (r"^regate: .*", r"^.*\.py: error: .*", r"^(?:\[rank\d+\]: )?\w*(?:Error|Exception)\b.*"):
         if found := re.search(pattern, output, re.M):

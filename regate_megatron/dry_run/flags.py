@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def _regate(config: ReGateConfig, fp8_multiple: int) -> dict[str, Any]:
     if config.keep_ratio_end is not None:  # the first cycle has the first ratio, which may be 1
         values["--regate-keep-ratio"] = min(config.keep_ratio, config.keep_ratio_end)
     if fp8_multiple > 1:
-        values["--regate-length-multiple"] = max(config.length_multiple, fp8_multiple)
+        values["--regate-length-multiple"] = math.lcm(config.length_multiple or 1, fp8_multiple)
     if config.needs_teacher:
         values["--regate-teacher-load"] = "student"
     return values

@@ -14,6 +14,7 @@ from typing import Any
 
 HEAD_SIZE = 16
 TRAIN_STEPS = 4
+FEW_RANKS = 4  # so many run two replicas as fast as one
 # Beginnings of flags that a few steps here have no use for, or that name what belongs to the user.
 DROPPED = (
     "--train-samples --train-iters --lr-warmup --lr-decay --lr-wsd --rampup-batch-size --step-batch-size --exit-",
@@ -55,7 +56,7 @@ def dense_group(cluster: Any) -> int:
 
 
 def data_parallel_size(cluster: Any, limit: int) -> int | None:
-    """The replicas to run here: two of the cluster's, more where expert parallelism spans them, one if two do not fit.
+    """The replicas to run here: the fewest the layout allows (expert parallelism spans several), two of small ones.
 
     Returns None where not even the fewest possible fit into ``limit`` ranks.
     """
@@ -70,7 +71,8 @@ def data_parallel_size(cluster: Any, limit: int) -> int | None:
         for size in range(1, on_cluster + 1)
         if (per_stage * size) % experts == 0 and size % instances == 0 and size * group <= limit
     ]
-    return next((size for size in possible if size >= min(2, on_cluster)), possible[-1] if possible else None)
+    two_are_few = 2 in possible and 2 * group <= FEW_RANKS
+    return 2 if two_are_few else possible[0] if possible else None
 
 
 def shrink(cluster: Any, *, replicas: int, dense_layers: int, is_multimodal: bool, fp8_multiple: int) -> Shrunk:

@@ -2,8 +2,9 @@
 
 Patched: ``WrappedTorchNorm.__new__``, the defaults of ``CLIPViTModel.__init__``, ``TENorm`` as the hybrid stack knows
 it, ``DotProductAttention`` (see :mod:`.attention`), what ``core.utils`` and ``llava_model`` ask of Transformer Engine,
-``state_dict`` and ``load_state_dict`` of ``DistributedOptimizer``, ``compile_helpers`` and, where there is a
-megatron.training, its ``initialize._warmup_jit_function``.
+``state_dict`` and ``load_state_dict`` of ``DistributedOptimizer``, ``compile_helpers``, the default of
+``filesystem_async.get_write_results_queue`` and, where there is a megatron.training, its
+``initialize._warmup_jit_function``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import inspect
 import os
 import pathlib
 import shlex
@@ -39,6 +41,7 @@ def install() -> None:
     _patch_latent_attention()
     _patch_distributed_optimizer()
     _patch_compile_helpers()
+    _patch_checkpoint_queue()
     _patch_warmup()
 
 
@@ -159,6 +162,16 @@ def _patch_compile_helpers() -> None:
     import megatron.core.datasets.utils as utils
 
     utils.compile_helpers = compile_helpers
+
+
+def _patch_checkpoint_queue() -> None:
+    """Fork the process that holds the queue of written checkpoint files: a spawned one imports torch and Megatron anew,
+    0.4 GB and seconds per rank. Megatron spawns for CUDA's sake."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    queue = inspect.unwrap(filesystem_async.get_write_results_queue)
+    assert queue.__defaults__ == ("spawn",), "Megatron makes its queue in another way"
+    queue.__defaults__ = ("fork",)
 
 
 def _patch_warmup() -> None:

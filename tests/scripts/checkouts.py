@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT, Finished, succeed, torchrun
+from tests.launch import ROOT, Finished, succeed
+from tests.many import Many, Ran
 
+HERE = Path(__file__).parent  # by itself on the path, as a checkout has a package named tests of its own
 HOW = "set MEGATRON_LM_DIR=<checkout of Megatron-LM> or MEGATRON_LM_DIRS=<several, colon separated>"
 
 # 127 tokens, and one more where NullTokenizer counts an end of document (core 0.17): padded to 128 in every layout.
@@ -28,6 +30,7 @@ VLM = """--num-layers 4 --dataloader-seq-length 32 --max-position-embeddings 256
  --ckpt-format torch --normalization LayerNorm""".split()
 HYBRID = """--max-position-embeddings 64 --normalization RMSNorm --disable-bias-linear
  --spec hybrid_spec local_hybrid_stack_spec""".split()
+LIMIT_S = 900  # for a hung run; on an idle machine of two cores each takes 5 to 30 s
 REGATE = "--regate --regate-warmup-steps 1 --regate-cycle-steps 3 --regate-dense-steps 1".split()
 LAYOUTS = {
     "one": (1, []),
@@ -92,21 +95,25 @@ def flags_of(script: str, layout: str) -> list[str]:
     return [*COMMON, *specific, *sizes]
 
 
-def launch(
-    checkout: Checkout, script: str, layout: str, *flags: str, fails: bool = False, modules: str = ""
-) -> Finished:
-    """Run a script of a checkout through the launcher; four iterations unless ``flags`` say otherwise.
+def command(checkout: Checkout, script: str, layout: str, *flags: str) -> list[str]:
+    """The words of a run: a script of a checkout in a layout, four iterations unless ``flags`` say otherwise."""
+    iterations = [] if "--train-iters" in flags else ["--train-iters", "4"]
+    return [checkout.script(script), *flags_of(script, layout), *iterations, *flags]
+
+
+def launch(server: Many, checkout: Checkout, script: str, layout: str, *flags: str) -> Ran:
+    """Run a script of a checkout through the launcher; ``server`` is the checkout's (conftest.py)."""
+    return server.run(LAYOUTS[layout][0], command(checkout, script, layout, *flags))
+
+
+def torchrun(checkout: Checkout, script: str, layout: str, *flags: str, modules: str = "") -> Finished:
+    """The same through torchrun, as users do.
 
     Args:
-        fails: whether it may end with another exit code than 0.
         modules: a folder of this one to import from as well.
     """
-    command = ["-m", "regate_megatron", "--cpu", checkout.script(script), *flags_of(script, layout)]
-    iterations = [] if "--train-iters" in flags else ["--train-iters", "4"]
-    run = torchrun if fails else succeed
-    here = Path(__file__).parent  # by itself, as the checkout has a package named tests of its own
-    env = {"PYTHONPATH": f"{ROOT}:{here}:{here / modules}"}
-    return run(LAYOUTS[layout][0], [*command, *iterations, *flags], env=env)
+    words = ["-m", "regate_megatron", "--cpu", *command(checkout, script, layout, *flags)]
+    return succeed(LAYOUTS[layout][0], words, timeout_s=LIMIT_S, env={"PYTHONPATH": f"{ROOT}:{HERE}:{HERE / modules}"})
 
 
 def losses(output: str) -> list[float]:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from regate_megatron.checkpoint import saved_arguments
-from tests.scripts.checkouts import REGATE, launch, parameters
+from tests.scripts.checkouts import REGATE, parameters, torchrun
 
 pytestmark = pytest.mark.parametrize("checkout", parameters())
 WRITERS = """--log-throughput --log-timers-to-tensorboard --tensorboard-log-interval 1 --save-interval 4
@@ -29,7 +29,7 @@ def reported(checkout, runs, tmp_path_factory):
         folder = tmp_path_factory.mktemp("reports")
         flags = [*REGATE, "--regate-score", "student", "--regate-dense-layers", "0", "--save", str(folder / "save")]
         flags += [*WRITERS, "--tensorboard-dir", str(folder / "events"), "--wandb-save-dir", str(folder / "wandb")]
-        launch(checkout, "pretrain_gpt.py", "dp2", *flags, modules="stubs")
+        torchrun(checkout, "pretrain_gpt.py", "dp2", *flags, modules="stubs")
         events = accumulator.EventAccumulator(str(folder / "events")).Reload()
         scalars = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
         runs[checkout] = folder, scalars

@@ -12,7 +12,7 @@ import pytest
 from tests.scripts.checkouts import HOW, found
 
 APPLY = Path(__file__).resolve().parents[2] / "patches" / "apply.py"
-TAGS = ("core_v0.17.1", "core_v0.18.2", "core_v0.19.0")
+TAGS = ("core_v0.17.1", "core_v0.18.2", "core_v0.19.0", "main_d98e8a64dd")
 SCRIPT = "pretrain_vlm.py"  # the one looked at in tests of a single script
 
 
