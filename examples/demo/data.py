@@ -175,25 +175,35 @@ def place(cells: tuple[int, ...]) -> str:
     return f"everywhere but at the {CORNERS[({0, 1, 2, 3} - set(cells)).pop()]}"
 
 
-def describe(scene: Scene, emoji: list[Emoji]) -> tuple[str, str, list[tuple[int, int]]]:
-    """Returns the instruction, the answer, and the character spans of the answer that need the image."""
+def phrase(scene: Scene, emoji: list[Emoji]) -> str:
+    """What a picture shows and where, without its ground; *word* needs the image."""
     phrases = []
     for index, cells in scene.parts:
         e = emoji[index]
         name = e.name if len(cells) == 1 else plural(e.name)
         phrases.append(f"*{NUMBERS[len(cells)]}* *{e.colour}* *{name}* {place(cells)}")
+    return " and ".join(phrases)
+
+
+def describe(scene: Scene, emoji: list[Emoji]) -> tuple[str, str, list[tuple[int, int]]]:
+    """Returns the instruction, the answer, and the character spans of the answer that need the image."""
     instruction, description, knowledge = TEMPLATES[scene.template]
-    sentences = [description.format(scene=" and ".join(phrases), ground=f"*{scene.ground}*")]
+    sentences = [description.format(scene=phrase(scene, emoji), ground=f"*{scene.ground}*")]
     first = emoji[scene.parts[0][0]]
     sentence = knowledge.format(names=plural(first.name), group=first.group, subgroup=first.subgroup)
     sentences.append(sentence[0].upper() + sentence[1:])
-    answer, spans, start = "", [], 0
-    for i, text in enumerate(" ".join(sentences).split("*")):
-        start = len(answer)
-        answer += text
+    return instruction, *without_marks(" ".join(sentences))
+
+
+def without_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
+    """Returns a text without its asterisks, and the spans they enclosed."""
+    text, spans = "", []
+    for i, part in enumerate(marked.split("*")):
+        start = len(text)
+        text += part
         if i % 2:
-            spans.append((start, len(answer)))
-    return instruction, answer, spans
+            spans.append((start, len(text)))
+    return text, spans
 
 
 def paint(scene: Scene, emoji: list[Emoji], rng: random.Random) -> np.ndarray:

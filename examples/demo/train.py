@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import tower
 from dataset import IMAGE_TOKEN, Captions
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.datasets.utils import Split
@@ -108,6 +109,8 @@ def save_llava(language_model: GPTModel, folder: str) -> None:
     torch.manual_seed(args.seed)  # whatever the training drew
     model = model_provider([])
     model.language_model.load_state_dict(language_model.state_dict())
+    if args.vision_steps:
+        tower.teach(model.vision_model, Path(args.demo_data), steps=args.vision_steps, seed=args.seed)
     save_checkpoint(1, [model], None, None, 0)
 
 
@@ -228,6 +231,9 @@ def add_demo_args(parser):
     group.add_argument("--demo-data", required=True, metavar="DIR", help="folder written by data.py")
     group.add_argument("--save-llava", metavar="DIR", help="where --stage text saves the start of --stage llava")
     group.add_argument("--vision-num-layers", type=int, default=1)
+    group.add_argument(
+        "--vision-steps", type=int, default=0, help="steps that give the vision tower a start (tower.py)"
+    )
     group.add_argument("--eval-log", metavar="FILE", help="append one JSON line per evaluation")
     group.add_argument("--eval-losses", metavar="FILE", help="write the last evaluation's loss of every token")
     return parser

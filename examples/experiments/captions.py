@@ -2,7 +2,8 @@
 
 Files in the folder: `train.npz` and `heldout.npz` as examples/demo/data.py writes them, but with the kind of word in
 `needs_image` (0: text predicts it; 1 and up: KINDS); `fresh/`, the same with `fresh_factor` times as many training
-samples, the first of them the same; `vocabulary.json`, the model's own id of every id used here; `about.json`.
+samples, the first of them the same; `align/`, all of these with short captions, for the stage that teaches the vision
+tower to speak to the language model; `vocabulary.json`, the model's own id of every id used here; `about.json`.
 
 A vocabulary of 32,000 or more would spend most of a small machine's time in the LM head, on pieces that no caption
 has. Rows of the embedding are taken as they are, so that the weights stay the pretrained ones.
@@ -78,38 +79,64 @@ def prepare(out: Path, language_model: Path, *, num_train: int, num_heldout: int
         while len(drawn) < fresh_factor * num_train + num_heldout:
             scene = scenes.draw_scene(emoji, rng)
             drawn.setdefault((scene.parts, scene.ground), scene)  # no two samples share parts and ground
-        samples = [scenes.describe(scene, emoji) for scene in drawn.values()]
         config = json.loads((language_model / "config.json").read_text())
         special = [int(config[name]) for name in ("bos_token_id", "eos_token_id")]
         tokenizer = Tokenizer.from_file(str(language_model / "tokenizer.json"))
-        rows = [encode(tokenizer, sample, *special) for sample in samples]
-        vocabulary = sorted(set(special).union(*(tokens for tokens, _, _ in rows)))
-        new_id = {old: new for new, old in enumerate(vocabulary)}
-        length = max(len(tokens) for tokens, _, _ in rows)
-        tokens, target, kind = (np.zeros((len(rows), length), dtype=np.int32) for _ in range(3))
-        for i, (row, is_target, kinds) in enumerate(rows):
-            tokens[i, : len(row)] = [new_id[token] for token in row]
-            target[i, : len(row)], kind[i, : len(row)] = is_target, kinds
+        long = [encode(tokenizer, scenes.describe(scene, emoji), *special) for scene in drawn.values()]
+        short = [encode(tokenizer, short_caption(scene, emoji), *special) for scene in drawn.values()]
+        vocabulary = sorted(set(special).union(*(tokens for tokens, _, _ in long + short)))
         pictures = tqdm(drawn.values(), desc="painting pictures", unit="picture", mininterval=1, disable=None)
         images = np.stack([scenes.paint(scene, emoji, rng) for scene in pictures])
-        heldout, train = slice(num_heldout), slice(num_heldout, num_heldout + num_train)
-        parts = {"heldout": heldout, "train": train, "fresh/heldout": heldout, "fresh/train": slice(num_heldout, None)}
+        heldout, train, rest = slice(num_heldout), slice(num_heldout, num_heldout + num_train), slice(num_heldout, None)
         (aside / "fresh").mkdir()
-        for name, part in parts.items():
-            masks = {"loss_mask": target[part, 1:].astype(np.uint8), "needs_image": kind[part, 1:].astype(np.uint8)}
-            np.savez(aside / f"{name}.npz", images=images[part], tokens=tokens[part], **masks)
+        (aside / "align").mkdir()
+        long, short = padded(long, vocabulary), padded(short, vocabulary)
+        write(aside, long, images, heldout=heldout, train=train)
+        write(aside / "fresh", long, images, heldout=heldout, train=rest)
+        write(aside / "align", short, images, heldout=heldout, train=rest)
+        _, target, kind = long
         (aside / "vocabulary.json").write_text(json.dumps(vocabulary))
-        about = {
-            **wanted, "licence": scenes.LICENCE, "num_emoji": len(emoji), "vocabulary": len(vocabulary),
-            "text_length": length - 1, "targets_per_sample": round(float(target.sum(1).mean()), 2), "kinds": KINDS,
-            "share_of_targets_by_kind": [round(float((kind == k).sum() / target.sum()), 3) for k in (1, 2, 3, 4)],
-        }  # fmt: skip
+        shares = [round(float((kind == k).sum() / target.sum()), 3) for k in range(1, len(KINDS) + 1)]
+        about = wanted | {
+            "licence": scenes.LICENCE,
+            "num_emoji": len(emoji),
+            "vocabulary": len(vocabulary),
+            "text_length": target.shape[1] - 1,
+            "align_length": short[0].shape[1] - 1,
+            "targets_per_sample": round(float(target.sum(1).mean()), 2),
+            "kinds": KINDS,
+            "share_of_targets_by_kind": shares,
+        }
         (aside / "about.json").write_text(json.dumps(about, indent=1))
         shutil.rmtree(out, ignore_errors=True)
         aside.rename(out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return out
+
+
+def short_caption(scene: scenes.Scene, emoji: list[scenes.Emoji]) -> tuple:
+    """What and where, and the ground: nearly every word needs the picture."""
+    return ("Picture:", *scenes.without_marks(f"{scenes.phrase(scene, emoji)} on *{scene.ground}*"))
+
+
+def padded(rows: list, vocabulary: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens in ids of the cut vocabulary, targets, kinds of words; int32 [N, S + 1] each."""
+    new_id = {old: new for new, old in enumerate(vocabulary)}
+    length = max(len(tokens) for tokens, _, _ in rows)
+    tokens, target, kind = (np.zeros((len(rows), length), dtype=np.int32) for _ in range(3))
+    for i, (row, is_target, kinds) in enumerate(rows):
+        tokens[i, : len(row)] = [new_id[token] for token in row]
+        target[i, : len(row)], kind[i, : len(row)] = is_target, kinds
+    return tokens, target, kind
+
+
+def write(folder: Path, rows: tuple, images: np.ndarray, **parts: slice) -> None:
+    """One file per part."""
+    tokens, target, kind = rows
+    for name, part in parts.items():
+        masks = {"loss_mask": target[part, 1:].astype(np.uint8), "needs_image": kind[part, 1:].astype(np.uint8)}
+        np.savez(folder / f"{name}.npz", images=images[part], tokens=tokens[part], **masks)
 
 
 def cut_vocabulary(language_model: Path, data: Path, target: Path) -> None:

@@ -8,8 +8,9 @@
 Everything is Megatron's own training loop on examples/demo/train.py, through the launcher:
 
 1. weights.py brings the language model, captions.py pictures with captions in its tokens;
-2. per seed the language model reads the captions without pictures, a LLaVA is built around it with a vision tower and a
-   projector from the seed, and tools/extract_teacher.py takes the language model out again: the frozen teacher;
+2. per seed the language model reads the captions without pictures: the frozen teacher; a LLaVA is built around it with
+   a projector from the seed and a vision tower that has learned to name words (tower.py), and learns from short
+   captions to use them (dense);
 3. arms.toml names the runs; all arms of a seed have one start and the same samples in the same order;
 4. report.py writes results.csv, summary.md and the pictures.
 
@@ -90,29 +91,31 @@ class Experiment:
             finish(aside, self.language_model, settings)
         log = (self.logs / "convert.log").read_text().splitlines()
         architecture = log[log.index("its flags:") + 1].split("--tokenizer-type")[0]
-        length = self.about["text_length"]
         self.flags = [
             *architecture.split(),
             *self.train["shared"].split(),
-            *f"--tokenizer-type NullTokenizer --vocab-size {self.about['vocabulary']}".split(),
-            *f"--seq-length {length} --ckpt-format torch_dist".split(),
-            *f"--log-interval {self.train['eval_interval']}".split(),
-        ]  # fmt: skip
+            *f"--tokenizer-type NullTokenizer --vocab-size {self.about['vocabulary']} --ckpt-format torch_dist".split(),
+        ]
 
     def start(self, seed: int) -> Path:
         """The LLaVA every run of a seed starts from, and its teacher; made once."""
         target = self.out / "starts" / str(seed)
         text = f"{self.train['text']} --train-iters {self.train['text_iterations']} --seed {seed}"
-        settings = fingerprint(self.flags, text, self.about, TRAIN.read_text())
+        align = f"{self.train['align']} --train-iters {self.train['align_iterations']} --seed {seed}"
+        settings = fingerprint(self.flags, text, align, self.train["vision_steps"], self.about, sources())
         if is_done(target, settings):
             return target
         aside = fresh(target.with_suffix(".incomplete"))
         flags = f"--stage text {text} --load {self.language_model / 'megatron'} {LOAD} --eval-interval 1000"
-        self.megatron(
-            f"start {seed}", flags + f" --save-llava {aside / 'llava'} --eval-log {aside / 'text.jsonl'}", self.data
-        )
+        flags += f" --save-llava {aside / 'built'} --eval-log {aside / 'text.jsonl'}"
+        flags += f" --vision-steps {self.train['vision_steps']}"
+        self.megatron(f"text-{seed}", flags, self.data, self.train["text_iterations"])
+        flags = f"--stage llava {align} --load {aside / 'built'} {LOAD} --eval-interval 1000"
+        flags += f" --save {aside / 'llava'} --save-interval 100000 --no-save-optim --no-save-rng"
+        flags += f" --eval-log {aside / 'align.jsonl'}"
+        self.megatron(f"align-{seed}", flags, self.data / "align", self.train["align_iterations"])
         tool = [sys.executable, str(ROOT / "tools" / "extract_teacher.py")]
-        command = [*tool, "--source", str(aside / "llava"), "--target", str(aside / "teacher")]
+        command = [*tool, "--source", str(aside / "built"), "--target", str(aside / "teacher")]
         run_command(command, self.logs / f"teacher-{seed}.log", title=f"teacher {seed}")
         finish(aside, target, settings)
         return target
@@ -122,7 +125,7 @@ class Experiment:
         target, start = self.out / "runs" / run.name, self.start(run.seed)
         flags = f"--stage llava {self.train['llava']} --train-iters {run.iterations} --seed {run.seed} {LOAD}"
         flags += f" --load {start / 'llava'} --eval-interval {self.train['eval_interval']} {run.flags}"
-        settings = fingerprint(self.flags, flags.replace(str(self.out), ""), self.about, TRAIN.read_text())
+        settings = fingerprint(self.flags, flags.replace(str(self.out), ""), self.about, sources())
         if is_done(target, settings):
             return
         aside = fresh(target.with_suffix(".incomplete"))
@@ -144,6 +147,8 @@ class Experiment:
 
     def megatron(self, title: str, flags: str, data: Path, iterations: int = 0) -> float:
         """Run train.py; returns the seconds of its training steps."""
+        length = self.about["align_length" if data.name == "align" else "text_length"]
+        flags += f" --seq-length {length} --log-interval {self.train['eval_interval']}"
         launcher = ["-m", "regate_megatron", *([] if has_gpu() else ["--cpu"]), str(TRAIN), "--demo-data", str(data)]
         command = torchrun(self.config["ranks"], *launcher, *self.flags, *flags.split())
         return run_command(command, self.logs / f"{title}.log", title=title, iterations=iterations)
@@ -177,6 +182,11 @@ def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def sources() -> list[str]:
+    """What trains."""
+    return [(TRAIN.parent / name).read_text() for name in ("train.py", "dataset.py", "tower.py")]
 
 
 def fingerprint(*parts: object) -> str:
