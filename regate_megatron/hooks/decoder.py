@@ -95,6 +95,7 @@ class DecoderHook:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's forward; short after the dense layers when the current plan says so."""
         plan = self.current.plan
+        self.experts.check(kwargs.get("padding_mask"))
         if plan is None:
             return self._forward(self.block, *args, **kwargs)
         arguments = self._signature.bind(self.block, *args, **kwargs).arguments
@@ -129,7 +130,7 @@ class DecoderHook:
         if self.compacts:
             arguments["hidden_states"] = plan.hidden.to_short(arguments["hidden_states"])
         arguments["rotary_pos_emb"] = self.positions.rotary(arguments.get("rotary_pos_emb"), plan)
-        padding_mask = self.experts.padding(arguments.get("padding_mask"), plan)
+        padding_mask = self.experts.padding(arguments.pop("padding_mask", None), plan)
         if padding_mask is not None:
             arguments["padding_mask"] = padding_mask
         if arguments.get("attention_mask") is not None:
