@@ -79,7 +79,7 @@ def attach(
     session = Session(chunks, config, topology, args, pad_token)
     if config.needs_teacher:
         session.teach_with(TeacherSource(teacher, checkpoint, pad_token, tokenizer_hash))
-    session.attach_hooks()
+    session.hooks.attach()
     for model in session.models:
         object.__setattr__(model, _SESSION, session)
     return model_chunks
@@ -95,7 +95,7 @@ def detach(model_chunks: list[Any]) -> list[Any]:
     """Undo :func:`attach`: modules, attributes and hooks are as before. Any rank, no communication."""
     session = session_of(model_chunks)
     if session is not None:
-        session.detach_hooks()
+        session.detach()
         for model in session.models:
             object.__delattr__(model, _SESSION)
     return model_chunks

@@ -150,6 +150,12 @@ class ReGateConfig:
         """Whether any step can be shorter than the dense one."""
         return min(self.keep_ratio, self.keep_ratio_end or 1.0) < 1.0
 
+    @property
+    def unused(self) -> list[str]:
+        """Flags that were given and mean nothing, as the score needs no teacher."""
+        of_teacher = ("teacher_load", "reference_cache", "teacher_offload")
+        return [] if self.needs_teacher else [flag(name) for name in of_teacher if getattr(self, name)]
+
     def require_teacher(self) -> None:
         """Refuse a score that uses the reference loss when no teacher is named.
 

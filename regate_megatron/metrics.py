@@ -232,7 +232,7 @@ class Trace:
         plan: StepPlan,
         scores: Sequence[Tensor] | None,
     ) -> None:
-        """Write one step.
+        """Write one step. Rows that only the layout joins are traced as in every other layout.
 
         Args:
             iteration: as Megatron prints it, from 1.
@@ -245,11 +245,13 @@ class Trace:
             rows = []
             real_BS = one.is_target_BS | one.is_context_BS
             microbatch = plan.microbatches[index] if plan.is_sparse else None
+            joined = one.num_samples if one.joins_rows else 1
             kept_BS = microbatch.kept_mask() & real_BS if microbatch else real_BS
             for sample, row in enumerate(one.row_N.tolist()):
                 own_S = True if one.sample_BS is None else one.sample_BS[row] == sample
                 target_S, kept_S = one.is_target_BS[row] & own_S, kept_BS[row] & own_S
-                positions = torch.where(target_S)[0].tolist()
+                start = int(one.start_N[sample]) if one.joins_rows else 0
+                positions = (torch.where(target_S)[0] - start).tolist()
                 values = scores[index][row][target_S].tolist() if scores is not None else []
                 rows.append(
                     {
@@ -257,7 +259,7 @@ class Trace:
                         "num_context": int((one.is_context_BS[row] & own_S).sum()),
                         "num_targets": len(positions),
                         "num_kept_targets": int((kept_S & target_S).sum()),
-                        "kept": torch.where(kept_S)[0].tolist(),
+                        "kept": (torch.where(kept_S)[0] - start).tolist(),
                         "scores": {
                             str(position): value if math.isfinite(value) else None  # JSON knows no NaN
                             for position, value in zip(positions, values, strict=False)
@@ -270,8 +272,8 @@ class Trace:
                 "fallback": fallback,
                 "dp_rank": dp_rank,
                 "microbatch": index,
-                "dense_length": one.dense_length,
-                "kept_length": microbatch.length if microbatch else one.dense_length,
+                "dense_length": one.planned_length,
+                "kept_length": microbatch.length // joined if microbatch else one.planned_length,
                 "plan_hash": plan_hash,
                 "rows": rows,
             }

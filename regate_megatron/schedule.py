@@ -45,9 +45,3 @@ def keep_ratio_of(step: int, config: ReGateConfig) -> float:
     share = Fraction(done, config.keep_ratio_steps)
     between = Fraction(str(start)) * (1 - share) + Fraction(str(end)) * share
     return min(max(float(round(between, _DECIMALS)), min(start, end)), max(start, end))
-
-
-def mean_kept_share(keep_ratio: float, *, cycle_steps: int, dense_steps: int) -> float:
-    """Average share of targets processed after the warm-up: F/C + (1 - F/C)·p (0.5625 for the paper's numbers)."""
-    dense_share = dense_steps / cycle_steps
-    return dense_share + (1 - dense_share) * keep_ratio

@@ -19,12 +19,11 @@ from regate_megatron.alignment import length_alignment, segment_alignment
 from regate_megatron.batches import BatchAdapter, MicrobatchFacts, adapter_for
 from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import ReGateError, refuse
-from regate_megatron.hooks import CurrentMicrobatch, DecoderHook, Layout, LossHook, ShardedPlan, shard_plan
+from regate_megatron.hooks import Hooks, gather_context, to_host
 from regate_megatron.metrics import Counters, Trace, count_plan, count_step
 from regate_megatron.plan import StepPlan, share_plan
 from regate_megatron.planner import Planner
 from regate_megatron.schedule import Phase, keep_ratio_of, phase_of
-from regate_megatron.sharding import places
 from regate_megatron.support import Setting, check_support
 from regate_megatron.teacher import ReferenceLosses, TeacherSource, open_reference
 from regate_megatron.topology import Topology
@@ -44,8 +43,7 @@ class Session:
         self.config, self.topology = config, topology
         self.models = [compat.unwrap(model) for model in models]
         self.language_models = [compat.language_model_of(model) for model in self.models]
-        self.current = CurrentMicrobatch()
-        self.hooks: list[Any] = []
+        self.hooks = Hooks(self.language_models, config)
         self.step = 0
         self.totals, self.interval = Counters(), Counters()
         self.work_to_report = Counters()  # what a FLOP count asked for now should speak of
@@ -58,26 +56,15 @@ class Session:
         self._is_prepared = False
         self.adapter: BatchAdapter = adapter_for(self.models[0], pad_token, args)
         transformer = self.language_models[0].config
-        self._has_pipeline = transformer.pipeline_model_parallel_size > 1
-        self._layout = Layout.of_model(transformer, sequence_parallel=transformer.sequence_parallel)
         self._args = args
         self.planner = self.trace = None
         if topology.is_planner:
             self.planner = Planner(config, topology, length_alignment(transformer), segment_alignment(transformer))
             self.trace = Trace(config.trace, topology.dp_rank) if config.trace else None
 
-    def attach_hooks(self) -> None:
-        """Put the hooks on this rank's language-model chunks."""
-        for model in self.language_models:
-            dense = {"dense_layers": self.config.dense_layers, "dense_last_layers": self.config.dense_last_layers}
-            self.hooks.append(DecoderHook(model, self.current, **dense))
-            if model.post_process:
-                self.hooks.append(LossHook(model, self.current))
-
-    def detach_hooks(self) -> None:
-        """Take every hook off again, last first."""
-        while self.hooks:
-            self.hooks.pop().detach()
+    def detach(self) -> None:
+        """Take the hooks off and close what is open."""
+        self.hooks.detach()
         if self.trace:
             self.trace.close()
         if self.reference:
@@ -152,9 +139,12 @@ class Session:
             counters = count_step(facts, plan, **layers, fallback=fallback, balance=balance)
         counters.planning_ms, counters.teacher_ms = round(1000 * seconds), round(1000 * teacher_seconds)
         losses: list[torch.Tensor] = []
-        result = self._run_schedule(schedule, arguments, batches, plan, losses)
-        if self._layout.cp_size > 1 and self.topology.sees_losses:
-            losses = _gather_context(losses, self._layout)
+        if plan.is_sparse:
+            batches = [self._elide(pulled, plan) for pulled in batches]
+        observe = losses.append if self.topology.sees_losses else None
+        result = self.hooks.run(schedule, arguments, batches, plan, observe)
+        if self.hooks.layout.cp_size > 1 and self.topology.sees_losses:
+            losses = gather_context(losses, self.hooks.layout)
         self._pending = _Pending(self.step, self.phase, facts, plan, scores, fallback, losses, counters)
         return result
 
@@ -208,7 +198,7 @@ class Session:
             ReGateError: on this planner; all ranks agree on it.
         """
         lengths = sorted({one.dense_length for one in facts})
-        if self._has_pipeline and len(lengths) > 1:
+        if self.hooks.has_pipeline and len(lengths) > 1:
             raise refuse(
                 "pipeline parallelism",
                 given=f"microbatches of lengths {lengths}",
@@ -247,7 +237,7 @@ class Session:
             return
         self.step = pending.step + 1
         if self.planner:
-            losses = _to_host(pending.losses, pending.facts)  # waits for the device, so before the clock starts
+            losses = to_host(pending.losses, pending.facts)  # waits for the device, so before the clock starts
             start = time.perf_counter()
             if self.config.learns:
                 self.planner.learn(pending.facts, pending.plan, losses, is_dense=not pending.plan.is_sparse)
@@ -277,52 +267,12 @@ class Session:
     def describe(self) -> str:
         """What is attached where, one line per hook."""
         lines = [f"regate on data-parallel rank {self.topology.dp_rank}" + (", planner" if self.planner else "")]
-        lines += [hook.describe() for hook in self.hooks]
+        lines += self.hooks.describe()
         if self.planner:
             lines.append(self.planner.difficulty.describe())
         if self.reference is not None:
             lines.append(self.reference.describe())
         return "\n".join(lines)
-
-    def _run_schedule(
-        self,
-        schedule: Callable[..., Any],
-        arguments: dict[str, Any],
-        batches: list[list[Any] | None],
-        plan: StepPlan,
-        losses: list[torch.Tensor],
-    ) -> Any:
-        sharded_plans: Sequence[ShardedPlan | None] = [None] * arguments["num_microbatches"]
-        if plan.is_sparse:
-            batches = [self._elide(pulled, plan) for pulled in batches]
-            sharded_plans = self._shard(plan)
-            if self._has_pipeline:
-                length = plan.microbatches[0].length
-                arguments = dict(arguments, seq_length=length)
-                if arguments.get("decoder_seq_length") is not None:
-                    arguments["decoder_seq_length"] = length
-        iterators = [None if pulled is None else iter([_fresh(batch) for batch in pulled]) for pulled in batches]
-        is_list = isinstance(arguments["data_iterator"], list)
-        arguments = dict(arguments, data_iterator=iterators if is_list else iterators[0])
-        step, observe = arguments["forward_step_func"], losses.append if self.topology.sees_losses else None
-        done: dict[int, int] = {}
-
-        def forward_step(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-            index = done.get(id(model), 0)
-            done[id(model)] = index + 1
-            with self.current.running(sharded_plans[index], observe):
-                return step(data_iterator, model, *args, **kwargs)
-
-        return schedule(**dict(arguments, forward_step_func=forward_step))
-
-    def _shard(self, plan: StepPlan) -> list[ShardedPlan]:
-        device = next(self.language_models[0].parameters()).device
-        moves = {
-            "moves_hidden": any(hook.compacts for hook in self.hooks if isinstance(hook, DecoderHook)),
-            "moves_losses": any(isinstance(hook, LossHook) for hook in self.hooks),
-            "comes_back": self.config.dense_last_layers > 0,
-        }
-        return [shard_plan(one, self._layout, device, **moves) for one in plan.microbatches]
 
     def _elide(self, pulled: list[Any] | None, plan: StepPlan) -> list[Any] | None:
         """Batches whose loss mask is 0 wherever a position does not run (context has none anyway)."""
@@ -345,36 +295,3 @@ def _as_list(iterators: Any) -> list[Any]:
 
 def _pull(iterator: Iterator[Any] | None, count: int) -> list[Any] | None:
     return None if iterator is None else [next(iterator) for _ in range(count)]
-
-
-def _fresh(batch: Any) -> Any:
-    """A shallow copy: the framework's batch code empties the dict it is given."""
-    return dict(batch) if isinstance(batch, dict) else batch
-
-
-def _gather_context(losses: Sequence[torch.Tensor], layout: Layout) -> list[torch.Tensor]:
-    """Per-token losses of all context ranks, one flat tensor per rank; the context group's ranks call this."""
-    own = torch.cat([loss_BS.float().reshape(-1) for loss_BS in losses])
-    parts = [torch.empty_like(own) for _ in range(layout.cp_size)]
-    torch.distributed.all_gather(parts, own, group=layout.context_group)
-    return parts
-
-
-def _to_host(parts: Sequence[torch.Tensor], facts: Sequence[MicrobatchFacts]) -> list[torch.Tensor]:
-    """Per-token losses of all microbatches on the CPU, in one copy; float32 [B, S] each.
-
-    Args:
-        parts: what :func:`_gather_context` gives; or, without context parallelism, one [B, S] per microbatch.
-    """
-    if all(part.dim() == 2 for part in parts):
-        parts = [torch.cat([loss_BS.float().reshape(-1) for loss_BS in parts])]
-    host_RX = torch.stack(list(parts)).cpu()
-    losses, at = [], 0
-    for one in facts:
-        rows, length = one.is_target_BS.shape
-        dense = places(one.segment_length_N, cp_size=len(host_RX))
-        size = rows * dense.local_length
-        piece_RBL = host_RX[:, at : at + size].view(len(host_RX), rows, dense.local_length)
-        losses.append(piece_RBL[dense.rank_L, :, dense.index_L].t().contiguous())
-        at += size
-    return losses

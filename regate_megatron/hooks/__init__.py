@@ -3,9 +3,21 @@
 Nothing here is a class or module patch; every hook is an attribute of one instance and is removed by its ``detach``.
 """
 
+from regate_megatron.hooks.attached import Hooks
 from regate_megatron.hooks.current import CurrentMicrobatch
 from regate_megatron.hooks.decoder import DecoderHook
 from regate_megatron.hooks.losses import LossHook
+from regate_megatron.hooks.observed import gather_context, to_host
 from regate_megatron.hooks.shards import Layout, ShardedPlan, shard_plan
 
-__all__ = ["CurrentMicrobatch", "DecoderHook", "Layout", "LossHook", "ShardedPlan", "shard_plan"]
+__all__ = [
+    "CurrentMicrobatch",
+    "DecoderHook",
+    "Hooks",
+    "Layout",
+    "LossHook",
+    "ShardedPlan",
+    "gather_context",
+    "shard_plan",
+    "to_host",
+]

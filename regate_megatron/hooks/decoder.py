@@ -95,6 +95,7 @@ class DecoderHook:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's forward; short after the dense layers when the current plan says so."""
         plan = self.current.plan
+        self.experts.check(kwargs.get("padding_mask"))
         if plan is None:
             return self._forward(self.block, *args, **kwargs)
         arguments = self._signature.bind(self.block, *args, **kwargs).arguments
@@ -103,7 +104,7 @@ class DecoderHook:
             return self._dense_then_short(arguments, plan)
 
     def _one_region(self) -> Any:
-        """One FP8 region round both ranges: delayed scaling rolls and reduces its amax history once per region."""
+        """One FP8 region round all ranges: delayed scaling rolls and reduces its amax history once per region."""
         config = self.block.config
         if not config.fp8 or config.fp8_recipe != "delayed":
             return nullcontext()
@@ -114,13 +115,14 @@ class DecoderHook:
     def _dense_then_short(self, arguments: dict[str, Any], plan: ShardedPlan) -> Any:
         if self.num_dense_here:
             arguments["hidden_states"] = self._forward(self.dense, **arguments)
-        dense_LBH = arguments["hidden_states"]
         if self.compacts:
-            check_length("hidden states", dense_LBH.shape[0], plan.local_length)
-        short_lBH = self._forward(self.short, **self._short_arguments(arguments, plan))
+            check_length("hidden states", arguments["hidden_states"].shape[0], plan.local_length)
+        short = self._short_arguments(arguments, plan)
+        dense_LBH = arguments.pop("hidden_states")
         if not self.comes_back:
-            return short_lBH
-        arguments["hidden_states"] = plan.put_back(dense_LBH, short_lBH)
+            del dense_LBH  # its memory is free while the short layers run
+            return self._forward(self.short, **short)
+        arguments["hidden_states"] = plan.put_back(dense_LBH, self._forward(self.short, **short))
         return plan.hidden.to_short(self._forward(self.last, **arguments))
 
     def _short_arguments(self, arguments: dict[str, Any], plan: ShardedPlan) -> dict[str, Any]:
@@ -129,7 +131,7 @@ class DecoderHook:
         if self.compacts:
             arguments["hidden_states"] = plan.hidden.to_short(arguments["hidden_states"])
         arguments["rotary_pos_emb"] = self.positions.rotary(arguments.get("rotary_pos_emb"), plan)
-        padding_mask = self.experts.padding(arguments.get("padding_mask"), plan)
+        padding_mask = self.experts.padding(arguments.pop("padding_mask", None), plan)
         if padding_mask is not None:
             arguments["padding_mask"] = padding_mask
         if arguments.get("attention_mask") is not None:

@@ -35,23 +35,27 @@ class Experts:
         while self.biased:
             self.biased.pop().detach()
 
+    def check(self, given: Tensor | None) -> None:
+        """Refuse what the model passes as ``padding_mask``, in the first forward, dense or not.
+
+        Raises:
+            ReGateError: a mask under context parallelism.
+        """
+        if given is not None and self.has_routers and self.config.context_parallel_size > 1:
+            form = {"allowed": "none with context parallelism", "change": "--context-parallel-size to 1"}
+            raise refuse("padding mask", given="a padding_mask of the model's own", **form)
+
     def padding(self, given: Tensor | None, plan: ShardedPlan) -> Tensor | None:
         """What the layers get as ``padding_mask``; bool [B, k], under sequence parallelism this rank's slice of k.
 
         Args:
             given: what the model passes to its decoder: [B, S], or a slice of S where that is sharded; or None.
             plan: of the microbatch.
-
-        Raises:
-            ReGateError: a mask is given under context parallelism.
         """
-        if given is None and not self.has_routers:
+        if not self.has_routers:  # nobody reads it
             return None
         is_fill_Bk = plan.is_fill_Bk
         if given is not None:
-            if plan.cp_size > 1:
-                form = {"allowed": "none with context parallelism", "change": "--context-parallel-size to 1"}
-                raise refuse("padding mask", given="a padding_mask of the model's own", **form)
             if given.shape[1] != plan.dense_length:
                 given = _gather(given)
             is_fill_Bk = is_fill_Bk | given.bool().gather(1, plan.keep_idx_BK)

@@ -127,7 +127,8 @@ def _ratio(config: ReGateConfig) -> str:
 
 def _teacher_of(session: Session) -> str:
     if session.reference is None:
-        return "no teacher"
+        unused = " and ".join(session.config.unused)
+        return f"no teacher ({unused}: not used)" if unused else "no teacher"
     waits = "" if session.reference.run is not None else ", built when a loss is missing"
     return f"teacher {session.config.teacher_load} ({session.config.teacher_visual}{waits})"
 

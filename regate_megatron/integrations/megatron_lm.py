@@ -116,8 +116,10 @@ def _count_steps(inner: Callable[..., Any], sessions: list[Session]) -> Callable
 
 def _count_real_work(inner: Callable[..., Any], sessions: list[Session]) -> Callable[..., Any]:
     def num_floating_point_operations(args: Any, *rest: Any, **kwargs: Any) -> Any:
-        work = sessions[0].work_to_report if sessions else Counters()
-        return inner(args, *rest, **kwargs) * share_of_dense(inner, args, work)
+        flops = inner(args, *rest, **kwargs)
+        return (
+            flops * share_of_dense(inner, args, sessions[0].work_to_report, sessions[0].config) if sessions else flops
+        )
 
     return num_floating_point_operations
 
@@ -137,7 +139,8 @@ def _log_after(inner: Callable[..., Any], sessions: list[Session]) -> Callable[.
             interval = session.work_to_report = reduce_counters(session.interval, session.topology)
         result = inner(*args, **kwargs)
         if interval and ends_interval:
-            flops = share_of_dense(training.num_floating_point_operations.__wrapped__, get_args(), interval)
+            formula = training.num_floating_point_operations.__wrapped__
+            flops = share_of_dense(formula, get_args(), interval, session.config)
             writers = get_tensorboard_writer(), get_wandb_writer()
             host.report(session, iteration, print_rank_last, *writers, interval=interval, flops=flops)
         return result

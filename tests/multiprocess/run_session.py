@@ -136,6 +136,17 @@ def last_layers_that_are_dense_again_are_told_and_counted() -> None:
     assert session.totals.layer_positions_run - before == 3 * dense + short and short < dense
 
 
+def padding_mask_with_context_parallelism_is_refused_in_the_first_forward() -> None:
+    """Whether a script passes one is known when it does: in a dense step already, not after the warm-up."""
+    models, session, _ = attached(dict(GPT, config={"num_moe_experts": 2}), score="student")
+    decoder, mask = models[0].decoder, torch.zeros(2, 24, dtype=torch.bool)
+    forward = lambda: decoder(torch.zeros(24, 2, 32), None, padding_mask=mask)  # noqa: E731
+    forward()
+    decoder.config.context_parallel_size = 2
+    refused("given a padding_mask of the model's own", forward)
+    decoder.config.context_parallel_size = 1
+
+
 def building_a_teacher_leaves_the_random_state() -> None:
     models = build(GPT)
     tracker = tensor_parallel.get_cuda_rng_tracker()

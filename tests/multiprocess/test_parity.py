@@ -5,17 +5,9 @@ The batch holds a row without targets, one of targets only, one with a single ta
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
-from tests.launch import ROOT, succeed
-
-WORKER = "tests/multiprocess/run_parity.py"
-
-
-def case(name: str, **options) -> dict:
-    return {"name": name, "model": "gpt", "tp": 1, "pp": 1, "dense_layers": 1, **options}
+from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, case, names, run_cases
 
 
 def _grid(layout: str, recomputes: tuple, **options) -> list[dict]:
@@ -98,13 +90,6 @@ FOUR_RANKS = [
 ]
 
 
-def run_cases(num_ranks: int, cases: list[dict], folder, timeout_s: int = 600) -> dict:
-    given, results = folder / "cases.json", folder / "results.json"
-    given.write_text(json.dumps(cases))
-    succeed(num_ranks, [str(ROOT / WORKER), str(given), str(results)], timeout_s=timeout_s)
-    return json.loads(results.read_text())
-
-
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory) -> dict:
     return run_cases(1, ONE_RANK, tmp_path_factory.mktemp("one"))
@@ -115,16 +100,14 @@ def four_ranks(tmp_path_factory) -> dict:
     return run_cases(4, FOUR_RANKS, tmp_path_factory.mktemp("four"))
 
 
-@pytest.mark.parametrize("name", [case["name"] for case in ONE_RANK])
+@pytest.mark.parametrize("name", names(ONE_RANK))
 def test_sparse_step_equals_masked_dense_step(one_rank, name):
-    assert one_rank[name]["loss_error"] <= 2e-6
-    assert one_rank[name]["gradient_error"] <= 1e-5
+    assert_exact(one_rank[name])
 
 
-@pytest.mark.parametrize("name", [case["name"] for case in FOUR_RANKS])
+@pytest.mark.parametrize("name", names(FOUR_RANKS))
 def test_sparse_step_equals_masked_dense_step_in_layout(four_ranks, name):
-    assert four_ranks[name]["loss_error"] <= 2e-6
-    assert four_ranks[name]["gradient_error"] <= 1e-5
+    assert_exact(four_ranks[name])
 
 
 @pytest.mark.parametrize("name", [case["name"] for case in FOUR_RANKS if case.get("budget") == "balanced"])
@@ -145,10 +128,9 @@ def test_context_that_nothing_reads_can_be_left_out(one_rank):
 
 @pytest.mark.parametrize("name", [case["name"] for case in FOUR_RANKS if case.get("budget") != "balanced"])
 def test_layout_keeps_the_same_positions(one_rank, four_ranks, name):
-    alone, here = one_rank[name.split("@")[0]]["kept"], four_ranks[name]["kept"]
-    assert alone.keys() == here.keys() and len(alone) == (18 if "packed" in name else 8)
-    for key, (kept, loss, length) in alone.items():
-        assert here[key][0] == kept
-        assert here[key][1] == pytest.approx(loss, rel=1e-5, abs=1e-5)
+    alone, here = one_rank[name.split("@")[0]], four_ranks[name]
+    assert_keeps_the_same(alone, here, 18 if "packed" in name else 8)
+    for key, (_, _, length) in alone["kept"].items():
         # Lengths of other rows, or fill for CP in each segment, may come on top.
-        assert here[key][2] == length or "per-sample" in name or (name.startswith("packed") and "cp2" in name)
+        more = "per-sample" in name or (name.startswith("packed") and "cp2" in name)
+        assert here["kept"][key][2] == length or more

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.multiprocess.test_parity import case, run_cases
+from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, case, names, run_cases
 from tests.multiprocess.test_parity_models import MLA, MOE
 
 pytestmark = pytest.mark.full
@@ -48,12 +48,7 @@ def eight_ranks(tmp_path_factory) -> dict:
     return run_cases(8, EIGHT_RANKS, tmp_path_factory.mktemp("eight"), timeout_s=1200)
 
 
-@pytest.mark.parametrize("name", [case["name"] for case in EIGHT_RANKS])
+@pytest.mark.parametrize("name", names(EIGHT_RANKS))
 def test_sparse_step_equals_masked_dense_step_and_keeps_the_same_positions(one_rank, eight_ranks, name):
-    assert eight_ranks[name]["loss_error"] <= 2e-6
-    assert eight_ranks[name]["gradient_error"] <= 1e-5
-    alone, here = one_rank[name.split("@")[0]]["kept"], eight_ranks[name]["kept"]
-    assert alone.keys() == here.keys()
-    for key, (kept, loss, _) in alone.items():
-        assert here[key][0] == kept
-        assert here[key][1] == pytest.approx(loss, rel=1e-5, abs=1e-5)
+    assert_exact(eight_ranks[name])
+    assert_keeps_the_same(one_rank[name.split("@")[0]], eight_ranks[name], 18 if "packed" in name else 8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.multiprocess.test_parity import case, run_cases
+from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, case, names, run_cases
 
 YARN = {"yarn_rotary_scaling_factor": 8.0, "yarn_original_max_position_embeddings": 8, "yarn_beta_fast": 32.0}
 YARN |= {"yarn_beta_slow": 1.0, "yarn_mscale": 1.0, "yarn_mscale_all_dim": 0.0}
@@ -134,22 +134,16 @@ def four_ranks(tmp_path_factory) -> dict:
     return run_cases(4, FOUR_RANKS, tmp_path_factory.mktemp("four"))
 
 
-@pytest.mark.parametrize("name", [case["name"] for case in ONE_RANK])
+@pytest.mark.parametrize("name", names(ONE_RANK))
 def test_sparse_step_equals_masked_dense_step(one_rank, name):
-    assert one_rank[name]["loss_error"] <= 2e-6
-    assert one_rank[name]["gradient_error"] <= 1e-5
+    assert_exact(one_rank[name])
 
 
-@pytest.mark.parametrize("name", [case["name"] for case in FOUR_RANKS])
+@pytest.mark.parametrize("name", names(FOUR_RANKS))
 def test_sparse_step_equals_masked_dense_step_in_layout(four_ranks, name):
-    assert four_ranks[name]["loss_error"] <= 2e-6
-    assert four_ranks[name]["gradient_error"] <= 1e-5
+    assert_exact(four_ranks[name])
 
 
-@pytest.mark.parametrize("name", [case["name"] for case in FOUR_RANKS])
+@pytest.mark.parametrize("name", names(FOUR_RANKS))
 def test_layout_keeps_the_same_positions(one_rank, four_ranks, name):
-    alone, here = one_rank[name.split("@")[0]]["kept"], four_ranks[name]["kept"]
-    assert alone.keys() == here.keys() and len(alone) == 8
-    for key, (kept, loss, _) in alone.items():
-        assert here[key][0] == kept
-        assert here[key][1] == pytest.approx(loss, rel=1e-5, abs=1e-5)
+    assert_keeps_the_same(one_rank[name.split("@")[0]], four_ranks[name], 8)

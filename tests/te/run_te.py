@@ -99,7 +99,7 @@ def attach_keeps_names(model: torch.nn.Module) -> None:
     attach([model], ReGateConfig(teacher_load="student"), pad_token=0)
     session = session_of([model])
     assert "compacts after 1 dense layers" in describe([model])
-    hook = session.hooks[0]
+    hook = session.hooks.decoders[0]
     assert [layer.layer_number for layer in hook.dense.layers + hook.short.layers] == [1, 2, 3, 4]
     assert hook.dense.final_layernorm is None and hook.short.final_layernorm is hook.block.final_layernorm
     assert list(model.state_dict()) == names and [name for name, _ in model.named_parameters()] == parameters

@@ -176,6 +176,12 @@ def test_a_teacher_is_asked_for_exactly_where_the_score_uses_the_reference_loss(
     assert "given nothing;" in str(refusal.value) and f"--regate-score {score}" in str(refusal.value)
 
 
+def test_what_a_score_without_teacher_does_not_use_is_named():
+    given = {"teacher_load": "student", "reference_cache": "cache"}
+    assert ReGateConfig(score="student", **given).unused == ["--regate-teacher-load", "--regate-reference-cache"]
+    assert ReGateConfig(score="regate", **given).unused == [] == ReGateConfig(score="random").unused
+
+
 def test_settings_cannot_be_changed_once_checked():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ReGateConfig().keep_ratio = 2.0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import torch
 
-from regate_megatron.metrics import Balance, Counters, count_step, log_line, ratios
+from regate_megatron.batches import MicrobatchFacts
+from regate_megatron.metrics import Balance, Counters, Trace, count_step, log_line, ratios
 from regate_megatron.plan import MicrobatchPlan, Packing, StepPlan
 
 FACTS = SimpleNamespace(
@@ -73,3 +75,28 @@ def test_packed_rows_count_the_squares_of_their_segments():
     plan = StepPlan(3, (MicrobatchPlan.of_packed(torch.tensor([[True, False, True, True]]), packing),))
     sparse = count_step([facts], plan, num_layers=4, dense_layers=1, fallback=False)
     assert (sparse.positions_run, sparse.layer_squares_run) == (3, 8 + 3 * 5)
+
+
+def _facts(is_target_BS: torch.Tensor, **joined) -> MicrobatchFacts:
+    key_N2, empty = torch.arange(4).view(2, 2), {"is_visual_BS", "token_BS", "position_id_BS", "label_BS"}
+    fields = {name: torch.zeros_like(is_target_BS) for name in empty}
+    keys = {"reference_key_N2": key_N2, "difficulty_key_N2": key_N2}
+    return MicrobatchFacts(is_target_BS=is_target_BS, is_context_BS=~is_target_BS, **fields, **keys, **joined)
+
+
+def test_rows_that_context_parallelism_joins_are_traced_as_rows(tmp_path):
+    is_target_BS = torch.tensor([[False, True, True, True], [False, False, True, True]])
+    kept_BS = torch.tensor([[True, False, True, False], [True, True, False, True]])
+    rows = _facts(is_target_BS), MicrobatchPlan.of(kept_BS, 3)
+    joined = _facts(is_target_BS.view(1, 8), sample_BS=torch.tensor([[0] * 4 + [1] * 4]), joins_rows=True)
+    packing = Packing(torch.tensor([4, 4]), torch.tensor([3, 3]))
+    records = []
+    for rank, (facts, plan) in enumerate((rows, (joined, MicrobatchPlan.of_packed(kept_BS.view(1, 8), packing)))):
+        trace, names = Trace(str(tmp_path), rank), {"iteration": 4, "phase": "sparse", "fallback": False, "dp_rank": 0}
+        scores = [torch.arange(8.0, dtype=torch.float64).view(facts.is_target_BS.shape)]
+        trace.write(**names, facts=[facts], plan=StepPlan(3, (plan,)), scores=scores)
+        trace.close()
+        record = json.loads((tmp_path / f"dp{rank:05d}.jsonl").read_text())
+        records.append({name: value for name, value in record.items() if name != "plan_hash"})
+    assert records[0] == records[1]
+    assert records[1]["rows"][1]["kept"] == [0, 1, 3] and records[1]["kept_length"] == 3

@@ -1,0 +1,46 @@
+"""What the parity tests share: cases, how they are launched, and what must hold of every result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.launch import ROOT, succeed
+
+WORKER = "tests/multiprocess/run_parity.py"
+
+
+def case(name: str, **options) -> dict:
+    """One case of run_parity.py; ``NAME@LAYOUT`` is compared with the case NAME on one rank."""
+    return {"name": name, "model": "gpt", "tp": 1, "pp": 1, "dense_layers": 1, **options}
+
+
+def names(cases: Sequence[dict]) -> list[str]:
+    """What to parametrize a test with."""
+    return [case["name"] for case in cases]
+
+
+def run_cases(num_ranks: int, cases: list[dict], folder: Path, timeout_s: int = 600) -> dict:
+    """Results by name, of one launch."""
+    given, results = folder / "cases.json", folder / "results.json"
+    given.write_text(json.dumps(cases))
+    succeed(num_ranks, [str(ROOT / WORKER), str(given), str(results)], timeout_s=timeout_s)
+    return json.loads(results.read_text())
+
+
+def assert_exact(result: dict) -> None:
+    """The sparse step was the masked full-length step, in fp32."""
+    assert result["loss_error"] <= 2e-6, result["loss_error"]
+    assert result["gradient_error"] <= 1e-5, result["gradient_error"]
+
+
+def assert_keeps_the_same(alone: dict, here: dict, num_samples: int) -> None:
+    """A layout keeps the positions of one rank, at the same losses."""
+    alone, here = alone["kept"], here["kept"]
+    assert alone.keys() == here.keys() and len(alone) == num_samples
+    for key, (kept, loss, _) in alone.items():
+        assert here[key][0] == kept
+        assert here[key][1] == pytest.approx(loss, rel=1e-5, abs=1e-5)
