@@ -185,7 +185,7 @@ def check(case: Case, device: torch.device) -> dict[str, Any]:
         dense_steps=0,
         dense_layers=case.dense_layers,
         budget=case.budget,
-        length_multiple=16 if case.half else 1,
+        length_multiple=size_and_length(device)[1] // 32 if case.half else 1,
         teacher_visual=case.visual,
         teacher_load="student",
     )

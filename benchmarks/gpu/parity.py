@@ -60,8 +60,6 @@ def run(options: Any, device: torch.device) -> int:
             name = f"{kind}-{case.name}"
             if case.layers == "te" and not has_te:
                 results.skip(name, reason)
-            elif case.half and options.cpu_rehearsal:
-                results.skip(name, "bf16 on a CPU tells nothing")
             else:
                 results.measure(name, needs, functools.partial(check, case, device))
     return results.finish()
