@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from regate_megatron.errors import refuse
 
@@ -97,8 +99,11 @@ def find_iteration(directory: str | Path, what: str = "checkpoint") -> Path:
             raise refuse(
                 what, given=f"{root}, which holds no checkpoint", allowed=allowed, change="the path, or convert it"
             )
-        label = tracker.read_text().strip()
+        label = tracker.read_text(errors="replace").strip()
         path = root / (label if label == "release" else f"iter_{int(label):07d}" if label.isdigit() else label)
+    if any(path.glob("mp_rank_*")):
+        given = f"{path}, which is in the legacy format (--ckpt-format torch)"
+        raise refuse(what, given=given, allowed=allowed, change="it: tools/reshard.py --format torch_dist converts it")
     if not (path / "metadata.json").is_file() or not (path / _INDEX).is_file():
         raise refuse(
             what,
@@ -215,11 +220,16 @@ def save_language_model(chunks: Sequence[Any], directory: str | Path, group: Any
 
 def replace_folder(aside: Path, target: Path) -> None:
     """Put the finished folder ``aside`` in the place of ``target``; the old one goes last."""
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(aside, target)
+    if not target.exists():
+        os.rename(aside, target)
+        return
+    old = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.replaced")  # a name that nobody's backup has
+    os.rename(target, old)
+    try:
+        os.rename(aside, target)
+    except OSError:
+        os.rename(old, target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -240,7 +250,9 @@ def _check_index(index: Path, what: str) -> None:
     """Refuse an index that is damaged or names anything but torch's checkpoint metadata."""
     try:
         with index.open("rb") as file:
-            _IndexReader(file).load()
+            found = _IndexReader(file).load()
+        if not isinstance(found, Metadata):
+            raise pickle.UnpicklingError(f"it holds a {type(found).__name__}")
     except Exception as error:  # damaged pickles raise whatever they like
         raise refuse(
             what,

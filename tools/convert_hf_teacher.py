@@ -38,6 +38,7 @@ def _to_hf_or_megatron(options: argparse.Namespace) -> None:
 
 
 def _to_megatron(options: argparse.Namespace) -> None:
+    command.refuse_options(options, command.HUGGINGFACE_OPTIONS, where="without --to-hf")
     plan = plan_to_megatron(
         open_text_model(options.source, inside=False),
         tensor_size=options.tensor_model_parallel_size,
@@ -48,6 +49,7 @@ def _to_megatron(options: argparse.Namespace) -> None:
 
 
 def _to_huggingface(options: argparse.Namespace) -> None:
+    command.refuse_options(options, command.MEGATRON_OPTIONS, where="with --to-hf, which keeps weights as they are")
     plan = plan_to_huggingface(options.source, like=options.like, family=options.family, vocab_size=options.vocab_size)
     command.write_huggingface(plan, options)
 

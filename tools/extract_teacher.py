@@ -62,6 +62,7 @@ def _is_huggingface(source: Path) -> bool:
 
 
 def _to_huggingface(options: argparse.Namespace) -> None:
+    command.refuse_options(options, command.MEGATRON_OPTIONS, where="with --to-hf, which copies bytes")
     model = open_inner_model(options.source)
     plan = plan_text_extraction(model, options.target, overwrite=options.overwrite)
     print(
@@ -85,6 +86,7 @@ def _from_megatron(options: argparse.Namespace) -> None:
             allowed="a Hugging Face folder",
             change="the command: tools/export_student.py exports Megatron checkpoints",
         )
+    command.refuse_options(options, command.MEGATRON_OPTIONS, where="for a Megatron checkpoint, whose bytes are copied")
     check_target(extraction, options.target, overwrite=options.overwrite)
     print(_summary(extraction))
     if options.dry_run:

@@ -35,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _work(options: argparse.Namespace) -> None:
     layout = (options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
+    if options.format == "torch_dist":
+        sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+        command.refuse_options(options, sizes, where="with --format torch_dist, which loads at any layout")
     source = open_weights(options.source)
     plan = plan_reshard(source, format=options.format, layout=layout, implementation=options.transformer_impl)
     check_reshard(plan, options.target, overwrite=options.overwrite)
@@ -47,6 +50,8 @@ def _work(options: argparse.Namespace) -> None:
     rows = next(weight.shape[0] for name, weight in source.weights.items() if name.endswith("word_embeddings.weight"))
     if plan.format == "torch":
         print(f"vocabulary of {rows}: load it with --make-vocab-size-divisible-by {rows // layout[0]}, or what gave it")
+    if not vars(source.arguments):
+        print("it holds no arguments that can be read: the result holds its layout only")
     if options.dry_run:
         print(f"dry run: nothing written to {options.target}")
         return

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from regate_megatron.convert.hf_config import check_numbers
 from regate_megatron.convert.names import LAYERS, Rule
 from regate_megatron.errors import refuse
 
@@ -30,6 +31,8 @@ _DEFAULTS = {
     "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }
+
+_COUNTS = tuple(name for name, value in _DEFAULTS.items() if isinstance(value, int))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,19 +181,18 @@ def from_llava_config(config: dict[str, Any], text_hidden_size: int) -> Clip:
         ReGateError: no LLaVA, or one that Megatron's LLaVAModel with a CLIPViTModel is not.
     """
     vision = config.get("vision_config") or {}
-    kind = vision.get("model_type", "clip_vision_model")
+    kind = vision.get("model_type", "clip_vision_model") if isinstance(vision, dict) else repr(vision)
     if config.get("model_type") != "llava" or kind != "clip_vision_model":
         given = f"model_type {config.get('model_type')!r} with a vision tower {kind!r}"
         raise _refuse(given, "'llava' with 'clip_vision_model'")
     vision = _DEFAULTS | {key: value for key, value in vision.items() if value is not None}
-    checks = (
-        ("vision_feature_layer", config.get("vision_feature_layer", -2), int, "the number of one layer"),
-        ("image_size", vision["image_size"], int, "the side of a square"),
-        ("patch_size", vision["patch_size"], int, "the side of a square"),
-    )
-    for name, found, wanted, allowed in checks:
-        if not isinstance(found, wanted):
-            raise _refuse(f"{name} {found!r}", allowed)
+    check_numbers(vision, _COUNTS, ("layer_norm_eps",))
+    if vision["hidden_size"] % vision["num_attention_heads"]:
+        raise _refuse(
+            f"{vision['num_attention_heads']} heads for a hidden size of {vision['hidden_size']}", "a divisor"
+        )
+    if not isinstance(config.get("vision_feature_layer", -2), int):
+        raise _refuse(f"vision_feature_layer {config['vision_feature_layer']!r}", "the number of one layer")
     layers, feature = vision["num_hidden_layers"], config.get("vision_feature_layer", -2)
     num_layers = feature if feature >= 0 else layers + 1 + feature
     strategy = config.get("vision_feature_select_strategy", "default")

@@ -6,7 +6,7 @@ import argparse
 import shlex
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from tqdm import tqdm
@@ -71,9 +71,32 @@ def add_huggingface_options(made: argparse.ArgumentParser) -> None:
     group.add_argument("--vocab-size", type=positive, metavar="N", help="rows of the embedding to keep")
 
 
+MEGATRON_OPTIONS = ("tensor_model_parallel_size", "make_vocab_size_divisible_by", "dtype")
+HUGGINGFACE_OPTIONS = ("like", "family", "vocab_size")
+
+
+def refuse_options(
+    options: argparse.Namespace, names: Iterable[str], *, where: str, change: str = "the command: remove it"
+) -> None:
+    """Refuse options that would have no effect.
+
+    Args:
+        names: of the options, as argparse stores them.
+        where: in what they have none.
+
+    Raises:
+        ReGateError: one of them was given.
+    """
+    for name in names:
+        if name in options.changed:
+            flag = "--" + name.replace("_", "-")
+            raise refuse(flag, given=f"{getattr(options, name)} {where}", allowed="nothing there", change=change)
+
+
 def run(made: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
     """Parse and work; a refusal is one line on standard error and exit code 1."""
     options = made.parse_args(argv)
+    options.changed = [name for name, value in vars(options).items() if value != made.get_default(name)]
     try:
         with warnings.catch_warnings():
             # what Megatron says of a machine without GPU, where it is asked for the classes of its arguments
@@ -82,6 +105,9 @@ def run(made: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None
     except ReGateError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("regate: interrupted; nothing was written", file=sys.stderr)
+        return 130
     except MemoryError:
         print(
             refuse("memory", given="too little", allowed="room for one output shard", change="the machine"),
@@ -129,8 +155,8 @@ def write_megatron(plan: ToMegatron, options: argparse.Namespace, flag: str = "-
         with bar(plan.num_bytes, "converting") as shown:
             to_megatron(plan, options.target, overwrite=options.overwrite, progress=shown.update)
         target = shlex.quote(options.target)
-        as_teacher = "" if flag == "--load" else f"{flag} {target}, or "
-        print(f"wrote {options.target}; use it with {as_teacher}in Megatron-LM with")
+        way = "in Megatron-LM with" if flag == "--load" else f"with {flag} {target}, or in Megatron-LM with"
+        print(f"wrote {options.target}; use it {way}")
         print(f"  --load {target} --ckpt-format torch_dist --finetune")
     print("its flags:")
     print(f"  {shlex.join(plan.flags)} --tokenizer-type HuggingFaceTokenizer --tokenizer-model {options.target}")
@@ -139,9 +165,11 @@ def write_megatron(plan: ToMegatron, options: argparse.Namespace, flag: str = "-
 def write_huggingface(plan: ToHuggingFace, options: argparse.Namespace) -> None:
     """Say what is exported, and write it unless this is a dry run."""
     check_to_huggingface(plan, options.target, overwrite=options.overwrite)
+    tokenizer = any(file.name.startswith(("tokenizer", "vocab")) or file.suffix == ".model" for file in plan.companions)
     print(
-        f"{plan.reader.path} as {plan.config['architectures'][0]}, {len(plan.sizes)} tensors, "
-        f"{plan.num_bytes / 1e6:,.1f} MB; tokenizer: {'copied' if plan.companions else 'none found, copy it yourself'}"
+        f"{plan.reader.path} as {plan.config['architectures'][0]}: {len(plan.sizes)} tensors, "
+        f"{plan.num_bytes / 1e6:,.1f} MB; vocabulary: {plan.architecture.vocab_size} of "
+        f"{plan.language_model.vocab_size} rows; tokenizer: {'copied' if tokenizer else 'none found, copy it yourself'}"
     )
     if options.dry_run:
         print(f"dry run: nothing written to {options.target}")

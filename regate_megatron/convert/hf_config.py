@@ -14,6 +14,23 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positi
 _CONFIG = "config.json"
 
 
+_COUNTS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+_COUNTS += ("num_key_value_heads", "head_dim", "max_position_embeddings")
+
+
+def check_numbers(config: dict[str, Any], counts: tuple[str, ...], reals: tuple[str, ...]) -> None:
+    """Refuse what are no numbers above zero, among the values that are there.
+
+    Raises:
+        ReGateError: one of ``counts`` is no whole number, or one of ``reals`` no number, above 0.
+    """
+    for names, kinds, allowed in ((counts, int, "a whole number above 0"), (reals, int | float, "a number above 0")):
+        for name in names:
+            found = config.get(name, 1)
+            if not isinstance(found, kinds) or isinstance(found, bool) or not found > 0:
+                raise _refuse(f"{name} {found!r}", allowed)
+
+
 def family_of(config: dict[str, Any]) -> tuple[Family, dict[str, Any]]:
     """The family of a text configuration, and the configuration with the family's defaults filled in.
 
@@ -34,6 +51,7 @@ def from_config(config: dict[str, Any]) -> Architecture:
         ReGateError: another family, or a variant of one that Megatron's GPT cannot express.
     """
     family, full = family_of(config)
+    check_numbers(full, _COUNTS, ("rms_norm_eps", "rope_theta"))
     for name, value in (("hidden_act", "silu"), ("mlp_bias", False), ("attention_bias", family.qkv_bias)):
         if full.get(name, value) != value:
             raise _refuse(f"{name} {full[name]!r}", f"{value!r}")
@@ -118,7 +136,12 @@ def _window(config: dict[str, Any], full: dict[str, Any]) -> float:
 
 def _rope(full: dict[str, Any]) -> dict[str, Any]:
     """Rotary settings, from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling``."""
-    rope = dict(full.get("rope_scaling") or {}) | dict(full.get("rope_parameters") or {})
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(found := full.get(name) or {}, dict):
+            raise _refuse(f"{name} {found!r}", "an object")
+        rope |= found
+    check_numbers(rope, (), ("rope_theta", "factor"))
     kind = rope.get("rope_type", rope.get("type", "default"))
     base = rope.get("rope_theta", full["rope_theta"])
     if base != int(base):

@@ -97,7 +97,7 @@ def inspect_checkpoint(folder: str | Path, what: str = "--source") -> Report:
     if not root.is_dir():
         raise refuse(what, given=f"{root}, which is no folder", allowed="a checkpoint folder", change="the path")
     tracker = root / TRACKER
-    iteration = tracker.read_text().strip() if tracker.is_file() else None
+    iteration = tracker.read_text(errors="replace").strip() if tracker.is_file() else None
     if iteration is None and (root / CONFIG).is_file() and not (root / "metadata.json").is_file():
         return _safetensors(root, what)
     if find_legacy(root):

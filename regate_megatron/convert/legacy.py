@@ -27,7 +27,7 @@ def find_legacy(folder: str | Path) -> Path | None:
     root = Path(folder)
     path = root
     if (root / TRACKER).is_file():
-        label = (root / TRACKER).read_text().strip()
+        label = (root / TRACKER).read_text(errors="replace").strip()
         path = root / (f"iter_{int(label):07d}" if label.isdigit() else label)
     return path if any(path.glob(f"mp_rank_*/{FILE}")) else None
 
@@ -50,6 +50,10 @@ def read_ranks(path: Path, what: str = "--source") -> dict[tuple[int, int], dict
     missing = [(t, p) for t in range(size[0]) for p in range(size[1]) if (t, p) not in ranks]
     if missing:
         raise _refuse(what, path, f"which lacks {rank_folder(*missing[0], size[1])}")
+    saved = ranks[0, 0].get("args")
+    for name, found in zip(("tensor_model_parallel_size", "pipeline_model_parallel_size"), size, strict=True):
+        if (wanted := getattr(saved, name, found)) != found:
+            raise _refuse(what, path, f"with the folders of {name} {found}, saved with {wanted}")
     return ranks
 
 
@@ -63,7 +67,7 @@ def read_rank(file: Path, what: str) -> dict[str, Any]:
         with allowed_classes(megatron_classes()):
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged pickles raise whatever they like
-        reason = str(error).split("\n")[0] if "lobal" not in str(error) else _named_class(str(error))
+        reason = _reason(str(error))
         raise refuse(
             what,
             given=f"{file}, which is damaged or holds more than weights and arguments ({reason})",
@@ -82,9 +86,14 @@ def write_rank(folder: Path, weights: dict[str, torch.Tensor], arguments: Namesp
     torch.save({"args": arguments, "checkpoint_version": 3.0, "iteration": 0, "model": weights}, folder / FILE)
 
 
-def _named_class(text: str) -> str:
-    found = re.search(r"GLOBAL (\S+)", text)
-    return found[1] if found else "a class that is not allowed"
+def _reason(text: str) -> str:
+    """What torch's message comes down to."""
+    if "global" in text.lower():
+        found = re.search(r"GLOBAL (\S+)", text)
+        return f"it would import {found[1]}" if found else "a class that is not allowed"
+    if "zip" in text:
+        return "no whole file of torch.save"
+    return text.split("\n")[0][:100]
 
 
 def _refuse(what: str, path: Path, given: str) -> ReGateError:

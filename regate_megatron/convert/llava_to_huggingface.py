@@ -64,7 +64,7 @@ def plan_student(
         ReGateError: see :func:`plan_to_huggingface`; a whole student that cannot be one, or does not fit ``like``.
     """
     text = plan_to_huggingface(source, like=like, family=family, vocab_size=vocab_size)
-    if part == "language-model":
+    if part == "language-model" or (part is None and not _vision_shapes(text)):
         return text, None
     template = template_of(source, like, family)
     config = read_config(template, "--like") if template else {}
@@ -136,7 +136,7 @@ def _whole(text: ToHuggingFace, saved: Namespace, template: Path, config: dict[s
     )
     _check_like(clip, shapes, template)
     image_token = config.get("image_token_index", 32000)
-    if image_token >= text.architecture.vocab_size:
+    if not isinstance(image_token, int) or image_token >= text.architecture.vocab_size:
         raise refuse(
             "--like",
             given=f"{template} with image_token_index {image_token} for a vocabulary of {text.architecture.vocab_size}",

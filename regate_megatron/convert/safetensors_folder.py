@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from regate_megatron.convert.targets import TRACKER
 from regate_megatron.errors import ReGateError, refuse
 
 INDEX = "model.safetensors.index.json"
@@ -87,13 +88,19 @@ class SafetensorsFolder:
         if (self.path / INDEX).is_file():
             files: dict[str, set[str]] = {}
             index = _read_json(self.path, INDEX, self.what)
-            for tensor, name in index.get("weight_map", {}).items():
+            places = index.get("weight_map")
+            if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+                raise self._broken(INDEX, "has no weight_map of tensors to files")
+            for tensor, name in places.items():
                 if Path(name).name != name:
                     raise self._broken(INDEX, f"points at {name}, outside the folder")
                 files.setdefault(name, set()).add(tensor)
             return files
         if (self.path / SINGLE).is_file():
             return {SINGLE: set()}
+        if (self.path / TRACKER).is_file():
+            given = "which is a Megatron checkpoint"
+            raise self._refuse(given, "safetensors of Hugging Face", "the command: --to-hf, or tools/export_student.py")
         pickled = any(self.path.glob("*.bin"))
         raise self._refuse(
             "whose weights are pickles (*.bin)" if pickled else "which holds no model.safetensors and no index",
@@ -166,7 +173,10 @@ def write_safetensors(
             name, value = next(source)
             assert name == expected, (name, expected)
             batch[name] = value
-        save_file(batch, str(folder / file), metadata={"format": "pt"})
+        try:
+            save_file(batch, str(folder / file), metadata={"format": "pt"})
+        except SafetensorError as error:  # how it reports a full disk
+            raise OSError(str(error)) from error
         weight_map |= dict.fromkeys(names, file)
         progress(sum(sizes[name] for name in names))
     if total > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from regate_megatron.checkpoint import replace_folder
 from regate_megatron.errors import ReGateError, refuse
 
 TRACKER = "latest_checkpointed_iteration.txt"
+_MARK = ".regate-incomplete"
 # One of these marks a folder as a checkpoint, which --overwrite may replace.
 _MARKS = (TRACKER, "metadata.json", "model.safetensors", "model.safetensors.index.json")
 
@@ -51,6 +53,9 @@ def check_target(target: str | Path, *, sources: tuple[Path, ...], overwrite: bo
 def new_folder(target: str | Path, *, sources: tuple[Path, ...], overwrite: bool, num_bytes: int) -> Iterator[Path]:
     """Give a folder aside to fill; it takes the place of ``target`` at the end. After an error nothing is left.
 
+    A killed run leaves ``TARGET.incomplete``, which the next one clears; a folder of that name that is not of these
+    tools, or that another run is filling, is left alone.
+
     Raises:
         ReGateError: see :func:`check_target`; or writing failed.
     """
@@ -58,17 +63,44 @@ def new_folder(target: str | Path, *, sources: tuple[Path, ...], overwrite: bool
     check_target(target, sources=sources, overwrite=overwrite, num_bytes=num_bytes)
     aside = target.with_name(target.name + ".incomplete")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        _to_disk(aside)
-        if target.is_dir() and not any(target.iterdir()):
-            target.rmdir()
-        replace_folder(aside, target)
+        with _claimed(aside) as mark:
+            yield aside
+            mark.unlink()
+            _to_disk(aside)
+            if target.is_dir() and not any(target.iterdir()):
+                target.rmdir()
+            replace_folder(aside, target)
     except OSError as error:
         raise _unwritable(target, error.strerror or str(error), num_bytes) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # how torch.save reports a full disk
+            raise
+        raise _unwritable(target, "its disk is full, or a file too large", num_bytes) from error
+
+
+@contextmanager
+def _claimed(aside: Path) -> Iterator[Path]:
+    """An empty folder with a mark in it, locked until the block ends; the folder is gone then."""
+    mark = aside / _MARK
+    if aside.exists() and not mark.is_file():
+        given = f"{aside}, which exists and is not of these tools, but is where they write first"
+        raise refuse("--target", given=given, allowed="a name that is free there", change="the path, or move it away")
+    aside.mkdir(parents=True, exist_ok=True)
+    with mark.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            given = f"{aside}, which another run is writing"
+            raise refuse("--target", given=given, allowed="one run at a time", change="the path, or wait") from error
+        except OSError:  # a filesystem without locks
+            pass
+        try:
+            for path in aside.iterdir():
+                if path != mark:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            yield mark
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _to_disk(folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import warnings
 from argparse import Namespace
 from collections.abc import Callable
@@ -147,12 +148,15 @@ def write_torch_dist(
     iteration.mkdir()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as no_dist says
-        checkpoint.save(
-            {},
-            storage_writer=FileSystemWriter(str(iteration)),
-            planner=_LazyPlanner(pieces, objects, progress),
-            no_dist=True,
-        )
+        try:
+            checkpoint.save(
+                {},
+                storage_writer=FileSystemWriter(str(iteration)),
+                planner=_LazyPlanner(pieces, objects, progress),
+                no_dist=True,
+            )
+        except CheckpointException as error:  # a wrapper: what counts is what a read or a write raised
+            raise next(iter(error.failures.values()))[0] from error
     torch.save(common, iteration / COMMON_FILE)
     (iteration / "metadata.json").write_text(
         json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1})
@@ -238,22 +242,31 @@ class TorchDistReader:
 
     def common_state(self) -> dict[str, Any]:
         """Megatron's common state, read weights-only; empty where there is none to be read."""
-        file = self.path / COMMON_FILE
         try:
             with allowed_classes([Namespace]):
-                return torch.load(file, weights_only=True)  # as written here: plain values
+                found = torch.load(self.path / COMMON_FILE, weights_only=True)  # as written here: plain values
         except Exception:  # absent, elsewhere, or with classes of Megatron: it knows where and which
-            pass
+            found = self._common_state_by_megatron()
+        return found if isinstance(found, dict) else {}
+
+    def _common_state_by_megatron(self) -> Any:
         from megatron.core import dist_checkpointing
 
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # of deprecation and of a missing process group, which say nothing to a user
         try:
-            return dist_checkpointing.load_common_state_dict(str(self.path))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return dist_checkpointing.load_common_state_dict(str(self.path))
         except (Exception, CheckpointException):  # absent, or of a class that is not allowed: the caller does without
-            return {}
+            return None
+        finally:
+            logging.disable(before)
 
     def arguments(self) -> Namespace:
         """Megatron's saved arguments; empty where there are none."""
-        return self.common_state().get("args") or Namespace()
+        found = self.common_state().get("args")
+        return found if isinstance(found, Namespace) else Namespace()
 
 
 def _overlap(name: str, chunk: Any, start: list[int], shape: list[int]) -> ReadItem | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from regate_megatron.checkpoint import EMBEDDING
 from regate_megatron.convert.legacy import find_legacy, read_ranks
 from regate_megatron.convert.sharding import LAYER, global_name, is_gated, is_main_layer, split_axis, unshard
 from regate_megatron.convert.torch_dist import TorchDistReader
@@ -84,6 +85,10 @@ def open_weights(folder: str | Path, what: str = "--source") -> MegatronWeights:
         raise refuse(
             what, given=f"{found.path}, which holds no decoder", allowed="a GPTModel or LLaVAModel", change="the path"
         )
+    if not any(name.endswith(EMBEDDING) for name in found.weights):
+        raise refuse(
+            what, given=f"{found.path}, which holds no {EMBEDDING}", allowed="a whole model", change="the path"
+        )
     for name in found.weights:
         split_axis(name, what)
     return found
@@ -125,6 +130,11 @@ def _from_legacy(path: Path, what: str) -> MegatronWeights:
             if name.endswith("output_layer.weight") and stage and _is_tied(ranks[0, stage]):
                 continue  # the last stage's copy of the tied embedding
             parts = [model[name] for model in models]
+            if len({part.shape for part in parts}) > 1 or parts[0].dim() <= (split_axis(name, what) or 0):
+                shapes_of = ", ".join(str(tuple(part.shape)) for part in parts)
+                raise refuse(
+                    what, given=f"{path}, whose {name} has the shapes {shapes_of}", allowed="equal parts", change="it"
+                )
             weights[global_name(name, first_layer)] = _joined(parts, split_axis(name, what), is_gated(name, shapes))
         first_layer += 1 + max((n for name in models[0] if (n := is_main_layer(name)) is not None), default=-1)
     return MegatronWeights(path, "torch", sizes, weights, ranks[0, 0].get("args") or Namespace())

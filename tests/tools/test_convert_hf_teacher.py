@@ -220,6 +220,10 @@ def copy(models, tmp_path):
         ({"num_hidden_layers": 3}, "lacks model.layers.2."),
         ({"intermediate_size": 64}, "of shape (48, 32)"),
         ({"tie_word_embeddings": True}, "lm_head.weight"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers 'two'"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps 'small'"),
+        ({"rope_parameters": "default"}, "rope_parameters 'default'"),
     ],
 )
 def test_refuses_what_megatron_cannot_express_or_the_weights_do_not_say(convert, copy, tmp_path, capsys, values, named):
@@ -249,6 +253,10 @@ def test_refuses_folders_that_are_no_models(convert, tmp_path, capsys):
     assert "config.json" in refusal(convert, capsys, "--source", tmp_path, "--target", tmp_path / "new")
     line = refusal(convert, capsys, "--to-hf", "--source", tmp_path, "--target", tmp_path / "new")
     assert "holds no checkpoint" in line
+    (tmp_path / "latest_checkpointed_iteration.txt").write_bytes(b"\xff")
+    assert "in another format" in refusal(
+        convert, capsys, "--to-hf", "--source", tmp_path, "--target", tmp_path / "new"
+    )
 
 
 def test_refuses_targets_that_exist_or_cannot_be_written(convert, models, tmp_path, capsys):

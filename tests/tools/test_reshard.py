@@ -125,12 +125,16 @@ def test_refuses_a_rank_that_is_missing_damaged_or_would_run_something(reshard, 
     source = shutil.copytree(root / "llama" / "tp2", tmp_path / "source")
     options = ["--source", source, "--target", tmp_path / "new", "--format", "torch_dist"]
     file = source / "release" / "mp_rank_00" / "model_optim_rng.pt"
+    last = (source / "release" / "mp_rank_01").rename(tmp_path / "aside")
+    assert "tensor_model_parallel_size 1, saved with 2" in refusal(reshard, capsys, *options)
+    last.rename(source / "release" / "mp_rank_01")
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     assert "damaged" in refusal(reshard, capsys, *options)
 
     torch.save({"model": {}, "args": _Runs(tmp_path / "made")}, file)
-    assert "--ckpt-format torch_dist" in refusal(reshard, capsys, *options)
+    line = refusal(reshard, capsys, *options)
+    assert "would import posix.mkdir" in line and "--ckpt-format torch_dist" in line
     assert not (tmp_path / "made").exists()
     torch.save({"model0": {}, "model1": {}}, file)
     assert "virtual pipeline" in refusal(reshard, capsys, *options)
