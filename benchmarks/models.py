@@ -8,6 +8,8 @@ Shapes: B rows, S positions of the merged row.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import os
 from collections.abc import Callable
@@ -52,6 +54,7 @@ class Size:
 
 def start() -> None:
     """Megatron on this CPU: one rank, one thread. Once per process, before anything else is imported."""
+    _keep_memory()
     from regate_megatron import emulation
 
     emulation.set_environment()
@@ -65,6 +68,18 @@ def start() -> None:
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1234)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)  # GPTModel is deprecated, says every model
+
+
+def _keep_memory() -> None:
+    """Have freed memory kept for what is allocated next, as a GPU's caching allocator does.
+
+    Else the C library gives every large array back to the system, and a quarter of a step is page faults.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # names of mallopt
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        library = ctypes.CDLL(None)
+        library.mallopt(trim_threshold, 2**31 - 1)
+        library.mallopt(mmap_threshold, 32 << 20)
 
 
 def build(size: Size) -> Any:

@@ -52,6 +52,27 @@ def markdown_table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def step_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The step-time part alone, a row per setting."""
+    head = ("model", "rows", "keep ratio", "dense layers", "decoder work", "decoder time", "conv (quartiles)", "step")
+    lines = ["| " + " | ".join((*head, "planning")) + " |", "|---" * (len(head) + 1) + "|"]
+    for row in rows:
+        low, high = row["conv"]["quartiles"]
+        texts = (
+            row["model"],
+            f"{row['rows']} x {row['length']}",
+            f"{row['keep_ratio']:g}",
+            f"{row['dense_layers']}",
+            f"{row['decoder_work_share']:.1%}",
+            f"{row['decoder_time_share']['median']:.1%}",
+            f"{row['conv']['median']:.2f} ({low:.2f} to {high:.2f})",
+            f"{row['speedup']['median']:.2f} times as fast",
+            f"{row['planning_share']['median']:.2%}",
+        )
+        lines.append("| " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
 def machine_line(results: dict[str, Any]) -> str:
     """What it ran on, in a sentence."""
     one = results["machine"]
@@ -70,6 +91,7 @@ def fragments(results: dict[str, Any]) -> dict[str, str]:
     return {
         "bench-machine": machine_line(results),
         "bench-table": markdown_table(results["parts"]),
+        "bench-steps": step_table(next(part for part in results["parts"] if part["part"] == "step_time")["rows"]),
         "bench-headline": (
             f"{of['model']}, {of['length']} positions, keep ratio {of['keep_ratio']:g}, {of['dense_layers']} dense"
             f" layer: **conv {head['conv']:.3f}** (95 % interval {interval[0]:.3f} to {interval[1]:.3f}), whole step"

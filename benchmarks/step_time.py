@@ -25,6 +25,7 @@ depends on length.
 from __future__ import annotations
 
 import argparse
+import gc
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -182,6 +183,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     seconds = options.seconds or (1 if options.quick else 300)
     rows, controls = [], {}
     for scene in scenes:
+        gc.collect()  # the models of the scene before
         found, own = measure_scene(scene, 3 if options.quick else 40, scene.share * seconds)
         rows += found
         controls |= own

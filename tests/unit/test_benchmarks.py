@@ -91,6 +91,13 @@ def test_the_interval_of_a_median_covers_it_as_often_as_it_says():
     assert 0.94 <= np.mean(covered) <= 0.99
 
 
+def _step_row() -> dict:
+    shares = {"decoder_time_share": 0.58, "conv": 1.02, "speedup": 1.7, "planning_share": 0.003}
+    measured = {name: spread([value] * 3) for name, value in shares.items()}
+    setting = {"model": "GPT", "rows": 2, "length": 512, "keep_ratio": 0.5, "dense_layers": 1}
+    return {**setting, **measured, "decoder_work_share": 0.59}
+
+
 def _results() -> dict:
     machine = {
         "cpu": "CPU", "cores": 2, "precision": "float32", "python": "3.12", "torch": "2", "megatron_core": "0.19",
@@ -103,6 +110,7 @@ def _results() -> dict:
                 figure("GPT, keep 0.5", "conv", spread([0.9, 1.0, 1.1]), goal=">= 0.95", beside="work 59 %"),
                 figure("control", "time ratio", 1.5),
             ],
+            "rows": [_step_row()],
         },
         {"part": "memory", "figures": [figure("ours", "of dense", 0.625, "percent")]},
     ]
@@ -137,4 +145,6 @@ def test_only_what_stands_between_markers_is_written(tmp_path):
     )
     report.write_between_markers(page, texts)
     assert page.read_text() == once
+    row = "| GPT | 2 x 512 | 0.5 | 1 | 59.0% | 58.0% | 1.02 (1.02 to 1.02) | 1.70 times as fast | 0.30% |"
+    assert texts["bench-steps"].splitlines()[2] == row
     assert "conv 1.000** (95 % interval 0.900 to 1.100)" in texts["bench-headline"]
