@@ -9,16 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import os
-import signal
-import socket
 import sys
-import time
-import traceback
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +38,17 @@ from megatron.bridge.training.config import (
     ValidationConfig,
 )
 from megatron.bridge.training.pretrain import pretrain
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from regate_megatron import ReGateConfig, compat
+from regate_megatron import ReGateConfig, attach, compat, step_done, wrap_forward_backward
 from regate_megatron.api import session_of
 from regate_megatron.batches import adapter_for
 from regate_megatron.integrations import megatron_bridge
 from tests.frameworks import bridge_models
+from tests.frameworks.forked import run
 
-STEPS, SAVE_AT, SECONDS_PER_CASE = 6, 3, 240
+STEPS, SAVE_AT = 6, 3
 
 
 @dataclass(frozen=True)
@@ -97,6 +93,8 @@ CASES = BOTH | {
     "plain after regate": Case(resume="regate"),
 }
 CASES |= {f"qwen {name}": dataclasses.replace(case, model="qwen") for name, case in BOTH.items()}
+OWN_LOOPS = {"qwen own loop": Case(regate=STUDENT, model="qwen")}
+CASES |= OWN_LOOPS
 
 
 class Record(Callback):
@@ -211,58 +209,40 @@ def train(name: str, case: Case, folder: Path) -> None:
         (folder / f"{name}.json").write_text(json.dumps(found))
 
 
-def run(name: str, num_ranks: int, log: Path, work: Callable[[], None]) -> bool:
-    """Fork ranks that do ``work``; whether all ended well. When one fails the others get ten seconds."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks: list[int] = []
-    for rank in range(num_ranks):
-        child = os.fork()
-        if child == 0:
-            become_rank(rank, num_ranks, port, log, work)
-        ranks.append(child)
-    codes: dict[int, int] = {}
-    end = time.monotonic() + SECONDS_PER_CASE
-    while len(codes) < num_ranks and time.monotonic() < end:
-        for child in set(ranks) - set(codes):
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                codes[child] = status
-                end = min(end, time.monotonic() + 10) if status else end
-        time.sleep(0.02)
-    for child in ranks:  # with what they have forked, which may outlive them
-        with suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)
-        if child not in codes:
-            codes[child] = os.waitpid(child, 0)[1]
-    if any(codes.values()):
-        text = "\n".join(Path(f"{log}.{rank}").read_text()[-4000:] for rank in range(num_ranks))
-        print(f"{name} failed: {codes}\n{text}", file=sys.stderr, flush=True)
-    return not any(codes.values())
+def own_loop(name: str, case: Case, folder: Path) -> None:
+    """A loop of one's own over a provider of Bridge's, with ``attach`` as its pre-wrap hook."""
+    config = ReGateConfig(warmup_steps=1, cycle_steps=100, dense_steps=0, **case.regate)
+    provider = getattr(bridge_models, case.model)()
+    provider.finalize()
+    provider.register_pre_wrap_hook(lambda chunks: attach(chunks, config))
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=False)
+    model = provider.provide_distributed_model(ddp_config=ddp_config, use_cpu_initialization=True)
+    schedule, rows = wrap_forward_backward(get_forward_backward_func()), bridge_models.PictureRows(4)
+    for _ in range(3):
+        model[0].zero_grad_buffer()
+        schedule(
+            forward_step_func=forward_step,
+            data_iterator=iter([rows.collate_fn([rows[0], rows[1]]), rows.collate_fn([rows[2], rows[3]])]),
+            model=model,
+            num_microbatches=2,
+            seq_length=bridge_models.TEXT,
+            micro_batch_size=2,
+            forward_only=False,
+        )
+        step_done(model)
+    (folder / f"{name}.json").write_text(json.dumps({"totals": dataclasses.asdict(session_of(model).totals)}))
 
 
-def become_rank(rank: int, num_ranks: int, port: int, log: Path, work: Callable[[], None]) -> None:
-    """In a forked child: be one rank, and end."""
-    os.setsid()
-    file = os.open(f"{log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {key: str(value) for key, value in place.items()}
-    # Megatron would spawn this process, which would import all of Bridge again.
-    filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
-    code = 1
-    try:
-        work()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+def forward_step(iterator, model):
+    """What Bridge's ``vlm_step`` passes to the model."""
+    batch = dict(next(iterator))
+    losses = model(attention_mask=None, **batch.pop("visual_inputs").normalized_for_model(), **batch)
+
+    def loss_function(losses_BS):
+        total, count = (losses_BS * batch["loss_mask"]).sum(), batch["loss_mask"].sum().int()
+        return total / count, {"lm loss": torch.stack([total.detach(), count.float()])}
+
+    return losses, loss_function
 
 
 def main(folder: str, *names: str) -> int:
@@ -270,7 +250,7 @@ def main(folder: str, *names: str) -> int:
     failed = 0
     for name in names or CASES:
         case = CASES[name]
-        work = lambda name=name, case=case: train(name, case, Path(folder))  # noqa: E731
+        work = partial(own_loop if name in OWN_LOOPS else train, name, case, Path(folder))
         failed += not run(name, case.tp * case.pp * case.dp, Path(folder) / f"{name}.log", work)
     return failed
 

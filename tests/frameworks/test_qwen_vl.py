@@ -45,3 +45,9 @@ def test_three_steps_and_three_more_are_six(trainings):
     assert trainings["qwen resumed"]["losses"] == trainings["qwen regate"]["losses"][3:]
     first, resumed = trainings.state("qwen regate", 6), trainings.state("qwen resumed", 6)
     assert (resumed["difficulty"], resumed["prior_file"]) == (first["difficulty"], first["prior_file"])
+
+
+def test_attach_is_a_pre_wrap_hook_of_bridge_s_provider(trainings):
+    totals = trainings["qwen own loop"]["totals"]
+    assert (totals["steps"], totals["sparse_steps"]) == (3, 2)
+    assert (totals["targets_total"], totals["targets_kept"]) == (3 * 60, 60 + 2 * 30)
