@@ -1,32 +1,53 @@
-"""Batches of Megatron-Bridge's Qwen2.5-VL, read as its model reads them; CPU, a local layer spec, one rank."""
-
-import json
+"""Megatron-Bridge trains its Qwen2.5-VL, whose batches are read as the model reads them; CPU and gloo, a local spec."""
 
 import pytest
 
-from tests.frameworks.test_megatron_bridge import missing
-from tests.launch import ROOT, succeed
+from tests.frameworks.conftest import missing
 
 pytestmark = [pytest.mark.full, pytest.mark.skipif(bool(missing()), reason=missing())]
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    results = tmp_path_factory.mktemp("qwen") / "results.json"
-    succeed(1, [str(ROOT / "tests/frameworks/run_qwen_vl.py"), str(results)])
-    return json.loads(results.read_text())
+def test_positions_are_those_the_language_model_is_given(trainings):
+    seen = trainings["qwen regate"]["reading"]
+    assert seen["positions"] == seen["positions of the model"]
 
 
-def test_positions_are_those_the_language_model_is_given(found):
-    assert found["positions agree"]
+def test_placeholders_are_visual_context_and_padding_is_neither(trainings):
+    seen = trainings["qwen regate"]["reading"]
+    assert (seen["target"], seen["visual"], seen["context"]) == ([14, 16], [6, 0], [10, 3])
 
 
-def test_placeholders_are_visual_context_and_padding_is_neither(found):
-    assert (found["targets"], found["visual"], found["context"]) == ([10, 12], [6, 0], [10, 3])
+def test_keep_ratio_1_trains_bit_for_bit_as_without(trainings):
+    everything, totals = trainings["qwen all kept"], trainings["qwen all kept"]["totals"]
+    assert everything["losses"] == trainings["qwen plain"]["losses"]
+    assert totals["targets_kept"] == totals["targets_total"]
 
 
-def test_sparse_steps_run_shorter(found):
-    assert "refused" not in found, found.get("refused")
-    totals = found["totals"]
-    assert (totals["steps"], totals["sparse_steps"], totals["fallback_steps"]) == (3, 2, 0)
-    assert totals["targets_kept"] < totals["targets_total"] and totals["positions_run"] < totals["positions_dense"]
+def test_sparse_steps_run_shorter(trainings):
+    totals = trainings["qwen regate"]["totals"]
+    assert (totals["steps"], totals["sparse_steps"], totals["fallback_steps"]) == (6, 3, 0)
+    assert totals["targets_kept"] == 3 * 60 + 3 * 30
+    assert totals["positions_run"] < totals["positions_dense"]
+
+
+def test_student_and_its_checkpoint_are_the_same_teacher(trainings):
+    assert trainings.kept("qwen checkpoint teacher") == trainings.kept("qwen regate")
+    assert trainings["qwen checkpoint teacher"]["losses"] == trainings["qwen regate"]["losses"]
+
+
+@pytest.mark.parametrize("layout", ["tp2", "dp2", "tp2 pp2"])
+def test_every_layout_keeps_the_same_positions(trainings, layout):
+    assert trainings.kept(f"qwen {layout}") == trainings.kept("qwen regate")
+    assert trainings[f"qwen {layout}"]["losses"] == pytest.approx(trainings["qwen regate"]["losses"], rel=1e-5)
+
+
+def test_three_steps_and_three_more_are_six(trainings):
+    assert trainings["qwen resumed"]["losses"] == trainings["qwen regate"]["losses"][3:]
+    first, resumed = trainings.state("qwen regate", 6), trainings.state("qwen resumed", 6)
+    assert (resumed["difficulty"], resumed["prior_file"]) == (first["difficulty"], first["prior_file"])
+
+
+def test_attach_is_a_pre_wrap_hook_of_bridge_s_provider(trainings):
+    totals = trainings["qwen own loop"]["totals"]
+    assert (totals["steps"], totals["sparse_steps"]) == (3, 2)
+    assert (totals["targets_total"], totals["targets_kept"]) == (3 * 60, 60 + 2 * 30)

@@ -1,0 +1,72 @@
+"""All trainings by Megatron-Bridge in one process, which imports it once; the tests look at what they left."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch import ROOT
+
+SECONDS = 1500
+
+
+def missing() -> str:
+    """Why Megatron-Bridge cannot be imported here; empty where it can."""
+    for name in ("transformer_engine", "megatron.bridge", "modelopt", "nvidia_resiliency_ext"):
+        try:
+            found = importlib.util.find_spec(name)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            return f"{name} is not installed (docs/megatron_bridge.md says what Megatron-Bridge needs)"
+    return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainings:
+    """What the cases of run_bridge left behind."""
+
+    folder: Path
+
+    def __getitem__(self, case: str) -> dict[str, Any]:
+        """What the last rank saw."""
+        return json.loads((self.folder / f"{case}.json").read_text())
+
+    def log(self, case: str) -> str:
+        """The output of its first rank."""
+        return (self.folder / f"{case}.log.0").read_text()
+
+    def trace(self, case: str) -> list[dict[str, Any]]:
+        """One record per microbatch, of all replicas."""
+        files = sorted((self.folder / case / "trace").glob("*.jsonl"))
+        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+    def kept(self, case: str) -> dict[tuple[int, str], list[int]]:
+        """The kept positions of every sample of every iteration."""
+        records = self.trace(case)
+        return {(one["iteration"], row["sample_key"]): row["kept"] for one in records for row in one["rows"]}
+
+    def state(self, case: str, iteration: int) -> dict[str, Any]:
+        """The manifest of what was learned, in the checkpoint of an iteration: with a checksum of every file."""
+        folder = self.folder / case / "checkpoints" / f"iter_{iteration:07d}" / "regate"
+        return json.loads((folder / "state.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def trainings(tmp_path_factory) -> Trainings:
+    """Trained once per session; a case that failed is reported with the output of its ranks."""
+    folder = tmp_path_factory.mktemp("bridge")
+    worker = [sys.executable, "-m", "tests.frameworks.run_bridge", str(folder)]
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    run = subprocess.run(worker, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-12000:]
+    return Trainings(folder)
