@@ -60,6 +60,13 @@ def test_a_dry_run_has_the_words_of_the_line(megatron):
     assert tried == ["python", "-m", "regate_megatron", "dry-run", "--max-ranks", "4", *line]
 
 
+def test_the_slurm_recipe_asks_for_slurm(megatron):
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "LAUNCH", "DRY_RUN"))}
+    command = ["bash", RECIPES / "slurm.sbatch"]
+    run = subprocess.run(command, env={**env, "MEGATRON": str(megatron)}, capture_output=True, text=True, check=False)
+    assert run.returncode == 1 and "given no SLURM job; allowed sbatch" in run.stderr
+
+
 def test_an_unknown_precision_or_verb_is_refused(megatron):
     for variables, verb in (({"PRECISION": "int3"}, "train"), ({}, "fly")):
         with pytest.raises(subprocess.CalledProcessError) as error:

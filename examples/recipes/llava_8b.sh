@@ -24,21 +24,27 @@ LOGS=${LOGS:-/logs/llava_8b}
 REGATE=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)  # this repository
 
 # --- size of the cluster ---------------------------------------------------------------------------------------------
-NNODES=${NNODES:-1} GPUS=${GPUS:-8} RANK0=${RANK0:-localhost:29500}
+NNODES=${NNODES:-1} GPUS=${GPUS:-8}            # nodes, GPUs on each
+RANK0=${RANK0:-localhost:29500}                # where the ranks meet: a host all nodes reach, and a free port
 TP=${TP:-4}                                    # 8B in bf16 with its optimizer: 4 GPUs of 80 GB hold a replica easily
 PP=${PP:-1}                                    # more than one stage from 70B on; stages run the short length as well
 PRECISION=${PRECISION:-bf16}                   # bf16 | fp8
 
-LAYOUT=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" --use-distributed-optimizer)
+LAYOUT=(
+    --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP"   # what is left of the ranks is data-parallel
+    --use-distributed-optimizer                # optimizer states are shared out among data-parallel ranks
+)
 MODEL=(
-    --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32   # Llama-3-8B
-    --group-query-attention --num-query-groups 8 --normalization RMSNorm --swiglu --disable-bias-linear
-    --untie-embeddings-and-output-weights --position-embedding-type rope --rotary-base 500000
-    --attention-dropout 0 --hidden-dropout 0
+    --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32   # Llama-3-8B's sizes
+    --group-query-attention --num-query-groups 8   # its 8 heads of keys and values
+    --normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights   # its layers
+    --position-embedding-type rope --rotary-base 500000   # its positions; kept tokens keep theirs
+    --attention-dropout 0 --hidden-dropout 0   # as it was trained
     --img-h 336 --img-w 336 --patch-dim 14     # 576 visual tokens per picture; context, never elided
-    --seq-length 576 --dataloader-seq-length 2048 --max-position-embeddings 8192
+    --seq-length 576                           # of the vision tower
+    --dataloader-seq-length 2048 --max-position-embeddings 8192   # text per row; longest merged row
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$HF_BACKBONE"   # must be the teacher's own
-    --make-vocab-size-divisible-by 128
+    --make-vocab-size-divisible-by 128         # as converted; TP divides it
 )
 case $PRECISION in
     bf16) NUMBERS=(--bf16) ;;
@@ -47,26 +53,32 @@ case $PRECISION in
     *) echo "PRECISION: given $PRECISION; allowed bf16, fp8" >&2; exit 1 ;;
 esac
 TRAINING=(
-    --micro-batch-size 1 --global-batch-size 256 --train-iters 20000
+    --micro-batch-size 1 --global-batch-size 256   # rows per forward, rows per step over all ranks
+    --train-iters 20000                        # about 5M rows
     --calculate-per-token-loss                 # rows keep different numbers of targets: weigh tokens alike
-    --lr 2e-5 --min-lr 2e-6 --lr-decay-style cosine --lr-warmup-iters 600 --weight-decay 0.05 --clip-grad 1.0
-    --recompute-granularity selective --no-rope-fusion
-    --eval-interval 1000 --eval-iters 10
+    --lr 2e-5 --min-lr 2e-6 --lr-decay-style cosine --lr-warmup-iters 600   # usual for tuning a trained backbone
+    --weight-decay 0.05 --clip-grad 1.0
+    --recompute-granularity selective          # attention is recomputed: memory for a few percent of time
+    --no-rope-fusion                           # the fused kernel takes micro-batches of one row only
+    --eval-interval 1000 --eval-iters 10       # evaluation is always dense
 )
 STATE=(
     --ckpt-format torch                        # pretrain_vlm.py insists on it
     --save "$SAVE" --load "$SAVE" --save-interval 1000   # --load $SAVE: a restart resumes, difficulty included
 )
+# weights only: its optimizer and iteration stay behind
 if [[ -n $START ]]; then STATE+=(--pretrained-checkpoint "$START"); fi
 MONITORING=(
-    --log-interval 10 --log-throughput --log-timers-to-tensorboard --tensorboard-dir "$LOGS/tensorboard"
-    --distributed-timeout-minutes 60
+    --log-interval 10 --log-throughput         # a line per 10 steps; TFLOP/s of the FLOPs that ran
+    --log-timers-to-tensorboard --tensorboard-dir "$LOGS/tensorboard"   # ours under regate/
+    --distributed-timeout-minutes 60           # the first step may wait for a slow file system
 )
 ELISION=(
-    --regate --regate-teacher-load "$TEACHER"
+    --regate --regate-teacher-load "$TEACHER"  # on; the frozen text-only teacher, sharded as the student
     --regate-keep-ratio 0.5 --regate-dense-layers 1   # half of the answer tokens; the first layer sees all of them
     --regate-warmup-steps 100 --regate-cycle-steps 128 --regate-dense-steps 16   # the paper's schedule
 )
+# its losses are kept, 2 bytes per target, and not computed again
 if [[ -n $CACHE ]]; then ELISION+=(--regate-reference-cache "$CACHE"); fi
 read -r -a DATA <<<"$DATA_FLAGS"
 FLAGS=("${LAYOUT[@]}" "${MODEL[@]}" "${NUMBERS[@]}" "${TRAINING[@]}" "${STATE[@]}" "${MONITORING[@]}" "${DATA[@]}")

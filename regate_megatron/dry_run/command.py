@@ -25,7 +25,7 @@ from regate_megatron.dry_run.shrink import TRAIN_STEPS, data_parallel_size, dens
 from regate_megatron.emulation import forked
 from regate_megatron.errors import one_line_refusals, refuse
 
-_GB_PER_RANK = 1.0  # torch and Megatron imported, a model of no size
+_GB_PER_RANK = 0.3  # a fork of this process, its small model, and the queue it forks to save checkpoints: measured 0.2
 _NOT_CHECKED = "GPU kernels and memory, NCCL, FP8 arithmetic, speed, the values of your data"
 
 

@@ -15,7 +15,8 @@ WORDS = (
     "red green blue grey small large round square cat dog tree house car boat left right above below near far".split()
 )
 SAMPLES = 8
-ANSWER = 12  # words, and an end
+ANSWER = 15  # words, and an end
+TARGETS_PER_STEP = 2 * (ANSWER + 1)
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -67,8 +68,8 @@ def flags(folder: Path, checkout: Path) -> list[str]:
  --position-embedding-type rope --attention-dropout 0 --hidden-dropout 0
  --tokenizer-type MultimodalTokenizer --tokenizer-model {folder / "tokenizer"} --tokenizer-prompt-format mistral
  --data-path {folder / "captions"} --prompt-path {checkout / "examples/multimodal/manual_prompts.json"}
- --dataloader-type external --num-workers 0 --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --split 100,0,0
- --eval-iters 1 --eval-interval 4 --log-interval 1 --ckpt-format torch --make-vocab-size-divisible-by 16
+ --dataloader-type external --num-workers 0 --bf16 --micro-batch-size 2 --global-batch-size 2 --lr 1e-3 --split 100,0,0
+ --eval-iters 1 --eval-interval 2 --log-interval 1 --ckpt-format torch --make-vocab-size-divisible-by 16
  --calculate-per-token-loss""".split()
 
 

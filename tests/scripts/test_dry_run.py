@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import ROOT
-from tests.scripts.checkouts import parameters
+from tests.scripts.checkouts import LIMIT_S, parameters
 
 pytestmark = pytest.mark.parametrize("checkout", parameters())
 LLAMA = """--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --group-query-attention
@@ -28,7 +28,7 @@ LLAMA = """--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-atte
 def _tried(command: list[str], **variables: str) -> str:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # the recipes say `python`
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, **variables}
-    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert run.stdout.rstrip().endswith("[dry run] ok") and "2 sparse steps" in run.stdout
     return run.stdout
@@ -37,7 +37,7 @@ def _tried(command: list[str], **variables: str) -> str:
 def test_a_cluster_line_passes_a_dry_run(checkout):
     line = ["torchrun", "--nnodes", "4", "--nproc-per-node", "8", "-m", "regate_megatron"]
     script = checkout.script("pretrain_gpt.py")
-    said = _tried([sys.executable, "-m", "regate_megatron", "dry-run", "--max-ranks", "4", *line, script, *LLAMA])
+    said = _tried([sys.executable, "-m", "regate_megatron", "dry-run", *line, script, *LLAMA])
     assert (
         "TP2 PP2 DP8" in said and "num-layers 32 -> 2" in said and "an evaluation, a sparse step, a checkpoint" in said
     )
@@ -48,13 +48,13 @@ def test_a_cluster_line_passes_a_dry_run(checkout):
 )
 def test_a_recipe_passes_its_dry_run(checkout, recipe, precision):
     sizes = {"TP": "2", "PP": "2"} if recipe == "slurm.sbatch" else {}
+    layout = "TP2 PP2" if sizes else "TP4 PP1"
     said = _tried(
         ["bash", f"examples/recipes/{recipe}"],
         MEGATRON=str(checkout.path),
         DRY_RUN="1",
-        DRY_RUN_FLAGS="--max-ranks 4",
         PRECISION=precision,
         **{"CACHE": "", **sizes},
     )
-    assert "ReGATE on LLaVAModel" in said
+    assert "ReGATE on LLaVAModel" in said and f"{layout} DP1 on gloo ranks" in said
     assert ("FP8 to the precision beside it" in said) == (precision == "fp8")
