@@ -29,7 +29,7 @@ from regate_megatron.integrations.flags import add_flags, check_flags
 from regate_megatron.integrations.flops import share_of_dense
 from regate_megatron.integrations.megatron_checkpoints import CheckpointState
 from regate_megatron.integrations.patching import missing, patch, unpatch
-from regate_megatron.metrics import Counters, reduce_counters
+from regate_megatron.metrics import reduce_counters
 from regate_megatron.session import Session
 
 
