@@ -27,7 +27,7 @@ class Finished:
 
 
 def torchrun(
-    num_ranks: int, command: Sequence[str], *, timeout_s: int = 240, env: Mapping[str, str] | None = None
+    num_ranks: int, command: Sequence[str], *, timeout_s: int = 480, env: Mapping[str, str] | None = None
 ) -> Finished:
     """Run ``command`` (a script, or ``-m module``, and its arguments) on ``num_ranks`` ranks of this machine.
 

@@ -23,7 +23,7 @@ def names(cases: Sequence[dict]) -> list[str]:
     return [case["name"] for case in cases]
 
 
-def run_cases(num_ranks: int, cases: list[dict], folder: Path, timeout_s: int = 600) -> dict:
+def run_cases(num_ranks: int, cases: list[dict], folder: Path, timeout_s: int = 900) -> dict:
     """Results by name, of one launch."""
     given, results = folder / "cases.json", folder / "results.json"
     given.write_text(json.dumps(cases))

@@ -59,7 +59,7 @@ def after(path: str, seconds: float) -> Callable[[], bool]:
 def run(job: dict) -> list[int]:
     """Run one job; the exit codes."""
     stop = after(*job["kill"]) if job.get("kill") else None
-    how = {"log": job["log"], "timeout_s": job.get("timeout_s", 240), "env": job.get("env"), "stop": stop}
+    how = {"log": job["log"], "timeout_s": job.get("timeout_s", 480), "env": job.get("env"), "stop": stop}
     return forked.run(job["ranks"], lambda: work(job), **how).codes
 
 

@@ -10,7 +10,7 @@ WORKER = str(ROOT / "tests/multiprocess/run_bitwise.py")
 
 
 def _equal(*names: str) -> None:
-    run = succeed(4, [WORKER, *names], timeout_s=600)
+    run = succeed(4, [WORKER, *names], timeout_s=900)
     assert sorted(line.split(": ")[1] for line in run.output.splitlines() if "equal over 50" in line) == sorted(names)
 
 

@@ -20,7 +20,7 @@ CLAIMS.remove("make_teacher")
 
 
 def _run(num_ranks: int, folder, *layouts: str) -> dict:
-    succeed(num_ranks, [str(WORKER), str(folder), str(folder / "results.json"), *layouts], timeout_s=400)
+    succeed(num_ranks, [str(WORKER), str(folder), str(folder / "results.json"), *layouts], timeout_s=800)
     return json.loads((folder / "results.json").read_text())
 
 
