@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from regate_megatron.convert import command
@@ -69,12 +70,9 @@ def _to_huggingface(options: argparse.Namespace) -> None:
         f"language model in {model.folder.path}: {model.architecture.family.name}, {len(plan.names)} of "
         f"{len(model.folder.names)} tensors, {plan.num_bytes / 1e6:,.1f} MB"
     )
-    if options.dry_run:
-        print(f"dry run: nothing written to {options.target}")
-        return
-    with command.bar(plan.num_bytes, "copying") as bar:
-        extract_text(plan, options.target, overwrite=options.overwrite, progress=bar.update)
-    print(f"wrote {options.target}")
+    work = partial(extract_text, plan, options.target, overwrite=options.overwrite)
+    if command.write(options, plan.num_bytes, "copying", work):
+        print(f"wrote {options.target}")
 
 
 def _from_megatron(options: argparse.Namespace) -> None:
@@ -89,12 +87,9 @@ def _from_megatron(options: argparse.Namespace) -> None:
     command.refuse_options(options, command.MEGATRON_OPTIONS, where="for a Megatron checkpoint, whose bytes are copied")
     check_target(extraction, options.target, overwrite=options.overwrite)
     print(_summary(extraction))
-    if options.dry_run:
-        print(f"dry run: nothing written to {options.target}")
-        return
-    with command.bar(extraction.num_bytes, "copying") as bar:
-        extract(extraction, options.target, overwrite=options.overwrite, progress=bar.update)
-    print(f"wrote {options.target}; use it with --regate-teacher-load {options.target}")
+    work = partial(extract, extraction, options.target, overwrite=options.overwrite)
+    if command.write(options, extraction.num_bytes, "copying", work):
+        print(f"wrote {options.target}; use it with --regate-teacher-load {options.target}")
 
 
 def _summary(extraction: Extraction) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 
 from regate_megatron.convert import command
 from regate_megatron.convert.reshard import check_reshard, plan_reshard, reshard
@@ -52,12 +53,9 @@ def _work(options: argparse.Namespace) -> None:
         print(f"vocabulary of {rows}: load it with --make-vocab-size-divisible-by {rows // layout[0]}, or what gave it")
     if not vars(source.arguments):
         print("it holds no arguments that can be read: the result holds its layout only")
-    if options.dry_run:
-        print(f"dry run: nothing written to {options.target}")
-        return
-    with command.bar(source.num_bytes, "resharding") as bar:
-        reshard(plan, options.target, overwrite=options.overwrite, progress=bar.update)
-    print(f"wrote {options.target}; weights only: load it with --finetune, or --no-load-optim --no-load-rng")
+    work = partial(reshard, plan, options.target, overwrite=options.overwrite)
+    if command.write(options, source.num_bytes, "resharding", work):
+        print(f"wrote {options.target}; weights only: load it with --finetune, or --no-load-optim --no-load-rng")
 
 
 if __name__ == "__main__":

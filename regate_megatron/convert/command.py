@@ -7,6 +7,8 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -117,9 +119,19 @@ def run(made: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None
     return 0
 
 
-def bar(num_bytes: int, what: str) -> tqdm:
-    """A progress bar of bytes, on terminals only."""
-    return tqdm(total=num_bytes, unit="B", unit_scale=True, desc=what, disable=None)
+def write(options: argparse.Namespace, num_bytes: int, what: str, work: Callable[..., Any]) -> bool:
+    """Write the target under a progress bar of bytes (on terminals only), unless this is a dry run; whether it was.
+
+    Args:
+        what: the bar's label.
+        work: writes; its ``progress`` is called with the number of bytes written since its last call.
+    """
+    if options.dry_run:
+        print(f"dry run: nothing written to {options.target}")
+        return False
+    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc=what, disable=None) as bar:
+        work(progress=bar.update)
+    return True
 
 
 def positive(text: str) -> int:
@@ -149,11 +161,8 @@ def write_megatron(plan: ToMegatron, options: argparse.Namespace, flag: str = "-
     )
     if model.architecture.max_positions < model.config.get("max_position_embeddings", 0):
         print(f"its window: equal to the original for sequences up to {model.architecture.max_positions}")
-    if options.dry_run:
-        print(f"dry run: nothing written to {options.target}")
-    else:
-        with bar(plan.num_bytes, "converting") as shown:
-            to_megatron(plan, options.target, overwrite=options.overwrite, progress=shown.update)
+    work = partial(to_megatron, plan, options.target, overwrite=options.overwrite)
+    if write(options, plan.num_bytes, "converting", work):
         target = shlex.quote(options.target)
         way = "in Megatron-LM with" if flag == "--load" else f"with {flag} {target}, or in Megatron-LM with"
         print(f"wrote {options.target}; use it {way}")
@@ -171,9 +180,6 @@ def write_huggingface(plan: ToHuggingFace, options: argparse.Namespace) -> None:
         f"{plan.num_bytes / 1e6:,.1f} MB; vocabulary: {plan.architecture.vocab_size} of "
         f"{plan.language_model.vocab_size} rows; tokenizer: {'copied' if tokenizer else 'none found, copy it yourself'}"
     )
-    if options.dry_run:
-        print(f"dry run: nothing written to {options.target}")
-        return
-    with bar(plan.num_bytes, "converting") as shown:
-        to_huggingface(plan, options.target, overwrite=options.overwrite, progress=shown.update)
-    print(f"wrote {options.target}")
+    work = partial(to_huggingface, plan, options.target, overwrite=options.overwrite)
+    if write(options, plan.num_bytes, "converting", work):
+        print(f"wrote {options.target}")

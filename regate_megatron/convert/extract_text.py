@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 import torch
 
 from regate_megatron.convert.names import EMBEDDING, rules_for
-from regate_megatron.convert.safetensors_folder import CONFIG, write_safetensors
+from regate_megatron.convert.safetensors_folder import write_companions, write_safetensors
 from regate_megatron.convert.targets import check_target, new_folder
 from regate_megatron.convert.text_model import TextModel, open_text_model
 from regate_megatron.convert.to_megatron import alone_config
@@ -98,7 +96,5 @@ def extract_text(
     folder = plan.model.folder
     with new_folder(target, sources=(folder.path,), overwrite=overwrite, num_bytes=plan.num_bytes) as aside:
         write_safetensors(aside, plan.sizes, plan.tensors(), progress=progress)
-        for file in folder.companions():
-            shutil.copyfile(file, aside / file.name)
         config = alone_config(plan.model, folder.dtype(next(iter(plan.names.values()))))
-        (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_companions(aside, folder.companions(), config)

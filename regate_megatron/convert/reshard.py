@@ -17,7 +17,7 @@ import torch
 from regate_megatron.convert.legacy import rank_folder, write_rank
 from regate_megatron.convert.sharding import LAYER, norm_name, shard, split_axis, stage_of
 from regate_megatron.convert.targets import TRACKER, check_target, new_folder
-from regate_megatron.convert.torch_dist import RELEASE, Piece, extra_states, write_torch_dist
+from regate_megatron.convert.torch_dist_writer import RELEASE, Piece, extra_states, write_torch_dist
 from regate_megatron.convert.weights import MegatronWeights
 from regate_megatron.errors import refuse
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,13 @@ def companions_of(folder: Path, *, images: bool = False) -> list[Path]:
     """Files of the tokenizer and for generation in a Hugging Face folder; with ``images``, of the processor too."""
     patterns = (*_COMPANIONS, *_IMAGES) if images else _COMPANIONS
     return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+
+
+def write_companions(folder: Path, companions: Iterable[Path], config: dict[str, Any]) -> None:
+    """Copy the files of a tokenizer into ``folder``, and write its ``config.json``."""
+    for file in companions:
+        shutil.copyfile(file, folder / file.name)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _read_json(folder: Path, name: str, what: str) -> dict[str, Any]:

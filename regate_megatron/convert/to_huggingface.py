@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,7 +16,13 @@ from regate_megatron.convert.architecture import Architecture
 from regate_megatron.convert.arguments import from_arguments, padded_vocabulary
 from regate_megatron.convert.hf_config import from_config, text_config, to_config
 from regate_megatron.convert.names import OUTPUT, Rule, merged_shape, rules_for, split
-from regate_megatron.convert.safetensors_folder import CONFIG, companions_of, read_config, write_safetensors
+from regate_megatron.convert.safetensors_folder import (
+    CONFIG,
+    companions_of,
+    read_config,
+    write_companions,
+    write_safetensors,
+)
 from regate_megatron.convert.targets import check_target, new_folder
 from regate_megatron.convert.torch_dist import TorchDistReader
 from regate_megatron.errors import refuse
@@ -180,9 +184,7 @@ def to_huggingface(
     sizes = plan.sizes
     with new_folder(target, sources=(plan.reader.path,), overwrite=overwrite, num_bytes=plan.num_bytes) as aside:
         write_safetensors(aside, sizes, plan.tensors(), progress=progress)
-        for file in plan.companions:
-            shutil.copyfile(file, aside / file.name)
-        (aside / CONFIG).write_text(json.dumps(plan.config, indent=2) + "\n")
+        write_companions(aside, plan.companions, plan.config)
 
 
 def _check_arguments(architecture: Architecture, saved: Any, template: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ import torch
 from regate_megatron.convert.arguments import divisor_for, model_flags, padded_vocabulary, to_arguments
 from regate_megatron.convert.hf_config import to_config
 from regate_megatron.convert.names import Rule, merge, merged_shape, rules_for
-from regate_megatron.convert.safetensors_folder import CONFIG
+from regate_megatron.convert.safetensors_folder import write_companions
 from regate_megatron.convert.targets import check_target, new_folder
 from regate_megatron.convert.text_model import TextModel
-from regate_megatron.convert.torch_dist import Piece, extra_states, write_torch_dist
+from regate_megatron.convert.torch_dist_writer import Piece, extra_states, write_torch_dist
 from regate_megatron.errors import refuse
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -105,9 +104,7 @@ def to_megatron(
     source = plan.model.folder.path
     with new_folder(target, sources=(source,), overwrite=overwrite, num_bytes=plan.num_bytes) as aside:
         write_torch_dist(aside, plan.pieces, objects=extra_states(plan.pieces), common=common, progress=progress)
-        for file in plan.companions:
-            shutil.copyfile(file, aside / file.name)
-        (aside / CONFIG).write_text(json.dumps(plan.config, indent=2) + "\n")
+        write_companions(aside, plan.companions, plan.config)
 
 
 def alone_config(model: TextModel, dtype: torch.dtype) -> dict[str, Any]:
