@@ -12,6 +12,7 @@ the counts do not vary.
 from __future__ import annotations
 
 import argparse
+import gc
 from typing import Any
 
 from benchmarks import models
@@ -57,6 +58,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     def saved(kind: type, keep_ratio: float, dense_layers: int) -> tuple[int, int]:
         """Bytes, and positions of a row after the dense layers."""
+        gc.collect()  # the model of the case before
         runner, plan = kind(size, dense_layers), random_plan(size, keep_ratio, seed=0)
         with SavedBytes(runner.model) as count:
             runner.step_on(batch, plan)

@@ -44,7 +44,6 @@ def _step_time(axis: Any, part: dict[str, Any]) -> None:
         axis.errorbar(work, time, error, fmt=marker, color=OURS, label=kind, alpha=0.8)
     axis.plot([0, 1], [0, 1], ":", color="black", lw=1)
     axis.set(title="decoder time against work", xlabel="work left, of dense", ylabel="time left, of dense")
-    axis.set(xlim=(0.3, 1), ylim=(0.3, 1))
     axis.legend(frameon=False)
 
 
@@ -62,6 +61,9 @@ def _planning(axis: Any, part: dict[str, Any]) -> None:
         axis.plot([row["ranks"] for row in rows], [row["sparse_ms"]["median"] for row in rows], "o-", label=budget)
     axis.set(title=f"planning with {part['targets']:.0e} targets", xlabel="data-parallel ranks", ylabel="ms per step")
     axis.set(xscale="log", ylim=(0, None))
+    ranks = sorted({row["ranks"] for row in part["rows"]})
+    axis.set_xticks(ranks, [str(count) for count in ranks])
+    axis.minorticks_off()
     axis.legend(frameon=False)
 
 
