@@ -17,7 +17,8 @@ def add_flags() -> None:
     from megatron.training import arguments
 
     if not is_patched(arguments.add_megatron_arguments):
-        patch(arguments, {"add_megatron_arguments": _with_our_flags}, arguments.parse_args)
+        wrappers = {"add_megatron_arguments": _with_our_flags}
+        patch((arguments, wrappers, arguments.parse_args), allowed=f"megatron-core {compat.MEGATRON_CORE}")
 
 
 def check_flags(flags: Sequence[str], config: ReGateConfig) -> None:

@@ -3,14 +3,12 @@
 The callback does nearly all: ``on_train_start`` attaches (weights are loaded by then, no step has run; a pre-wrap hook
 would come before the checkpoint and before LoRA), ``on_train_step_end`` says whether the step counted and logs,
 ``on_train_end`` detaches. Bridge has no hook around the schedule and none before a checkpoint is complete, so names are
-patched and put back by :func:`uninstall`: ``get_forward_backward_func`` in ``megatron.bridge.training.train``, and
-three in ``megatron.bridge.training.checkpointing``, see :mod:`.megatron_checkpoints`. Evaluation asks another module's
-copy of the former and is not touched.
+patched: ``get_forward_backward_func`` where ``train`` looks it up (evaluation has its own copy and is not touched), and
+the three of :mod:`.megatron_checkpoints`.
 """
 
 from __future__ import annotations
 
-import atexit
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,15 +30,16 @@ _REFUSED = ("dist.use_decentralized_pg", "dataset.enable_in_batch_packing", "dat
 
 
 def install(config: ReGateConfig, *, pad_token: int | None = None) -> Callback:
-    """Make Bridge's loop ask for our schedule; returns the callback for ``pretrain`` or ``finetune``. Any rank.
+    """Patch the names; returns the callback for ``pretrain`` or ``finetune``. Any rank.
 
     ``pad_token`` is the tokenizer's pad id for ``teacher_visual="pad"``, where the tokenizer does not tell it.
     """
     uninstall()
     callback = _ReGateCallback(config, pad_token)
     state = CheckpointState(callback.sessions, lambda one: (one["state"].cfg.checkpoint, one["state"].train_state.step))
-    patch(loop, {"get_forward_backward_func": _wrap_schedule_of}, loop.train)
-    patch(checkpointing, state.wrappers, checkpointing.DefaultCheckpointManager.save)
+    in_loop = {"get_forward_backward_func": _wrap_schedule_of}
+    rooms = (loop, in_loop, loop.train), (checkpointing, state.wrappers, checkpointing.DefaultCheckpointManager.save)
+    patch(*rooms, allowed="Megatron-Bridge 0.6")
     return callback
 
 
@@ -63,8 +62,6 @@ class _ReGateCallback(Callback):
         options, tokenizer = _options(context.state), context.state.tokenizer
         session = host.begin(context.model, self.config, options, tokenizer, pad_token=self.pad_token)
         self.sessions[:] = [session] if session else []
-        for session in self.sessions:
-            atexit.register(session.flush)  # the loop also leaves by sys.exit, and calls nobody then
 
     def on_train_step_start(self, context: CallbackContext) -> None:
         for session in self.sessions:
@@ -79,8 +76,6 @@ class _ReGateCallback(Callback):
                 host.report(session, iteration, print_rank_last, state.tensorboard_logger, state.wandb_logger)
 
     def on_train_end(self, context: CallbackContext) -> None:
-        for session in self.sessions:
-            atexit.unregister(session.flush)
         detach(context.model)
         uninstall()
 

@@ -23,12 +23,12 @@ from typing import Any
 from regate_megatron import compat
 from regate_megatron.api import wrap_forward_backward
 from regate_megatron.config import ReGateConfig, parse_command_line
-from regate_megatron.errors import one_line_refusals, one_line_refusals_from_now_on, refuse
+from regate_megatron.errors import one_line_refusals, one_line_refusals_from_now_on
 from regate_megatron.integrations import host
 from regate_megatron.integrations.flags import add_flags, check_flags
 from regate_megatron.integrations.flops import share_of_dense
 from regate_megatron.integrations.megatron_checkpoints import CheckpointState
-from regate_megatron.integrations.patching import missing, patch, unpatch
+from regate_megatron.integrations.patching import patch, unpatch
 from regate_megatron.metrics import reduce_counters
 from regate_megatron.session import Session
 
@@ -49,17 +49,8 @@ def install(config: ReGateConfig) -> None:
         "train": lambda inner: _flush_after(inner, sessions),
         "save_checkpoint": in_checkpointing.pop("save_checkpoint"),
     }
-    absent = missing(training, in_training) + missing(checkpointing, in_checkpointing)
-    if absent:
-        raise refuse(
-            "megatron.training",
-            given=f"{compat.versions()} without {', '.join(absent)}",
-            allowed=f"megatron-core {compat.MEGATRON_CORE}",
-            change="the version",
-        )
-    save_checkpoint = training.save_checkpoint
-    patch(training, in_training, training.train)
-    patch(checkpointing, in_checkpointing, save_checkpoint)
+    rooms = (training, in_training, training.train), (checkpointing, in_checkpointing, training.save_checkpoint)
+    patch(*rooms, allowed=f"megatron-core {compat.MEGATRON_CORE}")
 
 
 def uninstall() -> None:

@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
+
+from regate_megatron import compat
+from regate_megatron.errors import refuse
 
 _MARK = "_regate"
 
 
-def patch(module: ModuleType, wrappers: Mapping[str, Callable[..., Any]], caller: Callable[..., Any]) -> None:
-    """Replace functions of ``module`` by wrappers that :func:`unpatch` knows.
+def patch(*rooms: tuple[ModuleType, Mapping[str, Callable[..., Any]], Callable[..., Any]], allowed: str) -> None:
+    """Replace functions by wrappers that :func:`unpatch` knows: all of them, or none.
 
     Args:
-        wrappers: by name, what makes a wrapper of the function that stands there.
-        caller: the host's function that looks these names up.
+        rooms: a module; by name, what makes a wrapper of its function; and the host's function that looks them up.
+        allowed: the versions of the host that have them, for the refusal.
+
+    Raises:
+        ReGateError: this version of the host lacks one of them.
     """
-    for name, wrap in wrappers.items():
-        inner = getattr(module, name)
-        wrapper = functools.wraps(inner)(wrap(inner))
-        setattr(wrapper, _MARK, True)
-        setattr(module, name, wrapper)
-        # The caller must read its globals from the module patched here, or the patch would be for nobody.
-        assert inspect.unwrap(caller).__globals__[name] is wrapper, f"{name} is bound elsewhere"
+    absent = [name for module, names, _ in rooms for name in names if not callable(getattr(module, name, None))]
+    if absent:
+        given = f"{compat.versions()} without {', '.join(absent)}"
+        raise refuse(rooms[0][0].__name__, given=given, allowed=allowed, change="the version")
+    for module, wrappers, caller in rooms:
+        for name, wrap in wrappers.items():
+            inner = getattr(module, name)
+            wrapper = functools.wraps(inner)(wrap(inner))
+            setattr(wrapper, _MARK, True)
+            setattr(module, name, wrapper)
+            # The caller must read its globals from the module patched here, or the patch would be for nobody.
+            assert inspect.unwrap(caller).__globals__[name] is wrapper, f"{name} is bound elsewhere"
 
 
 def unpatch(*modules: ModuleType) -> None:
@@ -38,8 +49,3 @@ def unpatch(*modules: ModuleType) -> None:
 def is_patched(function: Any) -> bool:
     """Whether this is a wrapper made here."""
     return getattr(function, _MARK, False) is True
-
-
-def missing(module: ModuleType, names: Iterable[str]) -> list[str]:
-    """The names that are no functions of ``module``, in this version of it."""
-    return [name for name in names if not callable(getattr(module, name, None))]
