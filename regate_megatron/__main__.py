@@ -40,7 +40,10 @@ def main(argv: list[str], install: Callable[[settings.ReGateConfig], None] | Non
     if argv[:1] == ["dry-run"] and not Path("dry-run").is_file():
         from regate_megatron import dry_run
 
-        dry_run.main(argv[1:])
+        if argv[1:] in (["--help"], ["-h"]):
+            print(dry_run.__doc__.strip())
+        else:
+            dry_run.main(argv[1:])
         return
     with one_line_refusals():
         on_cpu = argv[:1] == ["--cpu"]

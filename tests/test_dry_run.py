@@ -151,6 +151,16 @@ def test_forked_ranks_end_at_the_limit(tmp_path):
     assert ended == Ended([-9, -9], first=-9, timed_out=True)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--help"], ["torchrun", "dry-run", "doctor", "--regate-keep-ratio"]), (["dry-run", "--help"], ["--nproc 32"])],
+)
+def test_help_needs_no_script(words, said):
+    command = [sys.executable, "-m", "regate_megatron", *words]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    assert run.returncode == 0 and not run.stderr and all(word in run.stdout for word in said), run.stdout + run.stderr
+
+
 def _dry_run(*flags: str, nproc: int = 32) -> subprocess.CompletedProcess:
     pytest.importorskip("megatron.training", reason="megatron.training is not installed")
     command = [sys.executable, "-m", "regate_megatron", "dry-run", "--max-ranks", "4", "--nproc", str(nproc), SCRIPT]

@@ -3,6 +3,9 @@
     python -m regate_megatron dry-run torchrun --nnodes 4 --nproc-per-node 8 -m regate_megatron SCRIPT <flags>
     python -m regate_megatron dry-run --nproc 32 SCRIPT <flags>
 
+Options, before the line: ``--nproc`` ranks of the cluster, where the line does not say; ``--max-ranks`` to start here;
+``--timeout`` in seconds, 900.
+
 Two checks. First, the line as it is: Megatron's own validation at the cluster's number of ranks, the model's settings,
 ReGATE's refusals, the teacher's folder. Then the same layout (tensor, pipeline, virtual pipeline, context, expert) runs
 on gloo ranks: a warm-up step, a dense step, two sparse steps, an evaluation and a checkpoint, with a model shrunk where
