@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from regate_megatron import compat
 from regate_megatron.config import ReGateConfig, add_arguments
 from regate_megatron.errors import ReGateError
 from regate_megatron.integrations.patching import is_patched, patch

@@ -107,10 +107,10 @@ def _count_steps(inner: Callable[..., Any], sessions: list[Session]) -> Callable
 
 def _count_real_work(inner: Callable[..., Any], sessions: list[Session]) -> Callable[..., Any]:
     def num_floating_point_operations(args: Any, *rest: Any, **kwargs: Any) -> Any:
-        flops = inner(args, *rest, **kwargs)
-        return (
-            flops * share_of_dense(inner, args, sessions[0].work_to_report, sessions[0].config) if sessions else flops
-        )
+        dense = inner(args, *rest, **kwargs)
+        if not sessions:
+            return dense
+        return dense * share_of_dense(inner, args, sessions[0].work_to_report, sessions[0].config)
 
     return num_floating_point_operations
 
