@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -233,3 +235,50 @@ def test_the_prior_is_what_a_dictionary_of_ids_says(decay, history):
             overall = mean if overall is None else decay * overall + (1 - decay) * mean
     expected = [slow.get(label, overall if overall is not None else 0.0) for label in range(9)]
     assert _ask(prior, list(range(9))) == pytest.approx(expected)
+
+
+class _Among(Topology):
+    """One of several planners, each a thread, that exchange through lists."""
+
+    def exchange_planners(self, values_Xx, send_D, receive_D=None):
+        sent, barrier = self.planner_group
+        sent[self.dp_rank] = values_Xx.split(send_D.tolist())
+        barrier.wait()
+        parts = [sent[rank][self.dp_rank] for rank in range(self.dp_size)]
+        barrier.wait()
+        found_D = torch.tensor([len(part) for part in parts])
+        assert receive_D is None or torch.equal(receive_D, found_D)
+        return torch.cat(parts), found_D
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_several_planners_know_what_one_would_know(size):
+    generator = torch.Generator().manual_seed(size)
+    key_N2 = torch.randint(-(2**62), 2**62, (9, 2), generator=generator)
+    count_N = torch.tensor([0, 1, 5, 3, 2, 7, 1, 4, 6])
+    sample_SDN = torch.randint(0, 9, (6, size, 4), generator=generator)  # steps, planners, samples: some come twice
+    loss_SDN = [
+        [[torch.rand(int(count_N[sample]), generator=generator) for sample in row] for row in rows]
+        for rows in sample_SDN.tolist()
+    ]
+    shared = ([None] * size, threading.Barrier(size, timeout=60))
+
+    def plan(rank: int) -> list[list[torch.Tensor]]:
+        store = DifficultyStore(DECAY, _Among(rank, size, True, rank, 1, None, shared, None), 1e9)
+        found = []
+        for step, sample_DN in enumerate(sample_SDN):
+            own_N = sample_DN[rank]
+            found.append(store.fetch(key_N2[own_N], count_N[own_N], step))
+            store.update(key_N2[own_N], loss_SDN[step][rank], step + (step == 2))  # once without its fetch
+        return found
+
+    with ThreadPoolExecutor(size) as pool:
+        found = list(pool.map(plan, range(size)))
+    alone = _store()
+    for step, sample_DN in enumerate(sample_SDN):
+        every = sample_DN.reshape(-1)
+        expected = alone.fetch(key_N2[every], count_N[every], step)
+        theirs = [record_T for of_rank in found for record_T in of_rank[step]]
+        for one, other in zip(expected, theirs, strict=True):
+            torch.testing.assert_close(other, one, rtol=0, atol=0, equal_nan=True)
+        alone.update(key_N2[every], [loss_T for of_rank in loss_SDN[step] for loss_T in of_rank], step)
