@@ -18,7 +18,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +51,14 @@ def run_part(name: str, options: argparse.Namespace) -> None:
         sys.exit(f"benchmarks.{name} failed ({code}); the parts before it are kept: --resume goes on")
 
 
-def collect(folder: Path, seconds: float) -> dict[str, Any]:
+def collect(folder: Path) -> dict[str, Any]:
     """The parts that are there as one result: the headline's part first."""
     parts = [json.loads((folder / f"{name}.json").read_text()) for name in PARTS if (folder / f"{name}.json").is_file()]
     head = next((part for part in parts if part["part"] == HEADLINE_PART), {})
     keys = ("headline", "headline_setting", "headline_interval")
     results = {key: head[key] for key in keys if key in head}
-    results |= {"machine": parts[0]["machine"], "commit": commit(), "seconds": seconds}
+    results |= {"machine": parts[0]["machine"], "commit": commit()}
+    results["seconds"] = round(sum(part["seconds"] for part in parts), 1)
     results["quick"] = any(part["quick"] for part in parts)
     return results | {"parts": parts}
 
@@ -104,11 +104,10 @@ def main(argv: list[str] | None = None) -> None:
         if not file.is_file():
             sys.exit(f"nothing to publish: no {file.name} yet; run without --write-docs first")
         return write_docs(json.loads(file.read_text()), picture)
-    begin = time.monotonic()
     for name in options.only:
         if not (options.resume and (options.out / f"{name}.json").is_file()):
             run_part(name, options)
-    results = collect(options.out, round(time.monotonic() - begin, 1))
+    results = collect(options.out)
     write_json(file, results)
     from benchmarks.plots import draw
 
