@@ -60,8 +60,10 @@ def write_dataset(folder: Path) -> None:
 
 
 def flags(folder: Path, checkout: Path) -> list[str]:
-    """A command line of the script, without iterations; its language models bring their own MLP sizes, and its evaluation
-    on a test set ends in a traceback, so there is none."""
+    """A command line of the script, without iterations.
+
+    Its language models bring their own MLP sizes. No evaluation: upstream's on a test set ends in a traceback.
+    """
     return f"""--language-model-type mistral_7b --vision-model-type clip --disable-vision-class-token --freeze-ViT
  --img-h 28 --img-w 28 --patch-dim 14 --num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 4
  --ffn-hidden-size 14336 --decoder-seq-length 64 --max-position-embeddings 64 --dataloader-seq-length 40
