@@ -12,7 +12,7 @@ Everything is Megatron's own training loop on examples/demo/train.py, through th
    a projector from the seed and a vision tower that has learned to name words (tower.py), and learns from short
    captions to use them (dense);
 3. arms.toml names the runs; all arms of a seed have one start and the same samples in the same order;
-4. report.py writes results.csv, summary.md and the pictures.
+4. results.py writes results.csv, summary.md and the pictures.
 
 Finished runs are kept and not repeated while their settings stay the same: start it again after an interruption.
 """
@@ -37,7 +37,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE.parent / "demo")]
 
 import captions  # noqa: E402
-import report  # noqa: E402
+import results  # noqa: E402
 import weights  # noqa: E402
 from launch import CommandError, run_command, torchrun  # noqa: E402
 
@@ -238,7 +238,7 @@ def main() -> int:
             if options.all:
                 runs += experiment.runs([name for name in arms if name not in main_arms], 1)
             run_all(experiment, runs, options.jobs or config["jobs"])
-        report.write(out, options.docs)
+        results.write(out, options.docs)
     except (CommandError, weights.WeightsError) as error:
         print(f"experiment: {error}", file=sys.stderr)
         return 1

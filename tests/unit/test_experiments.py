@@ -121,7 +121,7 @@ def test_every_arm_is_a_command_line_that_regate_takes(tmp_path):
 
 
 def test_an_arm_is_compared_with_dense_seed_by_seed():
-    import report
+    import results
 
     def curve(*points):
         names = ("targets_processed", "compute", "image_word_accuracy")
@@ -136,7 +136,7 @@ def test_an_arm_is_compared_with_dense_seed_by_seed():
         {"seed": 1, "iterations": 2, "curve": curve((50, 6, 0.6), (100, 12, 0.8))},
         {"seed": 2, "iterations": 2, "curve": curve((60, 6, 0.6), (120, 12, 0.6))},
     ]
-    found = report.summarise("regate", "ReGATE", ours, dense)
+    found = results.summarise("regate", "ReGATE", ours, dense)
     assert found["targets"] == pytest.approx(0.55) and found["compute"] == pytest.approx(0.6)
     assert found["gain"] == pytest.approx((0.3 - 0.1) / 2)
     assert found["targets_at_dense_peak"] == [0.25, None]
