@@ -64,7 +64,8 @@ EXPERTS = [
         config={"moe_shared_expert_intermediate_size": 32, "moe_layer_freq": [0, 1, 0, 1]},
         multiple=2,
     ),
-    _moe("moe-last1-aux-bias", config={**AUX, **BIAS}, aux=True, multiple=2, dense_last=1),
+    _moe("moe-last1-aux", config=AUX, aux=True, multiple=5, dense_last=1),
+    _moe("moe-last1-bias", config=BIAS, multiple=5, dense_last=1),
     _moe("moe-selective", config=AUX, aux=True, recompute="moe+core_attn"),
 ]
 HYBRID = [
