@@ -72,7 +72,7 @@ def flags(folder: Path, checkout: Path) -> list[str]:
  --tokenizer-type MultimodalTokenizer --tokenizer-model {folder / "tokenizer"} --tokenizer-prompt-format mistral
  --data-path {folder / "captions"} --prompt-path {checkout / "examples/multimodal/manual_prompts.json"}
  --dataloader-type external --num-workers 0 --bf16 --micro-batch-size 2 --global-batch-size 2 --lr 1e-3 --split 100,0,0
- --eval-iters 0 --log-interval 1 --ckpt-format torch --make-vocab-size-divisible-by 16
+ --eval-iters 0 --eval-interval 100 --log-interval 1 --ckpt-format torch --make-vocab-size-divisible-by 16
  --calculate-per-token-loss""".split()
 
 
