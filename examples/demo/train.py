@@ -14,13 +14,15 @@ the start, `labels` (already shifted), `loss_mask`, `position_ids`, `image` [B, 
 the evaluation. Every evaluation of the training loop also writes one JSON line to `--eval-log`: iteration, eval_loss,
 image_word_accuracy (labels that need the picture; where `needs_image` tells several kinds apart, also
 accuracy_by_kind, from kind 1 up) and all_word_accuracy (all targets), all on held-out samples and teacher-forced: each
-token is predicted from the true ones before it. `--eval-losses FILE` keeps the last evaluation's
-loss of every token, as `losses` and `labels` [N, S] in the order of the held-out file.
+token is predicted from the true ones before it; and cpu_seconds, what this process has spent on training so far,
+evaluations left out. `--eval-losses FILE` keeps the last evaluation's loss of every token, as `losses` and `labels`
+[N, S] in the order of the held-out file.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -153,6 +155,15 @@ class HeldOut:
     def __init__(self):
         self.sums, self.written = self.zeros(), -1
         self.rows: list[torch.Tensor] = []
+        self.cpu_seconds, self.since = 0.0, None
+
+    def clock(self, is_training: bool) -> None:
+        """Count this process's CPU seconds from the first training step on, and not while it evaluates."""
+        now = time.process_time()
+        if is_training and self.since is None:
+            self.since = now
+        elif not is_training and self.since is not None:
+            self.cpu_seconds, self.since = self.cpu_seconds + now - self.since, None
 
     @staticmethod
     def zeros() -> torch.Tensor:
@@ -188,6 +199,7 @@ class HeldOut:
             "eval_loss": loss / num_targets,
             "image_word_accuracy": float(kind_hits.sum() / num_kind.sum()),
             "all_word_accuracy": hits / num_targets,
+            "cpu_seconds": round(self.cpu_seconds, 2),
         }
         if num_kind[1:].any():
             found["accuracy_by_kind"] = [round(float(h / n), 5) for h, n in zip(kind_hits, num_kind, strict=True) if n]
@@ -198,6 +210,7 @@ class HeldOut:
         if args.eval_log and torch.distributed.get_rank() == 0:
             with open(args.eval_log, "a") as file:
                 file.write(line + "\n")
+        self.clock(is_training=True)  # the next step reads and plans its batch before the model is called
 
     def write_losses(self, rows: list[torch.Tensor], file: str) -> None:
         """Rank 0 writes all rows of an evaluation; `rows` holds [2, B, S] per microbatch, losses and labels."""
@@ -211,6 +224,7 @@ class HeldOut:
 
 def forward_step(held_out: HeldOut, data_iterator, model):
     """One microbatch. Training asks the model for losses, evaluation for logits: they tell the accuracy, too."""
+    held_out.clock(model.training)
     batch = get_batch(data_iterator)
     tokens, position_ids = batch["tokens"], batch["position_ids"]
     labels = batch["labels"] if model.training else None

@@ -5,7 +5,7 @@
 
 What is counted: *targets processed* are answer tokens with loss that were not elided; *compute* is the FLOPs of the
 training steps after ReGATE's own count, in dense steps (a run of 240 dense steps is 240); the teacher is not in it, but
-in the seconds. Accuracies are of dense evaluations on held-out pictures, teacher-forced, on the first piece of each
+in the *time*, the CPU seconds of the training process without its evaluations. Accuracies are of dense evaluations on held-out pictures, teacher-forced, on the first piece of each
 word that needs the picture.
 """
 
@@ -103,7 +103,7 @@ def dense_targets(folder: Path, data: Path, about: dict, batch: int) -> np.ndarr
 def write_csv(runs: list[dict], file: Path) -> None:
     """One line per evaluation."""
     names = ("iteration", "targets_processed", "targets_total", "compute", "seconds", "eval_loss")
-    names += ("image_word_accuracy", "all_word_accuracy")
+    names += ("cpu_seconds", "image_word_accuracy", "all_word_accuracy")
     with file.open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["arm", "seed", *names, "count", "colour", "object", "place"])
@@ -130,11 +130,12 @@ def summarise(name: str, title: str, runs: list[dict], dense: list[dict]) -> dic
             continue
         shares["targets"].append(end["targets_processed"] / curve[-1]["targets_processed"])
         shares["compute"].append(end["compute"] / curve[-1]["compute"])
+        shares["time"].append(end["cpu_seconds"] / curve[-1]["cpu_seconds"])
         best = max(point["image_word_accuracy"] for point in curve)
         reached = [point for point in run["curve"] if point["image_word_accuracy"] >= best]
         shares["peak"].append(reached[0]["targets_processed"] / curve[-1]["targets_processed"] if reached else None)
         shares["gain"].append(end["image_word_accuracy"] - curve[-1]["image_word_accuracy"])
-    for key in ("targets", "compute", "gain"):
+    for key in ("targets", "compute", "time", "gain"):
         entry[key] = statistics.mean(shares[key]) if shares[key] else None
     entry["targets_at_dense_peak"] = shares["peak"]
     return entry
@@ -142,7 +143,7 @@ def summarise(name: str, title: str, runs: list[dict], dense: list[dict]) -> dic
 
 def table(summary: list[dict]) -> list[str]:
     """Markdown."""
-    names = ("arm", "seeds", "targets", "compute", "words that need the picture", "against dense")
+    names = ("arm", "seeds", "targets", "compute", "time", "words that need the picture", "against dense")
     names += ("count / colour / object / place", "all words", "loss")
     head = " | ".join(names)
     lines = [f"| {head} |", "|" + "---|" * (head.count("|") + 1)]
@@ -150,7 +151,7 @@ def table(summary: list[dict]) -> list[str]:
         deviation = one["image_word_accuracy_deviation"]
         spread = f" ± {100 * deviation:.1f}" if deviation is not None else ""
         gain = "–" if one["gain"] is None or one["arm"] == "dense" else f"{100 * one['gain']:+.1f}"
-        share = ["–" if one[key] is None else f"{one[key]:.0%}" for key in ("targets", "compute")]
+        share = ["–" if one[key] is None else f"{one[key]:.0%}" for key in ("targets", "compute", "time")]
         kinds = " / ".join(f"{100 * value:.0f}" for value in one["by_kind"])
         cells = [
             one["title"],

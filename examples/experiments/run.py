@@ -162,12 +162,13 @@ class Experiment:
             self.describe(name, arms[name], seed)
             for seed in range(1, num_seeds + 1)
             for name in names
-            if seed <= num_seeds
+            if seed <= arms[name].get("seeds", num_seeds)
         ]
 
     def describe(self, name: str, arm: dict, seed: int) -> Run:
-        step = self.train["eval_interval"]
-        iterations = max(1, round(self.train["iterations"] * arm.get("length", 1.0) / step)) * step
+        iterations = round(self.train["iterations"] * arm.get("length", 1.0))
+        if not arm.get("plain"):  # ReGATE's own counts come with each log line
+            iterations = -(-iterations // self.train["eval_interval"]) * self.train["eval_interval"]
         flags = ""
         if not arm.get("plain"):
             values = {"iterations": iterations, "nine_tenths": round(0.9 * iterations), "teacher": "{teacher}"}
@@ -219,7 +220,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path, default=HERE / "configs" / "cpu.toml", metavar="FILE")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "experiments", metavar="DIR")
     parser.add_argument("--arms", metavar="A,B", help="of arms.toml (default: the main ones)")
-    parser.add_argument("--all", action="store_true", help="every arm; those that are not main with one seed")
+    parser.add_argument("--all", action="store_true", help="every arm, some with fewer seeds")
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"seeds per arm (default: {SEEDS})")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs side by side (default: the config's)")
     parser.add_argument("--report-only", action="store_true", help="write the report of what is there")
@@ -236,7 +237,7 @@ def main() -> int:
             experiment.prepare()
             runs = experiment.runs(options.arms.split(",") if options.arms else main_arms, options.seeds)
             if options.all:
-                runs += experiment.runs([name for name in arms if name not in main_arms], 1)
+                runs += experiment.runs([name for name in arms if name not in main_arms], options.seeds)
             run_all(experiment, runs, options.jobs or config["jobs"])
         results.write(out, options.docs)
     except (CommandError, weights.WeightsError) as error:

@@ -19,6 +19,8 @@ def _grid(layout: str, recomputes: tuple, **options) -> list[dict]:
     ]
 
 
+# Four microbatches per replica. With batched sends Megatron mixes them up between two stages: its arguments want overlap.
+OVERLAP = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 LAST = {"": {}, "-uniform": {"recompute": "uniform"}, "-even": {"multiple": 2}, "-by4": {"multiple": 4}}
 ONE_RANK = [
     *_grid("", (None, "uniform", "block")),
@@ -66,6 +68,7 @@ FOUR_RANKS = [
     case("gpt-n1-even@tp2-sp-pp2", tp=2, pp=2, sp=True, multiple=2),
     case("gpt-n1-tied-grouped@tp2-pp2", tp=2, pp=2, tied=True, groups=2),
     case("gpt-n1-plain@pp2-vpp2-dp2", pp=2, vpp=2),
+    case("gpt-n1-rows1@pp2-vpp2-dp2", pp=2, vpp=2, rows=1, config=OVERLAP),
     *(case(f"{m}-n1-by4@cp2-dp2", model=m, cp=2, multiple=4) for m in ("gpt", "llava")),
     *(
         case(f"{m}-n1-by4@tp2-sp-cp2", model=m, tp=2, sp=True, cp=2, multiple=4, recompute="uniform")
