@@ -14,7 +14,6 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -106,7 +105,7 @@ def _become(place: Mapping[str, object], work: Callable[[], None], log: str) -> 
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # as an interpreter of its own would end: a patched script has its own hook
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
