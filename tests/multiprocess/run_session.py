@@ -350,6 +350,21 @@ def own_loop_continues_what_it_saved() -> None:
     refused("save_state: given a model without ReGATE", lambda: save_state(build(GPT), "nowhere"))
 
 
+def saves_write_first_into_folders_of_their_own_only() -> None:
+    models, _, _ = attached(score="student")
+    saves = {"state": lambda at: save_state(models, at), "model": lambda at: save_language_model(models, at)}
+    for name, save in saves.items():
+        with tempfile.TemporaryDirectory() as folder:
+            target, aside = Path(folder, name), Path(folder, f"{name}.incomplete")
+            aside.mkdir()
+            (aside / "mine").touch()
+            refused("which exists and is not of these tools", lambda save=save, at=target: save(at))
+            assert (aside / "mine").exists() and not target.exists()
+            (aside / ".regate-incomplete").touch()  # so a killed run leaves it
+            save(target)
+            assert list(Path(folder).iterdir()) == [target] and not (target / "mine").exists()
+
+
 def run_without_saved_difficulty_refreshes_it_first() -> None:
     """A run that continues in a sparse phase with nothing learned begins with its dense steps."""
     models, session, schedule = attached(dense_steps=2, warmup_steps=0)
