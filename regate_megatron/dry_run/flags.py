@@ -78,7 +78,7 @@ def small_flags(
     values |= {"--log-interval": 1, "--num-workers": 0}
     if config is not None:
         values |= _regate(config, fp8)
-        small.said.append(f"schedule to {shrink.TRAIN_STEPS} steps, the last two sparse")
+        small.said.append(f"schedule to {shrink.TRAIN_STEPS} steps, the last two sparse" + _ratio(config))
     values |= {name: folder / place for name, place in _FOLDERS.items() if name in line.options}
     if "--save" in values:
         values["--save-interval"] = shrink.TRAIN_STEPS
@@ -110,6 +110,11 @@ def _regate(config: ReGateConfig, fp8_multiple: int) -> dict[str, Any]:
     if config.needs_teacher:
         values["--regate-teacher-load"] = "student"
     return values
+
+
+def _ratio(config: ReGateConfig) -> str:
+    least = min(config.keep_ratio, config.keep_ratio_end or 1.0)
+    return "" if least == config.keep_ratio else f" with the ratio they end with, {least:g}"
 
 
 def _data(flags: list[str], given: list[str], said: list[str]) -> list[str]:
