@@ -6,21 +6,18 @@ read first by an unpickler that knows torch's metadata classes and refuses every
 
 from __future__ import annotations
 
-import os
 import pickle
-import shutil
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from regate_megatron.errors import refuse
+from regate_megatron.folders import filled_by_all_ranks
 
 EMBEDDING = "embedding.word_embeddings.weight"
 LANGUAGE_MODEL_PREFIX = "language_model."
@@ -196,41 +193,20 @@ def load_language_model(model: Any, checkpoint: LanguageModelCheckpoint) -> None
 
 
 def save_language_model(chunks: Sequence[Any], directory: str | Path, group: Any = None) -> None:
-    """Save a sharded language model as a torch_dist checkpoint; aside first, then renamed. All ranks call this.
+    """Save a sharded language model as a torch_dist checkpoint, whole or not at all. All ranks call this.
 
     Args:
         chunks: this rank's pipeline chunks.
-        group: the group for the barriers around the rename; the default group when None.
+        group: all ranks, for agreeing on the folder; the default group when None.
+
+    Raises:
+        ReGateError: see :func:`folders.filled_by_all_ranks`; on every rank.
     """
     from megatron.core import dist_checkpointing
 
-    target = Path(directory)
-    aside = target.with_name(target.name + ".incomplete")
-    if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    dist.barrier(group=group)
-    tensors = {f"chunk{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
-    dist_checkpointing.save(tensors, str(aside))
-    dist.barrier(group=group)
-    if dist.get_rank() == 0:
-        replace_folder(aside, target)
-    dist.barrier(group=group)
-
-
-def replace_folder(aside: Path, target: Path) -> None:
-    """Put the finished folder ``aside`` in the place of ``target``; the old one goes last."""
-    if not target.exists():
-        os.rename(aside, target)
-        return
-    old = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.replaced")  # a name that nobody's backup has
-    os.rename(target, old)
-    try:
-        os.rename(aside, target)
-    except OSError:
-        os.rename(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    with filled_by_all_ranks(Path(directory), "saving a language model", group) as aside:
+        tensors = {f"chunk{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
+        dist_checkpointing.save(tensors, str(aside))
 
 
 class _IndexReader(pickle.Unpickler):

@@ -224,7 +224,7 @@ class Session:
             try:
                 plan, scores, fallback = self.planner.plan(self.step, facts, reference)
             except Exception as fault:  # the replica waits for this plan
-                error = str(fault) if isinstance(fault, ReGateError) else f"regate: planner: {fault!r}"
+                error = str(fault if isinstance(fault, ReGateError) else _refusal_of(fault))
         plan = share_plan(plan, self.topology, error)
         # The other replicas wait here, on the host, where they hear at once of a replica that stopped.
         self.topology.agree(None)
@@ -287,6 +287,15 @@ class _Pending:
     def __init__(self, step, phase, facts, plan, scores, fallback, losses, counters) -> None:
         self.step, self.phase, self.facts, self.plan = step, phase, facts, plan
         self.scores, self.fallback, self.losses, self.counters = scores, fallback, losses, counters
+
+
+def _refusal_of(fault: Exception) -> ReGateError:
+    """What to say of a fault in a planner; one that stops leaves the others in the middle of an exchange."""
+    form = {"allowed": "a plan of every replica's planner"}
+    if "by peer" in str(fault):  # gloo's words for a connection that another rank has closed
+        given = "no answer from another replica's planner, which has stopped"
+        return refuse("planner", given=given, **form, change="what the line of that rank says")
+    return refuse("planner", given=f"{fault!r}", **form, change="nothing in the settings: please report this fault")
 
 
 def _as_list(iterators: Any) -> list[Any]:

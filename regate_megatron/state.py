@@ -18,9 +18,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from regate_megatron.checkpoint import replace_folder
 from regate_megatron.difficulty import TokenPrior
 from regate_megatron.errors import ReGateError, refuse
+from regate_megatron.folders import filled_by_all_ranks, replace_folder
 from regate_megatron.metrics import Counters, reduce_counters
 from regate_megatron.records import Records
 from regate_megatron.state_files import (
@@ -158,12 +158,10 @@ def save_state(session: Session, folder: Path) -> None:
     Raises:
         ReGateError: it could not be written; on every rank.
     """
-    save = StateSave(session, folder.with_name(folder.name + ".incomplete"), session.step)
-    save.write()
-    save.finish()
-    if dist.get_rank() == 0:
-        save.publish(folder)
-    agree_on_error(None, session.topology)
+    with filled_by_all_ranks(folder, "saving difficulty", session.topology.world_group) as aside:
+        save = StateSave(session, aside, session.step)
+        save.write()
+        save.finish()
 
 
 def load_state(session: Session, folder: Path) -> str:

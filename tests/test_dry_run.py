@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
@@ -25,12 +26,14 @@ MODEL = """--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-atte
  --swiglu --normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights --bf16
  --attention-dropout 0 --hidden-dropout 0 --position-embedding-type rope --tokenizer-type HuggingFaceTokenizer
  --tokenizer-model no/such-model --data-path /no/such_text_document --train-samples 100000 --lr 3e-4
- --lr-warmup-samples 1000 --save /no/such/folder --load /no/such/folder --sequence-parallel
+ --lr-warmup-samples 1000 --save=/no/such/folder --load /no/such/folder --sequence-parallel
  --use-distributed-optimizer""".split()
 SIZES = (
     "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 4".split()
 )
-REGATE = "--regate --regate-score student --regate-trace /no/such/trace".split()
+REGATE = "--regate --regate-score student --regate-trace=/no/such/trace".split()
+MOVING = """--regate-keep-ratio 1.0 --regate-keep-ratio-end=0.4 --regate-keep-ratio-steps 50000
+ --regate-dense-from 90000 --regate-dense-last-layers 2""".split()
 
 
 def cluster(**changes) -> Namespace:
@@ -176,6 +179,21 @@ def test_a_cluster_line_runs_in_its_layout():
         "2 sparse steps",
         "num-layers 32 -> 8",
         "data and tokenizer to mock data (/no/such_text_document is not here)",
+        "[dry run] ok",
+    ):
+        assert said in run.stdout, run.stdout
+    assert not Path("/no").exists()  # what the run writes goes to its temporary folder
+
+
+@pytest.mark.full
+def test_a_cluster_line_with_a_ratio_that_moves_and_dense_ends_runs():
+    run = _dry_run(*MODEL, *REGATE, *MOVING, "--tensor-model-parallel-size", "2")
+    assert run.returncode == 0, run.stdout + run.stderr
+    # Of four layers one runs short, on the smaller of the two ratios.
+    for said in (
+        "the last two sparse with the ratio they end with, 0.4",
+        "targets kept 104/256 (40.6%)",
+        "dense-equivalent 85.2%",
         "[dry run] ok",
     ):
         assert said in run.stdout, run.stdout

@@ -10,8 +10,8 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from benchmarks.gpu import pictures
-from benchmarks.gpu.oracle import Case, Losses, batches, build
+from benchmarks.gpu import models, pictures
+from benchmarks.gpu.oracle import Case, Losses, batches, build, size_and_length
 from regate_megatron import ReGateConfig, attach, wrap_forward_backward
 
 STEPS = {"cuda": 30, "cpu": 4}
@@ -40,20 +40,12 @@ def train(case: Case, device: torch.device, *, with_regate: bool) -> tuple[list[
         phases = {"warmup_steps": 2, "cycle_steps": 4, "dense_steps": 1}
         attach([model], ReGateConfig(keep_ratio=1.0, teacher_load="student", **phases), pad_token=0)
         schedule = wrap_forward_backward(schedule)
-    history = []
+    length, history = pictures.merged_length(case.model, size_and_length(device)[1]), []
     for _ in range(STEPS[device.type]):
         model.zero_grad_buffer()
         optimizer.zero_grad()
         step, own = Losses(), batches(case, device)
-        schedule(
-            forward_step_func=step,
-            data_iterator=iter(own),
-            model=[model],
-            num_microbatches=len(own),
-            seq_length=pictures.merged_length(case.model, own[0]["tokens"].shape[1]),
-            micro_batch_size=case.rows,
-            forward_only=False,
-        )
+        models.forward_backward(schedule, step, model, own, rows=case.rows, length=length)
         _, norm, _ = optimizer.step()
         history.append((step.losses, float(norm)))
     return history, [parameter.detach().clone() for parameter in model.parameters()]

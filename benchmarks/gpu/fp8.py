@@ -85,14 +85,8 @@ class Small:
 
     def step(self, schedule: Any, batch: dict[str, torch.Tensor]) -> float:
         """Forward and backward; the mean loss."""
-        losses = schedule(
-            forward_step_func=models.forward_step,
-            data_iterator=iter([batch]),
-            model=[self.model],
-            num_microbatches=1,
-            seq_length=self.length,
-            micro_batch_size=self.rows,
-            forward_only=False,
+        losses = models.forward_backward(
+            schedule, models.forward_step, self.model, [batch], rows=self.rows, length=self.length
         )
         return float(losses[0]["lm loss"])
 

@@ -9,6 +9,7 @@ Shapes: S positions, B rows, N heads, D per head, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,6 +158,26 @@ def forward_step(iterator: Any, model: Any) -> tuple[Tensor, Any]:
         return loss, {"lm loss": loss.detach()}
 
     return losses, loss_func
+
+
+def forward_backward(
+    schedule: Any, step: Any, model: Any, batches: Sequence[dict[str, Tensor]], *, rows: int, length: int
+) -> Any:
+    """One training pass of a schedule over microbatches of ``rows`` rows; what the schedule returns.
+
+    Args:
+        step: as :func:`forward_step`.
+        length: positions of a row inside the model.
+    """
+    return schedule(
+        forward_step_func=step,
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=length,
+        micro_batch_size=rows,
+        forward_only=False,
+    )
 
 
 def layer_weights(model: Any) -> int:

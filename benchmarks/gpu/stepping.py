@@ -83,14 +83,8 @@ class Stepper:
             with contextlib.ExitStack() as watch:
                 counted = watch.enter_context(timing.count_waits(self.device)) if waits else []
                 kept = watch.enter_context(timing.saved_bytes()) if saved else []
-                schedule(
-                    forward_step_func=models.forward_step,
-                    data_iterator=iter([batch]),
-                    model=[self.model],
-                    num_microbatches=1,
-                    seq_length=self.length,
-                    micro_batch_size=self.rows,
-                    forward_only=False,
+                models.forward_backward(
+                    schedule, models.forward_step, self.model, [batch], rows=self.rows, length=self.length
                 )
             if is_ours:
                 self.session.commit()

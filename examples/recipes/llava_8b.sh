@@ -48,7 +48,7 @@ MODEL=(
 )
 case $PRECISION in
     bf16) NUMBERS=(--bf16) ;;
-    # Current scaling: delayed scaling would mix the teacher's ranges into the student's. Kept lengths are aligned for FP8.
+    # Current scaling: every step has its own ranges, dense or sparse. Kept lengths are aligned for FP8.
     fp8) NUMBERS=(--bf16 --fp8-format hybrid --fp8-recipe tensorwise) ;;
     *) echo "PRECISION: given $PRECISION; allowed bf16, fp8" >&2; exit 1 ;;
 esac

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from regate_megatron.convert.targets import TRACKER
-from regate_megatron.convert.trust import allowed_classes, megatron_classes
+from regate_megatron.convert.trust import allowed_classes, is_distrust, megatron_classes
 from regate_megatron.errors import ReGateError, refuse
 
 FILE = "model_optim_rng.pt"
@@ -67,7 +67,7 @@ def read_rank(file: Path, what: str) -> dict[str, Any]:
         with allowed_classes(megatron_classes()):
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # damaged pickles raise whatever they like
-        reason = _reason(str(error))
+        reason = _reason(error)
         raise refuse(
             what,
             given=f"{file}, which is damaged or holds more than weights and arguments ({reason})",
@@ -86,9 +86,10 @@ def write_rank(folder: Path, weights: dict[str, torch.Tensor], arguments: Namesp
     torch.save({"args": arguments, "checkpoint_version": 3.0, "iteration": 0, "model": weights}, folder / FILE)
 
 
-def _reason(text: str) -> str:
+def _reason(error: Exception) -> str:
     """What torch's message comes down to."""
-    if "global" in text.lower():
+    text = str(error)
+    if is_distrust(error):
         found = re.search(r"GLOBAL (\S+)", text)
         return f"it would import {found[1]}" if found else "a class that is not allowed"
     if "zip" in text:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from regate_megatron.checkpoint import replace_folder
 from regate_megatron.errors import ReGateError, refuse
+from regate_megatron.folders import claimed, replace_folder
 
 TRACKER = "latest_checkpointed_iteration.txt"
-_MARK = ".regate-incomplete"
 # One of these marks a folder as a checkpoint, which --overwrite may replace.
 _MARKS = (TRACKER, "metadata.json", "model.safetensors", "model.safetensors.index.json")
 
@@ -63,7 +61,7 @@ def new_folder(target: str | Path, *, sources: tuple[Path, ...], overwrite: bool
     check_target(target, sources=sources, overwrite=overwrite, num_bytes=num_bytes)
     aside = target.with_name(target.name + ".incomplete")
     try:
-        with _claimed(aside) as mark:
+        with claimed(aside, "--target") as mark:
             yield aside
             mark.unlink()
             _to_disk(aside)
@@ -76,31 +74,6 @@ def new_folder(target: str | Path, *, sources: tuple[Path, ...], overwrite: bool
         if "inline_container" not in str(error):  # how torch.save reports a full disk
             raise
         raise _unwritable(target, "its disk is full, or a file too large", num_bytes) from error
-
-
-@contextmanager
-def _claimed(aside: Path) -> Iterator[Path]:
-    """An empty folder with a mark in it, locked until the block ends; the folder is gone then."""
-    mark = aside / _MARK
-    if aside.exists() and not mark.is_file():
-        given = f"{aside}, which exists and is not of these tools, but is where they write first"
-        raise refuse("--target", given=given, allowed="a name that is free there", change="the path, or move it away")
-    aside.mkdir(parents=True, exist_ok=True)
-    with mark.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            given = f"{aside}, which another run is writing"
-            raise refuse("--target", given=given, allowed="one run at a time", change="the path, or wait") from error
-        except OSError:  # a filesystem without locks
-            pass
-        try:
-            for path in aside.iterdir():
-                if path != mark:
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            yield mark
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _to_disk(folder: Path) -> None:

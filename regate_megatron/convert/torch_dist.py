@@ -1,7 +1,8 @@
 """Reading Megatron's torch_dist format without Megatron and without process groups: pieces of tensors, read lazily.
 
 A torch_dist checkpoint is one of torch.distributed.checkpoint, with Megatron's common state in ``common.pt`` (all
-versions of megatron-core read it) and a ``metadata.json``. Layers of one kind are stacked in one tensor, [L, ...].
+versions of megatron-core read it; since 0.19 they save it inside) and a ``metadata.json``. Layers of one kind are
+stacked in one tensor, [L, ...].
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from regate_megatron.checkpoint import find_iteration
-from regate_megatron.convert.trust import allowed_classes
-from regate_megatron.errors import refuse
+from regate_megatron.convert.trust import allowed_classes, is_distrust
+from regate_megatron.errors import ReGateError, refuse
 
 COMMON_FILE = "common.pt"
 
@@ -97,20 +98,22 @@ class TorchDistReader:
             plan = self._reader.prepare_local_plan(LoadPlan(items))
             self._reader.read_data(plan, _PiecePlanner(into)).wait()
         except (Exception, CheckpointException) as error:  # damaged files raise anything
-            raise refuse(
-                self.what,
-                given=f"{self.path}, whose {name} cannot be read ({type(error).__name__})",
-                allowed="a complete checkpoint",
-                change="to one saved or copied in full",
-            ) from error
+            raise self._unreadable(name, error) from error
         return into if layer is None else into[0]
 
     def common_state(self) -> dict[str, Any]:
-        """Megatron's common state, read weights-only; empty where there is none to be read."""
+        """Megatron's common state, read weights-only; empty where there is none, or one with classes not allowed.
+
+        Raises:
+            ReGateError: its file is damaged.
+        """
         try:
             with allowed_classes([Namespace]):
                 found = torch.load(self.path / COMMON_FILE, weights_only=True)  # as written here: plain values
-        except Exception:  # absent, elsewhere, or with classes of Megatron: it knows where and which
+        except Exception as error:  # damaged pickles raise whatever they like
+            # Since megatron-core 0.19 it lies inside the checkpoint; and Megatron knows which classes it may have.
+            if not (isinstance(error, FileNotFoundError) or is_distrust(error)):
+                raise self._unreadable(COMMON_FILE, error) from error
             found = self._common_state_by_megatron()
         return found if isinstance(found, dict) else {}
 
@@ -127,6 +130,14 @@ class TorchDistReader:
             return None
         finally:
             logging.disable(before)
+
+    def _unreadable(self, name: str, error: BaseException) -> ReGateError:
+        return refuse(
+            self.what,
+            given=f"{self.path}, whose {name} cannot be read ({type(error).__name__})",
+            allowed="a complete checkpoint",
+            change="to one saved or copied in full",
+        )
 
     def arguments(self) -> Namespace:
         """Megatron's saved arguments; empty where there are none."""

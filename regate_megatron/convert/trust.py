@@ -27,3 +27,8 @@ def megatron_classes() -> list[type]:
     except ImportError:
         return [Namespace]
     return SAFE_GLOBALS
+
+
+def is_distrust(error: Exception) -> bool:
+    """Whether weights-only unpickling ended at a class that is not allowed; else the file is damaged."""
+    return "global" in str(error).lower()

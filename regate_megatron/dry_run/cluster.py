@@ -60,8 +60,8 @@ def check_regate(line: LaunchLine, config: ReGateConfig) -> None:
         ReGateError: something is not supported, or the teacher cannot be read.
     """
     from regate_megatron.checkpoint import open_language_model
-    from regate_megatron.integrations import megatron_lm
+    from regate_megatron.integrations.flags import check_flags
 
-    megatron_lm.check_flags(without(line.flags, ("--fp8", "--fp4")), config)
+    check_flags(without(line.flags, ("--fp8", "--fp4")), config)
     if config.needs_teacher and config.teacher_load != STUDENT_AS_TEACHER and Path(config.teacher_load).exists():
         open_language_model(config.teacher_load, flag("teacher_load"))

@@ -142,7 +142,7 @@ def _report(
     sparse = re.findall(r"^\[regate\] iteration .*\| sparse .*", output, re.M)
     if config is not None and config.elides:
         done["a sparse step"] = bool(sparse)
-    if "--save" in line.flags:
+    if "--save" in line.options:
         done["a checkpoint"] = "successfully saved checkpoint" in output
     for what, was_done in done.items():
         if not was_done:

@@ -59,8 +59,8 @@ def small_flags(
         folder: a temporary folder for everything the run writes.
     """
     known = parser_of_megatron()._option_string_actions
-    is_multimodal = "vlm" in Path(line.script).name or any(name in line.flags for name in _MULTIMODAL[:2])
-    fp8 = _fp8_multiple(line.flags)
+    is_multimodal = "vlm" in Path(line.script).name or not line.options.isdisjoint(_MULTIMODAL[:2])
+    fp8 = _fp8_multiple(line)
     small = shrink.shrink(
         cluster,
         replicas=replicas,
@@ -78,8 +78,8 @@ def small_flags(
     values |= {"--log-interval": 1, "--num-workers": 0}
     if config is not None:
         values |= _regate(config, fp8)
-        small.said.append(f"schedule to {shrink.TRAIN_STEPS} steps, the last two sparse")
-    values |= {name: folder / place for name, place in _FOLDERS.items() if name in line.flags}
+        small.said.append(f"schedule to {shrink.TRAIN_STEPS} steps, the last two sparse" + _ratio(config))
+    values |= {name: folder / place for name, place in _FOLDERS.items() if name in line.options}
     if "--save" in values:
         values["--save-interval"] = shrink.TRAIN_STEPS
     flags = without(flags, tuple(values), and_longer=False)
@@ -90,14 +90,13 @@ def small_flags(
     return flags, small.said
 
 
-def _fp8_multiple(flags: list[str]) -> int:
+def _fp8_multiple(line: LaunchLine) -> int:
     """What FP8 asks of lengths, as :func:`regate_megatron.alignment.length_alignment` has it; 1 without FP8."""
-    names = [word.partition("=")[0] for word in flags]
-    if "--fp8-format" not in names:
+    if "--fp8-format" not in line.options:
         return 1
     from megatron.core.fp8_utils import get_fp8_align_size
 
-    options = parser_of_megatron().parse_known_args(flags)[0]
+    options = parser_of_megatron().parse_known_args(line.flags)[0]
     return get_fp8_align_size(options.fp8_recipe)
 
 
@@ -111,6 +110,11 @@ def _regate(config: ReGateConfig, fp8_multiple: int) -> dict[str, Any]:
     if config.needs_teacher:
         values["--regate-teacher-load"] = "student"
     return values
+
+
+def _ratio(config: ReGateConfig) -> str:
+    least = min(config.keep_ratio, config.keep_ratio_end or 1.0)
+    return "" if least == config.keep_ratio else f" with the ratio they end with, {least:g}"
 
 
 def _data(flags: list[str], given: list[str], said: list[str]) -> list[str]:

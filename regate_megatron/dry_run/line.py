@@ -29,6 +29,11 @@ class LaunchLine:
     max_ranks: int | None
     timeout_s: float
 
+    @property
+    def options(self) -> set[str]:
+        """Names of the script's options, given as ``--name value`` or as ``--name=value``."""
+        return {word.partition("=")[0] for word in self.flags if word.startswith("--")}
+
 
 def parse_line(words: list[str]) -> LaunchLine:
     """Take a launch line apart.

@@ -3,6 +3,7 @@
 - ``slow``: the planner of replica 1 sleeps before it plans, and before it writes its part of a checkpoint;
 - ``nan``: replica 1 has a teacher that answers NaN in step 4, and on every replica some of the student's losses look
   like NaN and infinity to the planner;
+- ``planner``: in step 4 the planner of replica 1 fails before its first exchange;
 - ``rss``: no fault; every 50 steps each rank notes its resident memory in TEST_RSS.<rank>.
 """
 
@@ -36,6 +37,15 @@ def nan_reference(inner):
     return plan
 
 
+def failing(inner):
+    def plan(self, step, facts, reference):
+        if step == 4 and self.topology.dp_rank == 1:
+            raise IndexError("out of range")
+        return inner(self, step, facts, reference)
+
+    return plan
+
+
 def some_not_finite(inner):
     def learn(self, facts, plan, losses, **kwargs):
         losses = [loss_BS.clone() for loss_BS in losses]
@@ -63,6 +73,8 @@ if _FAULT == "slow":
 elif _FAULT == "nan":
     planner.Planner.plan = nan_reference(planner.Planner.plan)
     planner.Planner.learn = some_not_finite(planner.Planner.learn)
+elif _FAULT == "planner":
+    planner.Planner.plan = failing(planner.Planner.plan)
 elif _FAULT == "rss":
     session.Session.commit = note_memory(session.Session.commit)
 

@@ -47,6 +47,7 @@ from regate_megatron.compat import unwrap
 from regate_megatron.sharding import places
 from regate_megatron.teacher.memory import RecentLosses
 from tests.multiprocess.hybrid import hybrid_model
+from tests.multiprocess.parity import GRADIENT_BOUND, LOSS_BOUND
 
 LAYERS, HIDDEN, VOCAB, TEXT, GLOBAL_ROWS = 4, 32, 64, 24, 8
 IMAGE, PATCH = 16, 8
@@ -476,9 +477,9 @@ def check(case: dict) -> dict:
         kept_BS = plan.microbatches[index].kept_mask()
         assert not bool(((mask_BS > 0) & ~kept_BS).any()), "an elided target kept its loss"
         assert not bool(loss_BS[~kept_BS].any()), "an elided position has a loss"
-        active = mask_BS > 0
-        torch.testing.assert_close(loss_BS[active], oracle_BS[active], rtol=1e-6, atol=1e-6)
-        loss_error = max([loss_error, *(loss_BS - oracle_BS)[active].abs().tolist()])
+        error_X = ((loss_BS - oracle_BS).abs() / oracle_BS.abs().clamp_min(1))[mask_BS > 0]
+        assert bool((error_X <= LOSS_BOUND).all()), f"losses differ by {float(error_X.max())}"  # NaN is no smaller
+        loss_error = max([loss_error, *error_X.tolist()])
     assert sparse_counts.keys() == oracle_counts.keys()
     for name, value in sparse_counts.items():
         if case.get("sp"):  # a rank's slice of the short sequence holds other tokens than its slice of the dense one
@@ -491,7 +492,7 @@ def check(case: dict) -> dict:
     for name, gradient in sparse_gradients.items():
         scale = float(oracle_gradients[name].abs().max())
         difference = float((gradient - oracle_gradients[name]).abs().max())
-        assert difference <= 1e-5 * max(1.0, scale), f"{name}: {difference} of {scale}"
+        assert difference <= GRADIENT_BOUND * max(1.0, scale), f"{name}: {difference} of {scale}"
         gradient_error = max(gradient_error, difference / max(1.0, scale))
     kept, positions = {}, 0
     if session.planner:

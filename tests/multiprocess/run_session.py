@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 
 from regate_megatron import emulation
@@ -16,8 +15,6 @@ emulation.set_environment()
 emulation.install()
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -34,6 +31,7 @@ from regate_megatron import (
 )
 from regate_megatron.api import session_of
 from regate_megatron.checkpoint import save_language_model
+from tests.claims import check
 from tests.multiprocess.run_parity import Step, build, run
 
 GPT = {"model": "gpt", "tp": 1, "pp": 1, "dense_layers": 1}
@@ -350,6 +348,21 @@ def own_loop_continues_what_it_saved() -> None:
     refused("save_state: given a model without ReGATE", lambda: save_state(build(GPT), "nowhere"))
 
 
+def saves_write_first_into_folders_of_their_own_only() -> None:
+    models, _, _ = attached(score="student")
+    saves = {"state": lambda at: save_state(models, at), "model": lambda at: save_language_model(models, at)}
+    for name, save in saves.items():
+        with tempfile.TemporaryDirectory() as folder:
+            target, aside = Path(folder, name), Path(folder, f"{name}.incomplete")
+            aside.mkdir()
+            (aside / "mine").touch()
+            refused("which exists and is not of these tools", lambda save=save, at=target: save(at))
+            assert (aside / "mine").exists() and not target.exists()
+            (aside / ".regate-incomplete").touch()  # so a killed run leaves it
+            save(target)
+            assert list(Path(folder).iterdir()) == [target] and not (target / "mine").exists()
+
+
 def run_without_saved_difficulty_refreshes_it_first() -> None:
     """A run that continues in a sparse phase with nothing learned begins with its dense steps."""
     models, session, schedule = attached(dense_steps=2, warmup_steps=0)
@@ -388,19 +401,5 @@ def unreadable_batch_is_refused() -> None:
     refused("batch: given KeyError: 'labels'", lambda: run(GPT, models, broken, Step()))
 
 
-def main(names: list[str]) -> None:
-    dist.init_process_group(backend="gloo")
-    mpu.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    for name in names:
-        try:
-            globals()[name]()
-            print(f"holds: {name}", flush=True)
-        except Exception:
-            traceback.print_exc()
-            print(f"fails: {name}", flush=True)
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    check(sys.argv[1:], globals())

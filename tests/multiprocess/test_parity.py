@@ -19,7 +19,8 @@ def _grid(layout: str, recomputes: tuple, **options) -> list[dict]:
     ]
 
 
-# Four microbatches per replica. With batched sends Megatron mixes them up between two stages: its arguments want overlap.
+# Four microbatches per replica. With batched sends Megatron mixes them up between two stages: its own arguments want
+# overlap.
 OVERLAP = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 LAST = {"": {}, "-uniform": {"recompute": "uniform"}, "-even": {"multiple": 2}, "-by4": {"multiple": 4}}
 ONE_RANK = [

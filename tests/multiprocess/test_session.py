@@ -1,18 +1,13 @@
 """Claims about a session on one rank; each is a function of run_session.py, all run in one launch."""
 
-import ast
-
 import pytest
 
+from tests.claims import claims_of
 from tests.launch import ROOT, succeed
 
 WORKER = ROOT / "tests/multiprocess/run_session.py"
-HELPERS = {"config", "attached", "refused", "attach_tied_teacher", "values_of", "main"}
-CLAIMS = [
-    node.name
-    for node in ast.parse(WORKER.read_text()).body
-    if isinstance(node, ast.FunctionDef) and node.name not in HELPERS
-]
+HELPERS = {"config", "attached", "refused", "attach_tied_teacher", "values_of"}
+CLAIMS = claims_of(WORKER, HELPERS)
 
 
 @pytest.fixture(scope="module")

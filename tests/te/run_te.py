@@ -13,7 +13,6 @@ import contextlib
 import inspect
 import sys
 import textwrap
-import traceback
 from unittest import mock
 
 from regate_megatron import emulation
@@ -22,9 +21,7 @@ emulation.set_environment()
 emulation.install()
 
 import torch
-import torch.distributed as dist
 import transformer_engine.pytorch as te
-from megatron.core import parallel_state as mpu
 from megatron.core import recompute, tensor_parallel
 from megatron.core.extensions import transformer_engine as extensions
 from megatron.core.fp8_utils import get_fp8_align_size, get_fp8_recipe
@@ -48,6 +45,7 @@ from regate_megatron.hooks.decoder import LayerRange
 from regate_megatron.plan import MicrobatchPlan
 from regate_megatron.teacher import build_teacher
 from regate_megatron.teacher.build import random_state_untouched
+from tests.claims import check
 
 LAYERS, HIDDEN, VOCAB, TEXT = 4, 32, 64, 24
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
@@ -262,19 +260,5 @@ def delayed_scaling_is_updated_once_per_microbatch() -> None:
     assert updates == [True], updates
 
 
-def main(names: list[str]) -> None:
-    dist.init_process_group(backend="gloo")
-    mpu.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    for name in names:
-        try:
-            globals()[name]()
-            print(f"holds: {name}", flush=True)
-        except Exception:
-            traceback.print_exc()
-            print(f"fails: {name}", flush=True)
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    check(sys.argv[1:], globals())

@@ -1,22 +1,18 @@
 """Claims about Transformer Engine's modules; each is a function of run_te.py, all run in one launch. No GPU needed."""
 
-import ast
 import importlib.util
 
 import pytest
 
+from tests.claims import claims_of
 from tests.launch import ROOT, succeed
 
 MISSING = "transformer_engine is not installed (docs/transformer_engine.md says how to build it, also without a GPU)"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason=MISSING)
 
 WORKER = ROOT / "tests/te/run_te.py"
-HELPERS = {"settings", "gpt", "llava", "attach_keeps_names", "main"}
-NAMES = [
-    node.name
-    for node in ast.parse(WORKER.read_text()).body
-    if isinstance(node, ast.FunctionDef) and node.name not in HELPERS
-]
+HELPERS = {"settings", "gpt", "llava", "attach_keeps_names"}
+NAMES = claims_of(WORKER, HELPERS)
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
 from torch.distributed import checkpoint
 
+from regate_megatron.convert.inspecting import Group
 from tests.tools.helpers import refusal, run, tensors, tool, write_model
 
 
@@ -75,6 +77,24 @@ def test_refuses_what_is_no_checkpoint_or_not_to_be_trusted(program, capsys, fol
     (tmp_path / "metadata.json").write_text("{}")
     (tmp_path / ".metadata").write_bytes(pickle.dumps(print))
     assert "untrusted" in refusal(program, capsys, tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "garbage"])
+def test_a_damaged_common_state_is_refused_and_a_missing_one_is_none(program, capsys, folders, tmp_path, damage):
+    copy = shutil.copytree(folders["torch_dist"], tmp_path / "copy")
+    file = copy / "release" / "common.pt"
+    whole = file.read_bytes()
+    file.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "garbage": bytes(range(100, 200))}[damage])
+    line = refusal(program, capsys, copy)
+    assert f"{file.parent}, whose common.pt cannot be read" in line
+    file.unlink()
+    assert report(program, capsys, copy)["arguments"] == {}
+
+
+def test_arguments_of_a_class_that_is_not_allowed_are_left_out(program, capsys, folders, tmp_path):
+    copy = shutil.copytree(folders["torch_dist"], tmp_path / "copy")
+    torch.save({"args": Group("of a fork", 0, (), "")}, copy / "release" / "common.pt")
+    assert report(program, capsys, copy)["arguments"] == {}
 
 
 def test_reading_arguments_leaves_torchs_list_of_safe_classes_as_it_was(program, folders):

@@ -1,0 +1,117 @@
+"""Folders that appear whole or not at all: filled aside by one run at a time, renamed when complete."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from regate_megatron.errors import ReGateError, refuse
+
+_MARK = ".regate-incomplete"
+
+
+@contextmanager
+def claimed(aside: Path, what: str) -> Iterator[Path]:
+    """An empty folder with a mark in it, locked until the block ends; the folder is gone then. One process calls this.
+
+    A killed run leaves the folder with its mark, and the next one clears it.
+
+    Args:
+        aside: the folder.
+        what: the option to name in a refusal.
+
+    Yields:
+        the mark, a file.
+
+    Raises:
+        ReGateError: the folder exists without the mark, or another run has it.
+    """
+    mark = aside / _MARK
+    if aside.exists() and not mark.is_file():
+        given = f"{aside}, which exists and is not of these tools, but is where they write first"
+        raise refuse(what, given=given, allowed="a name that is free there", change="the path, or move it away")
+    aside.mkdir(parents=True, exist_ok=True)
+    with mark.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            given = f"{aside}, which another run is writing"
+            raise refuse(what, given=given, allowed="one run at a time", change="the path, or wait") from error
+        except OSError:  # a filesystem without locks
+            pass
+        try:
+            for path in aside.iterdir():
+                if path != mark:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            yield mark
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def filled_by_all_ranks(target: Path, what: str, group: Any = None) -> Iterator[Path]:
+    """A folder that ranks fill together; it takes the place of ``target`` at the end. All ranks of ``group`` call this.
+
+    Rank 0 claims ``TARGET.incomplete`` and renames what was filled in it; the others hear whether it could.
+
+    Args:
+        target: the folder to be made, on a file system that all ranks see.
+        what: to name in a refusal.
+        group: all ranks, over which rank 0 tells; the default group when None.
+
+    Yields:
+        the folder to fill.
+
+    Raises:
+        ReGateError: it cannot be made, see :func:`claimed`; on every rank.
+    """
+    aside = target.with_name(target.name + ".incomplete")
+    inside = aside / target.name  # apart from the mark: a saver may want its folder empty
+    with ExitStack() as claim:
+        with _told_by_rank_0(aside, what, group):
+            if dist.get_rank() == 0:
+                claim.enter_context(claimed(aside, what))
+                inside.mkdir()
+        yield inside
+        dist.barrier(group=group)  # all have written
+        with _told_by_rank_0(target, what, group):
+            if dist.get_rank() == 0:
+                replace_folder(inside, target)
+
+
+@contextmanager
+def _told_by_rank_0(path: Path, what: str, group: Any) -> Iterator[None]:
+    """What rank 0 cannot do in the block is raised on every rank."""
+    line = [None]
+    try:
+        yield
+    except ReGateError as error:
+        line = [str(error)]
+    except OSError as error:
+        line = [str(refuse(what, given=f"{error!r}", allowed="a folder that can be written", change=f"{path}"))]
+    dist.broadcast_object_list(line, src=0, group=group)
+    if line[0]:
+        raise ReGateError(line[0], everywhere=True)
+
+
+def replace_folder(aside: Path, target: Path) -> None:
+    """Put the finished folder ``aside`` in the place of ``target``; the old one goes last."""
+    if not target.exists():
+        os.rename(aside, target)
+        return
+    old = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.replaced")  # a name that nobody's backup has
+    os.rename(target, old)
+    try:
+        os.rename(aside, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
