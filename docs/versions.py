@@ -28,6 +28,7 @@ CLAIMS = {
     "test_checkpoints_hold_our_flags": "flags in checkpoints",
     "test_a_cluster_line_passes_a_dry_run": "dry run of a cluster's line",
     "test_a_recipe_passes_its_dry_run": "dry run of a recipe",
+    "test_sparse_step_equals_masked_dense_step_in_every_layout": "sparse step = masked full-length step, every layout",
     "test_multimodal_training_starts_sparse_steps": "examples/multimodal/train.py, one line mended",
 }
 HEAD = """# What runs with which Megatron-LM

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from types import MethodType
 from typing import Any
 
 
 class LayerRange:
     """Some layers of a ``TransformerBlock``; every other attribute is the block's own.
 
-    The block's ``forward`` runs on it unbound, and so does recompute, which keeps it in its closure.
+    The block's ``forward`` runs on it unbound, and so does recompute, which keeps it in its closure. Methods that forward
+    calls run on it, too: core 0.17 recomputes in one, which would find all layers on the block.
 
     Args:
         start, stop: which of the block's layers.
@@ -30,4 +32,6 @@ class LayerRange:
             self.config.recompute_num_layers = max(0, block.config.recompute_num_layers - start)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._block, name)
+        found = getattr(self._block, name)
+        is_own_method = isinstance(found, MethodType) and found.__self__ is self._block
+        return MethodType(found.__func__, self) if is_own_method else found

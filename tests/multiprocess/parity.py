@@ -25,11 +25,11 @@ def names(cases: Sequence[dict]) -> list[str]:
     return [case["name"] for case in cases]
 
 
-def run_cases(num_ranks: int, cases: list[dict], folder: Path, timeout_s: int = 900) -> dict:
-    """Results by name, of one launch."""
+def run_cases(num_ranks: int, cases: list[dict], folder: Path, timeout_s: int = 900, **options) -> dict:
+    """Results by name, of one launch; ``options`` are those of ``torchrun`` in tests/launch.py."""
     given, results = folder / "cases.json", folder / "results.json"
     given.write_text(json.dumps(cases))
-    succeed(num_ranks, [str(ROOT / WORKER), str(given), str(results)], timeout_s=timeout_s)
+    succeed(num_ranks, [str(ROOT / WORKER), str(given), str(results)], timeout_s=timeout_s, **options)
     return json.loads(results.read_text())
 
 

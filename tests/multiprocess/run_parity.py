@@ -36,9 +36,7 @@ from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.spec_utils import get_submodules
-from megatron.core.utils import flatten_batch_for_packed_sequences, get_batch_on_this_cp_rank
 
 from regate_megatron import ReGateConfig, attach, detach, wrap_forward_backward
 from regate_megatron.api import session_of
@@ -46,7 +44,7 @@ from regate_megatron.budget import align_up
 from regate_megatron.compat import unwrap
 from regate_megatron.sharding import places
 from regate_megatron.teacher.memory import RecentLosses
-from tests.multiprocess.hybrid import hybrid_model
+from tests.multiprocess.cores import flat_rows, forget_router_metrics, own_part, router_metrics
 from tests.multiprocess.parity import GRADIENT_BOUND, LOSS_BOUND
 
 LAYERS, HIDDEN, VOCAB, TEXT, GLOBAL_ROWS = 4, 32, 64, 24, 8
@@ -129,6 +127,8 @@ def _gpt(config, case, first, last, vp_stage):
 
 
 def _hybrid(config, case, first, last, vp_stage):
+    from tests.multiprocess.hybrid import hybrid_model
+
     return hybrid_model(config, {"vocab": VOCAB, "length": TEXT, **case}, first, last, vp_stage)
 
 
@@ -247,11 +247,11 @@ class Step:
         batch = next(iterator)
         packed_seq_params = None
         if "cu_seqlens" in batch:
-            batch = flatten_batch_for_packed_sequences(batch)
+            batch = flat_rows(batch)
             lengths, longest = batch["cu_seqlens"].squeeze(0), int(batch["max_seqlen"])
             packed_seq_params = PackedSeqParams("thd", lengths, lengths, max_seqlen_q=longest, max_seqlen_kv=longest)
         if "image" not in batch:  # a LLaVAModel cuts its merged rows itself
-            batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+            batch = own_part(batch)
         mask = batch["loss_mask"]
         if "image" in batch:
             output, mask = model(
@@ -303,7 +303,7 @@ def routers(models) -> list:
 
 def reset_counts(models) -> None:
     """Forget what routers counted, as Megatron's training loop does after each step."""
-    get_moe_metrics_tracker().metrics.clear()
+    forget_router_metrics()
     for _, router in routers(models):
         router.reset_global_aux_loss_tracker()
         if router.enable_expert_bias:
@@ -317,8 +317,7 @@ def router_counts(models) -> dict[str, torch.Tensor]:
         for layer, router in routers(models)
         if router.enable_expert_bias
     }
-    logged = {name: entry.values.clone() for name, entry in get_moe_metrics_tracker().metrics.items()}
-    return counted | logged
+    return counted | router_metrics()
 
 
 def local_slice(mask_BS: torch.Tensor, case: dict) -> torch.Tensor:

@@ -1,0 +1,30 @@
+"""A sparse step is the masked full-length step with the Megatron-Core of every checkout, recompute and layouts included."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.launch import ROOT
+from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, run_cases
+from tests.multiprocess.test_parity import FOUR_RANKS, ONE_RANK
+from tests.scripts.checkouts import Checkout, parameters
+
+pytestmark = pytest.mark.parametrize("checkout", parameters())
+
+
+def test_sparse_step_equals_masked_dense_step_in_every_layout(checkout: Checkout, tmp_path):
+    packs = "def flatten_batch_for_packed_sequences" in (checkout.path / "megatron/core/utils.py").read_text()
+    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(checkout.path)])}
+    results = {}
+    for num_ranks, cases in ((1, ONE_RANK), (4, FOUR_RANKS)):
+        folder = tmp_path / str(num_ranks)
+        folder.mkdir()
+        cases = [case for case in cases if packs or not case.get("packed")]
+        results[num_ranks] = run_cases(num_ranks, cases, folder, env=paths)
+    for result in (results[1] | results[4]).values():
+        assert_exact(result)
+    for name, here in results[4].items():
+        if "balanced" not in name:
+            assert_keeps_the_same(results[1][name.split("@")[0]], here, 18 if "packed" in name else 8)
