@@ -4,9 +4,9 @@
     python examples/experiments/run.py --report-only --docs docs   also into the documentation
 
 What is counted: *targets processed* are answer tokens with loss that were not elided; *compute* is the FLOPs of the
-training steps after ReGATE's own count, in dense steps (a run of 240 dense steps is 240); the teacher is not in it, but
-in the *time*, the CPU seconds of the training process without its evaluations. Accuracies are of dense evaluations on held-out pictures, teacher-forced, on the first piece of each
-word that needs the picture.
+training steps after ReGATE's own count, in dense steps (a run of 240 dense steps is 240), without the teacher; *time*
+is the CPU seconds of the training process, teacher and planning included, evaluations left out. Accuracies are of dense
+evaluations on held-out pictures, teacher-forced, on the first piece of each word that needs the picture.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from typing import Any
 class LayerRange:
     """Some layers of a ``TransformerBlock``; every other attribute is the block's own.
 
-    The block's ``forward`` runs on it unbound, and so does recompute, which keeps it in its closure. Methods that forward
-    calls run on it, too: core 0.17 recomputes in one, which would find all layers on the block.
+    The block's ``forward`` runs on it unbound, and so does recompute, which keeps it in its closure. Methods that
+    forward calls run on it, too: core 0.17 recomputes in one, which would find all layers on the block.
 
     Args:
         start, stop: which of the block's layers.

@@ -1,4 +1,4 @@
-"""A sparse step is the masked full-length step with the Megatron-Core of every checkout, recompute and layouts included."""
+"""A sparse step is the masked full-length step with the Megatron-Core of every checkout, in every layout."""
 
 from __future__ import annotations
 
