@@ -69,7 +69,7 @@ FOUR_RANKS = [
     case("gpt-n1-even@tp2-sp-pp2", tp=2, pp=2, sp=True, multiple=2),
     case("gpt-n1-tied-grouped@tp2-pp2", tp=2, pp=2, tied=True, groups=2),
     case("gpt-n1-plain@pp2-vpp2-dp2", pp=2, vpp=2),
-    case("gpt-n1-rows1@pp2-vpp2-dp2", pp=2, vpp=2, rows=1, config=OVERLAP),
+    case("gpt-n1-rows1@pp2-vpp2-dp2", pp=2, vpp=2, rows=1, **OVERLAP),
     *(case(f"{m}-n1-by4@cp2-dp2", model=m, cp=2, multiple=4) for m in ("gpt", "llava")),
     *(
         case(f"{m}-n1-by4@tp2-sp-cp2", model=m, tp=2, sp=True, cp=2, multiple=4, recompute="uniform")
