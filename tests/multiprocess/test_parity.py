@@ -20,8 +20,8 @@ def _grid(layout: str, recomputes: tuple, **options) -> list[dict]:
 
 
 # Four microbatches per replica. With batched sends Megatron mixes them up between two stages: its own arguments want
-# overlap.
-OVERLAP = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+# overlap. Before core 0.19 outputs were freed while gloo still sent them.
+OVERLAP = {"config": {"overlap_p2p_comm": True, "batch_p2p_comm": False}, "set": {"deallocate_pipeline_outputs": False}}
 LAST = {"": {}, "-uniform": {"recompute": "uniform"}, "-even": {"multiple": 2}, "-by4": {"multiple": 4}}
 ONE_RANK = [
     *_grid("", (None, "uniform", "block")),
