@@ -14,14 +14,21 @@ from tests.scripts.checkouts import Checkout, parameters
 pytestmark = pytest.mark.parametrize("checkout", parameters())
 
 
+def _is_known(case: dict, checkout: Checkout) -> bool:
+    """Whether this Megatron-Core runs the case at all: 0.17 pads no LLaVA rows, and only some merge packed rows."""
+    if case.get("packed"):
+        return "def flatten_batch_for_packed_sequences" in (checkout.path / "megatron/core/utils.py").read_text()
+    is_cut = case.get("sp") or case.get("cp", 1) > 1
+    return not (is_cut and case["model"] == "llava" and checkout.version.startswith("0.17."))
+
+
 def test_sparse_step_equals_masked_dense_step_in_every_layout(checkout: Checkout, tmp_path):
-    packs = "def flatten_batch_for_packed_sequences" in (checkout.path / "megatron/core/utils.py").read_text()
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(checkout.path)])}
     results = {}
     for num_ranks, cases in ((1, ONE_RANK), (4, FOUR_RANKS)):
         folder = tmp_path / str(num_ranks)
         folder.mkdir()
-        cases = [case for case in cases if packs or not case.get("packed")]
+        cases = [case for case in cases if _is_known(case, checkout)]
         results[num_ranks] = run_cases(num_ranks, cases, folder, env=paths)
     for result in (results[1] | results[4]).values():
         assert_exact(result)
