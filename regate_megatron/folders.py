@@ -96,7 +96,8 @@ def _told_by_rank_0(path: Path, what: str, group: Any) -> Iterator[None]:
     except ReGateError as error:
         line = [str(error)]
     except OSError as error:
-        line = [str(refuse(what, given=f"{error!r}", allowed="a folder that can be written", change=f"{path}"))]
+        form = {"allowed": "a folder that can be written", "change": "the path or its permissions"}
+        line = [str(refuse(what, given=f"{path}: {error.strerror or error}", **form))]
     dist.broadcast_object_list(line, src=0, group=group)
     if line[0]:
         raise ReGateError(line[0], everywhere=True)

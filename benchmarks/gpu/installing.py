@@ -27,6 +27,7 @@ from regate_megatron.errors import refuse
 
 OURS = re.compile(r"(megatron_core|omegaconf|transformer_engine|nvdlfw|pydantic|annotated_types|typing_)")
 EXTENSION = "transformer_engine_torch"
+MARK = ".regate-site"  # in a folder that was made here, which the next call may replace
 IMPORTS = (
     "import torch, megatron.core",
     "import xxhash, pyarrow, tqdm",
@@ -73,6 +74,9 @@ def arrived(folder: Path) -> dict[str, Any]:
 
 def install(manifest: dict[str, Any], options: Any) -> dict[str, Any]:
     """Join, check, build, install; what went where."""
+    if options.site.is_dir() and any(options.site.iterdir()) and not (options.site / MARK).is_file():
+        given = f"{options.site}, which was not made here"
+        raise refuse("--site", given=given, allowed="a new folder, or one of this part", change="the path")
     files = parcel.unpack(manifest, options.parcel, options.parcel.parent / "gpu-wheels-joined")
     wheels = [path for path in files if path.suffix == ".whl" and not path.name.startswith(EXTENSION)]
     wheels = [path for path in wheels if OURS.match(path.name) or not is_installed(path)]
@@ -94,6 +98,7 @@ def install(manifest: dict[str, Any], options: Any) -> dict[str, Any]:
             extension = build(source, aside, options)
             found.setdefault("extension", "built here")
         put([*wheels, extension], aside)
+    (aside / MARK).touch()
     shutil.rmtree(options.site, ignore_errors=True)
     os.replace(aside, options.site)
     return {"holds": True, **found}

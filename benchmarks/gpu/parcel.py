@@ -30,10 +30,17 @@ def pack(files: Sequence[Path], folder: Path, limit: int, about: dict[str, Any])
     """Lay files into loads of at most ``limit`` bytes each (the manifest comes on top), and return the manifest.
 
     Args:
-        folder: emptied first.
+        folder: an earlier parcel in it is removed.
         about: what else the manifest says.
+
+    Raises:
+        ReGateError: the folder holds something else.
     """
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        if any(folder.iterdir()) and not any(folder.glob(f"*/{MANIFEST}")):
+            given = f"{folder}, which is no parcel and not empty"
+            raise refuse("--parcel", given=given, allowed="a new folder, or an earlier parcel", change="the path")
+        shutil.rmtree(folder)
     entries, pieces = [], []
     for path in sorted(files, key=lambda one: -one.stat().st_size):
         size = path.stat().st_size

@@ -42,7 +42,7 @@ from megatron.energon.task_encoder.base import stateless
 from regate_megatron import ReGateConfig, attach, detach, wrap_forward_backward
 from regate_megatron.api import session_of
 from regate_megatron.batches.facts import key_hex
-from tests.multiprocess.run_parity import IMAGE, TEXT, VISUAL, build
+from tests.multiprocess.models import IMAGE, TEXT, VISUAL, build
 
 PAD, PROMPT, SAMPLES, ROWS, MICROBATCHES, STEPS = 0, [3, 4], 12, 2, 2, 5
 

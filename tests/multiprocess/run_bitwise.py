@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import sys
 
+from regate_megatron import emulation
+
+emulation.set_environment()
+emulation.install()
+
 import torch
 import torch.distributed as dist
+from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from run_parity import Step, build, parallel, run, shared_store, tensor_parallel  # installs the emulation first
 
 from regate_megatron import ReGateConfig, attach, wrap_forward_backward
+from tests.multiprocess.models import Step, build, parallel, run, shared_store
 
 STEPS = 50
 CASES = {

@@ -23,7 +23,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from regate_megatron import ReGateConfig, attach, wrap_forward_backward
 from regate_megatron.api import session_of
-from tests.multiprocess.run_parity import HIDDEN, TEXT, VOCAB, Step, fill_by_name, run
+from tests.multiprocess.models import HIDDEN, TEXT, VOCAB, Step, fill_by_name, run
 
 CASE = {"model": "gpt", "tp": 1, "pp": 2}
 SETTINGS = ReGateConfig(teacher_load="student", warmup_steps=1, cycle_steps=100, dense_steps=0)

@@ -26,7 +26,7 @@ from regate_megatron.api import session_of
 from regate_megatron.checkpoint import open_language_model, save_language_model
 from regate_megatron.teacher.cache import ReferenceCache
 from regate_megatron.teacher.fingerprint import fingerprint_of_checkpoint, fingerprint_of_model
-from tests.multiprocess.run_parity import Step, build, parallel, run, shared_store
+from tests.multiprocess.models import Step, build, parallel, run, shared_store
 
 STEPS = 3
 

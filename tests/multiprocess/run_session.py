@@ -32,7 +32,7 @@ from regate_megatron import (
 from regate_megatron.api import session_of
 from regate_megatron.checkpoint import save_language_model
 from tests.claims import check
-from tests.multiprocess.run_parity import Step, build, run
+from tests.multiprocess.models import Step, build, run
 
 GPT = {"model": "gpt", "tp": 1, "pp": 1, "dense_layers": 1}
 LLAVA = dict(GPT, model="llava")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.gpu import machine, parcel, report
+from benchmarks.gpu import installing, machine, parcel, report
 from benchmarks.gpu.work import Work, conv
 from regate_megatron.errors import ReGateError
 from tests.launch import ROOT
@@ -38,6 +38,18 @@ def test_files_come_out_of_small_loads_as_they_went_in(sent, tmp_path):
     assert parcel.read_manifest(folder) == manifest
     joined = parcel.unpack(manifest, folder, tmp_path / "joined")
     assert {path.name: path.read_bytes() for path in joined} == {path.name: path.read_bytes() for path in files}
+
+
+def test_nobody_elses_folder_is_emptied(sent, tmp_path):
+    files, folder, manifest = sent
+    assert parcel.pack(files, folder, LIMIT, {"commit": "abc"}) == manifest  # in the place of the one before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    with pytest.raises(ReGateError, match="--parcel: given .*mine, which is no parcel"):
+        parcel.pack(files, tmp_path / "mine", LIMIT, {})
+    with pytest.raises(ReGateError, match="--site: given .*mine, which was not made here"):
+        installing.install(manifest, SimpleNamespace(site=tmp_path / "mine"))
+    assert (tmp_path / "mine" / "file").exists()
 
 
 def test_a_load_that_has_not_arrived_is_named(sent):

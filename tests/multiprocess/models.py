@@ -1,0 +1,325 @@
+"""Small Megatron models, batches for them and one step of Megatron's schedule: what workers of tests share.
+
+Weights are made from the names of tensors, so every layout starts from the same ones. A case is a dictionary; what it
+may say is what :func:`build`, :func:`batches` and :func:`parallel` ask it for. A worker installs the emulation first.
+
+Shapes: B rows, S positions, N segments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import torch
+import torch.distributed as dist
+import xxhash
+from megatron.core import parallel_state as mpu
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.multimodal.llava_model import DEFAULT_IMAGE_TOKEN_INDEX, LLaVAModel
+from megatron.core.models.multimodal.llava_spec import decoder_model_with_local_default_spec
+from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.spec_utils import get_submodules
+
+from regate_megatron.budget import align_up
+from regate_megatron.compat import unwrap
+from tests.multiprocess.cores import flat_rows, forget_router_metrics, own_part
+
+LAYERS, HIDDEN, VOCAB, TEXT, GLOBAL_ROWS = 4, 32, 64, 24, 8
+IMAGE, PATCH = 16, 8
+VISUAL = (IMAGE // PATCH) ** 2
+
+
+def build(case: dict) -> list[torch.nn.Module]:
+    """This rank's chunks of the case's model, with weights that depend on tensor names alone."""
+    chunks, virtual = [], case.get("vpp")
+    for vp_stage in range(virtual or 1):
+        first = mpu.is_pipeline_first_stage(ignore_virtual=True) and vp_stage == 0
+        last = mpu.is_pipeline_last_stage(ignore_virtual=True) and vp_stage == (virtual or 1) - 1
+        own = {**case.get("config", {}), **recompute(case.get("recompute"))}
+        config = (MLATransformerConfig if case.get("mla") else TransformerConfig)(
+            num_layers=LAYERS,
+            hidden_size=HIDDEN,
+            num_attention_heads=4,
+            num_query_groups=case.get("groups", 4),
+            use_cpu_initialization=True,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            tensor_model_parallel_size=case["tp"],
+            pipeline_model_parallel_size=case["pp"],
+            virtual_pipeline_model_parallel_size=virtual,
+            microbatch_group_size_per_vp_stage=case["pp"],
+            pipeline_dtype=torch.float32,
+            context_parallel_size=case.get("cp", 1),
+            sequence_parallel=case.get("sp", False),
+            calculate_per_token_loss=case.get("per_token_loss", True),
+            deallocate_pipeline_outputs=True,
+            expert_model_parallel_size=case.get("ep", 1),
+            expert_tensor_parallel_size=case.get("etp"),
+            **{"add_bias_linear": not own.get("num_moe_experts"), **own},
+        )
+        for name, value in case.get("set", {}).items():  # what Megatron's scripts set on a finished config
+            setattr(config, name, value)
+        make = {"llava": _llava, "hybrid": _hybrid}.get(case["model"], _gpt)
+        chunks.append(make(config, case, first, last, vp_stage if virtual else None))
+    for chunk in chunks:
+        chunk.model_type = ModelType.encoder_or_decoder  # Megatron's get_model sets it
+        fill_by_name(chunk)
+        for name in case.get("frozen", ()):
+            if getattr(chunk, name) is not None:
+                getattr(chunk, name).requires_grad_(False)
+    return chunks
+
+
+def merged_length(case: dict) -> int:
+    """Positions of a row inside the model; a LLaVAModel pads its own to what SP and CP cut."""
+    if case["model"] != "llava":
+        return TEXT
+    cp = case.get("cp", 1)
+    return align_up(TEXT - 1 + VISUAL, (2 * cp if cp > 1 else 1) * (case["tp"] if case.get("sp") else 1))
+
+
+def recompute(method: str | None) -> dict:
+    """Full recompute, "uniform" or "block" (two layers of each stage), or of the modules named, joined by "+"."""
+    if not method:
+        return {}
+    if method not in ("uniform", "block"):
+        return {"recompute_granularity": "selective", "recompute_modules": method.split("+")}
+    num = 1 if method == "uniform" else 2
+    return {"recompute_granularity": "full", "recompute_method": method, "recompute_num_layers": num}
+
+
+def _gpt(config, case, first, last, vp_stage):
+    return GPTModel(
+        config,
+        get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage),
+        VOCAB,
+        TEXT,
+        pre_process=first,
+        post_process=last,
+        position_embedding_type=case.get("positions", "rope"),
+        share_embeddings_and_output_weights=case.get("tied", False),
+        vp_stage=vp_stage,
+        **case.get("gpt", {}),
+    )
+
+
+def _hybrid(config, case, first, last, vp_stage):
+    from tests.multiprocess.hybrid import hybrid_model  # core 0.17 has no such model
+
+    return hybrid_model(config, {"vocab": VOCAB, "length": TEXT, **case}, first, last, vp_stage)
+
+
+def _llava(config, case, first, last, _):
+    spec = decoder_model_with_local_default_spec(config.num_moe_experts, False)
+    vision = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=4,
+        use_cpu_initialization=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=case["tp"],
+    )
+    vision.vision_model_type = "clip"
+    projection = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        ffn_hidden_size=HIDDEN,
+        num_attention_heads=4,
+        use_cpu_initialization=True,
+        tensor_model_parallel_size=case["tp"],
+    )
+    return LLaVAModel(
+        language_transformer_config=config,
+        language_transformer_layer_spec=spec,
+        language_vocab_size=VOCAB,
+        language_max_sequence_length=merged_length(case),
+        vision_transformer_config=vision,
+        vision_transformer_layer_spec=get_vit_layer_with_local_spec(),
+        drop_vision_class_token=True,
+        vision_projection_config=projection,
+        vision_projection_layer_spec=get_submodules(decoder_model_with_local_default_spec(None, False).submodules.mlp),
+        language_position_embedding_type=case.get("positions", "rope"),
+        pre_process=first,
+        post_process=last,
+        add_encoder=first,
+        add_decoder=True,
+        img_h=IMAGE,
+        img_w=IMAGE,
+        patch_dim=PATCH,
+    )
+
+
+@torch.no_grad()
+def fill_by_name(model: torch.nn.Module) -> None:
+    """Give every tensor values drawn from a seed made of its global name."""
+    for value in model.sharded_state_dict().values():
+        if not isinstance(value, ShardedTensor) or not value.data.is_floating_point():
+            continue
+        generator = torch.Generator().manual_seed(xxhash.xxh32_intdigest(value.key.encode()))
+        full = torch.randn(value.global_shape, generator=generator) * 0.15
+        if "norm" in value.key and value.key.endswith("weight"):
+            full += 1
+        value.data.copy_(full[value.global_slice()].reshape(value.data.shape))
+
+
+def batches(case: dict) -> list[dict]:
+    """This replica's share of one global batch; rows without targets, all targets, one target, and padding."""
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randint(1, VOCAB, (GLOBAL_ROWS, TEXT + 1), generator=generator)
+    mask = (torch.rand(GLOBAL_ROWS, TEXT, generator=generator) < 0.6).float()
+    mask[1], mask[2] = 0, 1
+    mask[3], mask[3, 5] = 0, 1
+    for row, end in ((1, 9), (3, 11), (4, 15)):  # padded: a row's context sets the least length of all
+        tokens[row, end:], mask[row, end - 1 :] = 0, 0
+    image = torch.randn(GLOBAL_ROWS, 3, IMAGE, IMAGE, generator=generator)
+    rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
+    own, num_rows = [], case.get("rows", 2)
+    for start in range(rank * num_rows, GLOBAL_ROWS, size * num_rows):
+        rows = slice(start, start + num_rows)
+        batch = {
+            "tokens": tokens[rows, :-1].clone(),
+            "labels": tokens[rows, 1:].clone(),
+            "loss_mask": mask[rows].clone(),
+        }
+        batch["position_ids"] = torch.arange(TEXT).expand(num_rows, -1)
+        if case.get("positions") == "mrope":  # a grid of pictures: places repeat and go back, one per axis
+            axes = [torch.arange(TEXT) // d % 7 for d in (1, 2, 5)]
+            batch["position_ids"] = torch.stack(axes)[:, None].expand(-1, num_rows, -1)
+        if case["model"] == "llava":
+            place = 0 if start // 2 % 2 else 3  # a picture first, or after some text
+            batch["tokens"][:, place] = DEFAULT_IMAGE_TOKEN_INDEX
+            batch["labels"] = torch.cat([batch["tokens"][:, 1:], batch["labels"][:, -1:]], dim=1).clamp_min(0)
+            batch["loss_mask"][:, : place + 1] = 0
+            batch["image"] = image[rows]
+        if case.get("packed"):
+            pack(batch, start)
+        own.append(batch)
+    return own
+
+
+def pack(batch: dict, start: int) -> None:
+    """Make packed rows of a batch: two or three segments each, multiples of 4 as Megatron's SFT dataset cuts at CP2."""
+    rows = len(batch["tokens"])
+    cu_seqlens = torch.full((rows, TEXT + 1), TEXT)
+    for row in range(rows):
+        cuts = [[8, 20], [12], [4, 16], [16]][(start + row) % 4]
+        starts = torch.tensor([0, *cuts, TEXT])
+        cu_seqlens[row, : len(starts)] = starts
+        batch["position_ids"] = batch["position_ids"].clone()
+        batch["position_ids"][row] = torch.cat([torch.arange(size) for size in starts.diff().tolist()])
+    batch["cu_seqlens_padded"] = None
+    batch["cu_seqlens"], batch["max_seqlen"] = cu_seqlens.int(), cu_seqlens.diff(dim=1).amax(dim=1)
+
+
+class Step:
+    """Megatron's forward step; keeps per-token losses and the model's own loss mask."""
+
+    def __init__(self, loss_masks: list | None = None) -> None:
+        self.losses: list[torch.Tensor] = []
+        self.loss_masks: list[torch.Tensor] = []
+        self.forced_masks = loss_masks
+
+    def __call__(self, iterator, model):
+        batch = next(iterator)
+        packed_seq_params = None
+        if "cu_seqlens" in batch:
+            batch = flat_rows(batch)
+            lengths, longest = batch["cu_seqlens"].squeeze(0), int(batch["max_seqlen"])
+            packed_seq_params = PackedSeqParams("thd", lengths, lengths, max_seqlen_q=longest, max_seqlen_kv=longest)
+        if "image" not in batch:  # a LLaVAModel cuts its merged rows itself
+            batch = own_part(batch)
+        mask = batch["loss_mask"]
+        if "image" in batch:
+            output, mask = model(
+                batch["image"], batch["tokens"], batch["position_ids"], None, batch["labels"], batch["loss_mask"]
+            )
+        else:
+            output = model(
+                batch["tokens"],
+                batch["position_ids"],
+                None,
+                labels=batch["labels"],
+                packed_seq_params=packed_seq_params,
+            )
+
+        def loss_func(loss_BS):
+            mask_BS = self.forced_masks[len(self.losses)] if self.forced_masks else mask
+            self.losses.append(loss_BS.detach().clone())
+            self.loss_masks.append(mask_BS)
+            total, count = (loss_BS * mask_BS).sum(), mask_BS.sum().int()
+            return total, count, {"lm loss": torch.stack([total.detach(), count.float()])}
+
+        return output, loss_func
+
+
+def run(case: dict, models: list, schedule, step: Step) -> None:
+    own = batches(case)
+    for model in models:
+        model.zero_grad(set_to_none=True)
+    reset_counts(models)
+
+    def make():
+        return iter([dict(batch) for batch in own])
+
+    schedule(
+        forward_step_func=step,
+        data_iterator=[make() for _ in models] if case.get("vpp") else make(),
+        model=models if case.get("vpp") else models[0],
+        num_microbatches=len(own),
+        seq_length=merged_length(case),
+        micro_batch_size=case.get("rows", 2),
+        forward_only=False,
+    )
+
+
+def routers(models) -> list:
+    layers = [layer for model in language_models(models) for layer in model.decoder.layers]
+    return [(layer, layer.mlp.router) for layer in layers if hasattr(getattr(layer, "mlp", None), "router")]
+
+
+def reset_counts(models) -> None:
+    """Forget what routers counted, as Megatron's training loop does after each step."""
+    forget_router_metrics()
+    for _, router in routers(models):
+        router.reset_global_aux_loss_tracker()
+        if router.enable_expert_bias:
+            router.local_tokens_per_expert.zero_()
+
+
+def language_models(models):
+    models = [unwrap(model) for model in models]
+    return [getattr(model, "language_model", None) or model for model in models]
+
+
+@contextlib.contextmanager
+def parallel(case: dict, store: dist.Store):
+    """Megatron's groups for one case, and none of them afterwards: each holds threads of gloo's."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", store=dist.PrefixStore(case["name"], store), rank=rank, world_size=world_size)
+    mpu.initialize_model_parallel(
+        case["tp"],
+        case["pp"],
+        virtual_pipeline_model_parallel_size=case.get("vpp"),
+        context_parallel_size=case.get("cp", 1),
+        expert_model_parallel_size=case.get("ep", 1),
+        expert_tensor_parallel_size=case.get("etp"),
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    yield
+    dist.barrier()
+    mpu.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def shared_store() -> dist.Store:
+    """The store that torchrun keeps for its ranks."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, int(os.environ["WORLD_SIZE"]), is_master=False)
