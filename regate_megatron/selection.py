@@ -1,4 +1,4 @@
-"""Scores and lengths to kept positions. Torch, and numpy where it is faster; every function is exact and the same on every rank.
+"""Scores and lengths to kept positions. Torch and numpy; every function is exact and the same on every rank.
 
 **The rule.** A row that keeps k targets keeps the best-scored set of k that holds the floor of each of its groups: the
 floor's best targets of each group, then the best of all others. *It is optimal*: where an allowed set lacks one of a
