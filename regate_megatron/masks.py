@@ -18,8 +18,3 @@ def put(value: Tensor, where: Tensor, into: Tensor) -> Tensor:
     copy = into.numpy().copy()
     copy[where.numpy()] = value.numpy()
     return torch.from_numpy(copy)
-
-
-def count(where_RS: Tensor) -> Tensor:
-    """How many positions of each row are marked; int64 [R]."""
-    return torch.from_numpy(np.count_nonzero(where_RS.numpy(), axis=1))

@@ -21,7 +21,6 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from regate_megatron import masks
 from regate_megatron.batches import MicrobatchFacts
 from regate_megatron.batches.facts import key_hex
 from regate_megatron.config import flag
@@ -109,9 +108,9 @@ def count_step(
         counters.sparse_positions, counters.sparse_positions_slowest = balance.own, balance.slowest
         counters.sparse_positions_achievable = round((balance.achievable or 0) * balance.mean)
     for index, one in enumerate(facts):
-        targets = kept = int(masks.count(one.is_target_BS).sum())
+        targets = kept = int(one.is_target_BS.sum())
         if plan.is_sparse:
-            kept = int(masks.take(plan.microbatches[index].kept_mask(), one.is_target_BS).sum())
+            kept = int((plan.microbatches[index].kept_mask() & one.is_target_BS).sum())
         elif one.sample_BS is None:
             rows, dense = one.is_target_BS.shape
             counters.add_lengths(rows, dense, dense, num_layers, 0)

@@ -99,7 +99,7 @@ class MicrobatchPlan:
     def num_kept_N(self) -> Tensor:
         """Real slots of each row, or of each segment of a packed row; int64 [N]."""
         if self.packing is None:
-            return masks.count(self.is_kept_BK)
+            return self.is_kept_BK.sum(dim=1)
         segment_K = torch.arange(len(self.packing.length_N)).repeat_interleave(self.packing.length_N)
         return torch.bincount(masks.take(segment_K, self.is_kept_BK[0]), minlength=len(self.packing.length_N))
 

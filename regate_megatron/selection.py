@@ -181,11 +181,11 @@ def pack_positions(kept_RS: Tensor, length: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: a row keeps more than ``length`` positions.
     """
-    kept_RS, num_rows = kept_RS.numpy(), len(kept_RS)
-    num_kept_R = np.count_nonzero(kept_RS, axis=1)
-    if num_kept_R.max() > length:
-        raise ValueError(f"a row keeps {num_kept_R.max()} positions, more than the length {length}")
-    keep_idx_RK = np.zeros((num_rows, length), np.int64)
-    for row, num_kept in enumerate(num_kept_R.tolist()):
-        keep_idx_RK[row, :num_kept] = kept_RS[row].nonzero()[0]
-    return torch.from_numpy(keep_idx_RK), torch.from_numpy(num_kept_R)
+    rows = [kept_S.nonzero()[0] for kept_S in kept_RS.numpy()]
+    num_kept = [len(kept_K) for kept_K in rows]
+    if max(num_kept) > length:
+        raise ValueError(f"a row keeps {max(num_kept)} positions, more than the length {length}")
+    keep_idx_RK = np.zeros((len(rows), length), np.int64)
+    for row, kept_K in enumerate(rows):
+        keep_idx_RK[row, : len(kept_K)] = kept_K
+    return torch.from_numpy(keep_idx_RK), torch.from_numpy(np.array(num_kept))

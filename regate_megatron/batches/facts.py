@@ -92,12 +92,12 @@ class MicrobatchFacts:
 
     def count_by_row(self, where_BS: Tensor) -> Tensor:
         """How many positions are marked in each row as it is planned; int64."""
-        return self.count_by_sample(where_BS) if self.joins_rows else masks.count(where_BS)
+        return self.count_by_sample(where_BS) if self.joins_rows else where_BS.sum(dim=1)
 
     def count_by_sample(self, where_BS: Tensor) -> Tensor:
         """How many positions are marked in each sample; int64 [N]."""
         if self.sample_BS is None:
-            return masks.count(where_BS)
+            return where_BS.sum(dim=1)
         return torch.bincount(masks.take(self.sample_BS, where_BS), minlength=self.num_samples)
 
     @cached_property

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -259,7 +260,7 @@ def _inverse(order_X: Tensor) -> Tensor:
 
 def _cumulative(lengths: Sequence[int]) -> Tensor:
     """Where rows or segments start and the last one ends."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return torch.from_numpy(np.array([0, *accumulate(lengths)], np.int32))
 
 
 def _to(values: Tensor, device: torch.device) -> Tensor:
