@@ -3,7 +3,6 @@
 Tensors are on the CPU and share their memory with the arrays; nothing is copied on the way.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 

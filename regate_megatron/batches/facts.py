@@ -171,7 +171,7 @@ def key_hex(key_2: Tensor) -> str:
 
 
 def ends_of_samples(
-    token_X: np.ndarray, is_target_X: np.ndarray, length_N: np.ndarray
+    token_X: np.ndarray, is_target_X: np.ndarray, length_N: np.ndarray, *, is_image_X: np.ndarray | bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """How many positions of each sample, from its first, its key is made of, and how many are no padding; int64 [N].
 
@@ -185,6 +185,7 @@ def ends_of_samples(
     Args:
         token_X, is_target_X: of samples that lie one after the other.
         length_N: positions of each, at least 1.
+        is_image_X: placeholders of images, which are no padding.
     """
     end_N = length_N.cumsum()
     start_N = end_N - length_N
@@ -194,7 +195,7 @@ def ends_of_samples(
         return np.maximum(after_X[after_X.searchsorted(end_N, side="right") - 1] - start_N, 0)
 
     target_N = after_last(is_target_X)
-    real_N = after_last((token_X != np.repeat(token_X[end_N - 1], length_N)) | is_target_X)
+    real_N = after_last((token_X != np.repeat(token_X[end_N - 1], length_N)) | is_target_X | is_image_X)
     real_N = np.where(length_N - real_N > 1, real_N, length_N)
     return np.where(target_N > 0, target_N, real_N), real_N
 
