@@ -64,7 +64,7 @@ class MicrobatchPlan:
             ValueError: a row keeps more.
         """
         keep_idx_BK, num_kept_B = pack_positions(kept_BS, length)
-        is_kept_BK = torch.arange(length) < num_kept_B[:, None]
+        is_kept_BK = torch.from_numpy(np.arange(length) < num_kept_B.numpy()[:, None])
         return cls(kept_BS.shape[1], keep_idx_BK, is_kept_BK)._knowing(kept_BS)
 
     @classmethod

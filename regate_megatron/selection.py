@@ -73,7 +73,7 @@ def select(rows: Rows, *, kind: str, keep_ratio: float, alignment: Alignment, al
     """
     demand = budget.demand_of(rows.num_context_R, rows.num_target_G, rows.row_G, rows.dense_M, keep_ratio=keep_ratio)
     group_X = torch.arange(len(rows.row_G)).repeat_interleave(rows.num_target_G)
-    row_X = rows.row_G[group_X]
+    row_X = rows.row_G.repeat_interleave(rows.num_target_G)
     first_G = demand.ask_G if kind == "per-sample" else demand.floor_G  # what is each group's own
     rank_X = rank_targets(rows.score_X, row_X, group_X, first_G)
     achievable = None
@@ -95,7 +95,7 @@ def select(rows: Rows, *, kind: str, keep_ratio: float, alignment: Alignment, al
             key_M=rows.key_M,
         )
         num_keep_R = length_M.repeat_interleave(demand.rows) - rows.num_context_R
-    return Selection(length_M, rank_X < num_keep_R[row_X], achievable)
+    return Selection(length_M, rank_X < num_keep_R.index_select(0, row_X), achievable)
 
 
 def rank_targets(score_X: Tensor, row_X: Tensor, group_X: Tensor, floor_G: Tensor) -> Tensor:
