@@ -12,6 +12,10 @@ the network is not: the table says how many messages and bytes a planner sends i
 * **10^9 targets**: difficulty of all of them lies on this one planner, a thousand times its share at 1,024 ranks.
 * **plan and learn**: CPU milliseconds per sparse step on one thread, beside it the share at most of a step of 1 s.
 * **a dense step's learn**: the prior of 152,064 token ids learns too.
+* **a whole step**: all that a rank which plans for itself does in a sparse step, from the batch it reads to what it
+  learns, beside it by stages: *read* the batches, *score* (difficulty and prior fetched), *select*, *plan* (the rest of
+  planning), *lay out* (batches elided, `shard_plan`, counting), *learn*. *Exchange* is what planner and receiver add in
+  a replica of several ranks: pack, unpack and hash the plan.
 * **laying out**: `shard_plan`, on every rank, for one row of 16,384 positions.
 * **1,024 ranks ÷ 1**: what the number of planners adds.
 
@@ -22,23 +26,32 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.measuring import cpu_seconds, figure, rounds_within, run_part, spread
+from regate_megatron import selection
+from regate_megatron.batches import GPTBatches
 from regate_megatron.batches.facts import MicrobatchFacts
 from regate_megatron.config import ReGateConfig
 from regate_megatron.hooks import Layout, shard_plan
-from regate_megatron.plan import MicrobatchPlan
+from regate_megatron.metrics import count_step
+from regate_megatron.plan import MicrobatchPlan, StepPlan
 from regate_megatron.planner import Planner
 from regate_megatron.records import Records
 from regate_megatron.topology import Topology
 
 MICROBATCHES, LENGTH, VOCAB = 8, 4096, 152_064
 BUDGETS = ("uniform", "balanced", "per-sample")
+STEPS = ((8, 4096), (32, 16_384), (64, 512))  # microbatches of one row, positions
+STAGES = ("read", "score", "select", "plan", "lay out", "learn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +157,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         sent = {name: round(count / steps) for name, count in planner.topology.sent.items()}
         rows.append({"ranks": size, "budget": budget, **found, "over_one_rank": spread(over_one), "sent": sent})
     layouts = _layouts(1024 if options.quick else 16_384, 3 if options.quick else 20)
+    steps = [_whole_step(2, 256, 3)] if options.quick else [_whole_step(*step, 20) for step in STEPS]
     return {
-        "figures": _figures(rows, layouts, records.num_targets, length),
+        "figures": _figures(rows, steps, layouts, records.num_targets, length),
+        "steps": steps,
         "rows": rows,
         "layouts": layouts,
         "targets": records.num_targets,
@@ -179,9 +194,56 @@ def _one_step(planner: Planner, facts: list[MicrobatchFacts], step: int) -> dict
 
 def planner_dense(step: int) -> Any:
     """The plan of a dense step."""
-    from regate_megatron.plan import StepPlan
-
     return StepPlan(step)
+
+
+def _whole_step(microbatches: int, length: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds of every stage of a sparse step on one rank; score "regate", rows come back every third step."""
+    planner, adapter = Planner(ReGateConfig(teacher_load="student"), Simulated.of(1), multiple=16), GPTBatches()
+    layout, device, layers = Layout(), torch.device("cpu"), {"num_layers": 28, "dense_layers": 1}
+    times: dict[str, list[float]] = {}
+    spent: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        start, inside = time.process_time(), sum(spent.values())
+        result = work(*args, **kwargs)
+        inside = sum(spent.values()) - inside  # of stages within this one
+        spent[name] = spent.get(name, 0.0) + time.process_time() - start - inside
+        return result
+
+    def run_short(plan: StepPlan, batches: list[dict[str, Tensor]], facts: list[MicrobatchFacts]) -> None:
+        for batch, one in zip(batches, plan.microbatches, strict=True):
+            adapter.elide(batch, ~one.kept_mask())
+            shard_plan(one, layout, device, moves_hidden=True, moves_losses=True)
+        count_step(facts, plan, **layers, fallback=False, balance=planner.balance)
+
+    planner._scores = partial(timed, "score", planner._scores)
+    with mock.patch.object(selection, "select", partial(timed, "select", selection.select)):
+        for index in range(rounds + 3):
+            spent.clear()
+            batches = _batches(microbatches, length, seed=index % 3)
+            facts = timed("read", lambda batches=batches: [adapter.read(batch) for batch in batches])
+            reference = [torch.rand(int(count)) for one in facts for count in one.num_target_N]
+            plan, _, _ = timed("plan", planner.plan, index, facts, reference)
+            timed("lay out", run_short, plan, batches, facts)
+            losses = [torch.rand(1, length) for _ in facts]
+            timed("learn", planner.learn, facts, plan, losses, is_dense=False)
+            times.setdefault("all", []).append(1000 * sum(spent.values()))
+            timed("exchange", lambda plan=plan: StepPlan.unpack(plan.pack()).digest())
+            for name, seconds in spent.items():
+                times.setdefault(name, []).append(1000 * seconds)
+    # The first three rounds have new samples.
+    return {"microbatches": microbatches, "length": length} | {name: spread(ms[3:]) for name, ms in times.items()}
+
+
+def _batches(count: int, length: int, seed: int) -> list[dict[str, Tensor]]:
+    """Rows as pretrain_gpt.py has them, the second half targets."""
+    generator, mask_1S = torch.Generator().manual_seed(seed), (torch.arange(length) >= length // 2).float()[None]
+    token_M1S = torch.randint(0, VOCAB, (count, 1, length), generator=generator)
+    return [
+        {"tokens": one, "labels": one.roll(-1, 1), "loss_mask": mask_1S, "position_ids": torch.arange(length)[None]}
+        for one in token_M1S
+    ]
 
 
 def _layouts(length: int, rounds: int) -> list[dict[str, Any]]:
@@ -201,7 +263,9 @@ def _layouts(length: int, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _figures(rows: list[dict[str, Any]], layouts: list[dict[str, Any]], targets: int, length: int) -> list[dict]:
+def _figures(
+    rows: list[dict[str, Any]], steps: list[dict[str, Any]], layouts: list[dict[str, Any]], targets: int, length: int
+) -> list[dict]:
     most = max(row["ranks"] for row in rows)
     lines = []
     for row in rows:
@@ -217,6 +281,10 @@ def _figures(rows: list[dict[str, Any]], layouts: list[dict[str, Any]], targets:
             )
         what = f"plan and learn, {MICROBATCHES}x{length}"
         lines.append(figure(setting, what, row["sparse_ms"], "ms", goal="<= 1 % of a step", beside=beside))
+    for step in steps:
+        beside = ", ".join(f"{stage} {step[stage]['median']:.2f}" for stage in (*STAGES, "exchange"))
+        what = f"a whole step, {step['microbatches']}x{step['length']}"
+        lines.append(figure("1 rank, uniform", what, step["all"], "ms", goal="<= 1 % of a step", beside=beside))
     for row in layouts:
         lines.append(figure(f"TP{row['tp']} CP{row['cp']}, one long row", "laying out", row["ms"], "ms"))
     return lines

@@ -18,6 +18,7 @@ Shapes: N samples of this rank in a step, T targets of a sample, D planners.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,8 @@ class TokenPrior:
     def look_up(self, label_X: Tensor) -> Tensor:
         """The prior of each label; float64."""
         self._grow(int(label_X.max()) + 1 if label_X.numel() else 0)
-        return torch.where(self.is_seen_V[label_X], self.mean_V[label_X], self.overall)
+        label_X = label_X.numpy()
+        return torch.from_numpy(np.where(self.is_seen_V.numpy()[label_X], self.mean_V.numpy()[label_X], self.overall))
 
     def update(self, label_X: Tensor, loss_X: Tensor, topology: Topology) -> None:
         """Take in one dense step's targets of this rank; all planners call this, one sum over them.
@@ -50,10 +52,8 @@ class TokenPrior:
         Args:
             label_X, loss_X: labels (int64) and losses (float64) of every target of this rank.
         """
-        size = int(
-            topology.all_reduce_planners(torch.tensor([int(label_X.max()) + 1 if label_X.numel() else 0]), "max")
-        )
-        size = max(size, len(self.mean_V))
+        self._grow(int(label_X.max()) + 1 if label_X.numel() else 0)
+        size = int(topology.all_reduce_planners(torch.tensor([len(self.mean_V)]), "max"))  # each has looked up its own
         self._grow(size)
         totals_2V = torch.zeros(2, size, dtype=torch.float64)
         totals_2V[0].index_add_(0, label_X, loss_X)
@@ -120,7 +120,7 @@ class DifficultyStore:
         """
         route = self._route = self._make_route(key_N2, num_target_N, step)
         asked_X3 = route.asked_X3.numpy()
-        answer_X = torch.from_numpy(self.records.read(asked_X3[:, :2], asked_X3[:, 2]).astype(np.float32))
+        answer_X = torch.from_numpy(self.records.read(asked_X3[:, :2], asked_X3[:, 2])).float()
         record_X, _ = self.topology.exchange_planners(answer_X, route.asked_D, route.own_D)
         pieces = record_X.split(num_target_N[route.order_N].tolist())
         return [
@@ -151,11 +151,10 @@ class DifficultyStore:
         )
 
     def _take_in(self, rows_N3: np.ndarray, loss_X: np.ndarray, step: int) -> None:
-        _, same_N = np.unique(rows_N3, axis=0, return_inverse=True)
-        turn_N = _occurrence(same_N.reshape(-1))
+        turn_N = _occurrence(rows_N3)
         for turn in range(int(turn_N.max(initial=-1)) + 1):
             own_N = turn_N == turn
-            own_X = np.repeat(own_N, rows_N3[:, 2])
+            own_X = slice(None) if own_N.all() else np.repeat(own_N, rows_N3[:, 2])
             self.records.observe(rows_N3[own_N, :2], rows_N3[own_N, 2], loss_X[own_X], decay=self.decay, step=step)
 
     def _make_route(self, key_N2: Tensor, num_target_N: Tensor, step: int) -> _Route:
@@ -177,12 +176,12 @@ class DifficultyStore:
         )
 
 
-def _occurrence(value_N: np.ndarray) -> np.ndarray:
-    """How many equal values come before each one."""
-    order_N = np.argsort(value_N, kind="stable")
-    sorted_N = value_N[order_N]
-    place_N = np.arange(len(value_N))
-    first_N = np.maximum.accumulate(np.where(np.diff(sorted_N, prepend=-1) != 0, place_N, 0))
-    turn_N = np.empty(len(value_N), np.int64)
-    turn_N[order_N] = place_N - first_N
-    return turn_N
+def _occurrence(rows_Nx: np.ndarray) -> np.ndarray:
+    """How many equal rows come before each one."""
+    seen: Counter[bytes] = Counter()
+    turns = []
+    for row in rows_Nx:
+        key = row.tobytes()
+        turns.append(seen[key])
+        seen[key] += 1
+    return np.array(turns, np.int64)

@@ -236,7 +236,7 @@ class Trace:
 
         Args:
             iteration: as Megatron prints it, from 1.
-            scores: per microbatch float64 [B, S]; None where nothing was scored (dense steps).
+            scores: per microbatch float64 [X], one per target; None where nothing was scored (dense steps).
         """
         if self._file is None:  # opened late: a run from the start begins the file anew, a resumed one goes on in it
             self._file = self._path.open("a" if self.continues else "w", buffering=1)
@@ -247,12 +247,12 @@ class Trace:
             microbatch = plan.microbatches[index] if plan.is_sparse else None
             joined = one.num_samples if one.joins_rows else 1
             kept_BS = microbatch.kept_mask() & real_BS if microbatch else real_BS
+            values = iter(scores[index].tolist() if scores is not None else ())  # in the order of samples and positions
             for sample, row in enumerate(one.row_N.tolist()):
                 own_S = True if one.sample_BS is None else one.sample_BS[row] == sample
                 target_S, kept_S = one.is_target_BS[row] & own_S, kept_BS[row] & own_S
                 start = int(one.start_N[sample]) if one.joins_rows else 0
                 positions = (torch.where(target_S)[0] - start).tolist()
-                values = scores[index][row][target_S].tolist() if scores is not None else []
                 rows.append(
                     {
                         "sample_key": key_hex(one.difficulty_key_N2[sample]),

@@ -18,6 +18,7 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
+from regate_megatron import masks
 from regate_megatron.errors import ReGateError
 from regate_megatron.selection import pack_positions
 from regate_megatron.topology import Topology
@@ -63,7 +64,8 @@ class MicrobatchPlan:
             ValueError: a row keeps more.
         """
         keep_idx_BK, num_kept_B = pack_positions(kept_BS, length)
-        return cls(kept_BS.shape[1], keep_idx_BK, torch.arange(length) < num_kept_B[:, None])
+        is_kept_BK = torch.from_numpy(np.arange(length) < num_kept_B.numpy()[:, None])
+        return cls(kept_BS.shape[1], keep_idx_BK, is_kept_BK)._knowing(kept_BS)
 
     @classmethod
     def of_packed(cls, kept_1S: Tensor, packing: Packing) -> MicrobatchPlan:
@@ -72,21 +74,21 @@ class MicrobatchPlan:
         Raises:
             ValueError: a segment keeps more than its slots.
         """
-        dense_N, length_N = packing.dense_length_N, packing.length_N
-        segment_S = torch.arange(len(dense_N)).repeat_interleave(dense_N)
-        position_X = torch.where(kept_1S[0])[0]
-        segment_X = segment_S[position_X]
-        num_kept_N = torch.bincount(segment_X, minlength=len(dense_N))
-        if bool((num_kept_N > length_N).any()):
+        dense_N, length_N = packing.dense_length_N.numpy(), packing.length_N.numpy()
+        position_X = kept_1S[0].numpy().nonzero()[0]
+        end_N = dense_N.cumsum()
+        before_N = position_X.searchsorted(end_N - dense_N)  # kept positions of earlier segments
+        num_kept_N = position_X.searchsorted(end_N) - before_N
+        if (num_kept_N > length_N).any():
             raise ValueError(f"segments keep {num_kept_N.tolist()} positions, more than {length_N.tolist()} slots")
-        start_N = dense_N.cumsum(0) - dense_N
-        keep_idx_K = start_N.repeat_interleave(length_N)
-        rank_X = torch.arange(len(position_X)) - (num_kept_N.cumsum(0) - num_kept_N)[segment_X]
-        slot_X = (length_N.cumsum(0) - length_N)[segment_X] + rank_X
+        keep_idx_K = np.repeat(end_N - dense_N, length_N)
+        first_slot_N = length_N.cumsum() - length_N
+        slot_X = np.arange(len(position_X)) + np.repeat(first_slot_N - before_N, num_kept_N)
         keep_idx_K[slot_X] = position_X
-        is_kept_K = torch.zeros(len(keep_idx_K), dtype=torch.bool)
+        is_kept_K = np.zeros(len(keep_idx_K), bool)
         is_kept_K[slot_X] = True
-        return cls(kept_1S.shape[1], keep_idx_K[None], is_kept_K[None], packing)
+        keep_idx_1K, is_kept_1K = torch.from_numpy(keep_idx_K)[None], torch.from_numpy(is_kept_K)[None]
+        return cls(kept_1S.shape[1], keep_idx_1K, is_kept_1K, packing)._knowing(kept_1S)
 
     @property
     def length(self) -> int:
@@ -99,7 +101,7 @@ class MicrobatchPlan:
         if self.packing is None:
             return self.is_kept_BK.sum(dim=1)
         segment_K = torch.arange(len(self.packing.length_N)).repeat_interleave(self.packing.length_N)
-        return torch.bincount(segment_K[self.is_kept_BK[0]], minlength=len(self.packing.length_N))
+        return torch.bincount(masks.take(segment_K, self.is_kept_BK[0]), minlength=len(self.packing.length_N))
 
     def kept_mask(self) -> Tensor:
         """Kept dense positions as a mask; bool [B, S]. Several ask for it in a step; nobody writes into it."""
@@ -109,6 +111,11 @@ class MicrobatchPlan:
     def _kept_BS(self) -> Tensor:
         mask_BS = torch.zeros(len(self.keep_idx_BK), self.dense_length, dtype=torch.uint8)
         return mask_BS.scatter_add_(1, self.keep_idx_BK, self.is_kept_BK.byte()).bool()
+
+    def _knowing(self, kept_BS: Tensor) -> MicrobatchPlan:
+        """The same plan, which need not find its mask out again."""
+        vars(self)["_kept_BS"] = kept_BS
+        return self
 
 
 @dataclass(frozen=True)
@@ -135,14 +142,14 @@ class StepPlan:
 
     def pack(self) -> Tensor:
         """The plan as one int64 vector: a bit per dense position, slots follow from the lengths."""
-        parts = [torch.tensor([self.step, len(self.microbatches)])]
+        parts = [np.array([self.step, len(self.microbatches)])]
         for one in self.microbatches:
-            segments = [one.packing.dense_length_N, one.packing.length_N] if one.packing else []
+            segments = [one.packing.dense_length_N.numpy(), one.packing.length_N.numpy()] if one.packing else []
             header = [len(one.keep_idx_BK), one.dense_length, one.length, len(segments[0]) if segments else 0]
-            bits = np.packbits(one.kept_mask().numpy())
-            bits = np.pad(bits, (0, -len(bits) % 8)).view(np.int64)
-            parts += [torch.tensor(header), *segments, torch.from_numpy(bits)]
-        return torch.cat(parts)
+            bits = np.packbits(one.kept_mask().numpy()).tobytes()
+            words = np.frombuffer(bits + bytes(-len(bits) % 8), np.int64)
+            parts += [np.array(header), *segments, words]
+        return torch.from_numpy(np.concatenate(parts))
 
     @classmethod
     def unpack(cls, flat: Tensor) -> StepPlan:
@@ -160,7 +167,7 @@ class StepPlan:
             packing = Packing(take(segments), take(segments)) if segments else None
             num_bits = rows * dense_length
             bits = take(-(-num_bits // 64)).numpy().view(np.uint8)
-            kept = torch.from_numpy(np.unpackbits(bits, count=num_bits).astype(bool)).view(rows, dense_length)
+            kept = torch.from_numpy(np.unpackbits(bits, count=num_bits).view(bool)).view(rows, dense_length)
             one = MicrobatchPlan.of_packed(kept, packing) if packing else MicrobatchPlan.of(kept, length)
             microbatches.append(one)
         return cls(step, tuple(microbatches))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from regate_megatron import scoring, selection
+from regate_megatron import masks, scoring, selection
 from regate_megatron.batches import MicrobatchFacts
 from regate_megatron.budget import Alignment, align_up
 from regate_megatron.config import ReGateConfig
@@ -51,15 +51,13 @@ class Planner:
             reference: per sample of the step the teacher's losses of its targets, float32 [T]; None without teacher.
 
         Returns:
-            the plan (dense when any rank met a non-finite score), the scores per microbatch [B, S], and whether it
-            fell back to dense.
+            the plan (dense when any rank met a non-finite score), the scores per microbatch [X], and whether it fell
+            back to dense.
         """
         self.balance = None
         score_X = self._scores(step, facts, reference)
-        num_target_M = [len(one.sample_X) for one in facts]
-        scores = [
-            _scatter(own_X, one.is_target_BS) for own_X, one in zip(score_X.split(num_target_M), facts, strict=True)
-        ]
+        num_target_M = [one.num_targets for one in facts]
+        scores = list(score_X.split(num_target_M))
         finite = bool(score_X.isfinite().all())
         if int(self.topology.all_reduce_planners(torch.tensor([int(not finite)]), "max")):
             return StepPlan(step), scores, True
@@ -71,10 +69,10 @@ class Planner:
             alignment=Alignment(self.multiple, self.config.length_multiple),
             all_gather=self.topology.all_gather_planners,
         )
-        kept, is_kept = [], chosen.is_kept_X.split(num_target_M)
-        for one, context_BS, is_kept_X in zip(facts, context, is_kept, strict=True):
-            kept_BS = context_BS.masked_scatter(one.is_target_BS, is_kept_X)
-            kept.append(kept_BS)
+        kept = [
+            masks.put(is_kept_X, one.is_target_BS, into=context_BS)
+            for is_kept_X, one, context_BS in zip(chosen.is_kept_X.split(num_target_M), facts, context, strict=True)
+        ]
         length_M = self._with_room_for_segments(facts, kept, chosen.length_M)
         microbatches = [
             MicrobatchPlan.of(kept_BS, length)
@@ -113,8 +111,7 @@ class Planner:
 
     def _slots(self, facts: MicrobatchFacts, kept_BS: Tensor) -> Tensor:
         """The least slots of each segment; [N]."""
-        num_kept_N = torch.bincount(facts.sample_BS[kept_BS], minlength=facts.num_samples)
-        return -(-num_kept_N // self.segment_multiple) * self.segment_multiple
+        return -(-facts.count_by_sample(kept_BS) // self.segment_multiple) * self.segment_multiple
 
     def _packing(self, facts: MicrobatchFacts, kept_BS: Tensor, length: int) -> Packing:
         """The segments of a packed row; the last one takes what is left of the row."""
@@ -151,18 +148,17 @@ class Planner:
             losses: per microbatch float [B, S], on the CPU.
             is_dense: whether every target ran; only then the prior learns.
         """
-        losses_N, labels, values = [], [], []
+        losses_M, losses_N = [], []
         for index, (one, loss_BS) in enumerate(zip(facts, losses, strict=True)):
-            loss_BS = loss_BS.float()
+            loss_X = masks.take(loss_BS.float(), one.is_target_BS)
             if not is_dense:
-                loss_BS = loss_BS.masked_fill(~plan.microbatches[index].kept_mask(), torch.nan)
-            loss_X = loss_BS[one.is_target_BS]
+                kept_X = masks.take(plan.microbatches[index].kept_mask(), one.is_target_BS)
+                loss_X = loss_X.masked_fill(~kept_X, torch.nan)
+            losses_M.append(loss_X)
             losses_N += loss_X.split(one.num_target_N.tolist())
-            labels.append(one.label_X)
-            values.append(loss_X.double())
         self.difficulty.update(torch.cat([one.difficulty_key_N2 for one in facts]), losses_N, plan.step)
         if is_dense:
-            label_X, loss_X = torch.cat(labels), torch.cat(values)
+            label_X, loss_X = torch.cat([one.label_X for one in facts]), torch.cat(losses_M).double()
             finite_X = loss_X.isfinite()
             self.prior.update(label_X[finite_X], loss_X[finite_X], self.topology)
 
@@ -185,10 +181,3 @@ class Planner:
             fusion=self.config.fusion,
             reference_weight=self.config.reference_weight,
         )
-
-
-def _scatter(value_X: Tensor, is_target_BS: Tensor) -> Tensor:
-    """Values of the targets, row by row, at their places; float64 [B, S]."""
-    value_BS = torch.zeros(is_target_BS.shape, dtype=torch.float64)
-    value_BS[is_target_BS] = value_X.double()
-    return value_BS

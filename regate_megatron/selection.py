@@ -1,4 +1,4 @@
-"""Scores and lengths to kept positions. Torch only; every function is exact and the same on every rank.
+"""Scores and lengths to kept positions. Torch and numpy; every function is exact and the same on every rank.
 
 **The rule.** A row that keeps k targets keeps the best-scored set of k that holds the floor of each of its groups: the
 floor's best targets of each group, then the best of all others. *It is optimal*: where an allowed set lacks one of a
@@ -15,6 +15,7 @@ groups of targets (rows, or samples of packed rows; in order).
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,7 +73,7 @@ def select(rows: Rows, *, kind: str, keep_ratio: float, alignment: Alignment, al
     """
     demand = budget.demand_of(rows.num_context_R, rows.num_target_G, rows.row_G, rows.dense_M, keep_ratio=keep_ratio)
     group_X = torch.arange(len(rows.row_G)).repeat_interleave(rows.num_target_G)
-    row_X = rows.row_G[group_X]
+    row_X = rows.row_G.repeat_interleave(rows.num_target_G)
     first_G = demand.ask_G if kind == "per-sample" else demand.floor_G  # what is each group's own
     rank_X = rank_targets(rows.score_X, row_X, group_X, first_G)
     achievable = None
@@ -94,12 +95,7 @@ def select(rows: Rows, *, kind: str, keep_ratio: float, alignment: Alignment, al
             key_M=rows.key_M,
         )
         num_keep_R = length_M.repeat_interleave(demand.rows) - rows.num_context_R
-    return Selection(length_M, rank_X < num_keep_R[row_X], achievable)
-
-
-def _best_first(score_T: Tensor) -> Tensor:
-    """The order of scores from the best; NaN counts as minus infinity, ties go to the lower position."""
-    return score_T.masked_fill(score_T.isnan(), -torch.inf).argsort(descending=True, stable=True)
+    return Selection(length_M, rank_X < num_keep_R.index_select(0, row_X), achievable)
 
 
 def rank_targets(score_X: Tensor, row_X: Tensor, group_X: Tensor, floor_G: Tensor) -> Tensor:
@@ -111,28 +107,44 @@ def rank_targets(score_X: Tensor, row_X: Tensor, group_X: Tensor, floor_G: Tenso
         row_X, group_X: row and group of each target, int64, ascending.
         floor_G: how many targets of each group come first, int64.
     """
-    count_R = torch.bincount(row_X)
-    start_R = count_R.cumsum(0) - count_R
-    best = [_best_first(score_T) for score_T in score_X.split(count_R.tolist())]
-    best_X = torch.cat([torch.zeros_like(row_X[:0]), *best]) + start_R[row_X]  # row by row
-    if not torch.equal(row_X, group_X):  # else the row's best are the group's best
+    score_X, row_X, group_X, floor_G = (values.numpy() for values in (score_X, row_X, group_X, floor_G))
+    count_R = np.bincount(row_X)
+    best, start = [row_X[:0]], 0
+    for count in count_R.tolist():
+        best.append(_best_first(score_X[start : start + count]) + start)
+        start += count
+    best_X = np.concatenate(best)  # row by row
+    if not np.array_equal(row_X, group_X):  # else the row's best are the group's best
         by_group_X = best_X[_sort(group_X[best_X])]
-        place_X = _places(by_group_X, torch.bincount(group_X))
+        place_X = _places(by_group_X, np.bincount(group_X))
         is_other_X = place_X >= floor_G[group_X]
         best_X = best_X[_sort((2 * row_X + is_other_X)[best_X])]
-    return _places(best_X, count_R)
+    return torch.from_numpy(_places(best_X, count_R))
 
 
-def _sort(key_X: Tensor) -> Tensor:
+def _best_first(score_T: np.ndarray) -> np.ndarray:
+    """The order of scores from the best; NaN counts as minus infinity, ties go to the lower position."""
+    key_T = np.where(np.isnan(score_T), np.inf, -score_T)
+    order_T = key_T.argsort()  # three times as fast as a stable sort; what that would do more follows
+    sorted_T = key_T[order_T]
+    is_next_T = sorted_T[1:] != sorted_T[:-1]
+    if is_next_T.all():
+        return order_T
+    block_T = np.concatenate([[0], is_next_T.cumsum()]) * len(order_T)  # equal scores are one block
+    return np.sort(block_T + order_T) - block_T
+
+
+def _sort(key_X: np.ndarray) -> np.ndarray:
     """A stable argsort of small keys, quicker in few bits."""
-    is_short = not len(key_X) or int(key_X.max()) < 2**15
-    return key_X.to(torch.int16 if is_short else torch.int64).argsort(stable=True)
+    is_short = not len(key_X) or key_X.max() < 2**15
+    return key_X.astype(np.int16 if is_short else np.int64).argsort(kind="stable")
 
 
-def _places(order_X: Tensor, count_G: Tensor) -> Tensor:
+def _places(order_X: np.ndarray, count_G: np.ndarray) -> np.ndarray:
     """The place of each target within its group, from 0, where ``order_X`` lists the targets group by group."""
-    place_X = torch.arange(len(order_X)) - (count_G.cumsum(0) - count_G).repeat_interleave(count_G)
-    return torch.empty_like(order_X).scatter_(0, order_X, place_X)
+    place_X = np.empty_like(order_X)
+    place_X[order_X] = np.arange(len(order_X)) - np.repeat(count_G.cumsum() - count_G, count_G)
+    return place_X
 
 
 def keep_best_targets(score_RS: Tensor, is_target_RS: Tensor, num_keep_R: Tensor) -> Tensor:
@@ -169,9 +181,11 @@ def pack_positions(kept_RS: Tensor, length: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: a row keeps more than ``length`` positions.
     """
-    num_kept_R = kept_RS.sum(dim=1)
-    if int(num_kept_R.max()) > length:
-        raise ValueError(f"a row keeps {int(num_kept_R.max())} positions, more than the length {length}")
-    keep_idx_RK = torch.zeros(len(kept_RS), length, dtype=torch.int64)
-    is_kept_RK = torch.arange(length) < num_kept_R[:, None]
-    return keep_idx_RK.masked_scatter_(is_kept_RK, kept_RS.nonzero()[:, 1]), num_kept_R
+    rows = [kept_S.nonzero()[0] for kept_S in kept_RS.numpy()]
+    num_kept = [len(kept_K) for kept_K in rows]
+    if max(num_kept) > length:
+        raise ValueError(f"a row keeps {max(num_kept)} positions, more than the length {length}")
+    keep_idx_RK = np.zeros((len(rows), length), np.int64)
+    for row, kept_K in enumerate(rows):
+        keep_idx_RK[row, : len(kept_K)] = kept_K
+    return torch.from_numpy(keep_idx_RK), torch.from_numpy(np.array(num_kept))

@@ -127,8 +127,7 @@ class Session:
                 reference = self.reference.fetch(arguments["micro_batch_size"], anyone_misses=anyone_misses)
             plan, scores, fallback = self._plan(facts, reference)
             seconds += time.perf_counter() - start
-        teacher_seconds = self.reference.seconds - teacher_before if self.reference else 0.0
-        seconds -= teacher_seconds
+        start = time.perf_counter()
         layers = {
             "num_layers": self.language_models[0].config.num_layers,
             "dense_layers": self.config.dense_layers + self.config.dense_last_layers,
@@ -137,12 +136,16 @@ class Session:
         if self.planner:
             balance = self.planner.balance if plan.is_sparse else None
             counters = count_step(facts, plan, **layers, fallback=fallback, balance=balance)
-        counters.planning_ms, counters.teacher_ms = round(1000 * seconds), round(1000 * teacher_seconds)
-        losses: list[torch.Tensor] = []
         if plan.is_sparse:
             batches = [self._elide(pulled, plan) for pulled in batches]
+        sharded = self.hooks.lay_out(plan)
+        seconds += time.perf_counter() - start
+        teacher_seconds = self.reference.seconds - teacher_before if self.reference else 0.0
+        counters.teacher_ms = round(1000 * teacher_seconds)
+        counters.planning_ms = round(1000 * (seconds - teacher_seconds))
+        losses: list[torch.Tensor] = []
         observe = losses.append if self.topology.sees_losses else None
-        result = self.hooks.run(schedule, arguments, batches, plan, observe)
+        result = self.hooks.run(schedule, arguments, batches, sharded, observe)
         if self.hooks.layout.cp_size > 1 and self.topology.sees_losses:
             losses = gather_context(losses, self.hooks.layout)
         self._pending = _Pending(self.step, self.phase, facts, plan, scores, fallback, losses, counters)

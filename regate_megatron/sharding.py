@@ -1,4 +1,4 @@
-"""Where positions lie when a sequence is cut over ranks, and who sends what when it gets shorter. Torch only.
+"""Where positions lie when a sequence is cut over ranks, and who sends what when it gets shorter. No Megatron.
 
 Context parallelism (CP) cuts every segment into 2·CP chunks and gives rank r the chunks r and 2·CP−1−r, so that causal
 work is even. Sequence parallelism (SP) cuts what a context rank has into TP slices. A row is one segment; a packed row
@@ -12,9 +12,11 @@ Shapes: L positions of a sequence, B rows, K kept slots, X entries a rank sends 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,16 +46,18 @@ class Places:
         return self.order_L[rank * self.local_length : (rank + 1) * self.local_length]
 
 
-def places(segment_length_N: Tensor, *, cp_size: int, tp_size: int = 1) -> Places:
+def places(segment_length_N: Tensor | Sequence[int], *, cp_size: int, tp_size: int = 1) -> Places:
     """Cut segments that lie one after the other over ``cp_size`` context and ``tp_size`` sequence-parallel ranks.
 
     Args:
-        segment_length_N: their lengths, int64 [N]; multiples of 2·CP under context parallelism, and their sum of CP·TP.
+        segment_length_N: their lengths, [N]; multiples of 2·CP under context parallelism, and their sum of CP·TP.
 
     Raises:
         ValueError: a length does not divide.
     """
-    return _places(tuple(segment_length_N.tolist()), cp_size, tp_size)
+    if torch.is_tensor(segment_length_N):
+        segment_length_N = segment_length_N.tolist()
+    return _places(tuple(segment_length_N), cp_size, tp_size)
 
 
 @lru_cache(maxsize=32)
@@ -99,25 +103,22 @@ class Route:
 
 def route(keep_idx_BK: Tensor, dense: Places, short: Places, *, rank: int, num_ranks: int) -> Route:
     """Who sends what when the positions ``keep_idx_BK`` of a dense sequence become the slots of a short one."""
-    num_rows = len(keep_idx_BK)
-    row_1B = torch.arange(num_rows)[None, :]
-    keep_KB = keep_idx_BK.t()
+    num_rows, count = len(keep_idx_BK), keep_idx_BK.numel()
     sizes = {"dense_size": dense.local_length * num_rows, "short_size": short.local_length * num_rows}
+    row_1B, keep_KB = np.arange(num_rows)[None, :], keep_idx_BK.numpy().T
     if num_ranks == 1:
-        entries_X, count = (keep_KB * num_rows + row_1B).reshape(-1), keep_KB.numel()
+        entries_X = torch.from_numpy((keep_KB * num_rows + row_1B).reshape(-1))
         return Route(entries_X, torch.arange(count), [count], [count], **sizes)
     # Between any two ranks both sides order entries by their slot at the receiver: going through the slots by receiver
     # and place there leaves nothing to sort but who sends to this rank.
-    keep_KB = keep_KB[short.order_L]
-    source_KB, from_KB = dense.rank_L[keep_KB], dense.index_L[keep_KB] * num_rows + row_1B
+    keep_KB = keep_KB[short.order_L.numpy()]
+    source_KB, from_KB = dense.rank_L.numpy()[keep_KB], dense.index_L.numpy()[keep_KB] * num_rows + row_1B
     sent_KB = source_KB == rank
-    mine = slice(rank * short.local_length, (rank + 1) * short.local_length)
-    source_Y = source_KB[mine].reshape(-1)
-    by_slot_RX = sent_KB.view(num_ranks, -1)
+    source_Y = source_KB[rank * short.local_length : (rank + 1) * short.local_length].reshape(-1)
     return Route(
-        send_index_X=from_KB[sent_KB],
-        receive_index_X=source_Y.to(torch.int16).argsort(stable=True),
-        send_counts=by_slot_RX.sum(dim=1).tolist(),
-        receive_counts=torch.bincount(source_Y, minlength=num_ranks).tolist(),
+        send_index_X=torch.from_numpy(from_KB[sent_KB]),
+        receive_index_X=torch.from_numpy(source_Y.astype(np.int16).argsort(kind="stable")),
+        send_counts=np.count_nonzero(sent_KB.reshape(num_ranks, -1), axis=1).tolist(),
+        receive_counts=np.bincount(source_Y, minlength=num_ranks).tolist(),
         **sizes,
     )

@@ -16,6 +16,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from regate_megatron import masks
+
 
 @dataclass(frozen=True)
 class MicrobatchFacts:
@@ -61,19 +63,22 @@ class MicrobatchFacts:
     @cached_property
     def sample_X(self) -> Tensor:
         """The sample of each target; int64 [X], ascending."""
-        if self.sample_BS is None:
-            return torch.where(self.is_target_BS)[0]
-        return self.sample_BS[self.is_target_BS]
+        return torch.arange(self.num_samples).repeat_interleave(self.num_target_N)
 
     @cached_property
     def label_X(self) -> Tensor:
         """The label of each target; int64 [X]."""
-        return self.label_BS[self.is_target_BS]
+        return masks.take(self.label_BS, self.is_target_BS)
 
     @cached_property
     def num_target_N(self) -> Tensor:
         """Targets of each sample; int64 [N]. What is kept per target is split by it."""
-        return torch.bincount(self.sample_X, minlength=self.num_samples)
+        return self.count_by_sample(self.is_target_BS)
+
+    @cached_property
+    def num_targets(self) -> int:
+        """X."""
+        return int(self.num_target_N.sum())
 
     @cached_property
     def planned_row_N(self) -> Tensor:
@@ -87,9 +92,13 @@ class MicrobatchFacts:
 
     def count_by_row(self, where_BS: Tensor) -> Tensor:
         """How many positions are marked in each row as it is planned; int64."""
-        return (
-            torch.bincount(self.sample_BS[where_BS], minlength=self.num_samples) if self.joins_rows else where_BS.sum(1)
-        )
+        return self.count_by_sample(where_BS) if self.joins_rows else where_BS.sum(dim=1)
+
+    def count_by_sample(self, where_BS: Tensor) -> Tensor:
+        """How many positions are marked in each sample; int64 [N]."""
+        if self.sample_BS is None:
+            return where_BS.sum(dim=1)
+        return torch.bincount(masks.take(self.sample_BS, where_BS), minlength=self.num_samples)
 
     @cached_property
     def row_N(self) -> Tensor:
@@ -146,14 +155,14 @@ def content_keys(rows: Sequence[Sequence[np.ndarray]]) -> Tensor:
 
     Stable across epochs, ranks, layouts and batch shapes as long as the arrays are.
     """
-    keys = []
+    keys = bytearray()
     for arrays in rows:
         digest = xxhash.xxh3_128()
         for array in arrays:
-            digest.update(np.int64(array.nbytes).tobytes())
-            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-        keys.append(np.frombuffer(digest.digest(), dtype=np.int64))
-    return torch.from_numpy(np.stack(keys).copy())
+            digest.update(array.nbytes.to_bytes(8, "little"))
+            digest.update(np.ascontiguousarray(array))
+        keys += digest.digest()
+    return torch.frombuffer(keys, dtype=torch.int64).view(-1, 2)
 
 
 def key_hex(key_2: Tensor) -> str:
@@ -161,18 +170,41 @@ def key_hex(key_2: Tensor) -> str:
     return key_2.numpy().tobytes().hex()
 
 
-def trailing_padding(token_BS: Tensor, is_target_BS: Tensor) -> Tensor:
-    """Mark padding: the run of two or more equal tokens that ends a row after its last target; bool [B, S].
+def ends_of_samples(
+    token_X: np.ndarray, is_target_X: np.ndarray, length_N: np.ndarray, *, is_image_X: np.ndarray | bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """How many positions of each sample, from its first, its key is made of, and how many are no padding; int64 [N].
 
-    Megatron's datasets rewrite the pad id, so it cannot be told by its value. No target reads what follows the last
-    target, hence a wrong guess here could not change a loss.
+    *Padding* is the run of two or more equal tokens that ends a sample after its last target. Megatron's datasets
+    rewrite the pad id, so it cannot be told by its value. No target reads what follows the last target, hence a wrong
+    guess here could not change a loss.
+
+    *The key* is made of everything up to the last target, or of all that is no padding in a sample without targets: no
+    loss depends on what follows, so the same sample has one key however it ends or is padded.
+
+    Args:
+        token_X, is_target_X: of samples that lie one after the other.
+        length_N: positions of each, at least 1.
+        is_image_X: placeholders of images, which are no padding.
     """
-    num_positions = token_BS.shape[1]
-    differs_BS = (token_BS != token_BS[:, -1:]) | is_target_BS
-    position_S = torch.arange(num_positions)
-    last_other_B1 = torch.where(differs_BS, position_S, -1).amax(dim=1, keepdim=True)
-    is_run_BS = position_S > last_other_B1
-    return is_run_BS & (is_run_BS.sum(dim=1, keepdim=True) > 1)
+    end_N = length_N.cumsum()
+    start_N = end_N - length_N
+
+    def after_last(where_X: np.ndarray) -> np.ndarray:
+        after_X = np.concatenate([[0], np.flatnonzero(where_X) + 1])
+        return np.maximum(after_X[after_X.searchsorted(end_N, side="right") - 1] - start_N, 0)
+
+    target_N = after_last(is_target_X)
+    real_N = after_last((token_X != np.repeat(token_X[end_N - 1], length_N)) | is_target_X | is_image_X)
+    real_N = np.where(length_N - real_N > 1, real_N, length_N)
+    return np.where(target_N > 0, target_N, real_N), real_N
+
+
+def trailing_padding(token_BS: Tensor, is_target_BS: Tensor) -> Tensor:
+    """Mark the padding of rows, see :func:`ends_of_samples`; bool [B, S]."""
+    rows, length = token_BS.shape
+    _, real_B = ends_of_samples(token_BS.flatten().numpy(), is_target_BS.flatten().numpy(), np.full(rows, length))
+    return torch.arange(length) >= torch.from_numpy(real_B)[:, None]
 
 
 def before_last_target(is_target_BS: Tensor, is_real_BS: Tensor) -> Tensor:

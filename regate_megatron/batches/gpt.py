@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from regate_megatron.batches.facts import (
     MicrobatchFacts,
-    before_last_target,
     content_keys,
+    ends_of_samples,
     position_ids,
     to_cpu,
-    trailing_padding,
     without_loss,
 )
 
@@ -35,23 +35,21 @@ class GPTBatches:
             token_BS, label_BS, is_target_BS, position_id_BS = (
                 value.reshape(1, -1, *value.shape[2:]) for value in (token_BS, label_BS, is_target_BS, position_id_BS)
             )
-        # One row per sample: a packed row cut at its segments.
-        content = [token_BS, torch.where(is_target_BS, label_BS, -1)]  # a label without loss is not content
+        length_N = np.full(len(token_BS), token_BS.shape[1]) if sample_BS is None else np.bincount(sample_BS[0].numpy())
+        token_X, is_target_X = token_BS.flatten().numpy(), is_target_BS.flatten().numpy()
+        content = [token_X, np.where(is_target_X, label_BS.flatten().numpy(), -1)]  # no label without loss
         if position_id_BS.dim() == 3:  # mrope: where pictures lie
-            content.append(position_id_BS)
-        key_N2, is_padding = [], []
-        for target_S, *content_S in zip(
-            *(by_sample(value, sample_BS) for value in (is_target_BS, *content)), strict=True
-        ):
-            padding_S = trailing_padding(content_S[0][None], target_S[None])[0]
-            real_S = before_last_target(target_S[None], ~padding_S[None])[0]
-            key_N2.append([part_S[real_S].numpy() for part_S in content_S])
-            is_padding.append(padding_S)
-        is_padding_BS = torch.cat(is_padding).view_as(is_target_BS)
-        key_N2 = content_keys(key_N2)
+            content.append(position_id_BS.flatten(0, 1).numpy())
+        key_N, real_N = ends_of_samples(token_X, is_target_X, length_N)
+        is_context_X, of_keys, start = ~is_target_X, [], 0
+        for length, key, real in zip(length_N.tolist(), key_N.tolist(), real_N.tolist(), strict=True):
+            of_keys.append([part_X[start : start + key] for part_X in content])
+            is_context_X[start + real : start + length] = False
+            start += length
+        key_N2 = content_keys(of_keys)
         return MicrobatchFacts(
             is_target_BS=is_target_BS,
-            is_context_BS=~is_target_BS & ~is_padding_BS,
+            is_context_BS=torch.from_numpy(is_context_X).view_as(is_target_BS),
             is_visual_BS=torch.zeros_like(is_target_BS),
             token_BS=token_BS,
             position_id_BS=position_id_BS,
@@ -83,10 +81,3 @@ def samples_of(cu_seqlens_BX: Tensor, length: int) -> Tensor:
     if int(length_N.sum()) != length * len(cu_seqlens_BX):
         raise ValueError("cu_seqlens that go back")
     return torch.arange(len(length_N)).repeat_interleave(length_N)[None]
-
-
-def by_sample(value_BS: Tensor, sample_BS: Tensor | None) -> list[Tensor]:
-    """The values of each sample, in order."""
-    if sample_BS is None:
-        return list(value_BS)
-    return list(value_BS[0].split(torch.bincount(sample_BS[0]).tolist()))

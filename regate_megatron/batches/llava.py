@@ -12,16 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from regate_megatron import masks
 from regate_megatron.batches.facts import (
     MicrobatchFacts,
-    before_last_target,
     content_keys,
+    ends_of_samples,
     position_ids,
     to_cpu,
-    trailing_padding,
     without_loss,
 )
 from regate_megatron.budget import align_up
@@ -54,31 +55,36 @@ class LLaVABatches:
         """See :meth:`BatchAdapter.read`."""
         self._check_images(batch)
         token_BN, label_BN = to_cpu(batch["tokens"]).long(), to_cpu(batch["labels"]).long()
-        is_target_BN = self._text_targets(token_BN, to_cpu(batch["loss_mask"]) > 0)
-        place_BN = self._places(token_BN)
-        length = self._merged_length(token_BN)
+        num_rows, num_entries = token_BN.shape
         is_image_BN = token_BN == self.image_token
-        is_padding_BN = trailing_padding(token_BN, is_target_BN) & ~is_image_BN
+        place_BN = self._places(is_image_BN)
+        length = self._merged_length(place_BN)
+        is_text_BN = ~is_image_BN & (place_BN < length)
+        is_target_BN = self._text_targets(is_image_BN, is_text_BN, to_cpu(batch["loss_mask"]) > 0)
+        merged_X = masks.take(place_BN + length * torch.arange(num_rows)[:, None], is_text_BN).numpy()
 
-        def spread(value_BN: Tensor, where_BN: Tensor, empty: int) -> Tensor:
-            merged_BS = torch.full((len(token_BN), length), empty, dtype=value_BN.dtype)
-            row_X, entry_X = torch.where(where_BN & (place_BN < length))
-            merged_BS[row_X, place_BN[row_X, entry_X]] = value_BN[row_X, entry_X]
-            return merged_BS
+        def spread(value_BN: Tensor) -> Tensor:
+            value_X = masks.take(value_BN, is_text_BN).numpy()
+            merged_BS = np.zeros((num_rows, length), value_X.dtype)
+            merged_BS.reshape(-1)[merged_X] = value_X
+            return torch.from_numpy(merged_BS)
 
-        is_text_BS = spread(torch.ones_like(is_target_BN), ~is_image_BN, 0)
-        is_target_BS = spread(is_target_BN, ~is_image_BN, 0)
-        is_padding_BS = spread(is_padding_BN, ~is_image_BN, 0)
-        inside_BS = torch.arange(length) <= place_BN[:, -1:].clamp_max(self.max_length - 1)
-        is_visual_BS = inside_BS & ~is_text_BS
-        text_rows, picture_rows = self._content(token_BN, label_BN, is_target_BN, is_padding_BN, batch)
+        key_B, real_B = ends_of_samples(
+            *(value_BN.flatten().numpy() for value_BN in (token_BN, is_target_BN)),
+            np.full(num_rows, num_entries),
+            is_image_X=is_image_BN.flatten().numpy(),
+        )
+        is_target_BS, is_text_BS = spread(is_target_BN), spread(is_text_BN)
+        is_inside_BS = self._up_to(place_BN, np.full(num_rows, num_entries), length)
+        is_real_BS = self._up_to(place_BN, real_B, length)
+        text_rows, picture_rows = self._content(token_BN, label_BN, is_target_BN, is_image_BN, key_B, batch)
         merged = {
             "is_target_BS": is_target_BS,
-            "is_context_BS": inside_BS & ~is_target_BS & ~is_padding_BS,
-            "is_visual_BS": is_visual_BS,
-            "token_BS": spread(token_BN, ~is_image_BN, 0),
-            "position_id_BS": self._position_ids(batch, token_BN, place_BN, length),
-            "label_BS": spread(label_BN, ~is_image_BN, 0),
+            "is_context_BS": is_real_BS & ~is_target_BS,
+            "is_visual_BS": is_inside_BS & ~is_text_BS,
+            "token_BS": spread(token_BN),
+            "position_id_BS": self._position_ids(batch, token_BN, is_image_BN, length),
+            "label_BS": spread(label_BN),
         }
         sample_BS = None
         if self._is_packed(place_BN):
@@ -96,13 +102,12 @@ class LLaVABatches:
 
     def elide(self, batch: dict[str, Any], is_elided_BS: Tensor) -> dict[str, Any]:
         """See :meth:`BatchAdapter.elide`."""
-        token_BN = to_cpu(batch["tokens"]).long()
-        is_elided_BS = is_elided_BS.view(len(token_BN), -1)  # packed rows lie one after the other
-        place_BN = self._places(token_BN)
+        is_image_BN = to_cpu(batch["tokens"]) == self.image_token
+        is_elided_BS = is_elided_BS.view(len(is_image_BN), -1)  # packed rows lie one after the other
+        place_BN = self._places(is_image_BN)
         inside_BN = place_BN < is_elided_BS.shape[1]
         is_elided_BN = is_elided_BS.gather(1, place_BN.clamp_max(is_elided_BS.shape[1] - 1)) & inside_BN
-        is_elided_BN &= token_BN != self.image_token
-        return dict(batch, loss_mask=without_loss(batch["loss_mask"], is_elided_BN))
+        return dict(batch, loss_mask=without_loss(batch["loss_mask"], is_elided_BN & ~is_image_BN))
 
     def _is_packed(self, place_BN: Tensor) -> bool:
         """Whether the script makes one row of all; it takes all rows to be as long as the longest.
@@ -133,38 +138,53 @@ class LLaVABatches:
     def _images(batch: dict[str, Any]) -> Tensor | None:
         return next((to_cpu(batch[key]) for key in _IMAGE_KEYS if batch.get(key) is not None), None)
 
-    def _position_ids(self, batch: dict[str, Any], token_BN: Tensor, place_BN: Tensor, length: int) -> Tensor:
+    def _position_ids(self, batch: dict[str, Any], token_BN: Tensor, is_image_BN: Tensor, length: int) -> Tensor:
         """The position id of the text entry each merged position belongs to (an image's are its placeholder's)."""
-        entry_BS = torch.searchsorted(place_BN, torch.arange(length).expand(len(place_BN), -1).contiguous())
-        return position_ids(batch, token_BN).gather(1, entry_BS.clamp_max(token_BN.shape[1] - 1))
+        num_rows, num_entries = token_BN.shape
+        entry_BS = np.full((num_rows, length), num_entries - 1)
+        for row, is_image_N in enumerate(is_image_BN.numpy()):
+            entry_S = np.repeat(np.arange(num_entries), np.where(is_image_N, self.image_length, 1))[:length]
+            entry_BS[row, : len(entry_S)] = entry_S
+        return position_ids(batch, token_BN).gather(1, torch.from_numpy(entry_BS))
 
-    def _text_targets(self, token_BN: Tensor, has_loss_BN: Tensor) -> Tensor:
-        is_image_BN = token_BN == self.image_token
+    def _text_targets(self, is_image_BN: Tensor, is_text_BN: Tensor, has_loss_BN: Tensor) -> Tensor:
         before_image_BN = torch.zeros_like(is_image_BN)
         before_image_BN[:, :-1] = is_image_BN[:, 1:]
-        return has_loss_BN & ~is_image_BN & ~before_image_BN & (self._places(token_BN) < self._merged_length(token_BN))
+        return has_loss_BN & is_text_BN & ~before_image_BN
 
-    def _places(self, token_BN: Tensor) -> Tensor:
+    def _places(self, is_image_BN: Tensor) -> Tensor:
         """Merged position of each text entry (of a placeholder: its last visual position); int64 [B, N]."""
-        width_BN = torch.where(token_BN == self.image_token, self.image_length, 1)
-        return width_BN.cumsum(dim=1) - 1
+        width_BN = np.where(is_image_BN.numpy(), self.image_length, 1)
+        return torch.from_numpy(width_BN.cumsum(axis=1) - 1)
 
-    def _merged_length(self, token_BN: Tensor) -> int:
-        longest = int(self._places(token_BN)[:, -1].max()) + 1
+    def _merged_length(self, place_BN: Tensor) -> int:
+        longest = int(place_BN[:, -1].max()) + 1
         if self.pads_to_max:
             return self.max_length
         return align_up(min(longest, self.max_length), self.multiple)
 
-    def _content(self, token_BN: Tensor, label_BN: Tensor, is_target_BN: Tensor, is_padding_BN: Tensor, batch: dict):
-        images = self._images(batch)
-        first_image_B = (token_BN == self.image_token).sum(dim=1).cumsum(0).tolist()
-        is_content_BN = before_last_target(is_target_BN, ~is_padding_BN)
-        text_rows, picture_rows, start = [], [], 0
-        for row, end in enumerate(first_image_B):
-            real = is_content_BN[row]
-            labels = torch.where(is_target_BN[row], label_BN[row], -1)
-            layout = torch.tensor([self.image_length])
-            text_rows.append([token_BN[row][real].numpy(), labels[real].numpy(), layout.numpy()])
+    def _up_to(self, place_BN: Tensor, num_entries_B: np.ndarray, length: int) -> Tensor:
+        """Mark the merged positions of the first entries of each row that the model does not cut off; bool [B, S]."""
+        last_B = place_BN.numpy()[np.arange(len(place_BN)), num_entries_B - 1]
+        end_B = np.where(num_entries_B > 0, last_B + 1, 0).clip(max=self.max_length)
+        return torch.from_numpy(np.arange(length) < end_B[:, None])
+
+    def _content(
+        self,
+        token_BN: Tensor,
+        label_BN: Tensor,
+        is_target_BN: Tensor,
+        is_image_BN: Tensor,
+        key_B: np.ndarray,
+        batch: dict[str, Any],
+    ) -> tuple[list[list[np.ndarray]], list[list[np.ndarray]]]:
+        """Per row what the reference key is made of (ids, labels, layout), and the pixels the difficulty key adds."""
+        images, token_BN = self._images(batch), token_BN.numpy()
+        label_BN = np.where(is_target_BN.numpy(), label_BN.numpy(), -1)
+        layout, start = np.array([self.image_length]), 0
+        text_rows, picture_rows = [], []
+        for row, end in enumerate(is_image_BN.sum(dim=1).cumsum(0).tolist()):
+            text_rows.append([token_BN[row, : key_B[row]], label_BN[row, : key_B[row]], layout])
             picture_rows.append([_bytes(images[start:end])] if images is not None and end > start else [])
             start = end
         return text_rows, picture_rows

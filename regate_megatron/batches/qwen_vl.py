@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regate_megatron import masks
 from regate_megatron.batches.facts import (
     MicrobatchFacts,
     before_last_target,
@@ -109,7 +110,10 @@ class QwenVLBatches:
         is_content_BS = before_last_target(is_target_BS, ~is_padding_BS)
         target_label_BS = torch.where(is_target_BS, label_BS, -1)
         rows = zip(token_BS, target_label_BS, is_content_BS, strict=True)
-        text_rows = [[token_S[real].numpy(), label_S[real].numpy()] for token_S, label_S, real in rows]
+        text_rows = [
+            [masks.take(token_S, real_S).numpy(), masks.take(label_S, real_S).numpy()]
+            for token_S, label_S, real_S in rows
+        ]
         picture_rows: list[list[np.ndarray]] = [[] for _ in text_rows]
         visual = _visual_inputs(batch)
         for token, (pixel_name, grid_name) in zip((self.image_token, self.video_token), _KINDS, strict=True):

@@ -57,23 +57,21 @@ class Hooks:
         schedule: Callable[..., Any],
         arguments: dict[str, Any],
         batches: list[list[Any] | None],
-        plan: StepPlan,
+        plans: Sequence[ShardedPlan],
         observe: Observer | None,
     ) -> Any:
-        """Run ``schedule`` with ``arguments`` over fresh copies of ``batches``, short where ``plan`` says so.
+        """Run ``schedule`` with ``arguments`` over fresh copies of ``batches``, short where ``plans`` say so.
 
         Args:
             batches: per data iterator the step's microbatches, or None where this rank has none.
+            plans: from :meth:`lay_out`.
             observe: is called with the per-token losses of each microbatch, on ranks that compute them.
         """
-        sharded_plans: Sequence[ShardedPlan | None] = [None] * arguments["num_microbatches"]
-        if plan.is_sparse:
-            sharded_plans = self._shard(plan)
-            if self.has_pipeline:
-                length = plan.microbatches[0].length
-                arguments = dict(arguments, seq_length=length)
-                if arguments.get("decoder_seq_length") is not None:
-                    arguments["decoder_seq_length"] = length
+        if plans and self.has_pipeline:
+            length = plans[0].keep_idx_BK.shape[1]
+            arguments = dict(arguments, seq_length=length)
+            if arguments.get("decoder_seq_length") is not None:
+                arguments["decoder_seq_length"] = length
         iterators = [None if pulled is None else iter([_fresh(batch) for batch in pulled]) for pulled in batches]
         is_list = isinstance(arguments["data_iterator"], list)
         step = arguments["forward_step_func"]
@@ -82,13 +80,14 @@ class Hooks:
         def forward_step(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
             index = done.get(id(model), 0)
             done[id(model)] = index + 1
-            with self._current.running(sharded_plans[index], observe):
+            with self._current.running(plans[index] if plans else None, observe):
                 return step(data_iterator, model, *args, **kwargs)
 
         own = {"data_iterator": iterators if is_list else iterators[0], "forward_step_func": forward_step}
         return schedule(**dict(arguments, **own))
 
-    def _shard(self, plan: StepPlan) -> list[ShardedPlan]:
+    def lay_out(self, plan: StepPlan) -> list[ShardedPlan]:
+        """This rank's part of every microbatch's plan, on its device; nothing in a dense step. No communication."""
         device = next(self.models[0].parameters()).device
         moves = {
             "moves_hidden": any(hook.compacts for hook in self.decoders),

@@ -33,6 +33,10 @@ def to_host(parts: Sequence[Tensor], facts: Sequence[MicrobatchFacts]) -> list[T
     losses, at = [], 0
     for one in facts:
         rows, length = one.is_target_BS.shape
+        if len(host_RX) == 1:
+            losses.append(host_RX[0, at : at + rows * length].view(rows, length))
+            at += rows * length
+            continue
         dense = places(one.segment_length_N, cp_size=len(host_RX))
         size = rows * dense.local_length
         piece_RBL = host_RX[:, at : at + size].view(len(host_RX), rows, dense.local_length)

@@ -9,15 +9,18 @@ Shapes: B rows, S dense positions, K slots, k slots of this context rank, L loca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from regate_megatron.plan import MicrobatchPlan
-from regate_megatron.sharding import Places, Route, places, route
+from regate_megatron.sharding import Route, places, route
 
 
 @dataclass(frozen=True)
@@ -191,36 +194,40 @@ def shard_plan(
     """
     packing = plan.packing
     num_rows, length = plan.keep_idx_BK.shape
-    dense_N = packing.dense_length_N if packing else torch.tensor([plan.dense_length])
-    short_N = packing.length_N if packing else torch.tensor([length])
-    num_kept_N = plan.num_kept_N
-    lengths_N = short_N if packing else torch.full((num_rows,), length)
-    place_BK = plan.keep_idx_BK
+    dense = packing.dense_length_N.tolist() if packing else [plan.dense_length]
+    short = packing.length_N.tolist() if packing else [length]
+    lengths = short if packing else short * num_rows
+    place_Bk, is_fill_BK = plan.keep_idx_BK, ~plan.is_kept_BK
     if packing:
-        start_N = dense_N.cumsum(0) - dense_N
-        place_BK = place_BK - start_N.repeat_interleave(short_N)
-    context_slots_k = places(short_N, cp_size=layout.cp_size).positions_of(layout.cp_rank)
-    hidden, tokens = None, None
+        start_N = packing.dense_length_N.cumsum(0) - packing.dense_length_N
+        place_Bk = place_Bk - start_N.repeat_interleave(packing.length_N)
+    is_fill_Bk = is_fill_BK
+    if layout.cp_size > 1:
+        context_slots_k = places(short, cp_size=layout.cp_size).positions_of(layout.cp_rank)
+        place_Bk = place_Bk if packing else place_Bk[:, context_slots_k]
+        is_fill_Bk = is_fill_BK[:, context_slots_k]
+    hidden = tokens = None
     if moves_hidden:
-        hidden = _exchange(plan, dense_N, short_N, layout, device, over_tensor_group=True)
+        hidden = _exchange(plan, dense, short, layout, device, over_tensor_group=True)
     if moves_losses:
-        tokens = _exchange(plan, dense_N, short_N, layout, device, over_tensor_group=False)
+        is_same = hidden is not None and layout.sp_size == 1
+        tokens = hidden if is_same else _exchange(plan, dense, short, layout, device, over_tensor_group=False)
     is_kept_LB = is_fill_lB = None
     if comes_back:
         sizes = {"cp_size": layout.cp_size, "tp_size": layout.sp_size}
-        is_kept_LB = plan.kept_mask().t()[places(dense_N, **sizes).positions_of(layout.rank)]
-        is_fill_lB = ~plan.is_kept_BK.t()[places(short_N, **sizes).positions_of(layout.rank)]
+        is_kept_LB = plan.kept_mask().t()[places(dense, **sizes).positions_of(layout.rank)]
+        is_fill_lB = is_fill_BK.t()[places(short, **sizes).positions_of(layout.rank)]
     return ShardedPlan(
         dense_length=plan.dense_length,
         local_length=plan.dense_length // (layout.cp_size * layout.sp_size),
         keep_idx_BK=_to(plan.keep_idx_BK, device),
-        place_Bk=_to(place_BK if packing else place_BK[:, context_slots_k], device),
-        is_fill_Bk=_to(~plan.is_kept_BK[:, context_slots_k], device),
+        place_Bk=_to(place_Bk, device),
+        is_fill_Bk=_to(is_fill_Bk, device),
         hidden=hidden,
         tokens=tokens,
-        cu_seqlens=_to(_cumulative(num_kept_N), device),
-        cu_seqlens_padded=_to(_cumulative(lengths_N), device),
-        max_length=int(lengths_N.max()),
+        cu_seqlens=_to(_cumulative(plan.num_kept_N.tolist()), device),
+        cu_seqlens_padded=_to(_cumulative(lengths), device),
+        max_length=max(lengths),
         is_packed=packing is not None,
         cp_size=layout.cp_size,
         is_kept_LB=_to(is_kept_LB, device) if comes_back else None,
@@ -230,8 +237,8 @@ def shard_plan(
 
 def _exchange(
     plan: MicrobatchPlan,
-    dense_N: Tensor,
-    short_N: Tensor,
+    dense: Sequence[int],
+    short: Sequence[int],
     layout: Layout,
     device: torch.device,
     *,
@@ -241,8 +248,8 @@ def _exchange(
     rank = layout.rank if over_tensor_group else layout.cp_rank
     group = layout.hidden_group if over_tensor_group else layout.context_group
     sizes = {"cp_size": layout.cp_size, "tp_size": sp_size}
-    dense: Places = places(dense_N, **sizes)
-    moves = route(plan.keep_idx_BK, dense, places(short_N, **sizes), rank=rank, num_ranks=layout.cp_size * sp_size)
+    cuts = places(dense, **sizes), places(short, **sizes)
+    moves = route(plan.keep_idx_BK, *cuts, rank=rank, num_ranks=layout.cp_size * sp_size)
     return Exchange(moves, group, device)
 
 
@@ -251,9 +258,9 @@ def _inverse(order_X: Tensor) -> Tensor:
     return torch.empty_like(order_X).scatter_(0, order_X, torch.arange(len(order_X)))
 
 
-def _cumulative(length_N: Tensor) -> Tensor:
+def _cumulative(lengths: Sequence[int]) -> Tensor:
     """Where rows or segments start and the last one ends."""
-    return torch.nn.functional.pad(length_N.cumsum(0), (1, 0)).int()
+    return torch.from_numpy(np.array([0, *accumulate(lengths)], np.int32))
 
 
 def _to(values: Tensor, device: torch.device) -> Tensor:

@@ -240,6 +240,14 @@ def test_the_prior_is_what_a_dictionary_of_ids_says(decay, history):
 class _Among(Topology):
     """One of several planners, each a thread, that exchange through lists."""
 
+    def all_reduce_planners(self, values, op):
+        sent, barrier = self.planner_group
+        sent[self.dp_rank] = values
+        barrier.wait()
+        reduced = getattr(torch.stack(sent), {"sum": "sum", "max": "amax"}[op])(dim=0)  # as gloo: of one size
+        barrier.wait()
+        return reduced
+
     def exchange_planners(self, values_Xx, send_D, receive_D=None):
         sent, barrier = self.planner_group
         sent[self.dp_rank] = values_Xx.split(send_D.tolist())
@@ -282,3 +290,18 @@ def test_several_planners_know_what_one_would_know(size):
         for one, other in zip(expected, theirs, strict=True):
             torch.testing.assert_close(other, one, rtol=0, atol=0, equal_nan=True)
         alone.update(key_N2[every], [loss_T for of_rank in loss_SDN[step] for loss_T in of_rank], step)
+
+
+def test_planners_that_looked_up_different_ids_learn_one_prior():
+    shared = ([None] * 2, threading.Barrier(2, timeout=60))
+
+    def plan(rank: int) -> list[float]:
+        prior = TokenPrior(DECAY)
+        _ask(prior, [20 * rank])  # a sparse step: nobody else hears of it
+        labels, losses = torch.tensor([3, 5 + rank]), torch.tensor([1.0 + rank, 7.0], dtype=torch.float64)
+        prior.update(labels, losses, _Among(rank, 2, True, rank, 1, None, shared, None))
+        return _ask(prior, [3, 5, 6, 0])
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(plan, range(2))
+    assert first == second == [1.5, 7.0, 7.0, 4.25]

@@ -93,7 +93,7 @@ def test_rows_that_context_parallelism_joins_are_traced_as_rows(tmp_path):
     records = []
     for rank, (facts, plan) in enumerate((rows, (joined, MicrobatchPlan.of_packed(kept_BS.view(1, 8), packing)))):
         trace, names = Trace(str(tmp_path), rank), {"iteration": 4, "phase": "sparse", "fallback": False, "dp_rank": 0}
-        scores = [torch.arange(8.0, dtype=torch.float64).view(facts.is_target_BS.shape)]
+        scores = [torch.arange(5.0, dtype=torch.float64)]
         trace.write(**names, facts=[facts], plan=StepPlan(3, (plan,)), scores=scores)
         trace.close()
         record = json.loads((tmp_path / f"dp{rank:05d}.jsonl").read_text())
