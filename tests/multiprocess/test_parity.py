@@ -39,6 +39,7 @@ ONE_RANK = [
     case("llava-n0-read", model="llava", context="read", dense_layers=0),
     case("gpt-n1-read-per-sample", context="read", budget="per-sample"),
     case("gpt-n1-even", multiple=2),
+    case("gpt-n1-rows1", rows=1),
     case("llava-n1-even", model="llava", multiple=2),
     *(case(f"{m}-n{n}-by4", model=m, multiple=4, dense_layers=n) for m in ("gpt", "llava") for n in (0, 1)),
     case("gpt-n1-by8", multiple=8),
