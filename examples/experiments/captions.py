@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-import shutil
 import sys
 from pathlib import Path
 
@@ -69,10 +67,7 @@ def prepare(out: Path, language_model: Path, *, num_train: int, num_heldout: int
     wanted["source"] = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
     if (out / "about.json").exists() and wanted.items() <= json.loads((out / "about.json").read_text()).items():
         return out
-    aside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with scenes.written_aside(out) as aside:
         rng = random.Random(seed)
         emoji = scenes.load_emoji()
         drawn: dict[tuple, scenes.Scene] = {}
@@ -108,10 +103,6 @@ def prepare(out: Path, language_model: Path, *, num_train: int, num_heldout: int
             "share_of_targets_by_kind": shares,
         }
         (aside / "about.json").write_text(json.dumps(about, indent=1))
-        shutil.rmtree(out, ignore_errors=True)
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return out
 
 
