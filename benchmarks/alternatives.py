@@ -46,7 +46,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     batches = [models.make_batch(size, seed) for seed in range(BATCHES)]
     plans = [random_plan(size, KEEP_RATIO, seed) for seed in range(BATCHES)]
     order, taken = list(ways), []
-    seconds = options.seconds or (2 if options.quick else 150)
+    seconds = options.seconds or (2 if options.quick else 120)
     for index in rounds_within(3 if options.quick else 40, seconds, name="alternatives"):
         first, which = index % len(order), index % BATCHES
         steps = {name: ways[name].step_on(batches[which], plans[which]) for name in order[first:] + order[:first]}

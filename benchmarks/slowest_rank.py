@@ -56,7 +56,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for name in MIX_NAMES:
         mix = shrunken(MIXES[name], factor)
-        size = Size(rows=1, length=mix.length, hidden=256, layers=4, vocab=2048)
+        size = Size(rows=1, length=mix.length, hidden=256, layers=3, vocab=2048)
         if options.quick:
             size = Size(rows=1, length=mix.length, hidden=32, layers=3, vocab=64)
         seconds = (options.seconds or (2 if options.quick else 110)) / len(MIX_NAMES)

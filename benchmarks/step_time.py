@@ -88,8 +88,9 @@ def measure_scene(scene: Scene, rounds: int, seconds: float) -> tuple[list[dict[
         runners["short"] = _Short(short, models.make_batch(short, seed=9), like=plain.model)
     order, taken = list(runners), []
     for index in rounds_within(rounds, seconds, name=name):
-        first = index % len(order)  # nobody always comes after the same
-        steps = {key: runners[key].step(batches[index % BATCHES]) for key in order[first:] + order[:first]}
+        first = index % len(order)  # nobody always comes first, nor after the same
+        turn = (order[first:] + order[:first])[:: 1 if index % 2 else -1]
+        steps = {key: runners[key].step(batches[index % BATCHES]) for key in turn}
         if index:
             taken.append(steps)
     rows = [_row(size, work, keep, layers, [(one["plain"], one[keep, layers]) for one in taken])
@@ -180,7 +181,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All scenes."""
     models.start()
     scenes = QUICK if options.quick else SCENES
-    seconds = options.seconds or (1 if options.quick else 300)
+    seconds = options.seconds or (1 if options.quick else 260)
     rows, controls = [], {}
     for scene in scenes:
         gc.collect()  # the models of the scene before
