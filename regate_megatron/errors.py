@@ -45,6 +45,7 @@ def one_line_refusals_from_now_on() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, ReGateError):
+            sys.stderr = sys.__stderr__ or sys.stderr  # torch's hook holds back what is said here until we return
             say(error)
             leave()
         else:

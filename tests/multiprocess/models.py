@@ -167,7 +167,9 @@ def fill_by_name(model: torch.nn.Module) -> None:
         full = torch.randn(value.global_shape, generator=generator) * 0.15
         if "norm" in value.key and value.key.endswith("weight"):
             full += 1
-        value.data.copy_(full[value.global_slice()].reshape(value.data.shape))
+        size = (1,) * value.prepend_axis_num + tuple(value.local_shape)
+        own = tuple(slice(start, start + num) for start, num in zip(value.global_offset, size, strict=True))
+        value.data.copy_(full[own].reshape(value.data.shape))
 
 
 def batches(case: dict) -> list[dict]:
