@@ -4,7 +4,7 @@
     python benchmarks/balance.py            # minutes; table, out/bench/balance.json and balance.png
     python benchmarks/balance.py --quick    # few ranks, seconds
 
-Every simulated rank runs the planner's own code (:func:`regate_megatron.selection.select`) on its rows; only the
+Every simulated rank runs the planner's own code (:func:`regate_megatron.method.selection.select`) on its rows; only the
 exchange between ranks is simulated. Per mix, number of ranks and budget:
 
 * **max/mean**: positions run by the slowest rank of a step over the mean rank, alignment and fill included; over steps
@@ -36,8 +36,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.assigned import assign  # noqa: E402
 from benchmarks.skew import MIXES, Mix, draw_row, make_rows  # noqa: E402
-from regate_megatron.budget import Alignment  # noqa: E402
-from regate_megatron.selection import Rows, Selection, select  # noqa: E402
+from regate_megatron.method.budget import Alignment  # noqa: E402
+from regate_megatron.method.selection import Rows, Selection, select  # noqa: E402
 
 BUDGETS = ("per-sample", "uniform", "balanced")
 COLUMNS = ("max/mean", "achievable", "kept", "positions", "slowest", "fill", "lengths")

@@ -21,10 +21,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from regate_megatron.difficulty import DifficultyStore
-from regate_megatron.records import BYTES_PER_SAMPLE, Records
-from regate_megatron.state_files import read_records, write_records
-from regate_megatron.topology import Topology
+from regate_megatron.memory.difficulty import DifficultyStore
+from regate_megatron.memory.records import BYTES_PER_SAMPLE, Records
+from regate_megatron.memory.state_files import read_records, write_records
+from regate_megatron.ranks.topology import Topology
 
 ALONE = Topology(0, 1, True, 0, 1, None, None, None)
 ROWS, TARGETS_PER_ROW = 32, 1000

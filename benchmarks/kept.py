@@ -1,6 +1,6 @@
 """Ways to run a step on the same kept positions: ours, and what others do. The plan is made beforehand.
 
-* **compact** (ours): gather once after the dense layers, run short to the loss (`regate_megatron.hooks`).
+* **compact** (ours): gather once after the dense layers, run short to the loss (`regate_megatron.decoder`).
 * **per layer**: every layer gathers its positions, runs on them and scatters the result back, as ReGATE's paper
   describes it; final norm, LM head and loss see all positions.
 * **random-LTD**: as *per layer*, with another random set in every layer; see random_ltd.py.
@@ -23,8 +23,8 @@ from torch import Tensor
 from benchmarks.measuring import Clock
 from benchmarks.models import Size, decoder_of
 from benchmarks.stepping import Runner, Step
-from regate_megatron.hooks import CurrentMicrobatch, DecoderHook, Layout, LossHook, shard_plan
-from regate_megatron.plan import MicrobatchPlan
+from regate_megatron.decoder import CurrentMicrobatch, DecoderHook, Layout, LossHook, shard_plan
+from regate_megatron.step.plan import MicrobatchPlan
 
 
 def random_plan(size: Size, keep_ratio: float, seed: int) -> MicrobatchPlan:

@@ -55,7 +55,7 @@ class Size:
 def start() -> None:
     """Megatron on this CPU: one rank, one thread. Once per process, before anything else is imported."""
     _keep_memory()
-    from regate_megatron import emulation
+    from regate_megatron.cpu import emulation
 
     emulation.set_environment()
     emulation.install()

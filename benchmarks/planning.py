@@ -37,16 +37,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.measuring import cpu_seconds, figure, rounds_within, run_part, spread
-from regate_megatron import selection
 from regate_megatron.batches import GPTBatches
 from regate_megatron.batches.facts import MicrobatchFacts
 from regate_megatron.config import ReGateConfig
-from regate_megatron.hooks import Layout, shard_plan
-from regate_megatron.metrics import count_step
-from regate_megatron.plan import MicrobatchPlan, StepPlan
-from regate_megatron.planner import Planner
-from regate_megatron.records import Records
-from regate_megatron.topology import Topology
+from regate_megatron.decoder import Layout, shard_plan
+from regate_megatron.memory.records import Records
+from regate_megatron.method import selection
+from regate_megatron.ranks.topology import Topology
+from regate_megatron.step.metrics import count_step
+from regate_megatron.step.plan import MicrobatchPlan, StepPlan
+from regate_megatron.step.planner import Planner
 
 MICROBATCHES, LENGTH, VOCAB = 8, 4096, 152_064
 BUDGETS = ("uniform", "balanced", "per-sample")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from regate_megatron.selection import Rows
+from regate_megatron.method.selection import Rows
 
 
 @dataclass(frozen=True)

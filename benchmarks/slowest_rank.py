@@ -69,7 +69,7 @@ def _measure_mix(name: str, mix: Any, size: Size, ranks: int, seconds: float, ro
     from benchmarks.balance import over_ranks
     from benchmarks.kept import Compact, Planned
     from benchmarks.skew import draw_row, make_rows
-    from regate_megatron.budget import Alignment
+    from regate_megatron.method.budget import Alignment
 
     dense = Planned(size, 1)
     runner = Compact(size, 1, like=dense.model)
@@ -108,7 +108,7 @@ def _plans(size: Size, rows: Any, chosen: Any) -> list[Any]:
     """
     import torch
 
-    from regate_megatron.plan import MicrobatchPlan
+    from regate_megatron.step.plan import MicrobatchPlan
 
     row_X = rows.row_G.repeat_interleave(rows.num_target_G)
     plans = []

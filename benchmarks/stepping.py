@@ -126,7 +126,7 @@ class ReGATERunner(Runner):
 
     def step(self, batch: dict[str, Any]) -> Step:
         """A step of ReGATE."""
-        from regate_megatron.metrics import Counters
+        from regate_megatron.step.metrics import Counters
 
         self._clear()
         start = Clock()

@@ -34,8 +34,8 @@ class _Teacher:
     """A frozen teacher and its stores; ``ask`` is what a step does for its reference losses."""
 
     def __init__(self, size: Size, visual: str, weights: Any) -> None:
+        from regate_megatron.ranks.topology import Topology
         from regate_megatron.teacher import ReferenceLosses
-        from regate_megatron.topology import Topology
 
         text_only = models.language_model(replace(size, image=0))
         text_only.load_state_dict(weights)

@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without installing
 
 if not torch.cuda.is_available():  # no GPU: gloo ranks under the emulation; a loop on GPUs has no such line
-    from regate_megatron import emulation
+    from regate_megatron.cpu import emulation
 
     emulation.set_environment()
     emulation.install()

@@ -38,7 +38,7 @@ def main(argv: list[str], install: Callable[[settings.ReGateConfig], None] | Non
 
         sys.exit(doctor.main())
     if argv[:1] == ["dry-run"] and not Path("dry-run").is_file():
-        from regate_megatron import dry_run
+        from regate_megatron.cpu import dry_run
 
         if argv[1:] in (["--help"], ["-h"]):
             print(dry_run.__doc__.strip())
@@ -50,7 +50,7 @@ def main(argv: list[str], install: Callable[[settings.ReGateConfig], None] | Non
         script, flags = _script_and_flags(argv[1:] if on_cpu else argv)
         config = settings.parse_command_line(flags)
         if on_cpu:
-            from regate_megatron import emulation
+            from regate_megatron.cpu import emulation
 
             emulation.set_environment()
         sys.path[:0] = folders_of(script)

@@ -13,14 +13,14 @@ from typing import Any
 from regate_megatron import compat
 from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import ReGateError, refuse
-from regate_megatron.metrics import check_trace_folder
-from regate_megatron.session import Session
-from regate_megatron.state import load_state as load_session
-from regate_megatron.state import save_state as save_session
+from regate_megatron.ranks.topology import agree_on_error, build_topology
+from regate_megatron.step.metrics import check_trace_folder
+from regate_megatron.step.session import Session
+from regate_megatron.step.state import load_state as load_session
+from regate_megatron.step.state import save_state as save_session
 from regate_megatron.support import Setting, check_support
 from regate_megatron.teacher import TeacherSource
 from regate_megatron.teacher.source import find_teacher
-from regate_megatron.topology import agree_on_error, build_topology
 
 _SESSION = "_regate_session"
 

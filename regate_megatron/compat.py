@@ -1,14 +1,10 @@
-"""Megatron's versions and wrappers, and :func:`check_support`, whose rules are in :mod:`regate_megatron.support`."""
+"""Megatron's versions, and the models inside its wrappers."""
 
 from __future__ import annotations
 
 import contextlib
 from importlib import metadata
 from typing import Any
-
-from regate_megatron.support import RULES, Setting, check_support
-
-__all__ = ["MEGATRON_CORE", "RULES", "Setting", "check_support", "language_model_of", "unwrap", "versions"]
 
 MEGATRON_CORE = "0.17 to 0.20"
 

@@ -10,7 +10,7 @@ import pytest
 from torch.distributed.checkpoint.metadata import Metadata
 
 from regate_megatron import ReGateError
-from regate_megatron.checkpoint import find_iteration
+from regate_megatron.teacher.checkpoint import find_iteration
 
 
 def _checkpoint(folder, index: bytes):

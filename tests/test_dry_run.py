@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from regate_megatron.dry_run import command
-from regate_megatron.dry_run.command import _reason
-from regate_megatron.dry_run.line import LaunchLine, parse_line
-from regate_megatron.dry_run.shrink import data_parallel_size, shrink
-from regate_megatron.emulation import forked
-from regate_megatron.emulation.forked import Ended
+from regate_megatron.cpu.dry_run import command
+from regate_megatron.cpu.dry_run.command import _reason
+from regate_megatron.cpu.dry_run.line import LaunchLine, parse_line
+from regate_megatron.cpu.dry_run.shrink import data_parallel_size, shrink
+from regate_megatron.cpu.emulation import forked
+from regate_megatron.cpu.emulation.forked import Ended
 from regate_megatron.errors import ReGateError
 from tests.launch import ROOT
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from regate_megatron.convert import command
-from regate_megatron.convert.text_model import open_text_model
-from regate_megatron.convert.to_huggingface import plan_to_huggingface
-from regate_megatron.convert.to_megatron import plan_to_megatron
+from regate_megatron.checkpoints import command
+from regate_megatron.checkpoints.text_model import open_text_model
+from regate_megatron.checkpoints.to_huggingface import plan_to_huggingface
+from regate_megatron.checkpoints.to_megatron import plan_to_megatron
 
 EXAMPLES = """\
 examples:

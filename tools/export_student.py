@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from regate_megatron.convert import command
-from regate_megatron.convert.llava_to_huggingface import PARTS, plan_student
+from regate_megatron.checkpoints import command
+from regate_megatron.checkpoints.llava_to_huggingface import PARTS, plan_student
 
 EXAMPLES = """\
 examples:

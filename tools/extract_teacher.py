@@ -13,9 +13,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from regate_megatron.convert import command
-from regate_megatron.convert.extract_text import extract_text, open_inner_model, plan_text_extraction
-from regate_megatron.convert.to_megatron import plan_to_megatron
+from regate_megatron.checkpoints import command
+from regate_megatron.checkpoints.extract_text import extract_text, open_inner_model, plan_text_extraction
+from regate_megatron.checkpoints.to_megatron import plan_to_megatron
 from regate_megatron.errors import refuse
 from regate_megatron.teacher.extract import Extraction, check_target, extract, plan_extraction
 

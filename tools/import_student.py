@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from regate_megatron.convert import command
-from regate_megatron.convert.llava_to_megatron import plan_llava_to_megatron, unused_layers
+from regate_megatron.checkpoints import command
+from regate_megatron.checkpoints.llava_to_megatron import plan_llava_to_megatron, unused_layers
 
 EXAMPLES = """\
 examples:

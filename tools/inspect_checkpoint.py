@@ -12,8 +12,8 @@ import dataclasses
 import json
 import sys
 
-from regate_megatron.convert import command
-from regate_megatron.convert.inspecting import Report, inspect_checkpoint
+from regate_megatron.checkpoints import command
+from regate_megatron.checkpoints.inspecting import Report, inspect_checkpoint
 
 EXAMPLES = """\
 examples:

@@ -12,9 +12,9 @@ import argparse
 import sys
 from functools import partial
 
-from regate_megatron.convert import command
-from regate_megatron.convert.reshard import check_reshard, plan_reshard, reshard
-from regate_megatron.convert.weights import open_weights
+from regate_megatron.checkpoints import command
+from regate_megatron.checkpoints.reshard import check_reshard, plan_reshard, reshard
+from regate_megatron.checkpoints.weights import open_weights
 
 EXAMPLES = """\
 examples:

@@ -77,7 +77,7 @@ def one_rank(options: Any) -> Iterator[Any]:
         ReGateError: the machine lacks something.
     """
     if options.cpu_rehearsal:
-        from regate_megatron import emulation
+        from regate_megatron.cpu import emulation
 
         emulation.set_environment()
     ok, reason = check_packages()

@@ -21,7 +21,7 @@ from megatron.core.transformer.spec_utils import get_submodules
 from torch import Tensor
 
 from benchmarks.gpu.models import Size, layer_spec, transformer_config
-from regate_megatron.emulation import megatron_core
+from regate_megatron.cpu.emulation import megatron_core
 
 PICTURE, PATCH = 16, 8  # pixels
 VISUAL = (PICTURE // PATCH) ** 2  # positions of a picture in a merged row

@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from benchmarks.gpu import models, timing
 from regate_megatron import ReGateConfig, attach, detach, wrap_forward_backward
 from regate_megatron.api import session_of
-from regate_megatron.metrics import Counters
+from regate_megatron.step.metrics import Counters
 
 ALWAYS_SPARSE = {"score": "student", "warmup_steps": 1, "dense_steps": 0, "cycle_steps": 1}  # after one dense step
 

@@ -16,7 +16,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from regate_megatron import masks
+from regate_megatron.method import masks
 
 
 @dataclass(frozen=True)

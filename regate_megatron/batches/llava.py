@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regate_megatron import masks
 from regate_megatron.batches.facts import (
     MicrobatchFacts,
     content_keys,
@@ -25,7 +24,8 @@ from regate_megatron.batches.facts import (
     to_cpu,
     without_loss,
 )
-from regate_megatron.budget import align_up
+from regate_megatron.method import masks
+from regate_megatron.method.budget import align_up
 
 _IMAGE_KEYS = ("image", "images", "imgs")
 

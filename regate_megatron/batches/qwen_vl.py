@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regate_megatron import masks
 from regate_megatron.batches.facts import (
     MicrobatchFacts,
     before_last_target,
@@ -29,6 +28,7 @@ from regate_megatron.batches.facts import (
     trailing_padding,
     without_loss,
 )
+from regate_megatron.method import masks
 
 _KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 

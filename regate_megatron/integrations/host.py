@@ -10,11 +10,11 @@ import torch.distributed as dist
 
 from regate_megatron import compat
 from regate_megatron.api import attach, session_of
-from regate_megatron.checkpoint import save_language_model
 from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig
 from regate_megatron.integrations.megatron_checkpoints import restore
-from regate_megatron.metrics import Counters, log_line, ratios, reduce_counters
-from regate_megatron.session import Session
+from regate_megatron.step.metrics import Counters, log_line, ratios, reduce_counters
+from regate_megatron.step.session import Session
+from regate_megatron.teacher.checkpoint import save_language_model
 from regate_megatron.teacher.source import TEACHER_FOLDER, hash_of_tokenizer, teacher_of_resumed_run
 
 

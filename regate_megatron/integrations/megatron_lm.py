@@ -29,8 +29,8 @@ from regate_megatron.integrations.flags import add_flags, check_flags
 from regate_megatron.integrations.flops import share_of_dense
 from regate_megatron.integrations.megatron_checkpoints import CheckpointState
 from regate_megatron.integrations.patching import patch, unpatch
-from regate_megatron.metrics import reduce_counters
-from regate_megatron.session import Session
+from regate_megatron.step.metrics import reduce_counters
+from regate_megatron.step.session import Session
 
 
 def install(config: ReGateConfig) -> None:

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from regate_megatron.checkpoint import EMBEDDING, LANGUAGE_MODEL_PREFIX, find_iteration
-from regate_megatron.convert import targets
-from regate_megatron.convert.targets import TRACKER as _TRACKER
-from regate_megatron.convert.targets import new_folder
+from regate_megatron.checkpoints import targets
+from regate_megatron.checkpoints.targets import TRACKER as _TRACKER
+from regate_megatron.checkpoints.targets import new_folder
 from regate_megatron.errors import ReGateError, refuse
+from regate_megatron.teacher.checkpoint import EMBEDDING, LANGUAGE_MODEL_PREFIX, find_iteration
 
 _COMMON_STATE = "common_state/"  # an object inside the checkpoint since megatron-core 0.19, before that a file:
 _COMMON_FILE = "common.pt"

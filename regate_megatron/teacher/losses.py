@@ -19,15 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from regate_megatron.alignment import experts_span_replicas
 from regate_megatron.batches import MicrobatchFacts
+from regate_megatron.decoder.alignment import experts_span_replicas
+from regate_megatron.ranks.topology import Topology
 from regate_megatron.teacher.cache import rounded
 from regate_megatron.teacher.cache_files import KEY_BYTES
 from regate_megatron.teacher.memory import RecentLosses
 from regate_megatron.teacher.offload import Offloaded
 from regate_megatron.teacher.rows import TeacherRows, grown, rows_for_teacher
 from regate_megatron.teacher.run import TeacherRun, length_multiple
-from regate_megatron.topology import Topology
 
 
 class Store(Protocol):

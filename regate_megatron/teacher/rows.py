@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regate_megatron.budget import align_up
-from regate_megatron.selection import pack_positions
+from regate_megatron.method.budget import align_up
+from regate_megatron.method.selection import pack_positions
 
 _FIELDS = ("token_NK", "position_NK", "position_id_NK", "num_read_N", "target_slot_NT", "label_NT", "num_target_N")
 

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from regate_megatron.hooks import CurrentMicrobatch, DecoderHook, Layout, shard_plan
-from regate_megatron.plan import MicrobatchPlan
-from regate_megatron.sharding import places
+from regate_megatron.decoder import CurrentMicrobatch, DecoderHook, Layout, shard_plan
+from regate_megatron.decoder.cutting import places
+from regate_megatron.step.plan import MicrobatchPlan
 from regate_megatron.teacher.rows import TeacherRows
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from regate_megatron import emulation
+from regate_megatron.cpu import emulation
 
 
 def install() -> None:

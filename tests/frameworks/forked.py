@@ -1,4 +1,4 @@
-"""Ranks forked from a process that has imported Megatron-Bridge, as :mod:`regate_megatron.emulation.forked` does it."""
+"""Ranks forked from a process that has imported Megatron-Bridge, as the emulation forks them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-from regate_megatron.emulation import forked
+from regate_megatron.cpu.emulation import forked
 
 SECONDS = 240
 

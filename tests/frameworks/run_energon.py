@@ -15,7 +15,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-from regate_megatron import emulation
+from regate_megatron.cpu import emulation
 
 emulation.set_environment()
 emulation.install()

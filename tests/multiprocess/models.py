@@ -27,8 +27,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.spec_utils import get_submodules
 
-from regate_megatron.budget import align_up
 from regate_megatron.compat import unwrap
+from regate_megatron.method.budget import align_up
 from tests.multiprocess.cores import flat_rows, forget_router_metrics, own_part
 
 LAYERS, HIDDEN, VOCAB, TEXT, GLOBAL_ROWS = 4, 32, 64, 24, 8

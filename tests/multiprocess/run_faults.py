@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from regate_megatron import planner, session, state
+from regate_megatron.step import planner, session, state
 
 _FAULT, _SECONDS = os.environ["TEST_FAULT"], 0.7
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from regate_megatron import emulation
+from regate_megatron.cpu import emulation
 
 emulation.set_environment()
 emulation.install()
@@ -29,7 +29,7 @@ import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: F401
 
 from regate_megatron.__main__ import main as launch
-from regate_megatron.emulation import forked
+from regate_megatron.cpu.emulation import forked
 from regate_megatron.integrations import megatron_checkpoints, megatron_lm  # noqa: F401
 
 

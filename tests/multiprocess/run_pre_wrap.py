@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from regate_megatron import emulation
+from regate_megatron.cpu import emulation
 
 emulation.set_environment()
 emulation.install()

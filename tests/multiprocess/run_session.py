@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from regate_megatron import emulation
+from regate_megatron.cpu import emulation
 
 emulation.set_environment()
 emulation.install()
@@ -30,7 +30,7 @@ from regate_megatron import (
     wrap_forward_backward,
 )
 from regate_megatron.api import session_of
-from regate_megatron.checkpoint import save_language_model
+from regate_megatron.teacher.checkpoint import save_language_model
 from tests.claims import check
 from tests.multiprocess.models import Step, build, run
 

@@ -4,7 +4,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from regate_megatron import emulation
+from regate_megatron.cpu import emulation
 
 if __name__ == "__main__":
     emulation.set_environment()

@@ -15,7 +15,7 @@ import sys
 import textwrap
 from unittest import mock
 
-from regate_megatron import emulation
+from regate_megatron.cpu import emulation
 
 emulation.set_environment()
 emulation.install()
@@ -40,9 +40,9 @@ from transformer_engine.pytorch import quantization
 
 from regate_megatron import ReGateConfig, attach, describe, detach
 from regate_megatron.api import session_of
-from regate_megatron.hooks import CurrentMicrobatch, DecoderHook, Layout, shard_plan
-from regate_megatron.hooks.decoder import LayerRange
-from regate_megatron.plan import MicrobatchPlan
+from regate_megatron.decoder import CurrentMicrobatch, DecoderHook, Layout, shard_plan
+from regate_megatron.decoder.compaction import LayerRange
+from regate_megatron.step.plan import MicrobatchPlan
 from regate_megatron.teacher import build_teacher
 from regate_megatron.teacher.build import random_state_untouched
 from tests.claims import check

@@ -14,7 +14,7 @@ import random
 import sys
 from pathlib import Path
 
-from regate_megatron import emulation
+from regate_megatron.cpu import emulation
 
 emulation.set_environment()
 emulation.install()
@@ -31,8 +31,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
 from megatron.training.checkpointing import get_checkpoint_name
 
-from regate_megatron.checkpoint import find_iteration, load_language_model, open_language_model, saved_arguments
-from regate_megatron.convert.trust import allowed_classes, megatron_classes
+from regate_megatron.checkpoints.trust import allowed_classes, megatron_classes
+from regate_megatron.teacher.checkpoint import find_iteration, load_language_model, open_language_model, saved_arguments
 
 LENGTH = 24
 

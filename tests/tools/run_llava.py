@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from regate_megatron import emulation
+from regate_megatron.cpu import emulation
 
 emulation.set_environment()
 emulation.install()
@@ -29,7 +29,7 @@ from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import get_submodules
 
-from regate_megatron.checkpoint import find_iteration, saved_arguments
+from regate_megatron.teacher.checkpoint import find_iteration, saved_arguments
 
 RANKS, TEXT = 2, 12
 

@@ -137,7 +137,7 @@ def test_old_configs_with_rope_theta_at_the_top_mean_the_same(convert, models, t
 
 
 def test_output_is_sharded_and_read_again(convert, models, tmp_path, monkeypatch):
-    from regate_megatron.convert import safetensors_folder
+    from regate_megatron.checkpoints import safetensors_folder
 
     monkeypatch.setattr(safetensors_folder.write_safetensors, "__kwdefaults__", {"shard_bytes": 30_000})
     run(convert, "--source", models["llama"], "--target", tmp_path / "megatron")
@@ -148,7 +148,7 @@ def test_output_is_sharded_and_read_again(convert, models, tmp_path, monkeypatch
 
 
 def test_vocabulary_is_padded_with_zeros_as_megatron_pads(convert, models, tmp_path, capsys):
-    from regate_megatron.convert.torch_dist import TorchDistReader
+    from regate_megatron.checkpoints.torch_dist import TorchDistReader
 
     options = ["--tensor-model-parallel-size", 4, "--make-vocab-size-divisible-by", 6]
     run(convert, "--source", models["llama"], "--target", tmp_path / "megatron", *options)
@@ -274,7 +274,7 @@ def test_refuses_targets_that_exist_or_cannot_be_written(convert, models, tmp_pa
 
 
 def test_failure_while_writing_leaves_nothing(convert, models, tmp_path, capsys, monkeypatch):
-    from regate_megatron.convert import to_megatron
+    from regate_megatron.checkpoints import to_megatron
 
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")

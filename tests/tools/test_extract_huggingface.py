@@ -141,7 +141,7 @@ def test_the_flat_config_of_older_qwen2_vl_means_the_same(models, extract, tmp_p
 
 
 def test_nothing_but_the_language_model_is_read(models, extract, tmp_path, monkeypatch):
-    from regate_megatron.convert.safetensors_folder import SafetensorsFolder
+    from regate_megatron.checkpoints.safetensors_folder import SafetensorsFolder
 
     read = []
     original = SafetensorsFolder.read

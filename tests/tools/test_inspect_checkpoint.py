@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributed import checkpoint
 
-from regate_megatron.convert.inspecting import Group
+from regate_megatron.checkpoints.inspecting import Group
 from tests.tools.helpers import refusal, run, tensors, tool, write_model
 
 

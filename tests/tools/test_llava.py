@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributed import checkpoint
 
-from regate_megatron.convert.torch_dist import TorchDistReader
+from regate_megatron.checkpoints.torch_dist import TorchDistReader
 from tests.launch import succeed
 from tests.tools.helpers import SMALL, assert_same_bits, edit_config, fill, refusal, run, tensors, tool
 

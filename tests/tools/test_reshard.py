@@ -14,7 +14,7 @@ import sys
 import pytest
 import torch
 
-from regate_megatron.convert.torch_dist import TorchDistReader
+from regate_megatron.checkpoints.torch_dist import TorchDistReader
 from tests.launch import succeed
 from tests.tools.helpers import ROOT, assert_same_bits, refusal, run, tool, write_model
 from tests.tools.test_convert_hf_teacher import printed_flags

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regate_megatron.balance import common_total
-from regate_megatron.budget import Alignment
-from regate_megatron.selection import Rows, select
+from regate_megatron.method.balance import common_total
+from regate_megatron.method.budget import Alignment
+from regate_megatron.method.selection import Rows, select
 from tests.unit.ranks import over_ranks
 
 RATIOS = st.sampled_from([0.1, 0.3, 0.5, 0.75, 0.9, 1e-5])

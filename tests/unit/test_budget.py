@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from regate_megatron.budget import (
+from regate_megatron.method.budget import (
     Alignment,
     align_up,
     ceil_share,

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regate_megatron.difficulty import DifficultyStore, TokenPrior
-from regate_megatron.topology import Topology
+from regate_megatron.memory.difficulty import DifficultyStore, TokenPrior
+from regate_megatron.ranks.topology import Topology
 
 ALONE = Topology(0, 1, True, 0, 1, None, None, None)
 NAN, INF = math.nan, math.inf

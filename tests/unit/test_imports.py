@@ -11,17 +11,17 @@ ROOT = Path(__file__).resolve().parents[2]
 CORE = (
     "config",
     "errors",
-    "schedule",
-    "scoring",
-    "budget",
-    "balance",
-    "selection",
-    "sharding",
-    "plan",
-    "topology",
-    "difficulty",
-    "records",
-    "state_files",
+    "method.schedule",
+    "method.scores",
+    "method.budget",
+    "method.balance",
+    "method.selection",
+    "decoder.cutting",
+    "step.plan",
+    "ranks.topology",
+    "memory.difficulty",
+    "memory.records",
+    "memory.state_files",
 )
 
 # Imports each module named on its command line; prints, by module, what that import did beyond defining the module.

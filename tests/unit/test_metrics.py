@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import torch
 
 from regate_megatron.batches import MicrobatchFacts
-from regate_megatron.metrics import Balance, Counters, Trace, count_step, log_line, ratios
-from regate_megatron.plan import MicrobatchPlan, Packing, StepPlan
+from regate_megatron.step.metrics import Balance, Counters, Trace, count_step, log_line, ratios
+from regate_megatron.step.plan import MicrobatchPlan, Packing, StepPlan
 
 FACTS = SimpleNamespace(
     is_target_BS=torch.tensor([[False, True, True, True]]),

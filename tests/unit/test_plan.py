@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regate_megatron.errors import ReGateError
-from regate_megatron.plan import MicrobatchPlan, Packing, StepPlan, share_plan
-from regate_megatron.topology import Topology
+from regate_megatron.ranks.topology import Topology
+from regate_megatron.step.plan import MicrobatchPlan, Packing, StepPlan, share_plan
 
 ALONE = Topology(0, 1, True, 0, 1, None, None, None)
 

@@ -7,8 +7,8 @@ import torch
 
 from regate_megatron import ReGateConfig
 from regate_megatron.batches import MicrobatchFacts
-from regate_megatron.planner import Planner
-from regate_megatron.topology import Topology
+from regate_megatron.ranks.topology import Topology
+from regate_megatron.step.planner import Planner
 
 ALONE = Topology(0, 1, True, 0, 1, None, None, None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from regate_megatron.hooks.ranges import LayerRange
+from regate_megatron.decoder.ranges import LayerRange
 
 
 class _Block:

@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regate_megatron.errors import ReGateError
-from regate_megatron.records import BYTES_PER_SAMPLE, Records
-from regate_megatron.state import files_to_read
-from regate_megatron.state_files import (
+from regate_megatron.memory.records import BYTES_PER_SAMPLE, Records
+from regate_megatron.memory.state_files import (
     FileFacts,
     read_array,
     read_manifest,
@@ -22,6 +21,7 @@ from regate_megatron.state_files import (
     write_manifest,
     write_records,
 )
+from regate_megatron.step.state import files_to_read
 
 
 def _keys(*numbers: int) -> np.ndarray:
@@ -235,7 +235,7 @@ def test_every_flipped_bit_of_the_manifest_is_refused(tmp_path):
 
 
 def test_a_manifest_of_another_version_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("regate_megatron.state_files.VERSION", 99)
+    monkeypatch.setattr("regate_megatron.memory.state_files.VERSION", 99)
     write_manifest(tmp_path, {"step": 1})
     monkeypatch.undo()
     _refused("version 99", lambda: read_manifest(tmp_path))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regate_megatron import ReGateConfig
-from regate_megatron.schedule import keep_ratio_of, phase_of
+from regate_megatron.method.schedule import keep_ratio_of, phase_of
 
 PAPER = {"warmup_steps": 100, "cycle_steps": 128, "dense_steps": 16}
 

@@ -10,8 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regate_megatron.budget import Alignment
-from regate_megatron.selection import Rows, keep_best_targets, pack_positions, rank_targets, read_by_targets, select
+from regate_megatron.method.budget import Alignment
+from regate_megatron.method.selection import (
+    Rows,
+    keep_best_targets,
+    pack_positions,
+    rank_targets,
+    read_by_targets,
+    select,
+)
 
 INF, NAN = math.inf, math.nan
 VALUES = st.one_of(st.sampled_from([0.0, -0.0, 1.0, 1.0, 2.5, -3.0, NAN, INF, -INF]), st.floats(allow_nan=True))

@@ -1,0 +1,141 @@
+"""The small line's flags, made from the cluster's."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+from regate_megatron.config import ReGateConfig
+from regate_megatron.cpu.dry_run import shrink
+from regate_megatron.cpu.dry_run.line import LaunchLine
+
+SMALL_VOCABULARY = 127  # padded to 128; some versions count an end of document too
+_MULTIMODAL = ("--img-h", "--img-w", "--patch-dim", "--dataloader-seq-length")
+_FOLDERS = {"--regate-trace": "trace", "--regate-reference-cache": "cache", "--save": "save"}
+
+
+@functools.cache
+def parser_of_megatron() -> argparse.ArgumentParser:
+    """Megatron's own parser, with our flags."""
+    from megatron.training import arguments
+
+    from regate_megatron.config import add_arguments
+
+    return add_arguments(arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+
+
+def without(flags: list[str], names: tuple[str, ...], *, and_longer: bool = True) -> list[str]:
+    """``flags`` less the options ``names`` and their values; of Megatron's also those that begin so, if ``and_longer``.
+
+    Options Megatron does not know are the script's own: their values are the words up to the next option.
+    """
+    known = parser_of_megatron()._option_string_actions
+    kept, index = [], 0
+    while index < len(flags):
+        name, _, value = flags[index].partition("=")
+        end = index + 1
+        if name.startswith("--"):
+            nargs = known[name].nargs if name in known else "*"
+            most = {None: 1, "?": 1, "*": len(flags), "+": len(flags)}.get(nargs, nargs)
+            while not value and most and end < len(flags) and not flags[end].startswith("--"):
+                end, most = end + 1, most - 1
+        goes = name in names or (and_longer and name in known and name.startswith(names))
+        kept += [] if goes else flags[index:end]
+        index = end
+    return kept
+
+
+def small_flags(
+    line: LaunchLine, cluster: Any, config: ReGateConfig | None, *, replicas: int, folder: Path
+) -> tuple[list[str], list[str]]:
+    """The flags to run here, and what to say of them.
+
+    Args:
+        cluster: Megatron's validated namespace of the line.
+        replicas: data-parallel replicas to run.
+        folder: a temporary folder for everything the run writes.
+    """
+    known = parser_of_megatron()._option_string_actions
+    is_multimodal = "vlm" in Path(line.script).name or not line.options.isdisjoint(_MULTIMODAL[:2])
+    fp8 = _fp8_multiple(line)
+    small = shrink.shrink(
+        cluster,
+        replicas=replicas,
+        dense_layers=config.dense_layers + config.dense_last_layers if config else 0,
+        is_multimodal=is_multimodal,
+        fp8_multiple=fp8,
+    )
+    cluster_replicas = cluster.world_size // shrink.dense_group(cluster)
+    if replicas != cluster_replicas:
+        small.said.insert(0, f"data-parallel-size {cluster_replicas} -> {replicas}")
+    flags = without(line.flags, tuple(" ".join(shrink.DROPPED).split()))
+    flags = _data(flags, line.flags, small.said)
+    values = {name: value for name, value in small.values.items() if name in known or name in _MULTIMODAL}
+    values |= {"--train-iters": shrink.TRAIN_STEPS, "--eval-iters": 1, "--eval-interval": shrink.TRAIN_STEPS}
+    values |= {"--log-interval": 1, "--num-workers": 0}
+    if config is not None:
+        values |= _regate(config, fp8)
+        small.said.append(f"schedule to {shrink.TRAIN_STEPS} steps, the last two sparse" + _ratio(config))
+    values |= {name: folder / place for name, place in _FOLDERS.items() if name in line.options}
+    if "--save" in values:
+        values["--save-interval"] = shrink.TRAIN_STEPS
+    flags = without(flags, tuple(values), and_longer=False)
+    for name, value in values.items():
+        flags += [name, *str(value).split()]
+    if fp8 > 1:
+        small.said.append(f"FP8 to the precision beside it; lengths stay multiples of {fp8}")
+    return flags, small.said
+
+
+def _fp8_multiple(line: LaunchLine) -> int:
+    """What FP8 asks of lengths, as :func:`regate_megatron.decoder.alignment.length_alignment` has it; 1 without FP8."""
+    if "--fp8-format" not in line.options:
+        return 1
+    from megatron.core.fp8_utils import get_fp8_align_size
+
+    options = parser_of_megatron().parse_known_args(line.flags)[0]
+    return get_fp8_align_size(options.fp8_recipe)
+
+
+def _regate(config: ReGateConfig, fp8_multiple: int) -> dict[str, Any]:
+    dense = min(config.dense_steps, 1)
+    values = {"--regate-warmup-steps": 2 - dense, "--regate-cycle-steps": 8, "--regate-dense-steps": dense}
+    if config.keep_ratio_end is not None:  # the first cycle has the first ratio, which may be 1
+        values["--regate-keep-ratio"] = min(config.keep_ratio, config.keep_ratio_end)
+    if fp8_multiple > 1:
+        values["--regate-length-multiple"] = math.lcm(config.length_multiple or 1, fp8_multiple)
+    if config.needs_teacher:
+        values["--regate-teacher-load"] = "student"
+    return values
+
+
+def _ratio(config: ReGateConfig) -> str:
+    least = min(config.keep_ratio, config.keep_ratio_end or 1.0)
+    return "" if least == config.keep_ratio else f" with the ratio they end with, {least:g}"
+
+
+def _data(flags: list[str], given: list[str], said: list[str]) -> list[str]:
+    """Data and tokenizer as given where all their files are here, else mock data and a tokenizer of numbers."""
+    options = parser_of_megatron().parse_known_args(given)[0]
+    paths = []
+    for name in f"{shrink.DATA} {shrink.TOKENIZER}".split():
+        value = getattr(options, name.removeprefix("--").replace("-", "_"), None) or []
+        paths += [word for word in ([value] if isinstance(value, str) else value) if not _is_number(word)]
+    missing = [path for path in paths if not (Path(path).exists() or Path(f"{path}.idx").exists())]
+    if paths and not missing and not options.mock_data:
+        return flags
+    said.append("data and tokenizer to mock data" + (f" ({missing[0]} is not here)" if missing else ""))
+    flags = without(flags, tuple(shrink.REPLACED_WITH_DATA.split()))
+    mock = f"--mock-data --tokenizer-type NullTokenizer --vocab-size {SMALL_VOCABULARY} --split 90,5,5"
+    return [*flags, *mock.split()]
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,102 @@
+"""All hooks on this rank's language-model chunks, and the framework's schedule run through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from regate_megatron.config import ReGateConfig
+from regate_megatron.decoder.compaction import DecoderHook
+from regate_megatron.decoder.current import CurrentMicrobatch, Observer
+from regate_megatron.decoder.exchange import Layout, ShardedPlan, shard_plan
+from regate_megatron.decoder.losses import LossHook
+from regate_megatron.step.plan import StepPlan
+
+
+class Hooks:
+    """A decoder hook on every chunk and a loss hook on the last one.
+
+    Args:
+        language_models: this rank's chunks, unwrapped.
+        config: the settings.
+
+    Attributes:
+        layout: this rank's place among those that share a sequence.
+        has_pipeline: whether the decoder is cut into stages.
+    """
+
+    def __init__(self, language_models: Sequence[Any], config: ReGateConfig) -> None:
+        transformer = language_models[0].config
+        self.models, self.config = language_models, config
+        self.layout = Layout.of_model(transformer, sequence_parallel=transformer.sequence_parallel)
+        self.has_pipeline = transformer.pipeline_model_parallel_size > 1
+        self.decoders: list[DecoderHook] = []
+        self.losses: list[LossHook] = []
+        self._current = CurrentMicrobatch()
+
+    def attach(self) -> None:
+        """Put them on."""
+        dense = {"dense_layers": self.config.dense_layers, "dense_last_layers": self.config.dense_last_layers}
+        for model in self.models:
+            self.decoders.append(DecoderHook(model, self._current, **dense))
+            if model.post_process:
+                self.losses.append(LossHook(model, self._current))
+
+    def detach(self) -> None:
+        """Take them off again, last first."""
+        for kind in (self.losses, self.decoders):
+            while kind:
+                kind.pop().detach()
+
+    def describe(self) -> list[str]:
+        """What is attached where, one line per hook."""
+        return [hook.describe() for hook in (*self.decoders, *self.losses)]
+
+    def run(
+        self,
+        schedule: Callable[..., Any],
+        arguments: dict[str, Any],
+        batches: list[list[Any] | None],
+        plans: Sequence[ShardedPlan],
+        observe: Observer | None,
+    ) -> Any:
+        """Run ``schedule`` with ``arguments`` over fresh copies of ``batches``, short where ``plans`` say so.
+
+        Args:
+            batches: per data iterator the step's microbatches, or None where this rank has none.
+            plans: from :meth:`lay_out`.
+            observe: is called with the per-token losses of each microbatch, on ranks that compute them.
+        """
+        if plans and self.has_pipeline:
+            length = plans[0].keep_idx_BK.shape[1]
+            arguments = dict(arguments, seq_length=length)
+            if arguments.get("decoder_seq_length") is not None:
+                arguments["decoder_seq_length"] = length
+        iterators = [None if pulled is None else iter([_fresh(batch) for batch in pulled]) for pulled in batches]
+        is_list = isinstance(arguments["data_iterator"], list)
+        step = arguments["forward_step_func"]
+        done: dict[int, int] = {}
+
+        def forward_step(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+            index = done.get(id(model), 0)
+            done[id(model)] = index + 1
+            with self._current.running(plans[index] if plans else None, observe):
+                return step(data_iterator, model, *args, **kwargs)
+
+        own = {"data_iterator": iterators if is_list else iterators[0], "forward_step_func": forward_step}
+        return schedule(**dict(arguments, **own))
+
+    def lay_out(self, plan: StepPlan) -> list[ShardedPlan]:
+        """This rank's part of every microbatch's plan, on its device; nothing in a dense step. No communication."""
+        device = next(self.models[0].parameters()).device
+        moves = {
+            "moves_hidden": any(hook.compacts for hook in self.decoders),
+            "moves_losses": bool(self.losses),
+            "comes_back": any(hook.comes_back for hook in self.decoders),
+        }
+        return [shard_plan(one, self.layout, device, **moves) for one in plan.microbatches]
+
+
+def _fresh(batch: Any) -> Any:
+    """A shallow copy: the framework's batch code empties the dict it is given."""
+    return dict(batch) if isinstance(batch, dict) else batch

@@ -1,0 +1,115 @@
+"""Rotary positions of a short run: kept positions are rotated by their original places.
+
+What the layers get is one argument, ``rotary_pos_emb`` [K, B, 1, D], which recompute saves like any other:
+
+- rope and yarn, with any scaling, share or interleaving: rows of the table that the model's own rotary module makes for
+  the dense length. (yarn's mscale is read by the attention from its config.)
+- mrope: the table depends on the batch's position ids, so the model's dense table of this microbatch is gathered.
+- multi-latent attention makes its table inside each layer, from the length of what it is given. There the argument
+  carries the table past the layer, see :class:`HandedRotary`.
+- learned positions and none: nothing to do, positions are in the embedding or nowhere.
+
+Shapes: S dense positions, K slots that run, k those of this context rank (all of them in packed rows), B rows, D rotary
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from regate_megatron.decoder.exchange import ShardedPlan
+
+
+class Positions:
+    """Positions of one model chunk.
+
+    Args:
+        model: the language model.
+        arrives_short: the model's input holds kept positions only, and so do the position ids it is given.
+    """
+
+    def __init__(self, model: Any, *, arrives_short: bool) -> None:
+        self.model = model
+        self.is_dense_given = model.position_embedding_type == "mrope" and not arrives_short
+        self.is_short_given = model.position_embedding_type == "mrope" and arrives_short
+        attentions = [getattr(layer, "self_attention", None) for layer in model.decoder.layers]
+        self.handed = [HandedRotary(one) for one in attentions if _is_latent(one)]
+        self._tables: dict[int, Tensor] = {}
+
+    def detach(self) -> None:
+        """Take every hook off the attention layers."""
+        while self.handed:
+            self.handed.pop().detach()
+
+    def rotary(self, given: Tensor | None, plan: ShardedPlan) -> Tensor | None:
+        """What the layers get as ``rotary_pos_emb``; [k, B, 1, D], or None where nothing is rotated.
+
+        Args:
+            given: what the model passes to its decoder.
+            plan: of the microbatch, on the device of the hidden states.
+        """
+        if self.is_short_given or (given is None and not self.handed):
+            return given
+        if self.is_dense_given:
+            index_KB1D = plan.keep_idx_BK.t()[:, :, None, None].expand(-1, -1, 1, given.shape[-1])
+            return given.expand(-1, len(plan.keep_idx_BK), -1, -1).gather(0, index_KB1D)
+        return self._table(plan.dense_length, plan.place_Bk)[plan.place_Bk.t()][:, :, None]
+
+    def _table(self, dense_length: int, like: Tensor) -> Tensor:
+        """Frequencies of every dense position, [S, D]; kept for one length."""
+        if dense_length not in self._tables:
+            rotary = self.handed[0].rotary if self.handed else self.model.rotary_pos_emb
+            table_S11D, _ = _emb_and_mscale(rotary, dense_length)
+            self._tables = {dense_length: table_S11D[:, 0, 0].to(like.device)}
+        return self._tables[dense_length]
+
+
+class HandedRotary:
+    """Multi-latent attention that rotates by the frequencies in its ``rotary_pos_emb`` argument, where there are any.
+
+    The layer refuses that argument and asks its rotary module instead. Two instance attributes, ``forward`` of the
+    attention and of its rotary module, bring one to the other within a single call; without the argument both are the
+    framework's. Nothing outlives the call, so a layer that recompute runs again has what it saved.
+    """
+
+    def __init__(self, attention: Any) -> None:
+        self.attention, self.rotary = attention, attention.rotary_pos_emb
+        self._attend, self._rotate = attention.forward, self.rotary.forward
+        self._handed_KB1D: Tensor | None = None
+        attention.forward, self.rotary.forward = self.attend, self.rotate
+
+    def detach(self) -> None:
+        """Give both modules their own forward back."""
+        del self.attention.forward, self.rotary.forward
+
+    def attend(self, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Any:
+        """The attention's forward."""
+        self._handed_KB1D = rotary_pos_emb
+        try:
+            return self._attend(*args, rotary_pos_emb=None, **kwargs)
+        finally:
+            self._handed_KB1D = None
+
+    def rotate(self, *args: Any, **kwargs: Any) -> Any:
+        """The rotary module's forward: frequencies [K, B, 1, D], with yarn's mscale beside them."""
+        if self._handed_KB1D is None:
+            return self._rotate(*args, **kwargs)
+        return self._handed_KB1D if self._mscale is None else (self._handed_KB1D, self._mscale)
+
+    @cached_property
+    def _mscale(self) -> float | None:
+        return _emb_and_mscale(self.rotary, 1)[1]
+
+
+def _emb_and_mscale(rotary: Any, length: int) -> tuple[Tensor, float | None]:
+    """A rotary module's table [S, 1, 1, D] and yarn's attention scale; None for rope, which has none."""
+    found = rotary.get_emb(length)
+    return found if isinstance(found, tuple) else (found, None)
+
+
+def _is_latent(attention: Any) -> bool:
+    from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
+
+    return isinstance(attention, MultiLatentAttention)
