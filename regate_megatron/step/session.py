@@ -18,7 +18,6 @@ from regate_megatron import compat
 from regate_megatron.batches import BatchAdapter, MicrobatchFacts, adapter_for
 from regate_megatron.config import ReGateConfig
 from regate_megatron.decoder import Hooks, gather_context, to_host
-from regate_megatron.decoder.alignment import length_alignment, segment_alignment
 from regate_megatron.errors import ReGateError, refuse
 from regate_megatron.method.schedule import Phase, keep_ratio_of, phase_of
 from regate_megatron.ranks.topology import Topology
@@ -26,6 +25,7 @@ from regate_megatron.step.metrics import Counters, Trace, count_plan, count_step
 from regate_megatron.step.plan import StepPlan, share_plan
 from regate_megatron.step.planner import Planner
 from regate_megatron.support import Setting, check_support
+from regate_megatron.support.alignment import length_alignment, segment_alignment
 from regate_megatron.teacher import ReferenceLosses, TeacherSource, open_reference
 
 

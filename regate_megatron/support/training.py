@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from regate_megatron.config import STUDENT_AS_TEACHER, flag
-from regate_megatron.decoder.alignment import experts_span_replicas
+from regate_megatron.support.alignment import experts_span_replicas
 from regate_megatron.support.setting import Rule, Setting, field, first_field
 
 _PACKING_FLAGS = ("sft", "dataloader_inter_document_masking", "use_packed_sequence")

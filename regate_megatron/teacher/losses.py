@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from regate_megatron.batches import MicrobatchFacts
-from regate_megatron.decoder.alignment import experts_span_replicas
 from regate_megatron.ranks.topology import Topology
+from regate_megatron.support.alignment import experts_span_replicas
 from regate_megatron.teacher.cache import rounded
 from regate_megatron.teacher.cache_files import KEY_BYTES
 from regate_megatron.teacher.memory import RecentLosses

@@ -91,7 +91,7 @@ def small_flags(
 
 
 def _fp8_multiple(line: LaunchLine) -> int:
-    """What FP8 asks of lengths, as :func:`regate_megatron.decoder.alignment.length_alignment` has it; 1 without FP8."""
+    """What FP8 asks of lengths, as :func:`regate_megatron.support.alignment.length_alignment` has it; 1 without FP8."""
     if "--fp8-format" not in line.options:
         return 1
     from megatron.core.fp8_utils import get_fp8_align_size
