@@ -37,7 +37,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.assigned import assign  # noqa: E402
 from benchmarks.skew import MIXES, Mix, draw_row, make_rows  # noqa: E402
 from regate_megatron.method.budget import Alignment  # noqa: E402
-from regate_megatron.method.selection import Rows, Selection, select  # noqa: E402
+from regate_megatron.method.candidates import Candidates  # noqa: E402
+from regate_megatron.method.selection import Selection, select  # noqa: E402
 
 BUDGETS = ("per-sample", "uniform", "balanced")
 COLUMNS = ("max/mean", "achievable", "kept", "positions", "slowest", "fill", "lengths")
@@ -75,7 +76,7 @@ class _Asked(Exception):
     """A rank has reached the exchange."""
 
 
-def over_ranks(ranks: list[Rows], **options: Any) -> list[Selection]:
+def over_ranks(ranks: list[Candidates], **options: Any) -> list[Selection]:
     """:func:`select` on every rank: once up to the exchange, then whole, with what all ranks gave."""
     given: list[torch.Tensor] = []
 
@@ -83,7 +84,7 @@ def over_ranks(ranks: list[Rows], **options: Any) -> list[Selection]:
         given.append(values)
         raise _Asked
 
-    def attempt(rows: Rows) -> Selection | None:
+    def attempt(rows: Candidates) -> Selection | None:
         try:
             return select(rows, all_gather=ask, **options)
         except _Asked:
@@ -96,7 +97,9 @@ def over_ranks(ranks: list[Rows], **options: Any) -> list[Selection]:
     return [select(rows, all_gather=lambda values: table, **options) for rows in ranks]
 
 
-def count(tally: Tally, ranks: list[Rows], lengths: list[torch.Tensor], kept: list[int], achievable: float) -> None:
+def count(
+    tally: Tally, ranks: list[Candidates], lengths: list[torch.Tensor], kept: list[int], achievable: float
+) -> None:
     """Add one step: the lengths of each rank's rows and the targets it keeps."""
     run_D, dense_D = [int(length.sum()) for length in lengths], [_dense(rows) for rows in ranks]
     tally.slowest += max(run_D)
@@ -104,29 +107,29 @@ def count(tally: Tally, ranks: list[Rows], lengths: list[torch.Tensor], kept: li
     tally.achievable += achievable * sum(run_D) / len(run_D)
     tally.targets += sum(len(rows.score_X) for rows in ranks)
     tally.kept += sum(kept)
-    tally.context += sum(int(rows.num_context_R.sum()) for rows in ranks)
+    tally.context += sum(int(rows.always_R.sum()) for rows in ranks)
     tally.run += sum(run_D)
     tally.dense += sum(dense_D)
     tally.dense_slowest += max(dense_D)
     tally.lengths |= {length for rows in lengths for length in rows.tolist()}
 
 
-def _dense(rows: Rows) -> int:
-    return int(rows.dense_M.sum()) * len(rows.num_context_R) // len(rows.dense_M)
+def _dense(rows: Candidates) -> int:
+    return int(rows.dense_M.sum()) * len(rows.always_R) // len(rows.dense_M)
 
 
-def _spread(length_M: torch.Tensor, rows: Rows) -> torch.Tensor:
-    return length_M.repeat_interleave(len(rows.num_context_R) // len(length_M))
+def _spread(length_M: torch.Tensor, rows: Candidates) -> torch.Tensor:
+    return length_M.repeat_interleave(len(rows.always_R) // len(length_M))
 
 
 def measure(mix: Mix, num_ranks: int, steps: int, options: argparse.Namespace, extra: int | None) -> dict[str, Any]:
     """All budgets on the same rows."""
     rng = np.random.default_rng(options.seed)
     tallies = {name: Tally() for name in ("dense", *BUDGETS, "assigned")}
-    choice = {"keep_ratio": options.keep_ratio, "alignment": Alignment(options.layout_multiple, extra)}
+    choice = {"alignment": Alignment(options.layout_multiple, extra)}
     for _ in range(steps):
         drawn = [[draw_row(mix, rng) for _ in range(options.rows)] for _ in range(num_ranks)]
-        ranks = [make_rows(mix, rows, rng, options.micro_batch_size) for rows in drawn]
+        ranks = [make_rows(mix, rows, rng, options.keep_ratio, options.micro_batch_size) for rows in drawn]
         dense = [_spread(rows.dense_M, rows) for rows in ranks]
         count(tallies["dense"], ranks, dense, [len(rows.score_X) for rows in ranks], 0)
         for kind in BUDGETS:
@@ -139,7 +142,7 @@ def measure(mix: Mix, num_ranks: int, steps: int, options: argparse.Namespace, e
     return {name: tally.report() for name, tally in tallies.items() if tally.run}
 
 
-def _count_assigned(tally: Tally, ranks: list[Rows], choice: dict[str, Any]) -> None:
+def _count_assigned(tally: Tally, ranks: list[Candidates], choice: dict[str, Any]) -> None:
     chosen = over_ranks(ranks, kind="per-sample", **choice)
     length_N = torch.cat([one.length_M for one in chosen])
     rank_N = torch.from_numpy(assign(length_N.numpy(), len(ranks)))

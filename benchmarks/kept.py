@@ -24,7 +24,7 @@ from benchmarks.measuring import Clock
 from benchmarks.models import Size, decoder_of
 from benchmarks.stepping import Runner, Step
 from regate_megatron.decoder import CurrentMicrobatch, DecoderHook, Layout, LossHook, shard_plan
-from regate_megatron.step.plan import MicrobatchPlan
+from regate_megatron.method.plan import MicrobatchPlan
 
 
 def random_plan(size: Size, keep_ratio: float, seed: int) -> MicrobatchPlan:

@@ -43,10 +43,11 @@ from regate_megatron.config import ReGateConfig
 from regate_megatron.decoder import Layout, shard_plan
 from regate_megatron.memory.records import Records
 from regate_megatron.method import selection
+from regate_megatron.method.plan import MicrobatchPlan, StepPlan
 from regate_megatron.ranks.topology import Topology
-from regate_megatron.step.metrics import count_step
-from regate_megatron.step.plan import MicrobatchPlan, StepPlan
+from regate_megatron.step.counters import count_step
 from regate_megatron.step.planner import Planner
+from regate_megatron.step.step import Step
 
 MICROBATCHES, LENGTH, VOCAB = 8, 4096, 152_064
 BUDGETS = ("uniform", "balanced", "per-sample")
@@ -182,19 +183,15 @@ def _one_step(planner: Planner, facts: list[MicrobatchFacts], step: int) -> dict
         assert one.num_target_N is not None and one.label_X is not None  # known to a step before it is planned
 
     def sparse() -> None:
-        plan, _, _ = planner.plan(step, facts, None)
-        planner.learn(facts, plan, losses, is_dense=False)
+        one = Step(step, "sparse", elides=True, facts=facts)
+        planner.plan(one)
+        planner.learn(one, losses)
 
     spent = cpu_seconds(sparse)
     before = dict(planner.topology.sent)
-    dense = cpu_seconds(lambda: planner.learn(facts, planner_dense(step), losses, is_dense=True))
+    dense = cpu_seconds(lambda: planner.learn(Step(step, "dense", elides=False, facts=facts), losses))
     planner.topology.sent.update(before)  # what is reported is of sparse steps
     return {"sparse_ms": spent, "dense_learn_ms": dense}
-
-
-def planner_dense(step: int) -> Any:
-    """The plan of a dense step."""
-    return StepPlan(step)
 
 
 def _whole_step(microbatches: int, length: int, rounds: int) -> dict[str, Any]:
@@ -211,25 +208,26 @@ def _whole_step(microbatches: int, length: int, rounds: int) -> dict[str, Any]:
         spent[name] = spent.get(name, 0.0) + time.process_time() - start - inside
         return result
 
-    def run_short(plan: StepPlan, batches: list[dict[str, Tensor]], facts: list[MicrobatchFacts]) -> None:
-        for batch, one in zip(batches, plan.microbatches, strict=True):
+    def run_short(step: Step, batches: list[dict[str, Tensor]]) -> None:
+        for batch, one in zip(batches, step.plan.microbatches, strict=True):
             adapter.elide(batch, ~one.kept_mask())
             shard_plan(one, layout, device, moves_hidden=True, moves_losses=True)
-        count_step(facts, plan, **layers, fallback=False, balance=planner.balance)
+        count_step(step, **layers)
 
-    planner._scores = partial(timed, "score", planner._scores)
+    planner.sorts[0].score = partial(timed, "score", planner.sorts[0].score)
     with mock.patch.object(selection, "select", partial(timed, "select", selection.select)):
         for index in range(rounds + 3):
             spent.clear()
             batches = _batches(microbatches, length, seed=index % 3)
             facts = timed("read", lambda batches=batches: [adapter.read(batch) for batch in batches])
             reference = [torch.rand(int(count)) for one in facts for count in one.num_target_N]
-            plan, _, _ = timed("plan", planner.plan, index, facts, reference)
-            timed("lay out", run_short, plan, batches, facts)
+            step = Step(index, "sparse", elides=True, facts=facts, reference=reference)
+            timed("plan", planner.plan, step)
+            timed("lay out", run_short, step, batches)
             losses = [torch.rand(1, length) for _ in facts]
-            timed("learn", planner.learn, facts, plan, losses, is_dense=False)
+            timed("learn", planner.learn, step, losses)
             times.setdefault("all", []).append(1000 * sum(spent.values()))
-            timed("exchange", lambda plan=plan: StepPlan.unpack(plan.pack()).digest())
+            timed("exchange", lambda plan=step.plan: StepPlan.unpack(plan.pack()).digest())
             for name, seconds in spent.items():
                 times.setdefault(name, []).append(1000 * seconds)
     # The first three rounds have new samples.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from regate_megatron.method.selection import Rows
+from regate_megatron.method.candidates import Candidates, Sort
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ def draw_row(mix: Mix, rng: np.random.Generator) -> list[Sample]:
     return row
 
 
-def make_rows(mix: Mix, samples: list[list[Sample]], rng: np.random.Generator, micro_batch_size: int = 1) -> Rows:
+def make_rows(
+    mix: Mix, samples: list[list[Sample]], rng: np.random.Generator, keep_ratio: float, micro_batch_size: int = 1
+) -> Candidates:
     """A rank's rows with scores: gamma-distributed losses, some samples harder than others."""
     length_R = torch.tensor([sum(s.context + s.targets for s in row) for row in samples])
     if mix.layout != "own":
@@ -110,11 +112,20 @@ def make_rows(mix: Mix, samples: list[list[Sample]], rng: np.random.Generator, m
     targets = [sample.targets for row in samples for sample in row]
     hardness = np.repeat(rng.lognormal(0, 0.5, len(targets)), targets)
     num_micro = len(samples) // micro_batch_size
-    return Rows(
-        num_context_R=torch.tensor([sum(s.context for s in row) for row in samples]),
-        num_target_G=torch.tensor(targets),
-        row_G=torch.tensor([index for index, row in enumerate(samples) for _ in row]),
+    scores = {
+        "key_M": torch.from_numpy(rng.integers(-(2**63), 2**63 - 1, num_micro)),
+        "score_X": torch.from_numpy(rng.gamma(1.2, 1.2, len(hardness)) * hardness),
+    }
+    return Candidates(
+        always_R=torch.tensor([sum(s.context for s in row) for row in samples]),
         dense_M=length_R.view(num_micro, -1).amax(dim=1),
-        key_M=torch.from_numpy(rng.integers(-(2**63), 2**63 - 1, num_micro)),
-        score_X=torch.from_numpy(rng.gamma(1.2, 1.2, len(hardness)) * hardness),
+        key_M=scores["key_M"],
+        sorts=(
+            Sort(
+                count_G=torch.tensor(targets),
+                row_G=torch.tensor([index for index, row in enumerate(samples) for _ in row]),
+                keep_ratio=keep_ratio,
+                score_X=scores["score_X"],
+            ),
+        ),
     )

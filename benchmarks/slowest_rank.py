@@ -108,7 +108,7 @@ def _plans(size: Size, rows: Any, chosen: Any) -> list[Any]:
     """
     import torch
 
-    from regate_megatron.step.plan import MicrobatchPlan
+    from regate_megatron.method.plan import MicrobatchPlan
 
     row_X = rows.row_G.repeat_interleave(rows.num_target_G)
     plans = []

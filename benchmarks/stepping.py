@@ -126,14 +126,12 @@ class ReGATERunner(Runner):
 
     def step(self, batch: dict[str, Any]) -> Step:
         """A step of ReGATE."""
-        from regate_megatron.step.metrics import Counters
-
         self._clear()
         start = Clock()
         self._run(batch, self._wrapped)
-        self.session.commit()
+        self.session.finish()
         total = start.elapsed()
-        counters, self.session.interval = self.session.interval, Counters()
+        counters = self.session.take_interval()
         return Step(
             total,
             self.timer.spent,

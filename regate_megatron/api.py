@@ -13,11 +13,11 @@ from typing import Any
 from regate_megatron import compat
 from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import ReGateError, refuse
-from regate_megatron.ranks.topology import agree_on_error, build_topology
-from regate_megatron.step.metrics import check_trace_folder
+from regate_megatron.ranks.topology import build_topology
 from regate_megatron.step.session import Session
 from regate_megatron.step.state import load_state as load_session
 from regate_megatron.step.state import save_state as save_session
+from regate_megatron.step.trace import check_trace_folder
 from regate_megatron.support import Setting, check_support
 from regate_megatron.teacher import TeacherSource
 from regate_megatron.teacher.source import find_teacher
@@ -62,8 +62,8 @@ def attach(
     topology = build_topology()
     language_models = [compat.language_model_of(compat.unwrap(chunk)) for chunk in chunks]
     is_multimodal = language_models[0] is not compat.unwrap(chunks[0])
-    checkpoint, error = None, None
-    try:
+    source = None
+    with topology.together("attach"):
         setting = Setting(language_models, config, args, is_multimodal=is_multimodal)
         supported, reason = check_support(setting)
         if not supported:
@@ -71,14 +71,13 @@ def attach(
         if teacher is None and config.needs_teacher:
             config.require_teacher()
             checkpoint = find_teacher(language_models, config, args, pad_token=pad_token, vocab_size=vocab_size)
+        else:
+            checkpoint = None
+        if config.needs_teacher:
+            source = TeacherSource(teacher, checkpoint, pad_token, tokenizer_hash)
         if config.trace:
             check_trace_folder(config.trace)
-    except Exception as fault:  # whatever it is, the other ranks wait to hear of it
-        error = str(fault) if isinstance(fault, ReGateError) else f"regate: attach: {fault!r}"
-    agree_on_error(error, topology)
-    session = Session(chunks, config, topology, args, pad_token)
-    if config.needs_teacher:
-        session.teach_with(TeacherSource(teacher, checkpoint, pad_token, tokenizer_hash))
+        session = Session(chunks, config, topology, args, pad_token, source)
     session.hooks.attach()
     for model in session.models:
         object.__setattr__(model, _SESSION, session)
@@ -119,7 +118,7 @@ def wrap_forward_backward(schedule: Callable[..., Any]) -> Callable[..., Any]:
         if session is None or arguments.get("forward_only"):
             return schedule(**arguments)
         if session.counts_own_steps:
-            session.commit()
+            session.finish()
         return session.run(schedule, arguments)
 
     forward_backward.__wrapped__ = schedule
@@ -136,10 +135,8 @@ def step_done(model_chunks: list[Any], counted: bool = True) -> None:
         counted: False where the optimizer did not step (gradients not finite, a replay): nothing is learned.
     """
     session = session_of(model_chunks)
-    if session is not None and counted:
-        session.commit()
-    elif session is not None:
-        session.discard()
+    if session is not None:
+        session.finish(counted)
 
 
 def save_state(model_chunks: list[Any], folder: str | Path) -> None:
@@ -152,7 +149,7 @@ def save_state(model_chunks: list[Any], folder: str | Path) -> None:
         ReGateError: ReGATE is not attached, or a part could not be written; on every rank.
     """
     session = _session_for(model_chunks, "save_state")
-    session.commit()
+    session.finish()
     save_session(session, Path(folder))
 
 

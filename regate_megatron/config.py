@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from regate_megatron.errors import ReGateError, refuse
+from regate_megatron.method.schedule import Schedule, keep_ratio_of
+from regate_megatron.method.scores import SCORES
 
-SCORES = ("regate", "student", "reference", "excess", "random")
-SCORES_WITH_TEACHER = ("regate", "reference", "excess")
 FUSIONS = ("sum", "convex")
 BUDGETS = ("uniform", "balanced", "per-sample")
 PACKED_RATIOS = ("row", "sample")
@@ -63,7 +63,9 @@ class ReGateConfig:
     reference_weight: float = _option(0.5, "weight lambda of the reference loss; 0 or more, at most 1 when convex")
     fusion: str = _option("sum", "m + lambda*ref (sum) or (1-lambda)*m + lambda*ref (convex)", FUSIONS)
     score: str = _option(
-        "regate", "what ranks the targets: the fused score, one part, student minus reference, chance", SCORES
+        "regate",
+        "what ranks the targets: " + ", ".join(f"{name} = {row.formula}" for name, row in SCORES.items()),
+        tuple(SCORES),
     )
     budget: str = _option(
         "uniform", "how many positions a row keeps: one length for all, equal totals per rank, own share", BUDGETS
@@ -141,14 +143,23 @@ class ReGateConfig:
             raise self._refuse(missing, f"a value beside {flag(given)} {getattr(self, given)}", change)
 
     @property
+    def schedule(self) -> Schedule:
+        """Which iterations are dense, and over how many a keep ratio moves."""
+        return Schedule(self.warmup_steps, self.cycle_steps, self.dense_steps, self.dense_from, self.keep_ratio_steps)
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether the score uses the reference loss."""
-        return self.score in SCORES_WITH_TEACHER
+        return SCORES[self.score].needs_reference
 
     @property
     def elides(self) -> bool:
         """Whether any step can be shorter than the dense one."""
         return min(self.keep_ratio, self.keep_ratio_end or 1.0) < 1.0
+
+    def elides_in(self, step: int) -> bool:
+        """Whether a sparse step ``step`` leaves anything out."""
+        return keep_ratio_of(step, self.keep_ratio, self.keep_ratio_end, self.schedule) < 1.0
 
     @property
     def unused(self) -> list[str]:
@@ -166,13 +177,13 @@ class ReGateConfig:
             raise self._refuse(
                 "teacher_load",
                 f"a checkpoint directory or 'student' with {flag('score')} {self.score}",
-                f"it to 'student', or {flag('score')} to student or random",
+                f"it to 'student', or {flag('score')} to one that needs none: {_without_teacher()}",
             )
 
     @property
     def learns(self) -> bool:
         """Whether the score uses the student's own losses."""
-        return self.score in ("regate", "student", "excess")
+        return SCORES[self.score].needs_difficulty
 
     def _check_number(self, name: str, allowed: str, ok: Any, example: str, integer: bool = False) -> None:
         value = getattr(self, name)
@@ -196,6 +207,10 @@ class ReGateConfig:
             return None
         names = [field.name for field in dataclasses.fields(cls) if field.name != "enabled"]
         return cls(**{name: getattr(args, f"regate_{name}") for name in names})
+
+
+def _without_teacher() -> str:
+    return " or ".join(name for name, row in SCORES.items() if not row.needs_reference)
 
 
 def flag(name: str) -> str:

@@ -13,7 +13,7 @@ from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 
 from regate_megatron import ReGateConfig  # noqa: E402
 from regate_megatron.integrations.flops import share_of_dense  # noqa: E402
-from regate_megatron.step.metrics import Counters  # noqa: E402
+from regate_megatron.step.counters import Counters  # noqa: E402
 
 LAYERS, DENSE, KEPT = 6, 512, 320
 

@@ -119,7 +119,7 @@ def lengths(recipe: str, device: torch.device) -> dict[str, Any]:
         with small.attached(score="random", keep_ratio=keep_ratio) as (session, schedule):
             small.model.zero_grad(set_to_none=True)
             loss = small.step(schedule, small.batch(0))
-            found[str(keep_ratio)] = session._pending.plan.microbatches[0].length
+            found[str(keep_ratio)] = session.step.plan.microbatches[0].length
         finite &= math.isfinite(loss)
         finite &= all(bool(p.grad.isfinite().all()) for p in small.model.parameters() if p.grad is not None)
     aligned = all(small.rows * length % small.align == 0 for length in found.values())

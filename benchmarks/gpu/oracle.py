@@ -187,7 +187,7 @@ def check(case: Case, device: torch.device) -> dict[str, Any]:
     plain, sparse = Losses(), Losses()
     plain_gradients = run(model, schedule, case, device, plain)  # the warm-up step runs dense
     sparse_gradients = run(model, schedule, case, device, sparse)
-    plan = session_of([model])._pending.plan
+    plan = session_of([model]).step.plan
     assert plan.is_sparse and any(one.length < one.dense_length for one in plan.microbatches), "nothing was shortened"
     detach([model])
     assert list(model.state_dict()) == names, "names of states changed"

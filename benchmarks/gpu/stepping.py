@@ -18,7 +18,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from benchmarks.gpu import models, timing
 from regate_megatron import ReGateConfig, attach, detach, wrap_forward_backward
 from regate_megatron.api import session_of
-from regate_megatron.step.metrics import Counters
 
 ALWAYS_SPARSE = {"score": "student", "warmup_steps": 1, "dense_steps": 0, "cycle_steps": 1}  # after one dense step
 
@@ -87,16 +86,16 @@ class Stepper:
                     schedule, models.forward_step, self.model, [batch], rows=self.rows, length=self.length
                 )
             if is_ours:
-                self.session.commit()
+                self.session.finish()
             stop = self.clock.mark()
         step = Step(self.clock.seconds(start, stop), self.timer.take(), peak, self.length)
         wall = time.perf_counter() - wall
         step.waits, step.saved = next(iter(counted), None), next(iter(kept), None)
         if is_ours:
-            counters, self.session.interval = self.session.interval, Counters()
+            counters = self.session.take_interval()
             step.length = counters.positions_run * self.length // counters.positions_dense
             step.kept_share = counters.targets_kept / counters.targets_total
-            step.planning = counters.planning_ms / 1000 / wall  # wall clock, as ReGATE counts it
+            step.planning = counters.planning_us / 1e6 / wall  # wall clock, as ReGATE counts it
         return step
 
 

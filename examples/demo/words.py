@@ -18,8 +18,8 @@ from dataset import IMAGE_TOKEN, Captions
 
 from regate_megatron.batches.facts import key_hex
 from regate_megatron.batches.llava import LLaVABatches
-from regate_megatron.method import scores, selection
-from regate_megatron.method.budget import ceil_share
+from regate_megatron.method import selection
+from regate_megatron.method.candidates import ceil_share
 
 SPACE = "\u2581"  # SentencePiece's mark of a piece that begins a word
 
@@ -103,7 +103,7 @@ def kept_if_trained(samples: Samples, losses: Path, reference: Path, keep_ratio:
     with np.load(losses) as student, np.load(reference) as teacher:
         assert (student["labels"][:, 1:] == label_NT).all() and (teacher["labels"] == label_NT).all()
         student_NT, teacher_NT = torch.from_numpy(student["losses"][:, 1:]), torch.from_numpy(teacher["losses"])
-    score_NT = scores.fuse(student_NT, teacher_NT, score="regate", fusion="sum", reference_weight=0.5)
+    score_NT = student_NT.double() + 0.5 * teacher_NT.double()  # the printed score
     is_target_NT = torch.from_numpy(samples.arrays["loss_mask"] > 0)
     num_keep_N = ceil_share(keep_ratio, is_target_NT.sum(dim=1))
     kept_NT = selection.keep_best_targets(score_NT, is_target_NT, num_keep_N)

@@ -10,7 +10,7 @@ from regate_megatron.decoder.compaction import DecoderHook
 from regate_megatron.decoder.current import CurrentMicrobatch, Observer
 from regate_megatron.decoder.exchange import Layout, ShardedPlan, shard_plan
 from regate_megatron.decoder.losses import LossHook
-from regate_megatron.step.plan import StepPlan
+from regate_megatron.method.plan import StepPlan
 
 
 class Hooks:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from regate_megatron.decoder.cutting import Route, places, route
-from regate_megatron.step.plan import MicrobatchPlan
+from regate_megatron.method.plan import MicrobatchPlan
 
 
 @dataclass(frozen=True)

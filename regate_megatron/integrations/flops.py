@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from regate_megatron.config import ReGateConfig
-from regate_megatron.step.metrics import Counters
+from regate_megatron.step.counters import Counters
 
 
 def share_of_dense(formula: Callable[..., float], args: Any, work: Counters, config: ReGateConfig) -> float:

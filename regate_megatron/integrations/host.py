@@ -12,7 +12,7 @@ from regate_megatron import compat
 from regate_megatron.api import attach, session_of
 from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig
 from regate_megatron.integrations.megatron_checkpoints import restore
-from regate_megatron.step.metrics import Counters, log_line, ratios, reduce_counters
+from regate_megatron.step.counters import Counters, log_line, ratios, reduce_counters
 from regate_megatron.step.session import Session
 from regate_megatron.teacher.checkpoint import save_language_model
 from regate_megatron.teacher.source import TEACHER_FOLDER, hash_of_tokenizer, teacher_of_resumed_run
@@ -58,11 +58,8 @@ def begin(
 
 def count(session: Session, *, counted: bool) -> None:
     """Learn from the step that ran if it ``counted``, else forget it. All ranks call this."""
-    assert session.has_step, "the training loop ran a schedule that was not wrapped"
-    if counted:
-        session.commit()
-    else:
-        session.discard()
+    assert session.step is not None, "the training loop ran a schedule that was not wrapped"
+    session.finish(counted)
 
 
 def report(
@@ -81,9 +78,8 @@ def report(
         interval: the reduced counters, where the caller has them already.
         flops: the share of dense FLOPs that ran, where the framework counts them.
     """
-    interval = interval or reduce_counters(session.interval, session.topology)
+    interval = interval or session.take_interval()
     total = reduce_counters(session.totals, session.topology)
-    session.interval = Counters()
     say(log_line(iteration, session.phase, interval, total, flops=flops))
     values = ratios(interval) | ({} if flops is None else {"regate/flops": flops})
     if tensorboard:

@@ -65,14 +65,14 @@ class _ReGateCallback(Callback):
 
     def on_train_step_start(self, context: CallbackContext) -> None:
         for session in self.sessions:
-            session.step = context.state.train_state.step  # Bridge may have skipped some
+            session.go_on_at(context.state.train_state.step)  # Bridge may have skipped some
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         state = context.state
         iteration = state.train_state.step + 1
         for session in self.sessions:
             host.count(session, counted=not context.skipped_iter)
-            if iteration % state.cfg.logger.log_interval == 0 and session.interval.steps:
+            if iteration % state.cfg.logger.log_interval == 0 and session.has_news:
                 host.report(session, iteration, print_rank_last, state.tensorboard_logger, state.wandb_logger)
 
     def on_train_end(self, context: CallbackContext) -> None:

@@ -29,7 +29,6 @@ from regate_megatron.integrations.flags import add_flags, check_flags
 from regate_megatron.integrations.flops import share_of_dense
 from regate_megatron.integrations.megatron_checkpoints import CheckpointState
 from regate_megatron.integrations.patching import patch, unpatch
-from regate_megatron.step.metrics import reduce_counters
 from regate_megatron.step.session import Session
 
 
@@ -96,7 +95,7 @@ def _count_steps(inner: Callable[..., Any], sessions: list[Session]) -> Callable
         from megatron.training import get_args
 
         session = sessions[0]
-        session.step = getattr(get_args(), "curr_iteration", session.step)
+        session.go_on_at(getattr(get_args(), "curr_iteration", session.steps_done))
         result = inner(*args, **kwargs)
         skipped, should_exit = result[1], result[3]
         host.count(session, counted=not (skipped or should_exit))
@@ -110,7 +109,7 @@ def _count_real_work(inner: Callable[..., Any], sessions: list[Session]) -> Call
         dense = inner(args, *rest, **kwargs)
         if not sessions:
             return dense
-        return dense * share_of_dense(inner, args, sessions[0].work_to_report, sessions[0].config)
+        return dense * share_of_dense(inner, args, sessions[0].work, sessions[0].config)
 
     return num_floating_point_operations
 
@@ -125,11 +124,10 @@ def _log_after(inner: Callable[..., Any], sessions: list[Session]) -> Callable[.
         bound = signature.bind(*args, **kwargs).arguments
         iteration, session, interval = bound["iteration"], sessions[0], None
         ends_interval = iteration % get_args().log_interval == 0
-        if session.interval.steps and (ends_interval or bound.get("is_first_iteration")):
-            # Before Megatron's own line, which divides the interval's FLOPs by its time.
-            interval = session.work_to_report = reduce_counters(session.interval, session.topology)
+        if session.has_news and ends_interval:
+            interval = session.take_interval()  # before Megatron's own line, which divides its FLOPs by its time
         result = inner(*args, **kwargs)
-        if interval and ends_interval:
+        if interval:
             formula = training.num_floating_point_operations.__wrapped__
             flops = share_of_dense(formula, get_args(), interval, session.config)
             writers = get_tensorboard_writer(), get_wandb_writer()

@@ -115,9 +115,11 @@ def _score_instead(inner: Callable[..., Any], note: Path) -> Callable[..., Any]:
             options.consumed_train_samples += topology.dp_size * options.micro_batch_size * number
             bar.update()
             is_due = iteration == options.train_iters or time.monotonic() - written > _SECONDS_BETWEEN_NOTES
-            if topology.agree(None, is_due):
-                session.flush()
-                topology.agree(None)  # all planners have written
+            with topology.together("precompute") as stage:
+                stage.wish = is_due
+            if stage.anyone_wishes:
+                with topology.together("writing reference losses"):
+                    session.flush()  # on all planners, before the note says so
                 if dist.get_rank() == 0:
                     note.parent.mkdir(exist_ok=True)
                     state = {"iteration": iteration, "samples": options.consumed_train_samples}

@@ -1,26 +1,26 @@
-"""``balanced``: every data-parallel rank runs the same total of positions, filled with its own best targets. Pure.
+"""``balanced``: every data-parallel rank runs the same total of positions, filled with its own best candidates. Pure.
 
 No sample moves between ranks; microbatches differ in length. Two decisions, the first common to all ranks:
 
 **The common total** (:func:`common_total`). A rank can run any total from ``low`` (every row at its floor, lengths
-aligned) to ``high`` (every target kept). Aim at the mean ask over ranks; move away from it, as little as possible,
+aligned) to ``high`` (every candidate kept). Aim at the mean ask over ranks; move away from it, as little as possible,
 only where that brings max/mean to 1.02 or less: up to the largest ``low``, which costs no time as that rank runs so
-long anyway, or down to it. Where nothing does, because contexts differ by more than targets can make up for, the total
+long anyway, or down to it. Where nothing does, because contexts differ by more than candidates make up for, the total
 is the larger of the mean ask and the largest ``low``. A rank that cannot run the total runs its nearest.
 
 **The lengths within a rank** (:func:`spread_total`). Every microbatch starts at its ``low`` length; the rest of the
-total is handed out in steps of the alignment. A step of a microbatch is worth the next best targets of its rows. As
-many targets as the total allows are kept (no fill while there are targets left), then those of the largest sum of
-scores. *Greedy is exact* where all steps cost alike: next best means that the steps of one microbatch never gain in
-worth, so taking the most worthy steps of all takes a prefix of each microbatch's; and a set that leaves a more worthy
-step out for a less worthy one can be improved by swapping the two. Steps differ in cost only where a dense length is no
-multiple of the step, or where dense lengths of microbatches differ: there the worth per position decides, and less than
-one step remains unused.
+total is handed out in steps of the alignment. A step of a microbatch is worth the next best candidates of its rows.
+As many candidates as the total allows are kept (no fill while there are any left), then those of the largest sum of
+worth: scores; with several sorts, which cannot be compared, how evenly rows are filled. *Greedy is exact* where all
+steps cost alike: next best means that the steps of one microbatch never gain in worth, so taking the most worthy steps
+of all takes a prefix of each microbatch's; and a set that leaves a more worthy step out for a less worthy one can be
+improved by swapping the two. Steps differ in cost only where a dense length is no multiple of the step, or where dense
+lengths of microbatches differ: there the worth per position decides, and less than one step remains unused.
 
 Ties go to the earlier step, so that equal rows grow alike, then to the lower content key, then to the earlier
 microbatch.
 
-Shapes: R rows, M microbatches of R/M rows, X targets of the rank in order of row and position, D data-parallel ranks.
+Shapes: R rows, M microbatches of R/M rows, X candidates of the rank, D data-parallel ranks.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regate_megatron.method.budget import Alignment, AllGather, Demand, align_up
+from regate_megatron.method.budget import Alignment, AllGather, align_up
+from regate_megatron.method.candidates import Candidates
 
 TOLERANCE = (102, 100)
 """max/mean that counts as balanced, as a ratio of integers."""
@@ -45,23 +46,23 @@ class Span:
     step_M: Tensor
 
 
-def span_of(demand: Demand, alignment: Alignment) -> Span:
-    """From every row at its floor to every target kept, aligned."""
+def span_of(candidates: Candidates, alignment: Alignment) -> Span:
+    """From every row at its floor to every candidate kept, aligned."""
     return Span(
-        low_M=alignment.align_each(demand.longest(demand.floor_R), demand.dense_M),
-        high_M=alignment.align_each(demand.longest(demand.full_R), demand.dense_M),
-        step_M=torch.tensor([alignment.step(dense) for dense in demand.dense_M.tolist()]),
+        low_M=alignment.align_each(candidates.longest(candidates.floor_R), candidates.dense_M),
+        high_M=alignment.align_each(candidates.longest(candidates.full_R), candidates.dense_M),
+        step_M=torch.tensor([alignment.step(dense) for dense in candidates.dense_M.tolist()]),
     )
 
 
-def agree_on_total(demand: Demand, span: Span, all_gather: AllGather) -> tuple[int, float]:
+def agree_on_total(candidates: Candidates, span: Span, all_gather: AllGather) -> tuple[int, float]:
     """This rank's total of positions, and the achievable max/mean; the planners of all data-parallel ranks call this.
 
     One exchange of four numbers per rank.
     """
-    rows = demand.rows
+    rows = candidates.rows
     own = [
-        int(demand.ask_R.sum()),
+        int(candidates.ask_R.sum()),
         rows * int(span.low_M.sum()),
         rows * int(span.high_M.sum()),
         rows * int(span.step_M.max()),
@@ -100,29 +101,16 @@ def common_total(ask: int, low_D: Tensor, high_D: Tensor, step: int) -> tuple[in
     return fairest, achievable
 
 
-def spread_total(
-    total: int,
-    span: Span,
-    *,
-    rows: int,
-    score_X: Tensor,
-    rank_X: Tensor,
-    row_X: Tensor,
-    context_R: Tensor,
-    key_M: Tensor,
-) -> Tensor:
-    """The length of every microbatch, int64 [M], with ``rows`` times their sum not above ``total``.
+def spread_total(total: int, span: Span, candidates: Candidates, rank_X: Tensor, worth_X: Tensor) -> Tensor:
+    """The length of every microbatch, int64 [M], with the rows of a microbatch times their sum not above ``total``.
 
     Args:
         total: at least the rank's low.
-        rows: rows of a microbatch.
-        score_X: scores, float64.
-        rank_X: place of each target in the order in which its row keeps them, from 0.
-        row_X: row of each target.
-        context_R: context positions of each row.
-        key_M: content key of each microbatch, for ties.
+        rank_X: place of each candidate in the order in which its row keeps them, from 0.
+        worth_X: what each is worth beside those of other rows, float64.
     """
-    count_MJ, worth_MJ = _worth_of_steps(span, rows, score_X, rank_X, row_X, context_R)
+    rows, key_M = candidates.rows, candidates.key_M
+    count_MJ, worth_MJ = _worth_of_steps(span, candidates, rank_X, worth_X)
     num_steps = count_MJ.shape[1]
     edge_MJ = span.low_M[:, None] + span.step_M[:, None] * torch.arange(num_steps + 1)
     cost_MJ = rows * edge_MJ.clamp_max(span.high_M[:, None]).diff(dim=1)
@@ -140,17 +128,15 @@ def spread_total(
     return _use_the_rest(total, length_M, span, rows, order_Y[len(taken_Y) :], micro_Y)
 
 
-def _worth_of_steps(
-    span: Span, rows: int, score_X: Tensor, rank_X: Tensor, row_X: Tensor, context_R: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Number and summed scores of the targets that each step of each microbatch adds; int64, float64 [M, J]."""
-    num_micro = len(span.low_M)
+def _worth_of_steps(span: Span, candidates: Candidates, rank_X: Tensor, worth_X: Tensor) -> tuple[Tensor, Tensor]:
+    """Number and summed worth of the candidates that each step of each microbatch adds; int64, float64 [M, J]."""
+    num_micro, rows, row_X = len(span.low_M), candidates.rows, candidates.row_X
     num_steps = max(1, int(((span.high_M - span.low_M + span.step_M - 1) // span.step_M).max()))
-    room_R = span.low_M.repeat_interleave(rows) - context_R
+    room_R = span.low_M.repeat_interleave(rows) - candidates.always_R
     micro_X = row_X // rows
     beyond_X = rank_X - room_R[row_X]  # before 0: runs at the low length
     slot_X = (micro_X * num_steps + beyond_X // span.step_M[micro_X])[beyond_X >= 0]
-    worth_X = score_X.nan_to_num(nan=-_LARGE).clamp(-_LARGE, _LARGE)[beyond_X >= 0]
+    worth_X = worth_X.nan_to_num(nan=-_LARGE).clamp(-_LARGE, _LARGE)[beyond_X >= 0]
     count = torch.bincount(slot_X, minlength=num_micro * num_steps)
     worth = torch.bincount(slot_X, weights=worth_X, minlength=num_micro * num_steps)
     return count.view(num_micro, -1), worth.view(num_micro, -1)

@@ -1,58 +1,87 @@
-"""Difficulty and reference loss to the score that ranks target tokens. Torch only.
+"""What ranks the targets: one row of :data:`SCORES` per score. Flags, checks and help texts follow from the table.
 
-Shapes: X targets, of any samples. Losses are negative log-likelihoods in nats.
+Of two targets the one with the larger score is kept first. Losses are negative log-likelihoods in nats.
+
+Shapes: X targets, of any samples.
 """
 
-import torch
-from torch import Tensor
+from __future__ import annotations
 
-_MIX = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))  # splitmix64, as signed 64-bit integers
-_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the table is read where torch is not installed, too
+    from torch import Tensor
 
 
-def fuse(
-    difficulty_X: Tensor, reference_X: Tensor | None, *, score: str, fusion: str, reference_weight: float
-) -> Tensor:
-    """The score of every target, float64 [X]; larger is kept first. Paper: ``d = m + λ·ℓref``.
+@dataclass(frozen=True, kw_only=True)
+class Signals:
+    """What scores are made of, for every target of a step.
 
-    Args:
-        difficulty_X: m, the running average of the student's loss, float [X].
-        reference_X: ℓref, the frozen teacher's loss, float [X]; None where ``score`` is "student".
-        score: "regate" (fused), "student" (m), "reference" (ℓref) or "excess" (m − ℓref, as Rho-1).
-        fusion: "sum" (the printed formula) or "convex" ((1−λ)·m + λ·ℓref, which fits the paper's ablation better).
+    Attributes:
+        difficulty_X: m, the running average of the student's loss, or the prior of the token; float64. None where the
+            score does not need it.
+        reference_X: the frozen teacher's loss; float64. None where the score does not need it.
         reference_weight: λ.
+        fusion: "sum" or "convex".
+        keys: gives the content key of each target's sample, int64 [X, 2], and its place in it, int64 [X].
+        seed, step: of the run.
     """
-    difficulty_X = difficulty_X.double()
-    if score == "student":
-        return difficulty_X
-    reference_X = reference_X.double()
-    if score == "reference":
-        return reference_X
-    if score == "excess":
-        return difficulty_X - reference_X
-    student_weight = 1.0 if fusion == "sum" else 1.0 - reference_weight
-    return student_weight * difficulty_X + reference_weight * reference_X
+
+    difficulty_X: Tensor | None
+    reference_X: Tensor | None
+    reference_weight: float
+    fusion: str
+    keys: Callable[[], tuple[Tensor, Tensor]]
+    seed: int
+    step: int
 
 
-def random_score(key_X2: Tensor, place_X: Tensor, *, seed: int, step: int) -> Tensor:
-    """A score in [0, 1) that depends on (seed, step, content key, place) alone; float64 [X].
+@dataclass(frozen=True)
+class Score:
+    """One row of the table.
 
-    Args:
-        key_X2: 128-bit content keys as int64 [X, 2]; the same sample scores the same on any rank and in any layout.
-        place_X: places in the sample, int64 [X].
+    Attributes:
+        formula: for people.
+        of: the score of every target, float64 [X].
+        needs_reference: whether a teacher must give reference losses.
+        needs_difficulty: whether the student's own losses are learned.
     """
-    state_X = _mix(_mix(key_X2[..., 0] ^ _mix(torch.tensor(seed) + _GOLDEN)) ^ key_X2[..., 1])
-    state_X = _mix(state_X + _GOLDEN * torch.tensor(step + 1))
-    state_X = _mix(state_X + _GOLDEN * (place_X + 1))
-    return _shift_right(state_X, 11).double() / float(1 << 53)
+
+    formula: str
+    of: Callable[[Signals], Tensor]
+    needs_reference: bool = False
+    needs_difficulty: bool = False
 
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # int64 shifts are arithmetic; the mask makes them logical
+def _fused(signals: Signals) -> Tensor:
+    """The paper's ``m + λ·ref``, or the convex mix that fits its ablation better."""
+    student_weight = 1.0 if signals.fusion == "sum" else 1.0 - signals.reference_weight
+    return student_weight * signals.difficulty_X + signals.reference_weight * signals.reference_X
 
 
-def _mix(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64 on int64 (arithmetic wraps)."""
-    x = (x ^ _shift_right(x, 30)) * _MIX[0]
-    x = (x ^ _shift_right(x, 27)) * _MIX[1]
-    return x ^ _shift_right(x, 31)
+def _chance(signals: Signals) -> Tensor:
+    from regate_megatron.method.chance import uniform_in_0_1  # needs torch, which reading the table must not
+
+    return uniform_in_0_1(*signals.keys(), seed=signals.seed, step=signals.step)
+
+
+SCORES: dict[str, Score] = {
+    "regate": Score("difficulty + lambda * reference", _fused, needs_reference=True, needs_difficulty=True),
+    "student": Score("difficulty", lambda signals: signals.difficulty_X, needs_difficulty=True),
+    "reference": Score("reference", lambda signals: signals.reference_X, needs_reference=True),
+    "excess": Score(
+        "difficulty - reference",
+        lambda signals: signals.difficulty_X - signals.reference_X,
+        needs_reference=True,
+        needs_difficulty=True,
+    ),
+    "gain": Score(
+        "reference - difficulty",
+        lambda signals: signals.reference_X - signals.difficulty_X,
+        needs_reference=True,
+        needs_difficulty=True,
+    ),
+    "random": Score("chance", _chance),
+}

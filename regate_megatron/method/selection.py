@@ -1,17 +1,23 @@
 """Scores and lengths to kept positions. Torch and numpy; every function is exact and the same on every rank.
 
-**The rule.** A row that keeps k targets keeps the best-scored set of k that holds the floor of each of its groups: the
-floor's best targets of each group, then the best of all others. *It is optimal*: where an allowed set lacks one of a
-group's best, swapping it in for a lower one of the group loses nothing and keeps every floor, so some best set holds
-the floor's best of each group; the other places are free, and best filled with the best of what remains. (The bases of
-a partition matroid with lower bounds.) Ties go to the lower position; NaN is −inf.
+**The rule.** A row that keeps k candidates of one sort keeps the best-scored set of k that holds the floor of each of
+its groups: the floor's best of each group, then the best of all others. *It is optimal*: where an allowed set lacks one
+of a group's best, swapping it in for a lower one of the group loses nothing and keeps every floor, so some best set
+holds the floor's best of each group; the other places are free, and best filled with the best of what remains. (The
+bases of a partition matroid with lower bounds.) Ties go to the lower position; NaN is −inf.
 
-How many targets each row keeps is decided before: by counts in ``uniform`` and ``per-sample`` (:mod:`.budget`), by
+**Several sorts** have scores that cannot be compared. After the floors a row takes the best of each sort by turns, so
+that every sort has gone the same share of its way from floor to ask, and beyond that the same share of its way from ask
+to all; ties go to the sort named first.
+
+How many candidates each row keeps is decided before: by counts in ``uniform`` and ``per-sample`` (:mod:`.budget`), by
 scores in ``balanced`` (:mod:`.balance`).
 
-Shapes: R rows, S positions of the merged sequence, K kept positions per row, X targets in order of row and position, G
-groups of targets (rows, or samples of packed rows; in order).
+Shapes: R rows, S positions of the merged sequence, K kept positions per row, G groups, X candidates; see
+:mod:`.candidates`.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -21,27 +27,7 @@ from torch import Tensor
 
 from regate_megatron.method import balance, budget
 from regate_megatron.method.budget import Alignment, AllGather
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of one rank in one step, M microbatches of R/M adjacent rows; on the CPU.
-
-    Attributes:
-        num_context_R: context positions that must run, int64.
-        num_target_G: targets of each group, int64.
-        row_G: the row of each group, int64, ascending.
-        dense_M: dense length of each microbatch, int64.
-        key_M: a content key of each microbatch, int64; breaks ties of ``balanced`` alike wherever a row is.
-        score_X: float64.
-    """
-
-    num_context_R: Tensor
-    num_target_G: Tensor
-    row_G: Tensor
-    dense_M: Tensor
-    key_M: Tensor
-    score_X: Tensor
+from regate_megatron.method.candidates import Candidates
 
 
 @dataclass(frozen=True)
@@ -50,7 +36,7 @@ class Selection:
 
     Attributes:
         length_M: positions each row of a microbatch runs, fill included; int64.
-        is_kept_X: which targets are kept; bool.
+        is_kept_X: which candidates are kept; bool.
         achievable: least max/mean over ranks that any totals could have; ``balanced`` only, else None.
     """
 
@@ -59,53 +45,86 @@ class Selection:
     achievable: float | None = None
 
 
-def select(rows: Rows, *, kind: str, keep_ratio: float, alignment: Alignment, all_gather: AllGather) -> Selection:
-    """Lengths and kept targets of this rank's rows.
+@dataclass(frozen=True)
+class Ranking:
+    """The order in which rows keep candidates.
+
+    Attributes:
+        rank_X: the place of each candidate in its row's order, from 0; int64.
+        worth_X: what keeping it is worth beside candidates of other rows, never rising along a row's order beyond the
+            floors; float64.
+    """
+
+    rank_X: Tensor
+    worth_X: Tensor
+
+
+def select(candidates: Candidates, *, kind: str, alignment: Alignment, all_gather: AllGather) -> Selection:
+    """Lengths and kept candidates of this rank's rows.
 
     Called by the planner of every data-parallel replica; ``uniform`` and ``balanced`` communicate over all of them,
     once.
 
     Args:
         kind: "uniform", "balanced" or "per-sample".
-        keep_ratio: p.
         alignment: what lengths are a multiple of.
         all_gather: see :data:`~regate_megatron.method.budget.AllGather`.
     """
-    demand = budget.demand_of(rows.num_context_R, rows.num_target_G, rows.row_G, rows.dense_M, keep_ratio=keep_ratio)
-    group_X = torch.arange(len(rows.row_G)).repeat_interleave(rows.num_target_G)
-    row_X = rows.row_G.repeat_interleave(rows.num_target_G)
-    first_G = demand.ask_G if kind == "per-sample" else demand.floor_G  # what is each group's own
-    rank_X = rank_targets(rows.score_X, row_X, group_X, first_G)
-    achievable = None
+    # what is each group's own
+    first_G = candidates.ask_G if kind == "per-sample" else candidates.floor_G
+    ranking, achievable = rank_candidates(candidates, first_G), None
     if kind == "per-sample":
-        length_M, num_keep_R = budget.per_sample_lengths(demand, alignment)
+        length_M, num_keep_R = budget.per_sample_lengths(candidates, alignment)
     elif kind == "uniform":
-        length_M, num_keep_R = budget.uniform_lengths(demand, alignment, all_gather)
+        length_M, num_keep_R = budget.uniform_lengths(candidates, alignment, all_gather)
     else:
-        span = balance.span_of(demand, alignment)
-        total, achievable = balance.agree_on_total(demand, span, all_gather)
-        length_M = balance.spread_total(
-            total,
-            span,
-            rows=demand.rows,
-            score_X=rows.score_X,
-            rank_X=rank_X,
-            row_X=row_X,
-            context_R=rows.num_context_R,
-            key_M=rows.key_M,
-        )
-        num_keep_R = length_M.repeat_interleave(demand.rows) - rows.num_context_R
-    return Selection(length_M, rank_X < num_keep_R.index_select(0, row_X), achievable)
+        span = balance.span_of(candidates, alignment)
+        total, achievable = balance.agree_on_total(candidates, span, all_gather)
+        length_M = balance.spread_total(total, span, candidates, ranking.rank_X, ranking.worth_X)
+        num_keep_R = length_M.repeat_interleave(candidates.rows) - candidates.always_R
+    return Selection(length_M, ranking.rank_X < num_keep_R.index_select(0, candidates.row_X), achievable)
+
+
+def rank_candidates(candidates: Candidates, first_G: Tensor) -> Ranking:
+    """The order in which each row keeps its candidates: the best ``first_G`` of each group come first, then others."""
+    score_X = candidates.score_X
+    if len(candidates.sorts) == 1:
+        return Ranking(rank_targets(score_X, candidates.row_X, candidates.group_X, first_G), score_X)
+    row_X, group_X, sort_G = candidates.row_X.numpy(), candidates.group_X.numpy(), candidates.sort_G.numpy()
+    sort_X, key_X = sort_G[group_X], _descending(score_X.numpy())
+    by_group_X = np.lexsort((key_X, group_X))  # ties go to the lower position
+    place_X = _places(by_group_X, candidates.count_G.numpy())
+    is_other_X = place_X >= first_G.numpy()[group_X]
+    # Others of one sort in one row, the best first, go from floor to ask and from there to all.
+    kind_G = candidates.row_G.numpy() * len(candidates.sorts) + sort_G
+    num_kinds = len(candidates.always_R) * len(candidates.sorts)
+
+    def in_all(value_G: Tensor) -> np.ndarray:
+        return np.bincount(kind_G, weights=value_G.numpy(), minlength=num_kinds).astype(np.int64)
+
+    first_Y, ask_Y, all_Y = in_all(first_G), in_all(candidates.ask_G), in_all(candidates.count_G)
+    kind_X = kind_G[group_X]
+    number_X = _places(np.lexsort((key_X, is_other_X, kind_X)), all_Y) + 1 - first_Y[kind_X]
+    to_ask_X, to_all_X = (ask_Y - first_Y)[kind_X], (all_Y - ask_Y)[kind_X]
+    way_X = np.where(
+        number_X <= to_ask_X,
+        number_X / np.maximum(to_ask_X, 1),
+        1 + (number_X - to_ask_X) / np.maximum(to_all_X, 1),
+    )
+    way_X = np.where(is_other_X, way_X, 0.0)
+    order_X = np.lexsort((number_X, sort_X, way_X, row_X))
+    rank_X = _places(order_X, np.bincount(row_X, minlength=len(candidates.always_R)))
+    return Ranking(torch.from_numpy(rank_X), torch.from_numpy(-way_X))
 
 
 def rank_targets(score_X: Tensor, row_X: Tensor, group_X: Tensor, floor_G: Tensor) -> Tensor:
-    """The place of each target in the order in which its row keeps targets, from 0; int64 [X].
+    """The place of each candidate of one sort in the order in which its row keeps them, from 0; int64 [X].
 
-    The floor's best targets of each group come first, then the others; both by score, ties by position.
+    The floor's best of each group come first, then the others; both by score, ties by position.
 
     Args:
-        row_X, group_X: row and group of each target, int64, ascending.
-        floor_G: how many targets of each group come first, int64.
+        row_X, group_X: row and group of each candidate, int64, ascending.
+        floor_G: how many of each group come first, int64.
     """
     score_X, row_X, group_X, floor_G = (values.numpy() for values in (score_X, row_X, group_X, floor_G))
     count_R = np.bincount(row_X)
@@ -124,7 +143,7 @@ def rank_targets(score_X: Tensor, row_X: Tensor, group_X: Tensor, floor_G: Tenso
 
 def _best_first(score_T: np.ndarray) -> np.ndarray:
     """The order of scores from the best; NaN counts as minus infinity, ties go to the lower position."""
-    key_T = np.where(np.isnan(score_T), np.inf, -score_T)
+    key_T = _descending(score_T)
     order_T = key_T.argsort()  # three times as fast as a stable sort; what that would do more follows
     sorted_T = key_T[order_T]
     is_next_T = sorted_T[1:] != sorted_T[:-1]
@@ -134,6 +153,11 @@ def _best_first(score_T: np.ndarray) -> np.ndarray:
     return np.sort(block_T + order_T) - block_T
 
 
+def _descending(score_X: np.ndarray) -> np.ndarray:
+    """A key that is smaller the better the score; NaN counts as minus infinity."""
+    return np.where(np.isnan(score_X), np.inf, -score_X)
+
+
 def _sort(key_X: np.ndarray) -> np.ndarray:
     """A stable argsort of small keys, quicker in few bits."""
     is_short = not len(key_X) or key_X.max() < 2**15
@@ -141,7 +165,7 @@ def _sort(key_X: np.ndarray) -> np.ndarray:
 
 
 def _places(order_X: np.ndarray, count_G: np.ndarray) -> np.ndarray:
-    """The place of each target within its group, from 0, where ``order_X`` lists the targets group by group."""
+    """The place of each candidate within its group, from 0, where ``order_X`` lists them group by group."""
     place_X = np.empty_like(order_X)
     place_X[order_X] = np.arange(len(order_X)) - np.repeat(count_G.cumsum() - count_G, count_G)
     return place_X

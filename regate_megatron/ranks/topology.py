@@ -1,12 +1,15 @@
-"""Who plans for whom: the planner of each data-parallel replica and the host-side groups that plans travel over.
+"""Who plans for whom: the planner of each data-parallel replica, and the host-side groups they talk over.
 
 No group of Megatron spans TP × PP × CP, and its device groups would make streams wait for host decisions; so two kinds
 of gloo groups are made here: one per replica, and one over all planners.
+
+How ranks fail together is in :mod:`.together`: every exchange below first learns whether a rank has failed, so that
+none waits for one that has left.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from regate_megatron.errors import ReGateError
+from regate_megatron.ranks.together import Together
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Topology:
         planner_group: gloo group of all planners; only they use it.
         world_group: gloo group of all ranks.
         sees_losses: last pipeline stage, tensor rank 0: the planner and the other context ranks beside it.
+        together: how all ranks end a stage, or fail in it; see :class:`~regate_megatron.ranks.together.Together`.
     """
 
     dp_rank: int
@@ -40,10 +45,15 @@ class Topology:
     planner_group: Any
     world_group: Any
     sees_losses: bool = True
+    together: Together = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "together", Together(self))
 
     def all_reduce_planners(self, values: Tensor, op: str) -> Tensor:
         """Reduce a CPU tensor over the planners ("sum" or "max"); planners only."""
         if self.dp_size > 1:
+            self.together.meet_planners()
             values = values.clone()
             dist.all_reduce(values, getattr(dist.ReduceOp, op.upper()), group=self.planner_group)
         return values
@@ -53,6 +63,7 @@ class Topology:
         gathered_Dk = values.new_empty(self.dp_size, len(values))
         if self.dp_size == 1:
             return gathered_Dk.copy_(values)
+        self.together.meet_planners()
         dist.all_gather(list(gathered_Dk), values, group=self.planner_group)
         return gathered_Dk
 
@@ -71,6 +82,7 @@ class Topology:
         """
         if self.dp_size == 1:
             return values_Xx, send_D
+        self.together.meet_planners()
         if receive_D is None:
             receive_D = torch.empty_like(send_D)
             dist.all_to_all_single(receive_D, send_D, group=self.planner_group)
@@ -80,24 +92,40 @@ class Topology:
         return received_Xx, receive_D
 
     def agree(self, error: str | None, wish: bool = False) -> bool:
-        """Stop all ranks when one of them met ``error``; all ranks call this, three small reductions on the host.
+        """Whether any rank has a wish, once none has an error; all ranks call this."""
+        with self.together("ranks") as stage:
+            stage.wish = wish
+            if error:
+                raise ReGateError(error)
+        return stage.anyone_wishes
 
-        Returns:
-            whether any rank has a ``wish``.
+    def all_reduce_replica(self, values: Tensor, op: str) -> Tensor:
+        """Reduce a CPU tensor over this replica's ranks ("min" or "max"); all of them call this."""
+        if self.replica_size > 1:
+            self.together.meet_replica()
+            values = values.clone()
+            dist.all_reduce(values, getattr(dist.ReduceOp, op.upper()), group=self.replica_group)
+        return values
 
-        Raises:
-            ReGateError: the first rank's error, on every rank.
+    def broadcast_from_planner(self, flat: Tensor | None) -> Tensor | None:
+        """Give the planner's int64 vector, of any length, to all ranks of its replica; all of them call this.
+
+        Args:
+            flat: on the planner the vector, or None where there is nothing to give; elsewhere it is not looked at.
         """
-        flag = torch.tensor([1 if error else 0, int(wish)])
-        if self.replica_size > 1:
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.replica_group)
-        if self.is_planner:
-            flag = self.all_reduce_planners(flag, "max")
-        if self.replica_size > 1:
-            dist.broadcast(flag, self.planner_rank, group=self.replica_group)
-        if int(flag[0]):
-            raise ReGateError(first_error(error, self), everywhere=True)
-        return bool(flag[1])
+        if self.replica_size == 1:
+            return flat
+        self.together.meet_replica()
+        if not self.is_planner:
+            flat = None
+        size = torch.tensor([-1 if flat is None else flat.numel()])
+        dist.broadcast(size, self.planner_rank, group=self.replica_group)
+        if int(size) < 0:
+            return None
+        if not self.is_planner:
+            flat = torch.empty(int(size), dtype=torch.int64)
+        dist.broadcast(flat, self.planner_rank, group=self.replica_group)
+        return flat
 
 
 def build_topology() -> Topology:
@@ -133,19 +161,7 @@ def build_topology() -> Topology:
 
 
 def agree_on_error(error: str | None, topology: Topology) -> None:
-    """Stop all ranks when any of them met ``error``; all ranks call this, over the world's gloo group.
-
-    Raises:
-        ReGateError: the first rank's error, on every rank.
-    """
-    flag = torch.tensor([1 if error else 0])
-    dist.all_reduce(flag, group=topology.world_group)
-    if int(flag):
-        raise ReGateError(first_error(error, topology), everywhere=True)
-
-
-def first_error(error: str | None, topology: Topology) -> str:
-    """The error of the lowest rank that has one; all ranks call this, once it is known that there is one."""
-    reports: list = [None] * dist.get_world_size()
-    dist.all_gather_object(reports, error, group=topology.world_group)
-    return next(text for text in reports if text)
+    """Stop all ranks when any of them met ``error``; all ranks call this."""
+    with topology.together("ranks"):
+        if error:
+            raise ReGateError(error)

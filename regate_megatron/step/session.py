@@ -1,36 +1,46 @@
-"""One training step from end to end, on one rank.
+"""ReGATE on one rank: runs training steps from end to end, and keeps what outlives them.
 
 Phase from the step number → each rank that has data pulls exactly this step's microbatches → the planner reads them,
 the teacher scores what is new, the planner selects → the plan reaches every rank of the replica and its hash is
 compared → the framework's own schedule runs on fresh copies of the batches, whose only edit is a loss mask of 0 at
-elided targets → per-token losses update the difficulty once the step counted.
+elided targets → per-token losses are learned from once the step counted.
+
+Hosts and saved state use the verbs of :class:`Session`; nobody else sets its attributes.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-
-import torch
 
 from regate_megatron import compat
 from regate_megatron.batches import BatchAdapter, MicrobatchFacts, adapter_for
 from regate_megatron.config import ReGateConfig
 from regate_megatron.decoder import Hooks, gather_context, to_host
 from regate_megatron.errors import ReGateError, refuse
-from regate_megatron.method.schedule import Phase, keep_ratio_of, phase_of
+from regate_megatron.method.plan import StepPlan
+from regate_megatron.method.schedule import Phase, phase_of
 from regate_megatron.ranks.topology import Topology
-from regate_megatron.step.metrics import Counters, Trace, count_plan, count_step
-from regate_megatron.step.plan import StepPlan, share_plan
+from regate_megatron.step.counters import Counters, count_plan, count_step, reduce_counters
 from regate_megatron.step.planner import Planner
+from regate_megatron.step.sharing import share_plan
+from regate_megatron.step.step import Step
+from regate_megatron.step.trace import Trace
 from regate_megatron.support import Setting, check_support
 from regate_megatron.support.alignment import length_alignment, segment_alignment
 from regate_megatron.teacher import ReferenceLosses, TeacherSource, open_reference
 
 
 class Session:
-    """ReGATE on one rank: its hooks, and on planners the planner. Made by :func:`attach`."""
+    """ReGATE on one rank: its hooks, and on planners the planner. Made by :func:`~regate_megatron.api.attach`.
+
+    Attributes:
+        step: the step that ran last and is neither counted nor forgotten; None between steps.
+        steps_done: steps done before the next one.
+        totals: counts of this rank since the run began.
+        work: the lengths that a FLOP count asked for now should speak of.
+        counts_own_steps: whether a step counts as soon as the next one begins; False where a host says it.
+    """
 
     def __init__(
         self,
@@ -39,28 +49,28 @@ class Session:
         topology: Topology,
         args: Any,
         pad_token: int | None = None,
+        teacher: TeacherSource | None = None,
     ) -> None:
         self.config, self.topology = config, topology
         self.models = [compat.unwrap(model) for model in models]
         self.language_models = [compat.language_model_of(model) for model in self.models]
         self.hooks = Hooks(self.language_models, config)
-        self.step = 0
-        self.totals, self.interval = Counters(), Counters()
-        self.work_to_report = Counters()  # what a FLOP count asked for now should speak of
-        self.phase = "warmup"
+        self.step: Step | None = None
+        self.steps_done, self.dense_until = 0, 0
+        self.totals, self.work = Counters(), Counters()
         self.reference: ReferenceLosses | None = None
         self.counts_own_steps = True
-        self.dense_until = 0
-        self._pending: _Pending | None = None
-        self._teacher_source: TeacherSource | None = None
-        self._is_prepared = False
         self.adapter: BatchAdapter = adapter_for(self.models[0], pad_token, args)
+        self._phase: Phase = "warmup"
+        self._interval = Counters()
+        self._teacher, self._args, self._is_prepared = teacher, args, False
         transformer = self.language_models[0].config
-        self._args = args
         self.planner = self.trace = None
         if topology.is_planner:
             self.planner = Planner(config, topology, length_alignment(transformer), segment_alignment(transformer))
             self.trace = Trace(config.trace, topology.dp_rank) if config.trace else None
+
+    # ------------------------------------------------------------------------------------------- for hosts and state
 
     def detach(self) -> None:
         """Take the hooks off and close what is open."""
@@ -75,10 +85,6 @@ class Session:
         if self.reference:
             self.reference.flush()
 
-    def teach_with(self, source: TeacherSource) -> None:
-        """Say where the teacher comes from; :meth:`prepare` opens it, when the student's weights are loaded."""
-        self._teacher_source = source
-
     def prepare(self, micro_batch_size: int) -> None:
         """What needs loaded weights and a known batch; once, before the first step. All ranks call this.
 
@@ -92,109 +98,166 @@ class Session:
         supported, reason = check_support(setting)
         if not supported:
             raise ReGateError(reason, everywhere=True)
-        if self._teacher_source is not None:
-            self.reference = open_reference(self._teacher_source, self.language_models, self.config, self.topology)
+        if self._teacher is not None:
+            self.reference = open_reference(self._teacher, self.language_models, self.config, self.topology)
         self._is_prepared = True
 
-    def resume(self, step: int) -> None:
-        """Continue a run of which ``step`` steps are done, of which nothing learned is left: the next ``dense_steps``
-        steps (one at least) run dense and refresh difficulty.
+    def go_on_at(self, steps_done: int) -> None:
+        """Say how many steps are done, where a host counts them (it may skip data)."""
+        self.steps_done = steps_done
+
+    def resume(self, steps_done: int) -> None:
+        """Continue a run of which nothing learned is left: the next ``dense_steps`` steps (one at least) run dense and
+        refresh difficulty.
         """
-        self.step = step
-        if self.config.learns:
-            self.dense_until = step + max(1, self.config.dense_steps)
+        until = steps_done + max(1, self.config.dense_steps) if self.config.learns else self.dense_until
+        self.restore(steps_done, until, self.totals)
+
+    def restore(self, steps_done: int, dense_until: int, totals: Counters) -> None:
+        """Continue a run with what it had counted; its steps before ``dense_until`` are dense."""
+        self.steps_done, self.dense_until, self.totals = steps_done, dense_until, totals
         if self.trace:
             self.trace.continues = True
 
-    def restore(self, step: int, dense_until: int, totals: Counters) -> None:
-        """Continue a run of which ``step`` steps are done, with what it had learned and counted."""
-        self.step, self.dense_until, self.totals = step, dense_until, totals
-        if self.trace:
-            self.trace.continues = True
+    @property
+    def phase(self) -> Phase:
+        """The phase of the step that began last."""
+        return self._phase
+
+    @property
+    def has_news(self) -> bool:
+        """Whether a step has counted since :meth:`take_interval`."""
+        return self._interval.steps > 0
+
+    def take_interval(self) -> Counters:
+        """What all data-parallel ranks counted since the last call, which begins anew. All ranks call this."""
+        interval, self._interval = reduce_counters(self._interval, self.topology), Counters()
+        self.work = interval
+        return interval
+
+    def describe(self) -> str:
+        """What is attached where, one line per hook."""
+        lines = [f"regate on data-parallel rank {self.topology.dp_rank}" + (", planner" if self.planner else "")]
+        lines += self.hooks.describe()
+        if self.planner:
+            lines.append(self.planner.difficulty.describe())
+        if self.reference is not None:
+            lines.append(self.reference.describe())
+        return "\n".join(lines)
+
+    # ------------------------------------------------------------------------------------------------------ one step
 
     def run(self, schedule: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Run one training step of ``schedule`` with ``arguments`` (keywords of Megatron's forward-backward)."""
         self.prepare(arguments["micro_batch_size"])
-        self.phase = self._phase()
-        elides = self.phase == "sparse" and keep_ratio_of(self.step, self.config) < 1.0
-        teacher_before = self.reference.seconds if self.reference else 0.0
-        batches, facts, anyone_misses, seconds = self._gather(arguments, asks=elides)
-        plan, scores, fallback = StepPlan(self.step), None, False
-        if elides:
-            start = time.perf_counter()
-            reference = None
-            if self.reference:
-                reference = self.reference.fetch(arguments["micro_batch_size"], anyone_misses=anyone_misses)
-            plan, scores, fallback = self._plan(facts, reference)
-            seconds += time.perf_counter() - start
-        start = time.perf_counter()
-        layers = {
-            "num_layers": self.language_models[0].config.num_layers,
-            "dense_layers": self.config.dense_layers + self.config.dense_last_layers,
-        }
-        counters, self.work_to_report = Counters(steps=1), count_plan(plan, **layers)
-        if self.planner:
-            balance = self.planner.balance if plan.is_sparse else None
-            counters = count_step(facts, plan, **layers, fallback=fallback, balance=balance)
-        if plan.is_sparse:
-            batches = [self._elide(pulled, plan) for pulled in batches]
-        sharded = self.hooks.lay_out(plan)
-        seconds += time.perf_counter() - start
-        teacher_seconds = self.reference.seconds - teacher_before if self.reference else 0.0
-        counters.teacher_ms = round(1000 * teacher_seconds)
-        counters.planning_ms = round(1000 * (seconds - teacher_seconds))
-        losses: list[torch.Tensor] = []
-        observe = losses.append if self.topology.sees_losses else None
-        result = self.hooks.run(schedule, arguments, batches, sharded, observe)
-        if self.hooks.layout.cp_size > 1 and self.topology.sees_losses:
-            losses = gather_context(losses, self.hooks.layout)
-        self._pending = _Pending(self.step, self.phase, facts, plan, scores, fallback, losses, counters)
+        step = self._begin()
+        self._read(step, arguments)
+        self._plan(step)
+        with step.enter("plan"):
+            batches = [self._elide(pulled, step.plan) for pulled in step.batches]
+            sharded = self.hooks.lay_out(step.plan)
+        self.work = count_plan(step.plan, **self._layers)
+        with step.enter("run"):
+            observe = step.losses.append if self.topology.sees_losses else None
+            result = self.hooks.run(schedule, arguments, batches, sharded, observe)
+            if self.hooks.layout.cp_size > 1 and self.topology.sees_losses:
+                step.losses = gather_context(step.losses, self.hooks.layout)
+        step.batches = []  # their memory is free from here
+        self.step = step
         return result
 
-    def _phase(self) -> Phase:
-        phase = phase_of(
-            self.step,
-            warmup_steps=self.config.warmup_steps,
-            cycle_steps=self.config.cycle_steps,
-            dense_steps=self.config.dense_steps,
-            dense_from=self.config.dense_from,
-        )
-        return "dense" if phase == "sparse" and self.step < self.dense_until else phase
+    def finish(self, counted: bool = True) -> None:
+        """Say what became of the step that ran: learn from it, count and trace it; or, where it did not count (skipped,
+        replayed, aborted), forget it. All ranks call this.
+
+        Raises:
+            ReGateError: a planner could not learn or write its trace; on every rank.
+        """
+        step, self.step = self.step, None
+        if step is None:
+            return
+        if not counted:
+            step.stage = "forgotten"
+            return
+        self.steps_done = step.number + 1
+        counters = Counters(steps=1)
+        with self.topology.together("learning"):
+            if self.planner:
+                losses = to_host(step.losses, step.facts)  # waits for the device, so before the clock starts
+                with step.enter("learned"):
+                    if self.config.learns:
+                        self.planner.learn(step, losses)
+                    if self.trace:
+                        self.trace.write(step)
+                counters = count_step(step, **self._layers)
+        counters.planning_us = round(1e6 * sum(step.seconds.get(stage, 0.0) for stage in ("read", "plan", "learned")))
+        counters.teacher_us = round(1e6 * step.seconds.get("reference", 0.0))
+        self._interval.add(counters)
+        self.totals.add(counters)
 
     def score_only(self, arguments: dict[str, Any]) -> None:
         """Have the reference losses of a step's batches in the store, and run nothing else. All ranks call this."""
-        *_, anyone_misses, _ = self._gather(arguments, asks=True)
-        self.reference.fetch(arguments["micro_batch_size"], anyone_misses=anyone_misses)
+        step = Step(self.steps_done, "sparse", elides=True)
+        self._read(step, arguments)
 
-    def _gather(
-        self, arguments: dict[str, Any], *, asks: bool
-    ) -> tuple[list[list[Any] | None], list[MicrobatchFacts] | None, bool, float]:
-        """Pull this step's batches, read them on the planner, and look their reference losses up if the step ``asks``.
+    def _begin(self) -> Step:
+        self._phase = phase_of(self.steps_done, self.config.schedule)
+        if self._phase == "sparse" and self.steps_done < self.dense_until:
+            self._phase = "dense"
+        return Step(self.steps_done, self._phase, self._phase == "sparse" and self.config.elides_in(self.steps_done))
 
-        Returns:
-            batches, facts, whether any planner misses a reference loss, and the seconds of reading and looking up.
+    def _read(self, step: Step, arguments: dict[str, Any]) -> None:
+        """Pull this step's batches, read them on the planner, and get the reference losses of a step that elides.
 
         Raises:
             ReGateError: a rank could not; on every rank.
         """
-        batches, facts, error, misses, seconds = [], None, None, False, 0.0
-        try:
-            batches = [_pull(one, arguments["num_microbatches"]) for one in _as_list(arguments["data_iterator"])]
+        together = self.topology.together(
+            "batch", allowed="the layout of pretrain_gpt.py or pretrain_vlm.py batches", change="the data loader"
+        )
+        with together as stage:
+            with step.enter("peek"):
+                iterators = _as_list(arguments["data_iterator"])
+                step.batches = [_pull(one, arguments["num_microbatches"]) for one in iterators]
             if self.planner:
-                start = time.perf_counter()
-                own = next(pulled for pulled in reversed(batches) if pulled is not None)
-                facts = [self.adapter.read(batch) for batch in own]
-                self._check_lengths(facts)
-                misses = asks and self.reference is not None and self.reference.look_up(facts)
-                seconds = time.perf_counter() - start
-        except ReGateError as refusal:
-            error = str(refusal)
-        except Exception as fault:  # any fault here would leave the other ranks waiting
-            form = {"allowed": "the layout of pretrain_gpt.py or pretrain_vlm.py batches", "change": "the data loader"}
-            error = str(refuse("batch", given=f"{type(fault).__name__}: {fault}", **form))
-        return batches, facts, self.topology.agree(error, misses), seconds
+                with step.enter("read"):
+                    own = next(pulled for pulled in reversed(step.batches) if pulled is not None)
+                    step.facts = [self.adapter.read(batch) for batch in own]
+                    self._check_lengths(step.facts)
+                if step.elides and self.reference:
+                    with step.enter("reference"):
+                        stage.wish = self.reference.look_up(step.facts)
+        if step.elides and self.reference:
+            with step.enter("reference"):
+                step.reference = self.reference.fetch(arguments["micro_batch_size"], anyone_misses=stage.anyone_wishes)
 
-    def _check_lengths(self, facts: list[MicrobatchFacts]) -> None:
+    def _plan(self, step: Step) -> None:
+        """Plan a step that elides, and share the plan.
+
+        Raises:
+            ReGateError: a planner could not, or plans differ; on every rank.
+        """
+        if not step.elides:
+            return
+        with step.enter("plan"), self.topology.together("planner", allowed="a plan of every replica's planner"):
+            if self.planner:
+                self.planner.plan(step)
+            step.plan = share_plan(step.plan, self.topology)
+
+    def _elide(self, pulled: list[Any] | None, plan: StepPlan) -> list[Any] | None:
+        """Batches whose loss mask is 0 wherever a position does not run (context has none anyway)."""
+        if pulled is None or not plan.is_sparse:
+            return pulled
+        return [self.adapter.elide(b, ~p.kept_mask()) for b, p in zip(pulled, plan.microbatches, strict=True)]
+
+    @property
+    def _layers(self) -> dict[str, int]:
+        return {
+            "num_layers": self.language_models[0].config.num_layers,
+            "dense_layers": self.config.dense_layers + self.config.dense_last_layers,
+        }
+
+    def _check_lengths(self, facts: Sequence[MicrobatchFacts]) -> None:
         """Refuse dense lengths that the layout cannot cut or send.
 
         Raises:
@@ -217,88 +280,6 @@ class Session:
                 allowed=f"multiples of {multiple}",
                 change="the data loader's padding",
             )
-
-    def _plan(
-        self, facts: list[MicrobatchFacts] | None, reference: list[torch.Tensor] | None
-    ) -> tuple[StepPlan, list[torch.Tensor] | None, bool]:
-        """Plan, and share the plan; returns it, the scores, and whether it fell back to dense."""
-        plan, scores, fallback, error = None, None, False, None
-        if self.planner:
-            try:
-                plan, scores, fallback = self.planner.plan(self.step, facts, reference)
-            except Exception as fault:  # the replica waits for this plan
-                error = str(fault if isinstance(fault, ReGateError) else _refusal_of(fault))
-        plan = share_plan(plan, self.topology, error)
-        # The other replicas wait here, on the host, where they hear at once of a replica that stopped.
-        self.topology.agree(None)
-        return plan, scores, fallback
-
-    def commit(self) -> None:
-        """The step counted: learn from it, count it, trace it. All ranks call this."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        self.step = pending.step + 1
-        if self.planner:
-            losses = to_host(pending.losses, pending.facts)  # waits for the device, so before the clock starts
-            start = time.perf_counter()
-            if self.config.learns:
-                self.planner.learn(pending.facts, pending.plan, losses, is_dense=not pending.plan.is_sparse)
-            if self.trace:
-                self.trace.write(
-                    iteration=pending.step + 1,
-                    phase=pending.phase,
-                    fallback=pending.fallback,
-                    dp_rank=self.topology.dp_rank,
-                    facts=pending.facts,
-                    plan=pending.plan,
-                    scores=pending.scores,
-                )
-            pending.counters.planning_ms += round(1000 * (time.perf_counter() - start))
-        self.interval.add(pending.counters)
-        self.totals.add(pending.counters)
-
-    @property
-    def has_step(self) -> bool:
-        """Whether a step has run that is neither committed nor discarded."""
-        return self._pending is not None
-
-    def discard(self) -> None:
-        """The step did not count (skipped, replayed or aborted): forget it."""
-        self._pending = None
-
-    def describe(self) -> str:
-        """What is attached where, one line per hook."""
-        lines = [f"regate on data-parallel rank {self.topology.dp_rank}" + (", planner" if self.planner else "")]
-        lines += self.hooks.describe()
-        if self.planner:
-            lines.append(self.planner.difficulty.describe())
-        if self.reference is not None:
-            lines.append(self.reference.describe())
-        return "\n".join(lines)
-
-    def _elide(self, pulled: list[Any] | None, plan: StepPlan) -> list[Any] | None:
-        """Batches whose loss mask is 0 wherever a position does not run (context has none anyway)."""
-        if pulled is None:
-            return None
-        return [self.adapter.elide(b, ~p.kept_mask()) for b, p in zip(pulled, plan.microbatches, strict=True)]
-
-
-class _Pending:
-    """A step that ran and has not been counted yet."""
-
-    def __init__(self, step, phase, facts, plan, scores, fallback, losses, counters) -> None:
-        self.step, self.phase, self.facts, self.plan = step, phase, facts, plan
-        self.scores, self.fallback, self.losses, self.counters = scores, fallback, losses, counters
-
-
-def _refusal_of(fault: Exception) -> ReGateError:
-    """What to say of a fault in a planner; one that stops leaves the others in the middle of an exchange."""
-    form = {"allowed": "a plan of every replica's planner"}
-    if "by peer" in str(fault):  # gloo's words for a connection that another rank has closed
-        given = "no answer from another replica's planner, which has stopped"
-        return refuse("planner", given=given, **form, change="what the line of that rank says")
-    return refuse("planner", given=f"{fault!r}", **form, change="nothing in the settings: please report this fault")
 
 
 def _as_list(iterators: Any) -> list[Any]:

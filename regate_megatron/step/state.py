@@ -35,7 +35,7 @@ from regate_megatron.memory.state_files import (
 )
 from regate_megatron.ranks.publishing import filled_by_all_ranks, replace_folder
 from regate_megatron.ranks.topology import Topology, agree_on_error
-from regate_megatron.step.metrics import Counters, reduce_counters
+from regate_megatron.step.counters import Counters, reduce_counters
 
 if TYPE_CHECKING:
     from regate_megatron.step.session import Session
@@ -143,9 +143,7 @@ class StateSave:
         """Every planner's file, on every planner."""
         one, checksum = self._facts, np.frombuffer(bytes.fromhex(self._facts.checksum), "<i8")
         own_5 = torch.tensor([one.bytes, one.num_samples, one.num_targets, *checksum.tolist()])
-        all_D5 = [own_5.clone() for _ in range(self.topology.dp_size)]
-        if self.topology.dp_size > 1:
-            dist.all_gather(all_D5, own_5, group=self.topology.planner_group)
+        all_D5 = self.topology.all_gather_planners(own_5)
         return [
             FileFacts(size, np.array(checksum, "<i8").tobytes().hex(), samples, targets)
             for size, samples, targets, *checksum in (facts_5.tolist() for facts_5 in all_D5)
@@ -159,7 +157,7 @@ def save_state(session: Session, folder: Path) -> None:
         ReGateError: it could not be written; on every rank.
     """
     with filled_by_all_ranks(folder, "saving difficulty", session.topology.world_group) as aside:
-        save = StateSave(session, aside, session.step)
+        save = StateSave(session, aside, session.steps_done)
         save.write()
         save.finish()
 

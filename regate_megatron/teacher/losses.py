@@ -204,18 +204,8 @@ class ReferenceLosses:
             self.store.add(*zip(*known, strict=True))
 
     def _share(self, request: TeacherRows | None) -> TeacherRows | None:
-        if self.topology.replica_size == 1:
-            return request
-        group, source = self.topology.replica_group, self.topology.planner_rank
-        flat = request.pack() if request is not None else torch.empty(0, dtype=torch.int64)
-        size = torch.tensor([flat.numel()])
-        dist.broadcast(size, source, group=group)
-        if not int(size):
-            return None
-        if not self.topology.is_planner:
-            flat = torch.empty(int(size), dtype=torch.int64)
-        dist.broadcast(flat, source, group=group)
-        return TeacherRows.unpack(flat)
+        flat = self.topology.broadcast_from_planner(request.pack() if request is not None else None)
+        return request if self.topology.replica_size == 1 or flat is None else TeacherRows.unpack(flat)
 
 
 def key_bytes(key_N2: Tensor) -> list[bytes]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from regate_megatron.decoder import CurrentMicrobatch, DecoderHook, Layout, shard_plan
 from regate_megatron.decoder.cutting import places
-from regate_megatron.step.plan import MicrobatchPlan
+from regate_megatron.method.plan import MicrobatchPlan
 from regate_megatron.teacher.rows import TeacherRows
 
 

@@ -207,8 +207,8 @@ def train(case: dict, step, batches) -> dict:
         total, count = sum(report["lm loss"] for report in reports)
         losses.append(float(total / count))
         counted += int(count)
-        keys += [key_hex(key) for facts in session._pending.facts for key in facts.difficulty_key_N2]
-    session.commit()
+        keys += [key_hex(key) for facts in session.step.facts for key in facts.difficulty_key_N2]
+    session.finish()
     totals = dataclasses.asdict(session.totals)
     detach(models)
     return {"keys": keys, "losses": losses, "counted": counted, "totals": totals}

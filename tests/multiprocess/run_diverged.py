@@ -6,7 +6,7 @@ torchrun --nproc-per-node 4 tests/multiprocess/run_diverged.py --cpu SCRIPT FLAG
 import os
 import sys
 
-from regate_megatron.step.plan import StepPlan
+from regate_megatron.method.plan import StepPlan
 
 received = StepPlan.unpack
 

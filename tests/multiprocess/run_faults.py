@@ -29,42 +29,42 @@ def slowly(inner):
 
 
 def nan_reference(inner):
-    def plan(self, step, facts, reference):
-        if step == 4 and self.topology.dp_rank == 1:
-            reference = [torch.full_like(loss_T, torch.nan) for loss_T in reference]
-        return inner(self, step, facts, reference)
+    def plan(self, step):
+        if step.number == 4 and self.topology.dp_rank == 1:
+            step.reference = [torch.full_like(loss_T, torch.nan) for loss_T in step.reference]
+        inner(self, step)
 
     return plan
 
 
 def failing(inner):
-    def plan(self, step, facts, reference):
-        if step == 4 and self.topology.dp_rank == 1:
+    def plan(self, step):
+        if step.number == 4 and self.topology.dp_rank == 1:
             raise IndexError("out of range")
-        return inner(self, step, facts, reference)
+        inner(self, step)
 
     return plan
 
 
 def some_not_finite(inner):
-    def learn(self, facts, plan, losses, **kwargs):
+    def learn(self, step, losses):
         losses = [loss_BS.clone() for loss_BS in losses]
         for loss_BS in losses:
             loss_BS[:, 3], loss_BS[:, 7], loss_BS[:, 11] = torch.nan, torch.inf, 1e30
-        return inner(self, facts, plan, losses, **kwargs)
+        inner(self, step, losses)
 
     return learn
 
 
 def note_memory(inner):
-    def commit(self):
-        inner(self)
-        if self.step % 50 == 0:
+    def finish(self, counted=True):
+        inner(self, counted)
+        if self.steps_done % 50 == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             with open(f"{os.environ['TEST_RSS']}.{os.environ['RANK']}", "a") as file:
-                file.write(f"{os.getpid()} {self.step} {pages * os.sysconf('SC_PAGE_SIZE')}\n")
+                file.write(f"{os.getpid()} {self.steps_done} {pages * os.sysconf('SC_PAGE_SIZE')}\n")
 
-    return commit
+    return finish
 
 
 if _FAULT == "slow":
@@ -76,6 +76,6 @@ elif _FAULT == "nan":
 elif _FAULT == "planner":
     planner.Planner.plan = failing(planner.Planner.plan)
 elif _FAULT == "rss":
-    session.Session.commit = note_memory(session.Session.commit)
+    session.Session.finish = note_memory(session.Session.finish)
 
 runpy.run_path(str(Path(__file__).with_name("run_pretrain.py")), run_name="__main__")

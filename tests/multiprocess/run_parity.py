@@ -178,13 +178,13 @@ def check(case: dict) -> dict:
             session.reference.store = RecentLosses()
     sparse = Step()
     run(case, models, schedule, sparse)
-    pending = session._pending
+    pending = session.step
     plan, facts = pending.plan, pending.facts
     assert plan.is_sparse and pending.phase == "sparse"
     shortened = [one.length < one.dense_length for one in plan.microbatches]
     assert all(shortened) or (case.get("budget") == "balanced" and any(shortened)), "nothing was shortened"
     sparse_gradients, sparse_counts = gradients(models), router_counts(models)
-    session.commit()
+    session.finish()
     detach(models)
     own = {key for model in models for module in model.modules() for key in vars(module)}
     hooked = {"forward", "compute_language_model_loss", "_apply_expert_bias", "_regate_session"}
@@ -222,7 +222,7 @@ def check(case: dict) -> dict:
         gradient_error = max(gradient_error, difference / max(1.0, scale))
     kept, positions = {}, 0
     if session.planner:
-        positions = session.planner.balance.own
+        positions = pending.balance.own
         for index, one in enumerate(facts):
             real_BS = plan.microbatches[index].kept_mask() & (one.is_target_BS | one.is_context_BS)
             loss_BS = sparse.losses[index] * sparse.loss_masks[index]

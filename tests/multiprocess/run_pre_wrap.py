@@ -79,7 +79,7 @@ def main() -> None:
     for chunk in seen:
         fill_by_name(chunk)  # "loading a checkpoint"
     losses = train(hooked)
-    assert session.work_to_report.positions_run < session.work_to_report.positions_dense
+    assert session.work.positions_run < session.work.positions_dense
     student, teacher = dict(seen[0].named_parameters()), session.reference.run.chunks[0]
     assert all(torch.equal(value, student[name]) for name, value in teacher.named_parameters())
 

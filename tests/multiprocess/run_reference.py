@@ -41,7 +41,7 @@ def train(case: dict, *, models: list | None = None, before_sparse=None, **optio
         if number == 1 and before_sparse:
             before_sparse(session_of(models))
         run(case, models, schedule, Step())
-        hashes.append(session_of(models)._pending.plan.digest())
+        hashes.append(session_of(models).step.plan.digest())
     return models, hashes
 
 
@@ -49,7 +49,7 @@ def losses_by_key(models: list) -> dict[str, list[float]]:
     """Every reference loss of the last step, over all replicas."""
     session, own = session_of(models), {}
     if session.planner:
-        keys = torch.cat([one.reference_key_N2 for one in session._pending.facts])
+        keys = torch.cat([one.reference_key_N2 for one in session.step.facts])
         own = {str(key): loss.tolist() for key, loss in zip(keys.tolist(), session.reference._found, strict=True)}
     parts: list = [None] * dist.get_world_size()
     dist.all_gather_object(parts, own)
@@ -140,13 +140,13 @@ def loss_that_is_not_finite_runs_all_ranks_dense_and_is_not_kept(case: dict, fol
     options = {"teacher_load": make_teacher(case, folder), "reference_cache": str(folder / "cache")}
     models, _ = train(case, before_sparse=poison, **options)
     session = session_of(models)
-    assert not session._pending.plan.is_sparse
+    assert not session.step.plan.is_sparse
     if session.planner:
-        assert session._pending.fallback
-        session.commit()
+        assert session.step.fallback
+        session.finish()
         assert session.totals.fallback_steps == STEPS - 1
     else:
-        session.commit()
+        session.finish()
     size = session.topology.dp_size
     detach(models)
     dist.barrier()
@@ -179,8 +179,8 @@ def logits_exist_at_targets_only(case: dict, folder: Path) -> dict:
         models, _ = train(dict(case, model=model), before_sparse=watch)
         session = session_of(models)
         if session.planner:
-            most = max(int(one.num_target_N.max()) for one in session._pending.facts)
-            length = session._pending.facts[0].dense_length
+            most = max(int(one.num_target_N.max()) for one in session.step.facts)
+            length = session.step.facts[0].dense_length
             assert seen and all(rows == logits <= most for rows, logits in seen), (seen, most)
             assert most < length or model == "gpt"
         seen.clear()

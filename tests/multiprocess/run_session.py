@@ -62,23 +62,23 @@ def replayed_step_has_the_same_plan_and_counts_once() -> None:
     models, session, schedule = attached()
     session.counts_own_steps = False
     run(GPT, models, schedule, Step())
-    session.commit()
+    session.finish()
     run(GPT, models, schedule, Step())
-    first = session._pending.plan.digest()
+    first = session.step.plan.digest()
     records = values_of(session)
     run(GPT, models, schedule, Step())
-    assert session._pending.plan.digest() == first
+    assert session.step.plan.digest() == first
     assert torch.equal(records, values_of(session)) and len(records)
-    session.commit()
-    assert session.totals.steps == 2 and session.step == 2
-    session.discard()
+    session.finish()
+    assert session.totals.steps == 2 and session.steps_done == 2
+    session.finish(counted=False)
 
 
 def skipped_step_teaches_nothing() -> None:
     models, session, schedule = attached()
     session.counts_own_steps = False
     run(GPT, models, schedule, Step())
-    session.discard()
+    session.finish(counted=False)
     assert len(session.planner.difficulty) == 0 and not session.planner.prior.any_seen and session.totals.steps == 0
 
 
@@ -89,8 +89,8 @@ def non_finite_reference_runs_dense_and_is_counted() -> None:
         next(session.reference.run.chunks[-1].output_layer.parameters())[0, 0] = torch.nan
     step = Step()
     run(GPT, models, schedule, step)
-    assert session._pending.fallback and not session._pending.plan.is_sparse
-    session.commit()
+    assert session.step.fallback and not session.step.plan.is_sparse
+    session.finish()
     assert session.totals.fallback_steps == 1 and session.totals.targets_kept == session.totals.targets_total
     assert bool(values_of(session).isfinite().all())
 
@@ -103,7 +103,7 @@ def evaluation_is_never_elided() -> None:
     evaluate(get_forward_backward_func(), plain)
     evaluate(schedule, ours)
     assert all(torch.equal(a, b) for a, b in zip(plain.losses, ours.losses, strict=True))
-    assert session._pending.step == 0, "an evaluation counted as a step"
+    assert session.step.number == 0, "an evaluation counted as a step"
 
 
 def ratio_moves_from_one_and_the_cool_down_is_dense() -> None:
@@ -113,10 +113,10 @@ def ratio_moves_from_one_and_the_cool_down_is_dense() -> None:
     kept = []
     for _ in range(7):
         run(GPT, models, schedule, Step())
-        session.commit()
-        share = session.interval.targets_kept / session.interval.targets_total
-        kept.append((session.phase, round(share, 1), session.interval.sparse_steps))
-        session.interval = type(session.interval)()
+        session.finish()
+        interval = session.take_interval()
+        share = interval.targets_kept / interval.targets_total
+        kept.append((session.phase, round(share, 1), interval.sparse_steps))
     ones = [("warmup", 1.0, 0), ("sparse", 1.0, 0), ("sparse", 1.0, 0)]
     assert kept == [*ones, ("sparse", 0.6, 1), ("sparse", 0.6, 1), ("sparse", 0.3, 1), ("dense", 1.0, 0)], kept
 
@@ -125,12 +125,12 @@ def last_layers_that_are_dense_again_are_told_and_counted() -> None:
     models, session, schedule = attached(score="student", dense_layers=1, dense_last_layers=2)
     assert "layers 1-4): compacts after 1 dense layers, the last 2 are dense again" in describe(models)
     run(GPT, models, schedule, Step())
-    session.commit()
+    session.finish()
     before = session.totals.layer_positions_run
     run(GPT, models, schedule, Step())
-    dense = sum(one.keep_idx_BK.shape[0] * one.dense_length for one in session._pending.plan.microbatches)
-    short = sum(one.keep_idx_BK.numel() for one in session._pending.plan.microbatches)
-    session.commit()
+    dense = sum(one.keep_idx_BK.shape[0] * one.dense_length for one in session.step.plan.microbatches)
+    short = sum(one.keep_idx_BK.numel() for one in session.step.plan.microbatches)
+    session.finish()
     assert session.totals.layer_positions_run - before == 3 * dense + short and short < dense
 
 
@@ -265,7 +265,7 @@ def drop_equals_masked_pad() -> None:
     models, session, schedule = attached(LLAVA, teacher_visual="drop")
     run(LLAVA, models, schedule, Step())
     run(LLAVA, models, schedule, Step())
-    facts = session._pending.facts
+    facts = session.step.facts
     dropped = session.reference.fetch(2, anyone_misses=session.reference.look_up(facts))
     teacher = build(LLAVA)[0].language_model
     row = 0
@@ -321,7 +321,7 @@ def own_loop_continues_what_it_saved() -> None:
         digests = []
         for number in numbers:
             run(GPT, models, schedule, Step())
-            digests.append((session_of(models).phase, session_of(models)._pending.plan.digest()))
+            digests.append((session_of(models).phase, session_of(models).step.plan.digest()))
             step_done(models, counted=number != 2)  # one step was skipped
         return digests
 
@@ -334,7 +334,7 @@ def own_loop_continues_what_it_saved() -> None:
         save_state(first, f"{folder}/state")  # in the place of the one before
         rest, resumed, schedule = attached(warmup_steps=2, score="student")
         assert load_state(rest, f"{folder}/state").startswith("difficulty of ")
-        assert resumed.step == 3 and resumed.totals.steps == 3
+        assert resumed.steps_done == 3 and resumed.totals.steps == 3
         assert begun + steps(rest, schedule, range(4, 7)) == expected
         save_state(rest, f"{folder}/ours")
         save_state(whole, f"{folder}/theirs")
@@ -370,7 +370,7 @@ def run_without_saved_difficulty_refreshes_it_first() -> None:
     phases = []
     for _ in range(4):
         run(GPT, models, schedule, Step())
-        phases.append((session.phase, session._pending.plan.is_sparse))
+        phases.append((session.phase, session.step.plan.is_sparse))
     assert phases == [("dense", False), ("dense", False), ("sparse", True), ("sparse", True)]
 
 

@@ -91,15 +91,13 @@ def test_nan_on_one_replica_makes_the_step_dense_on_all_and_leaves_the_store_fin
     assert np.nanmax(values_N32[:, 11]) == np.finfo(np.float16).max  # a loss beyond what float16 holds
 
 
-def test_a_planner_that_fails_is_named_and_the_others_point_to_it(runs):
-    """The others wait for it in the middle of an exchange, where no rank can ask how the rest are."""
+def test_a_planner_that_fails_ends_all_ranks_with_its_line(runs):
+    """The others wait for it in the middle of an exchange."""
     argv = [FAULTS, *MODEL, "--train-iters", STEPS, "--eval-interval", 100, *REGATE, "--regate-score", "student"]
     run = runs.run(2, argv, ok=False, env=SAMPLES | {"TEST_FAULT": "planner"})
     assert all(run.codes) and "Traceback" not in run.output
     said = [line for line in run.output.splitlines() if line.startswith("regate: ")]
-    assert len(said) == 2 and all("allowed" in line and "change" in line for line in said)
-    assert sum("given IndexError('out of range')" in line for line in said) == 1
-    assert sum("given no answer from another replica's planner, which has stopped" in line for line in said) == 1
+    assert len(said) == 1 and "given IndexError: out of range; allowed" in said[0] and "change" in said[0]
 
 
 def test_a_slow_planner_delays_and_nothing_else(runs, calm, tmp_path):

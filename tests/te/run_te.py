@@ -42,7 +42,7 @@ from regate_megatron import ReGateConfig, attach, describe, detach
 from regate_megatron.api import session_of
 from regate_megatron.decoder import CurrentMicrobatch, DecoderHook, Layout, shard_plan
 from regate_megatron.decoder.compaction import LayerRange
-from regate_megatron.step.plan import MicrobatchPlan
+from regate_megatron.method.plan import MicrobatchPlan
 from regate_megatron.teacher import build_teacher
 from regate_megatron.teacher.build import random_state_untouched
 from tests.claims import check

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from regate_megatron.method.balance import common_total
 from regate_megatron.method.budget import Alignment
-from regate_megatron.method.selection import Rows, select
+from regate_megatron.method.candidates import Candidates, Sort
+from regate_megatron.method.selection import select
 from tests.unit.ranks import over_ranks
 
 RATIOS = st.sampled_from([0.1, 0.3, 0.5, 0.75, 0.9, 1e-5])
@@ -91,15 +92,19 @@ def ranks_of_rows(draw, max_ranks=4, max_micro=3, max_dense=24, odd=True):
     return rows, dense, ranks
 
 
-def _rows(mine, rows, dense, keys=None) -> Rows:
+def _rows(mine, rows, dense, ratio, keys=None) -> Candidates:
     groups = [(row, scores) for row, (_, samples) in enumerate(mine) for scores in samples]
-    return Rows(
-        num_context_R=torch.tensor([context for context, _ in mine]),
-        num_target_G=torch.tensor([len(scores) for _, scores in groups]),
+    targets = Sort(
+        count_G=torch.tensor([len(scores) for _, scores in groups]),
         row_G=torch.tensor([row for row, _ in groups]),
+        keep_ratio=ratio,
+        score_X=torch.tensor([score for _, scores in groups for score in scores], dtype=torch.float64),
+    )
+    return Candidates(
+        always_R=torch.tensor([context for context, _ in mine]),
         dense_M=torch.full((len(mine) // rows,), dense),
         key_M=torch.tensor(keys or range(len(mine) // rows)),
-        score_X=torch.tensor([score for _, scores in groups for score in scores], dtype=torch.float64),
+        sorts=(targets,),
     )
 
 
@@ -108,9 +113,8 @@ def _select(case, ratio, step, kind="balanced"):
     return over_ranks(
         len(ranks),
         lambda rank, all_gather: select(
-            _rows(ranks[rank], rows, dense),
+            _rows(ranks[rank], rows, dense, ratio),
             kind=kind,
-            keep_ratio=ratio,
             alignment=Alignment(step, 1),
             all_gather=all_gather,
         ),
@@ -162,7 +166,7 @@ def test_a_rank_keeps_the_most_targets_and_then_the_best_that_its_total_allows(c
 
     every = itertools.product(*(range(start, stop + step, step) for start, stop in zip(low, high, strict=True)))
     best = max(worth(lengths) for lengths in every if sum(lengths) == total)
-    kept_score = float(_rows(mine, rows, dense).score_X[chosen.is_kept_X].sum())
+    kept_score = float(_rows(mine, rows, dense, ratio).score_X[chosen.is_kept_X].sum())
     assert (int(chosen.is_kept_X.sum()), kept_score) == pytest.approx(best)
     ask = sum(context + sum(_share(ratio, len(s)) for s in samples) for context, samples in mine)
     assert rows * total == min(max(math.ceil(ask / (rows * step)) * rows * step, rows * sum(low)), rows * sum(high))
@@ -220,9 +224,8 @@ def test_a_microbatch_is_planned_alike_wherever_it_stands(case, ratio, step, ord
         (chosen,) = over_ranks(
             1,
             lambda _, all_gather: select(
-                _rows(moved, rows, dense, micros),
+                _rows(moved, rows, dense, ratio, micros),
                 kind="balanced",
-                keep_ratio=ratio,
                 alignment=Alignment(step, 1),
                 all_gather=all_gather,
             ),
@@ -236,9 +239,8 @@ def _one_rank(rows, *, ratio=0.5, step=1, dense=100, keys=None):
     (chosen,) = over_ranks(
         1,
         lambda _, all_gather: select(
-            _rows([(context, [scores]) for context, scores in rows], 1, dense, keys),
+            _rows([(context, [scores]) for context, scores in rows], 1, dense, ratio, keys),
             kind="balanced",
-            keep_ratio=ratio,
             alignment=Alignment(step, 1),
             all_gather=all_gather,
         ),

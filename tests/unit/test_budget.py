@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from regate_megatron.method.budget import (
     Alignment,
     align_up,
-    ceil_share,
-    demand_of,
     length_step,
     per_sample_lengths,
     uniform_lengths,
 )
+from regate_megatron.method.candidates import Candidates, Sort, ceil_share
 from tests.unit.ranks import over_ranks
 
 RATIOS = st.one_of(
@@ -55,7 +54,16 @@ def steps(draw):
 
 def _demand(mine, rows, ratio):
     context, targets, dense = torch.tensor(mine).unbind(dim=1)
-    return demand_of(context, targets, torch.arange(len(mine)), dense[::rows], keep_ratio=float(ratio))
+    return _candidates(context, targets, torch.arange(len(mine)), dense[::rows], float(ratio))
+
+
+def _candidates(always_R, count_G, row_G, dense_M, keep_ratio):
+    return Candidates(
+        always_R=always_R,
+        dense_M=dense_M,
+        key_M=torch.arange(len(dense_M)),
+        sorts=(Sort(count_G=count_G, row_G=row_G, keep_ratio=keep_ratio),),
+    )
 
 
 def _budgets(ranks, rows, *, kind, ratio, layout=1, extra=None):
@@ -204,7 +212,7 @@ def test_what_the_layout_adds_to_the_common_length_is_fill():
 def test_a_packed_row_asks_for_the_sum_of_what_its_samples_ask_for():
     """Two rows of samples with 3, 5 and 0, 7 targets; the shares of 3 and 5 round up one by one."""
     row_G, targets_G = torch.tensor([0, 0, 1, 1]), torch.tensor([3, 5, 0, 7])
-    demand = demand_of(torch.tensor([2, 1]), targets_G, row_G, torch.tensor([10, 10]), keep_ratio=0.5)
+    demand = _candidates(torch.tensor([2, 1]), targets_G, row_G, torch.tensor([10, 10]), 0.5)
     assert (demand.ask_G.tolist(), demand.floor_G.tolist()) == ([2, 3, 0, 4], [1, 2, 0, 2])
     assert (demand.ask_R.tolist(), demand.floor_R.tolist(), demand.full_R.tolist()) == ([7, 5], [5, 3], [10, 8])
 

@@ -51,7 +51,7 @@ FLAGS = {  # a change here breaks users' scripts
 
 CHOICES = {
     "fusion": ("sum", "convex"),
-    "score": ("regate", "student", "reference", "excess", "random"),
+    "score": ("regate", "student", "reference", "excess", "gain", "random"),
     "budget": ("uniform", "balanced", "per-sample"),
     "packed_ratio": ("row", "sample"),
     "context": ("all", "read"),
@@ -152,7 +152,7 @@ def test_a_cool_down_cannot_begin_in_the_warm_up():
 
 
 def test_the_choices_are_the_documented_ones_and_a_refusal_lists_them_all():
-    of_code = {"fusion": FUSIONS, "score": SCORES, "budget": BUDGETS, "teacher_visual": TEACHER_VISUAL}
+    of_code = {"fusion": FUSIONS, "score": tuple(SCORES), "budget": BUDGETS, "teacher_visual": TEACHER_VISUAL}
     assert of_code | {"packed_ratio": PACKED_RATIOS, "context": CONTEXTS} == CHOICES
     for name, choices in CHOICES.items():
         for choice in choices:
@@ -164,7 +164,7 @@ def test_the_choices_are_the_documented_ones_and_a_refusal_lists_them_all():
 @pytest.mark.parametrize("score", CHOICES["score"])
 def test_a_teacher_is_asked_for_exactly_where_the_score_uses_the_reference_loss(score):
     config = ReGateConfig(score=score)
-    uses_reference = score in ("regate", "reference", "excess")
+    uses_reference = score in ("regate", "reference", "excess", "gain")
     assert config.needs_teacher is uses_reference
     dataclasses.replace(config, teacher_load="student").require_teacher()
     if not uses_reference:

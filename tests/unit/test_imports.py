@@ -17,7 +17,7 @@ CORE = (
     "method.balance",
     "method.selection",
     "decoder.cutting",
-    "step.plan",
+    "method.plan",
     "ranks.topology",
     "memory.difficulty",
     "memory.records",

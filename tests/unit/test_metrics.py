@@ -8,11 +8,14 @@ from types import SimpleNamespace
 import torch
 
 from regate_megatron.batches import MicrobatchFacts
-from regate_megatron.step.metrics import Balance, Counters, Trace, count_step, log_line, ratios
-from regate_megatron.step.plan import MicrobatchPlan, Packing, StepPlan
+from regate_megatron.method.plan import MicrobatchPlan, Packing, StepPlan
+from regate_megatron.step.counters import Counters, count_step, log_line, ratios
+from regate_megatron.step.step import Balance, Step
+from regate_megatron.step.trace import Trace
 
 FACTS = SimpleNamespace(
     is_target_BS=torch.tensor([[False, True, True, True]]),
+    num_targets=3,
     is_context_BS=torch.tensor([[True, False, False, False]]),
     sample_BS=None,
 )
@@ -21,7 +24,13 @@ SPARSE = StepPlan(3, (MicrobatchPlan.of(torch.tensor([[True, False, True, False]
 
 def _step(own: int, slowest: int, mean: float, achievable: float | None = None) -> Counters:
     balance = Balance(slowest, own, mean, achievable)
-    return count_step([FACTS], SPARSE, num_layers=4, dense_layers=1, fallback=False, balance=balance)
+    return _counted(FACTS, SPARSE, balance)
+
+
+def _counted(facts, plan: StepPlan, balance: Balance | None = None) -> Counters:
+    step = Step(plan.step, "sparse", elides=True, facts=[facts], balance=balance)
+    step.plan = plan
+    return count_step(step, num_layers=4, dense_layers=1)
 
 
 def _interval(*steps: Counters) -> Counters:
@@ -54,7 +63,7 @@ def test_what_was_achievable_stands_beside_it_where_that_is_not_balanced():
 
 
 def test_dense_steps_say_nothing_of_balance():
-    counters = count_step([FACTS], StepPlan(0), num_layers=4, dense_layers=1, fallback=False)
+    counters = _counted(FACTS, StepPlan(0))
     assert "max/mean" not in log_line(1, "dense", counters, Counters())
     assert ratios(counters)["regate/max-mean-positions"] == 1.0
 
@@ -67,13 +76,16 @@ def test_counters_travel_as_numbers():
 def test_packed_rows_count_the_squares_of_their_segments():
     """Attention does not cross segments: two of 2 are less work than one of 4."""
     facts = SimpleNamespace(
-        is_target_BS=FACTS.is_target_BS, sample_BS=torch.tensor([[0, 0, 1, 1]]), segment_length_N=torch.tensor([2, 2])
+        is_target_BS=FACTS.is_target_BS,
+        num_targets=3,
+        sample_BS=torch.tensor([[0, 0, 1, 1]]),
+        segment_length_N=torch.tensor([2, 2]),
     )
-    dense = count_step([facts], StepPlan(3), num_layers=4, dense_layers=1, fallback=False)
+    dense = _counted(facts, StepPlan(3))
     assert (dense.positions_dense, dense.layer_squares_dense) == (4, 4 * 8)
     packing = Packing(torch.tensor([2, 2]), torch.tensor([1, 2]))
     plan = StepPlan(3, (MicrobatchPlan.of_packed(torch.tensor([[True, False, True, True]]), packing),))
-    sparse = count_step([facts], plan, num_layers=4, dense_layers=1, fallback=False)
+    sparse = _counted(facts, plan)
     assert (sparse.positions_run, sparse.layer_squares_run) == (3, 8 + 3 * 5)
 
 
@@ -92,11 +104,13 @@ def test_rows_that_context_parallelism_joins_are_traced_as_rows(tmp_path):
     packing = Packing(torch.tensor([4, 4]), torch.tensor([3, 3]))
     records = []
     for rank, (facts, plan) in enumerate((rows, (joined, MicrobatchPlan.of_packed(kept_BS.view(1, 8), packing)))):
-        trace, names = Trace(str(tmp_path), rank), {"iteration": 4, "phase": "sparse", "fallback": False, "dp_rank": 0}
-        scores = [torch.arange(5.0, dtype=torch.float64)]
-        trace.write(**names, facts=[facts], plan=StepPlan(3, (plan,)), scores=scores)
+        trace = Trace(str(tmp_path), rank)
+        step = Step(3, "sparse", elides=True, facts=[facts], scores=[torch.arange(5.0, dtype=torch.float64)])
+        step.plan = StepPlan(3, (plan,))
+        trace.write(step)
         trace.close()
         record = json.loads((tmp_path / f"dp{rank:05d}.jsonl").read_text())
-        records.append({name: value for name, value in record.items() if name != "plan_hash"})
+        assert (record["iteration"], record["dp_rank"]) == (4, rank)
+        records.append({name: value for name, value in record.items() if name not in ("plan_hash", "dp_rank")})
     assert records[0] == records[1]
     assert records[1]["rows"][1]["kept"] == [0, 1, 3] and records[1]["kept_length"] == 3

@@ -9,6 +9,7 @@ from regate_megatron import ReGateConfig
 from regate_megatron.batches import MicrobatchFacts
 from regate_megatron.ranks.topology import Topology
 from regate_megatron.step.planner import Planner
+from regate_megatron.step.step import Step
 
 ALONE = Topology(0, 1, True, 0, 1, None, None, None)
 
@@ -40,16 +41,16 @@ def _facts(*rows: str) -> MicrobatchFacts:
 PACKED = [_facts("cctttt ccctt."), _facts("ctttttttt ctc")]
 
 
-def _plan(facts, step=5, **options):
-    planner = Planner(ReGateConfig(score="random", length_multiple=1, **options), ALONE, 1)
-    plan, _, fallback = planner.plan(step, facts, None)
-    assert not fallback
+def _plan(facts, number=5, **options):
+    step = Step(number, "sparse", elides=True, facts=facts)
+    Planner(ReGateConfig(score="random", length_multiple=1, **options), ALONE, 1).plan(step)
+    assert not step.fallback
     kept = []
-    for one, microbatch in zip(facts, plan.microbatches, strict=True):
+    for one, microbatch in zip(facts, step.plan.microbatches, strict=True):
         kept_BS = microbatch.kept_mask()
         held = [int((kept_BS & one.is_target_BS & (one.sample_BS == n)).sum()) for n in range(one.num_samples)]
         kept.append((held, int((kept_BS & one.is_context_BS).sum()), microbatch.length))
-    return kept, planner.balance
+    return kept, step.balance
 
 
 def test_per_sample_gives_each_sample_of_a_packed_row_its_share():

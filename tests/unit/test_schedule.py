@@ -10,9 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regate_megatron import ReGateConfig
-from regate_megatron.method.schedule import keep_ratio_of, phase_of
+from regate_megatron.method.schedule import Schedule
+from regate_megatron.method.schedule import keep_ratio_of as ratio_of
+from regate_megatron.method.schedule import phase_of as phase_in
 
 PAPER = {"warmup_steps": 100, "cycle_steps": 128, "dense_steps": 16}
+
+
+def phase_of(step: int, **numbers) -> str:
+    return phase_in(step, Schedule(**numbers))
+
+
+def keep_ratio_of(step: int, config: ReGateConfig) -> float:
+    return ratio_of(step, config.keep_ratio, config.keep_ratio_end, config.schedule)
 
 
 def test_the_papers_schedule_step_by_step():

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regate_megatron.method.scores import fuse
-from regate_megatron.method.scores import random_score as random_score_X
+from regate_megatron.method.chance import uniform_in_0_1
+from regate_megatron.method.scores import SCORES, Signals
 
 DIFFICULTY = torch.tensor([[0.5, 2.0, 8.0], [0.0, 1.0, 3.25]])
 REFERENCE = torch.tensor([[4.0, 1.0, 0.25], [2.0, 0.0, 1.5]])
@@ -28,12 +28,29 @@ FORMULAS = {
     ("reference", "convex", 0.25): REFERENCE.tolist(),
     ("excess", "sum", 0.5): [[-3.5, 1.0, 7.75], [-2.0, 1.0, 1.75]],
     ("excess", "convex", 0.5): [[-3.5, 1.0, 7.75], [-2.0, 1.0, 1.75]],
+    ("gain", "sum", 0.5): [[3.5, -1.0, -7.75], [2.0, -1.0, -1.75]],
+    ("gain", "convex", 0.5): [[3.5, -1.0, -7.75], [2.0, -1.0, -1.75]],
 }
+
+
+def fuse(difficulty, reference, *, score, fusion="sum", reference_weight=0.5) -> torch.Tensor:
+    """One row of the table, from losses as the planner gives them: in double precision, None where not needed."""
+    row = SCORES[score]
+    signals = Signals(
+        difficulty_X=difficulty.double() if row.needs_difficulty else None,
+        reference_X=reference.double() if row.needs_reference else None,
+        reference_weight=reference_weight,
+        fusion=fusion,
+        keys=lambda: (KEYS, torch.arange(len(KEYS))),
+        seed=1,
+        step=5,
+    )
+    return row.of(signals)
 
 
 def random_score(key_R2: torch.Tensor, num_places: int, *, seed: int, step: int) -> torch.Tensor:
     """The score at every place of every row; [R, S]."""
-    return random_score_X(key_R2[:, None, :], torch.arange(num_places), seed=seed, step=step)
+    return uniform_in_0_1(key_R2[:, None, :], torch.arange(num_places), seed=seed, step=step)
 
 
 @pytest.mark.parametrize(("names", "expected"), FORMULAS.items(), ids=str)
@@ -44,20 +61,23 @@ def test_each_score_is_its_formula(names, expected):
     assert got.tolist() == expected
 
 
-def test_the_student_score_needs_no_reference():
-    assert fuse(DIFFICULTY, None, score="student", fusion="sum", reference_weight=0.5).tolist() == DIFFICULTY.tolist()
+def test_every_score_has_a_formula_here_and_uses_what_it_says():
+    assert set(SCORES) == {score for score, _, _ in FORMULAS} | {"random"}
+    assert (
+        fuse(DIFFICULTY, REFERENCE, score="random").tolist()
+        == random_score(KEYS, 4, seed=1, step=5).diagonal().tolist()
+    )
 
 
 def test_scores_are_fused_in_double_precision():
-    difficulty, reference = torch.tensor([[1.0]]), torch.tensor([[2.0**-29]])
-    got = fuse(difficulty, reference, score="regate", fusion="sum", reference_weight=0.5)
+    got = fuse(torch.tensor([[1.0]]), torch.tensor([[2.0**-29]]), score="regate")
     assert float(got) == 1.0 + 2.0**-30  # float32 would lose the reference loss
 
 
 def test_fusing_changes_no_input():
     before = DIFFICULTY.clone(), REFERENCE.clone()
-    for score in ("regate", "student", "reference", "excess"):
-        fuse(DIFFICULTY, REFERENCE, score=score, fusion="convex", reference_weight=0.5)
+    for score in SCORES:
+        fuse(DIFFICULTY, REFERENCE, score=score, fusion="convex")
     assert torch.equal(DIFFICULTY, before[0]) and torch.equal(REFERENCE, before[1])
 
 

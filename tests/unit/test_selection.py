@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regate_megatron.method.budget import Alignment
+from regate_megatron.method.candidates import Candidates, Sort
 from regate_megatron.method.selection import (
-    Rows,
     keep_best_targets,
     pack_positions,
     rank_targets,
@@ -198,16 +198,20 @@ def test_packed_rows_keep_the_best_set_that_holds_the_floor_of_every_sample(rows
 def _select_packed(rows, contexts, *, kind, ratio, of_rows=False):
     groups = [[sum(len(scores) for scores, _ in own)] if of_rows else [len(s) for s, _ in own] for own in rows]
     chosen = select(
-        Rows(
-            num_context_R=torch.tensor(contexts),
-            num_target_G=torch.tensor([count for own in groups for count in own]),
-            row_G=torch.tensor([row for row, own in enumerate(groups) for _ in own]),
+        Candidates(
+            always_R=torch.tensor(contexts),
             dense_M=torch.tensor([16] * len(rows)),
             key_M=torch.arange(len(rows)),
-            score_X=_flat(rows)[0],
+            sorts=(
+                Sort(
+                    count_G=torch.tensor([count for own in groups for count in own]),
+                    row_G=torch.tensor([row for row, own in enumerate(groups) for _ in own]),
+                    keep_ratio=ratio,
+                    score_X=_flat(rows)[0],
+                ),
+            ),
         ),
         kind=kind,
-        keep_ratio=ratio,
         alignment=Alignment(1, 1),
         all_gather=lambda values: values[None],
     )

@@ -1,4 +1,4 @@
-"""Counts of what ran, the log line, and the trace.
+"""Counts of what ran, and the log line.
 
 Every number counts the same everywhere: *targets* are positions with loss; *kept* are targets that ran in a step;
 *positions* are what a row runs after the first dense layers, fill included; *dense-equivalent* is the share of decoder
@@ -10,47 +10,29 @@ never kept.
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from regate_megatron.batches import MicrobatchFacts
-from regate_megatron.batches.facts import key_hex
-from regate_megatron.config import flag
-from regate_megatron.errors import refuse
+from regate_megatron.method.plan import StepPlan
 from regate_megatron.ranks.topology import Topology
-from regate_megatron.step.plan import StepPlan
+from regate_megatron.step.step import Step
 
 
-@dataclass(frozen=True)
-class Balance:
-    """Positions that data-parallel ranks run in one sparse step, alignment and fill included.
-
-    Attributes:
-        slowest, own, mean: of the rank that runs most, of this rank, of all ranks.
-        achievable: the least max/mean that contexts and row lengths allow; None where the budget does not balance.
-    """
-
-    slowest: int
-    own: int
-    mean: float
-    achievable: float | None = None
+def _most() -> Any:
+    """A count of which ranks do not have shares: over them it is the largest that counts."""
+    return dataclasses.field(default=0, metadata={"over_ranks": "max"})
 
 
 @dataclass
 class Counters:
     """Sums over steps (and, once reduced, over data-parallel ranks)."""
 
-    steps: int = 0
-    sparse_steps: int = 0
-    fallback_steps: int = 0
+    steps: int = _most()
+    sparse_steps: int = _most()
+    fallback_steps: int = _most()
     targets_total: int = 0
     targets_kept: int = 0
     positions_dense: int = 0
@@ -62,8 +44,8 @@ class Counters:
     sparse_positions_achievable: int = 0  # and by it, had the step the least max/mean that it allows
     layer_squares_dense: int = 0
     layer_squares_run: int = 0
-    planning_ms: int = 0
-    teacher_ms: int = 0
+    planning_us: int = _most()
+    teacher_us: int = _most()
 
     def add(self, other: Counters) -> None:
         """Add ``other`` to this."""
@@ -93,22 +75,15 @@ class Counters:
         return cls(*values.tolist())
 
 
-def count_step(
-    facts: Sequence[MicrobatchFacts],
-    plan: StepPlan,
-    *,
-    num_layers: int,
-    dense_layers: int,
-    fallback: bool,
-    balance: Balance | None = None,
-) -> Counters:
-    """Count one step of one data-parallel rank; ``balance`` is known in sparse steps."""
-    counters = Counters(steps=1, sparse_steps=int(plan.is_sparse), fallback_steps=int(fallback))
+def count_step(step: Step, *, num_layers: int, dense_layers: int) -> Counters:
+    """Count one step of one data-parallel rank, on its planner; times are added later."""
+    plan, balance = step.plan, step.balance
+    counters = Counters(steps=1, sparse_steps=int(plan.is_sparse), fallback_steps=int(step.fallback))
     if balance is not None:
         counters.sparse_positions, counters.sparse_positions_slowest = balance.own, balance.slowest
         counters.sparse_positions_achievable = round((balance.achievable or 0) * balance.mean)
-    for index, one in enumerate(facts):
-        targets = kept = int(one.is_target_BS.sum())
+    for index, one in enumerate(step.facts):
+        targets = kept = one.num_targets
         if plan.is_sparse:
             kept = int((plan.microbatches[index].kept_mask() & one.is_target_BS).sum())
         elif one.sample_BS is None:
@@ -147,7 +122,7 @@ def reduce_counters(counters: Counters, topology: Topology) -> Counters:
         values = topology.all_reduce_planners(own, "sum")
         most = topology.all_reduce_planners(own, "max")
         for index, field in enumerate(dataclasses.fields(Counters)):
-            if field.name.endswith(("steps", "_ms")):
+            if field.metadata.get("over_ranks") == "max":
                 values[index] = most[index]
     if topology.replica_size > 1:
         torch.distributed.broadcast(values, topology.planner_rank, group=topology.replica_group)
@@ -166,14 +141,14 @@ def ratios(counters: Counters) -> dict[str, float]:
         else 1.0,
         "regate/sparse-steps": counters.sparse_steps / steps,
         "regate/fallback-steps": float(counters.fallback_steps),
-        "regate/planning-ms-per-step": counters.planning_ms / steps,
-        "regate/teacher-ms-per-step": counters.teacher_ms / steps,
+        "regate/planning-ms-per-step": counters.planning_us / 1000 / steps,
+        "regate/teacher-ms-per-step": counters.teacher_us / 1000 / steps,
     }
 
 
 def log_line(iteration: int, phase: str, interval: Counters, total: Counters, *, flops: float | None = None) -> str:
     """One line for one log interval; ``flops``: the share of dense FLOPs that ran, where the framework counts them."""
-    share, steps = ratios(interval), max(interval.steps, 1)
+    share = ratios(interval)
     fallback = f" | {interval.fallback_steps} steps ran dense (non-finite)" if interval.fallback_steps else ""
     work = "" if flops is None else f" | FLOPs {flops:.1%} of dense"
     return (
@@ -183,7 +158,8 @@ def log_line(iteration: int, phase: str, interval: Counters, total: Counters, *,
         f" | dense-equivalent {share['regate/dense-equivalent']:.1%}"
         f" (all steps {ratios(total)['regate/dense-equivalent']:.1%})"
         f"{work}{_balance(interval)}"
-        f" | per step: planning {interval.planning_ms / steps:.1f} ms, teacher {interval.teacher_ms / steps:.1f} ms"
+        f" | per step: planning {share['regate/planning-ms-per-step']:.1f} ms,"
+        f" teacher {share['regate/teacher-ms-per-step']:.1f} ms"
         f"{fallback}"
     )
 
@@ -195,91 +171,3 @@ def _balance(interval: Counters) -> str:
     text = f" | max/mean over ranks {ratios(interval)['regate/max-mean-positions']:.3f}"
     achievable = interval.sparse_positions_achievable / interval.sparse_positions
     return text + (f" (achievable {achievable:.3f})" if achievable > 1.02 else "")
-
-
-def check_trace_folder(directory: str) -> None:
-    """Make the folder of the trace, or refuse it.
-
-    Raises:
-        ReGateError: it cannot be made or written.
-    """
-    try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        writable = os.access(directory, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        form = {"allowed": "a folder this process may write", "change": "the path"}
-        raise refuse(flag("trace"), given=directory, **form)
-
-
-class Trace:
-    """``DIR/dp00000.jsonl``: one JSON object per microbatch of this data-parallel rank; planners only."""
-
-    def __init__(self, directory: str, dp_rank: int) -> None:
-        self._path = Path(directory) / f"dp{dp_rank:05d}.jsonl"
-        self._file: TextIO | None = None
-        self.continues = False
-
-    def write(
-        self,
-        *,
-        iteration: int,
-        phase: str,
-        fallback: bool,
-        dp_rank: int,
-        facts: Sequence[MicrobatchFacts],
-        plan: StepPlan,
-        scores: Sequence[Tensor] | None,
-    ) -> None:
-        """Write one step. Rows that only the layout joins are traced as in every other layout.
-
-        Args:
-            iteration: as Megatron prints it, from 1.
-            scores: per microbatch float64 [X], one per target; None where nothing was scored (dense steps).
-        """
-        if self._file is None:  # opened late: a run from the start begins the file anew, a resumed one goes on in it
-            self._file = self._path.open("a" if self.continues else "w", buffering=1)
-        plan_hash = plan.digest()
-        for index, one in enumerate(facts):
-            rows = []
-            real_BS = one.is_target_BS | one.is_context_BS
-            microbatch = plan.microbatches[index] if plan.is_sparse else None
-            joined = one.num_samples if one.joins_rows else 1
-            kept_BS = microbatch.kept_mask() & real_BS if microbatch else real_BS
-            values = iter(scores[index].tolist() if scores is not None else ())  # in the order of samples and positions
-            for sample, row in enumerate(one.row_N.tolist()):
-                own_S = True if one.sample_BS is None else one.sample_BS[row] == sample
-                target_S, kept_S = one.is_target_BS[row] & own_S, kept_BS[row] & own_S
-                start = int(one.start_N[sample]) if one.joins_rows else 0
-                positions = (torch.where(target_S)[0] - start).tolist()
-                rows.append(
-                    {
-                        "sample_key": key_hex(one.difficulty_key_N2[sample]),
-                        "num_context": int((one.is_context_BS[row] & own_S).sum()),
-                        "num_targets": len(positions),
-                        "num_kept_targets": int((kept_S & target_S).sum()),
-                        "kept": (torch.where(kept_S)[0] - start).tolist(),
-                        "scores": {
-                            str(position): value if math.isfinite(value) else None  # JSON knows no NaN
-                            for position, value in zip(positions, values, strict=False)
-                        },
-                    }
-                )
-            record: dict[str, Any] = {
-                "iteration": iteration,
-                "phase": phase,
-                "fallback": fallback,
-                "dp_rank": dp_rank,
-                "microbatch": index,
-                "dense_length": one.planned_length,
-                "kept_length": microbatch.length // joined if microbatch else one.planned_length,
-                "plan_hash": plan_hash,
-                "rows": rows,
-            }
-            self._file.write(json.dumps(record) + "\n")
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()

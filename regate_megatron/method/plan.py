@@ -1,8 +1,4 @@
-"""The plan of one training step, and how it reaches every rank of a data-parallel replica.
-
-One planner per replica (last pipeline stage, tensor rank 0, context rank 0) makes the plan. It is broadcast over the
-replica's ranks on the host (gloo), so that no accelerator stream waits for it, and its hash is compared before the
-schedule starts.
+"""The plan of one training step: which positions every microbatch runs, as a value that every rank of a replica shares.
 
 Shapes: B rows of a microbatch, S dense positions, K positions that run, N segments of a packed row.
 """
@@ -14,14 +10,11 @@ from functools import cached_property
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
-from regate_megatron.errors import ReGateError
 from regate_megatron.method import masks
 from regate_megatron.method.selection import pack_positions
-from regate_megatron.ranks.topology import Topology
 
 _HEADER = 4  # per microbatch: B, S, K, N
 
@@ -171,54 +164,3 @@ class StepPlan:
             one = MicrobatchPlan.of_packed(kept, packing) if packing else MicrobatchPlan.of(kept, length)
             microbatches.append(one)
         return cls(step, tuple(microbatches))
-
-
-def share_plan(plan: StepPlan | None, topology: Topology, error: str | None = None) -> StepPlan:
-    """Give the planner's plan to every rank of its replica; all of its ranks call this, over the replica's gloo group.
-
-    Args:
-        plan: the plan on the planner, None elsewhere.
-        error: what went wrong on this rank before; raised on every rank of the replica.
-
-    Raises:
-        ReGateError: a rank reported an error, or the plans differ after the exchange.
-    """
-    if topology.replica_size == 1:
-        if error:
-            raise ReGateError(error)
-        return plan
-    flat = plan.pack() if plan is not None else torch.empty(0, dtype=torch.int64)
-    size = torch.tensor([flat.numel()])
-    dist.broadcast(size, topology.planner_rank, group=topology.replica_group)
-    if not topology.is_planner:
-        flat = torch.empty(int(size), dtype=torch.int64)
-    dist.broadcast(flat, topology.planner_rank, group=topology.replica_group)
-    plan = StepPlan.unpack(flat) if flat.numel() else None
-    verify_plan(plan, topology, error)
-    return plan
-
-
-def verify_plan(plan: StepPlan | None, topology: Topology, error: str | None = None) -> None:
-    """Compare the plan's hash over the replica's ranks; all of them call this, over the replica's gloo group.
-
-    Raises:
-        ReGateError: a rank reported an error, or the hashes differ; on every rank.
-    """
-    digest = plan.digest() if plan is not None else ""
-    words = np.frombuffer(xxhash.xxh3_128((digest + (error or "")).encode()).digest(), dtype=np.int64).copy()
-    mine = torch.from_numpy(words)
-    low, high = mine.clone(), mine.clone()
-    dist.all_reduce(low, dist.ReduceOp.MIN, group=topology.replica_group)
-    dist.all_reduce(high, dist.ReduceOp.MAX, group=topology.replica_group)
-    if torch.equal(low, high) and plan is not None:
-        return
-    reports: list = [None] * topology.replica_size
-    dist.all_gather_object(reports, (dist.get_rank(), digest, error), group=topology.replica_group)
-    failed = [text for _, _, text in reports if text]
-    if failed:
-        raise ReGateError(failed[0])
-    hashes = ", ".join(f"rank {rank}: {value[:8] or 'none'}" for rank, value, _ in reports)
-    raise ReGateError(
-        f"regate: step plan: given different plans on one replica ({hashes}); allowed one plan per replica; "
-        "change nothing in the settings, this is a fault of a rank: restart from the last checkpoint"
-    )

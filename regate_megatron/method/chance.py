@@ -1,0 +1,31 @@
+"""Numbers that look random and depend on what they are for alone: every rank and every layout draws the same."""
+
+import torch
+from torch import Tensor
+
+_MIX = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))  # splitmix64, as signed 64-bit integers
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+
+
+def uniform_in_0_1(key_X2: Tensor, place_X: Tensor, *, seed: int, step: int) -> Tensor:
+    """A number in [0, 1) made from (seed, step, content key, place); float64 [X].
+
+    Args:
+        key_X2: 128-bit content keys, int64 [X, 2].
+        place_X: places in the sample, int64 [X].
+    """
+    state_X = _mix(_mix(key_X2[..., 0] ^ _mix(torch.tensor(seed) + _GOLDEN)) ^ key_X2[..., 1])
+    state_X = _mix(state_X + _GOLDEN * torch.tensor(step + 1))
+    state_X = _mix(state_X + _GOLDEN * (place_X + 1))
+    return _shift_right(state_X, 11).double() / float(1 << 53)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # int64 shifts are arithmetic; the mask makes them logical
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64 on int64 (arithmetic wraps)."""
+    x = (x ^ _shift_right(x, 30)) * _MIX[0]
+    x = (x ^ _shift_right(x, 27)) * _MIX[1]
+    return x ^ _shift_right(x, 31)

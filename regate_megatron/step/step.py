@@ -1,0 +1,85 @@
+"""One training step on one rank: a value that its stages fill, in order.
+
+    peek → read → reference → plan → run → learned | forgotten
+
+Who runs the stages is :class:`~regate_megatron.step.session.Session`; what it counts is beside, in :mod:`.counters`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from regate_megatron.batches import MicrobatchFacts
+from regate_megatron.method.plan import StepPlan
+from regate_megatron.method.schedule import Phase
+
+Stage = Literal["new", "peek", "read", "reference", "plan", "run", "learned", "forgotten"]
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Positions that data-parallel ranks run in one sparse step, alignment and fill included.
+
+    Attributes:
+        slowest, own, mean: of the rank that runs most, of this rank, of all ranks.
+        achievable: the least max/mean that contexts and row lengths allow; None where the budget does not balance.
+    """
+
+    slowest: int
+    own: int
+    mean: float
+    achievable: float | None = None
+
+
+@dataclass
+class Step:
+    """What is known of a step so far.
+
+    Attributes:
+        number: steps done before it.
+        phase: what the schedule says.
+        elides: whether the schedule asks for a short run.
+        stage: the stage it is in.
+        batches: per data iterator this step's microbatches, or None where this rank has none.
+        facts: per microbatch, on planners; None elsewhere.
+        reference: per sample the teacher's losses of its targets, float32 [T], on planners of a sparse step with a
+            teacher.
+        scores: per microbatch the scores of its targets, float64 [X], on planners of a sparse step.
+        plan: what runs; dense until planned.
+        fallback: whether a score that is no number made a sparse step run dense.
+        balance: how positions are spread over ranks, on planners of a sparse step.
+        losses: per-token losses as the loss hooks saw them, on ranks that see losses.
+        seconds: time spent in each stage on this rank.
+    """
+
+    number: int
+    phase: Phase
+    elides: bool
+    stage: Stage = "new"
+    batches: list[list[Any] | None] = field(default_factory=list)
+    facts: list[MicrobatchFacts] | None = None
+    reference: Sequence[Tensor] | None = None
+    scores: Sequence[Tensor] | None = None
+    plan: StepPlan = field(init=False)
+    fallback: bool = False
+    balance: Balance | None = None
+    losses: list[Tensor] = field(default_factory=list)
+    seconds: dict[Stage, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.plan = StepPlan(self.number)
+
+    @contextmanager
+    def enter(self, stage: Stage) -> Iterator[None]:
+        """Be in ``stage`` for the time of the block, which is added to what the stage took before."""
+        self.stage, start = stage, time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

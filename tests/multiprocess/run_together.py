@@ -1,0 +1,127 @@
+"""Worker of test_together: a fault in every stage of a step, on every kind of rank, in a loop of one's own.
+
+Ranks outlive the fault: they catch it, say what they heard, and take another step that must go well. Two replicas of
+two tensor-parallel ranks each.
+
+    torchrun --nproc-per-node 4 tests/multiprocess/run_together.py RESULTS.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from regate_megatron.cpu import emulation
+
+emulation.set_environment()
+emulation.install()
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from regate_megatron import ReGateConfig, ReGateError, attach, step_done, wrap_forward_backward
+from regate_megatron.api import session_of
+from regate_megatron.method.plan import StepPlan
+from regate_megatron.step import session as sessions
+from tests.multiprocess.models import Step, build, parallel, run, shared_store
+
+CASE = {"name": "together", "model": "gpt", "tp": 2, "pp": 1, "dense_layers": 1}
+SETTINGS = {"warmup_steps": 1, "cycle_steps": 1000, "dense_steps": 0, "teacher_load": "student"}
+
+
+def fail(*_, **__):
+    raise IndexError(f"rank {dist.get_rank()} has a fault")
+
+
+def data_ends(iterator, count):
+    raise StopIteration
+
+
+def another_plan(inner):
+    def unpack(flat):
+        plan = inner(flat)
+        plan.microbatches[-1].keep_idx_BK[-1, -1] += 1
+        return plan
+
+    return unpack
+
+
+def faults(session) -> dict:
+    """By name: the ranks that fail, what they patch (object, name, value), and what all ranks must hear."""
+    planner, word = session.planner, "has a fault"
+    places = {
+        "peek on a planner": ([0], sessions, "_pull", data_ends, "data"),
+        "peek on a rank that is no planner": ([1], sessions, "_pull", fail, "rank 1 " + word),
+        "read": ([2], session.adapter, "read", fail, "rank 2 " + word),
+        "read on both planners": ([0, 2], session.adapter, "read", fail, "rank 0 " + word),
+        "before the planners' first exchange": ([2], planner, "plan", fail, "rank 2 " + word),
+        "between their exchanges": ([0], planner, "_candidates", fail, "rank 0 " + word),
+        "before the last exchange": ([2], planner, "_with_room_for_segments", fail, "rank 2 " + word),
+        "sharing on one that receives": ([3], StepPlan, "unpack", fail, "rank 3 " + word),
+        "another plan than the planner's": ([1], StepPlan, "unpack", another_plan(StepPlan.unpack), "different plans"),
+        "two ranks of two replicas in two places": ([1, 2], None, None, None, "rank 1 " + word),
+        "learning": ([2], planner, "learn", fail, "rank 2 " + word),
+    }
+    return places
+
+
+@contextmanager
+def patched(place, name, value):
+    had = name in vars(place)
+    before = vars(place).get(name)
+    setattr(place, name, value)
+    try:
+        yield
+    finally:
+        setattr(place, name, before) if had else delattr(place, name)
+
+
+@contextmanager
+def fault(session, ranks, place, name, value):
+    rank = dist.get_rank()
+    if place is None and rank in ranks:
+        place, name, value = (sessions, "_pull", fail) if rank == 1 else (session.adapter, "read", fail)
+    if rank not in ranks:
+        yield
+    else:
+        with patched(place, name, value):
+            yield
+
+
+def main(results: Path) -> None:
+    heard: dict[str, list] = {}
+    with parallel(CASE, shared_store()):
+        models = attach(build(CASE), ReGateConfig(**SETTINGS), pad_token=0)
+        session = session_of(models)
+        schedule = wrap_forward_backward(get_forward_backward_func())
+
+        def step() -> None:
+            run(CASE, models, schedule, Step())
+            step_done(models)
+
+        step()  # the dense one
+        for name, (ranks, place, attribute, value, _) in faults(session).items():
+            line = None
+            with fault(session, ranks, place, attribute, value):
+                try:
+                    step()
+                except ReGateError as error:
+                    line = str(error)
+            step_done(models, counted=False)
+            heard[name] = [None] * dist.get_world_size()
+            dist.all_gather_object(heard[name], line)  # every rank is there to say so
+            before = session.totals.sparse_steps
+            step()
+            done = torch.tensor([session.totals.sparse_steps - before if session.planner else 1])
+            dist.all_reduce(done, dist.ReduceOp.MIN)
+            assert int(done) == 1, f"after {name} no step went well"
+        expected = {name: words for name, (*_, words) in faults(session).items()}
+        if dist.get_rank() == 0:
+            results.write_text(json.dumps({"heard": heard, "expected": expected}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
