@@ -11,9 +11,10 @@ a rank has failed, all of them raise :class:`ReGateError` with the text of the l
 
 **Exchanges within a stage** would wait for a rank that has failed before it got there. So within a stage ranks talk by
 the methods of :class:`~regate_megatron.ranks.topology.Topology` alone, each of which begins with the very message that
-ends a stage: planners meet in :meth:`Together.meet_planners`, ranks of a replica in :meth:`Together.meet_replica`. A rank that failed goes straight to the end of the stage, where its first messages are
-those that the others wait in; who learns there that a rank has failed leaves the stage and goes on behind that one.
-So every rank sends the same messages in the same order whatever happens, and none is left behind.
+ends a stage: planners meet in :meth:`Together.meet_planners`, ranks of a replica in :meth:`Together.meet_replica`. A
+rank that failed goes straight to the end of the stage, where its first messages are those that the others wait in; who
+learns there that a rank has failed leaves the stage and goes on behind that one. So every rank sends the same messages
+in the same order whatever happens, and none is left behind.
 
 What this cannot catch is a rank that is gone (killed, or stuck in a device's collective): gloo then breaks the
 connections of those who wait for it, and launchers end the rest.
