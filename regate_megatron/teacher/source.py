@@ -11,7 +11,15 @@ import xxhash
 from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig, flag
 from regate_megatron.errors import refuse
 from regate_megatron.method.budget import align_up
-from regate_megatron.teacher.checkpoint import EMBEDDING, LanguageModelCheckpoint, open_language_model, saved_arguments
+from regate_megatron.teacher.checkpoint import (
+    EMBEDDING,
+    LanguageModelCheckpoint,
+    canonical_name,
+    open_language_model,
+    saved_arguments,
+)
+from regate_megatron.teacher.fingerprint import sharded_tensors
+from regate_megatron.teacher.settings import settle
 
 TEACHER_FOLDER = "regate_teacher"
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges*")
@@ -40,6 +48,7 @@ def find_teacher(
         checkpoint = open_language_model(config.teacher_load, flag("teacher_load"))
         for student in students:
             _check_architecture(student, checkpoint)
+            settle(student, checkpoint)
         _check_vocabulary(students[0], checkpoint, vocab_size)
         return checkpoint
     kept = teacher_of_resumed_run(args)
@@ -77,23 +86,41 @@ def hash_of_tokenizer(tokenizer: Any, args: Any) -> str | None:
 
 
 def _check_architecture(student: Any, checkpoint: LanguageModelCheckpoint) -> None:
-    """Every tensor of the student's chunk must be in the checkpoint with its global shape, the vocabulary aside."""
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    """Student and checkpoint have the same tensors in this chunk's layers, of the same shapes but for the vocabulary.
 
-    for value in student.sharded_state_dict().values():
-        if not isinstance(value, ShardedTensor):
-            continue
-        found = checkpoint.shapes.get(checkpoint.key_of(value.key))
-        want = tuple(value.global_shape)
-        if value.key in (EMBEDDING, "output_layer.weight") and found:
+    A tensor that only the checkpoint has (a bias, a norm, an output layer of its own) is a difference as well: the
+    student's architecture would leave it out.
+    """
+    own = {}
+    for tensor in sharded_tensors(student):
+        key = checkpoint.key_of(tensor.key)
+        found, want = checkpoint.shapes.get(key), tuple(tensor.global_shape)
+        own[canonical_name(tensor.key)] = key
+        if tensor.key in (EMBEDDING, "output_layer.weight") and found:
             found, want = found[1:], want[1:]
         if found != want:
-            raise refuse(
-                flag("teacher_load"),
-                given=f"{checkpoint.path} with {value.key} of shape {found or 'none'}",
-                allowed=f"the student's language-model architecture ({value.key} of shape {want})",
-                change="the teacher to the student's own text backbone",
-            )
+            raise _another(checkpoint, tensor.key, found or "none", want)
+    ours = {parts for name in own if (parts := _part_of(name))}
+    for name, shape in checkpoint.shapes.items():
+        if _part_of(canonical_name(name)) in ours and canonical_name(name) not in own:
+            raise _another(checkpoint, name, shape, "none")
+
+
+def _part_of(name: str) -> str:
+    """What is on one stage as a whole or not at all: a layer (all, where they lie in one tensor), the output, words."""
+    parts = name.split(".")
+    if parts[0] == "decoder" and parts[1] == "layers":
+        return ".".join(parts[:3]) if parts[2].isdigit() else "decoder.layers"
+    return "output" if name.startswith(("decoder.final", "output_layer")) else parts[0]
+
+
+def _another(checkpoint: LanguageModelCheckpoint, name: str, found: Any, want: Any) -> Exception:
+    return refuse(
+        flag("teacher_load"),
+        given=f"{checkpoint.path} with {name} of shape {found}",
+        allowed=f"the student's language-model architecture ({name} of shape {want})",
+        change="the teacher to the student's own text backbone",
+    )
 
 
 def _check_vocabulary(student: Any, checkpoint: LanguageModelCheckpoint, vocab_size: int | None) -> None:

@@ -79,7 +79,7 @@ def test_one_of_many_first_runs_wins(tmp_path):
     assert len(refused) == 7 and int(read_manifest(tmp_path)["weights"]) not in refused
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 2}', '{"format": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 2}'])
 def test_damaged_manifest_is_refused(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(ReGateError, match="manifest.json"):
