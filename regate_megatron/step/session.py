@@ -52,9 +52,9 @@ class Session:
         self.counts_own_steps = True
         self.dense_until = 0
         self._pending: _Pending | None = None
-        self._teacher_source: TeacherSource | None = None
+        self.teacher_source: TeacherSource | None = None
         self._is_prepared = False
-        self.adapter: BatchAdapter = adapter_for(self.models[0], pad_token, args)
+        self.adapter: BatchAdapter = adapter_for(self.models[0], pad_token, args, config.sample_key)
         transformer = self.language_models[0].config
         self._args = args
         self.planner = self.trace = None
@@ -77,7 +77,15 @@ class Session:
 
     def teach_with(self, source: TeacherSource) -> None:
         """Say where the teacher comes from; :meth:`prepare` opens it, when the student's weights are loaded."""
-        self._teacher_source = source
+        if self.reference is not None:
+            self.reference.close()
+        self.teacher_source, self.reference = source, None
+
+    def open_teacher(self) -> ReferenceLosses | None:
+        """The reference losses, opened now if they are not; None where the score needs none. All ranks call this."""
+        if self.reference is None and self.teacher_source is not None:
+            self.reference = open_reference(self.teacher_source, self.language_models, self.config, self.topology)
+        return self.reference
 
     def prepare(self, micro_batch_size: int) -> None:
         """What needs loaded weights and a known batch; once, before the first step. All ranks call this.
@@ -92,8 +100,7 @@ class Session:
         supported, reason = check_support(setting)
         if not supported:
             raise ReGateError(reason, everywhere=True)
-        if self._teacher_source is not None:
-            self.reference = open_reference(self._teacher_source, self.language_models, self.config, self.topology)
+        self.open_teacher()
         self._is_prepared = True
 
     def resume(self, step: int) -> None:

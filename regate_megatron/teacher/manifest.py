@@ -27,6 +27,7 @@ from regate_megatron.teacher.settings import same
 MANIFEST = "manifest.json"
 FORMAT = 2
 PROBE = "probe.json"
+_TOKENIZER = "tokenizer"
 # Of the mean loss, how far the losses of the fixed row may be off on average. Layouts differ by 1e-6 in float32; in 16
 # bits by some thousandths (kernels and cuts round differently); a constant that is another one by a tenth and more.
 _TOLERANCE = {"float32": 1e-3}
@@ -56,7 +57,7 @@ def teacher_identity(
         "weights": weights,
         "architecture": settings,
         "vocab_size": vocab_size,
-        "tokenizer": tokenizer,
+        _TOKENIZER: tokenizer,
         "visual": visual if visual == "drop" else f"pad with {pad_token}",
         "dtype": str(dtype).removeprefix("torch."),
     }
@@ -121,16 +122,12 @@ def check(directory: Path, identity: dict[str, Any]) -> None:
         ReGateError: they differ; both fingerprints and the first differences are named.
     """
     theirs = read_manifest(directory) or {}
-    known = dict(identity)
-    for side, other in ((known, theirs), (theirs, known)):
-        if side.get("tokenizer") is None:  # nothing to compare with: the vocabulary's size has to do
-            other["tokenizer"] = None
-    if not (found := differences(theirs, known)):
+    if not (found := differences(theirs, identity)):
         return
     raise refuse(
         flag("reference_cache"),
         given=f"{directory}, made with teacher {fingerprint(theirs)[:16]} ({'; '.join(found)})",
-        allowed=f"this run's teacher {fingerprint(known)[:16]}",
+        allowed=f"this run's teacher {fingerprint(identity)[:16]}",
         change="the directory, or the teacher",
     )
 
@@ -140,6 +137,8 @@ def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     lines = []
     for name in dict.fromkeys([*ours, *theirs]):
         one, other = theirs.get(name), ours.get(name)
+        if name == _TOKENIZER and None in (one, other):  # nothing to compare with: the vocabulary's size has to do
+            continue
         if isinstance(one, dict | None) and isinstance(other, dict | None):
             lines += differences(one or {}, other or {})
         elif not same(one, other):
@@ -173,7 +172,7 @@ def claim_probe(directory: Path, loss_T: Sequence[float], dtype: str) -> None:
         return
     raise refuse(
         flag("reference_cache"),
-        given=f"{directory}, whose teacher gave a fixed row losses of {mean:.4g} on average, this one {off:.3g} off them",
+        given=f"{directory}, whose teacher gave a fixed row {mean:.4g} per token, this one is {off:.3g} off",
         allowed="the same teacher, in its settings as in its weights",
         change="the directory, or the teacher's settings",
     )

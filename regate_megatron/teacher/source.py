@@ -8,8 +8,8 @@ from typing import Any
 
 import xxhash
 
-from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig, flag
-from regate_megatron.errors import refuse
+from regate_megatron.config import SCORES_WITH_TEACHER, STUDENT_AS_TEACHER, ReGateConfig, flag
+from regate_megatron.errors import ReGateError, refuse
 from regate_megatron.method.budget import align_up
 from regate_megatron.teacher.checkpoint import (
     EMBEDDING,
@@ -52,7 +52,14 @@ def find_teacher(
         _check_vocabulary(students[0], checkpoint, vocab_size)
         return checkpoint
     kept = teacher_of_resumed_run(args)
-    return open_language_model(kept, flag("teacher_load")) if kept else None
+    if kept is None:
+        _check_first_start(args)
+        return None
+    checkpoint = open_language_model(kept, flag("teacher_load"))
+    for student in students:
+        _check_architecture(student, checkpoint)
+        settle(student, checkpoint)
+    return checkpoint
 
 
 def teacher_of_resumed_run(args: Any) -> Path | None:
@@ -61,6 +68,31 @@ def teacher_of_resumed_run(args: Any) -> Path | None:
         return None
     kept = Path(args.load) / TEACHER_FOLDER
     return kept if kept.is_dir() else None
+
+
+def _check_first_start(args: Any) -> None:
+    """Refuse to take the student as its teacher where a run with one continues: it has learned since.
+
+    A checkpoint of a run without ReGATE, or with a score that needs no teacher, is a first start. Megatron's legacy
+    format keeps its arguments in a pickle, which is not read here; what was learned is compared when it is loaded.
+    """
+    if args is None or not getattr(args, "load", None) or not getattr(args, "iteration", 0):
+        return
+    iteration = Path(args.load) / f"iter_{args.iteration:07d}"
+    saved = saved_arguments(iteration) if iteration.is_dir() else None
+    if getattr(saved, "regate", False) and getattr(saved, "regate_score", None) in SCORES_WITH_TEACHER:
+        raise teacher_is_gone(f"{iteration} of a run with a teacher, without {Path(args.load) / TEACHER_FOLDER}")
+
+
+def teacher_is_gone(given: str) -> ReGateError:
+    """The refusal of a student that would be its own teacher after it has learned."""
+    return refuse(
+        f"{flag('teacher_load')} {STUDENT_AS_TEACHER}",
+        given=given,
+        allowed="the student as it was when the run began",
+        change=f"the copy (the folder {TEACHER_FOLDER} belongs to the checkpoints), or {flag('teacher_load')} to a "
+        "checkpoint, which then is the teacher",
+    )
 
 
 def hash_of_tokenizer(tokenizer: Any, args: Any) -> str | None:
