@@ -54,14 +54,14 @@ NEUTRAL = frozenset(
     bias_activation_fusion masked_softmax_fusion persist_layer_norm memory_efficient_layer_norm bias_dropout_fusion
     apply_rope_fusion use_fused_weighted_squared_relu fused_single_qkv_rope fused_residual_rmsnorm mla_down_proj_fusion
     use_transformer_engine_op_fuser use_te_activation_func use_te_rng_tracker gradient_accumulation_fusion
-    moe_permute_fusion moe_permute_fusion_into_hybridep moe_use_grouped_tensor gdp_cutedsl_kernel moe_router_fusion moe_grouped_gemm moe_single_grouped_weight moe_single_grouped_bias
-    use_grouped_gemm_for_shared_expert use_grouped_gemm_for_dense_mlp moe_shared_expert_glu_interleave_size
-    moe_mlp_glu_interleave_size moe_router_padding_for_quantization moe_router_padding_for_fp8 use_mamba_mem_eff_path
-    mlp_chunks_for_prefill mlp_chunks_for_training dsa_kernel_backend batch_invariant_mode deterministic_mode test_mode
-    use_kitchen use_kitchen_attention kitchen_attention_backend disable_bf16_reduced_precision_matmul
-
-    batch_invariant_backend gdp_num_chunk_states_to_recompute gtp_remat_opt_in_modules mhc_recompute_layer_num
-    moe_dispatch_fwd_dtype moe_combine_bwd_dtype mtp_hsm
+    moe_permute_fusion moe_permute_fusion_into_hybridep moe_use_grouped_tensor gdp_cutedsl_kernel moe_router_fusion
+    moe_grouped_gemm moe_single_grouped_weight moe_single_grouped_bias use_grouped_gemm_for_shared_expert
+    use_grouped_gemm_for_dense_mlp
+    moe_router_padding_for_quantization moe_router_padding_for_fp8 use_mamba_mem_eff_path mlp_chunks_for_prefill
+    mlp_chunks_for_training dsa_kernel_backend batch_invariant_mode deterministic_mode test_mode
+    use_kitchen_attention kitchen_attention_backend disable_bf16_reduced_precision_matmul batch_invariant_backend
+    gdp_num_chunk_states_to_recompute gtp_remat_opt_in_modules mhc_recompute_layer_num moe_dispatch_fwd_dtype
+    moe_combine_bwd_dtype mtp_hsm
 
     recompute_granularity recompute_method recompute_num_layers recompute_modules distribute_saved_activations
     moe_layer_recompute num_microbatches_with_partial_activation_checkpoints cpu_offloading cpu_offloading_num_layers
@@ -77,7 +77,7 @@ NEUTRAL = frozenset(
     params_dtype bf16 fp16 pipeline_dtype enable_autocast autocast_dtype
     fp8 fp8_recipe fp8_param fp8_quantizer_factory fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo
     fp8_wgrad fp8_output_proj fp8_dot_product_attention fp8_multi_head_attention tp_only_amax_red first_last_layers_bf16
-    num_layers_at_start_in_bf16 num_layers_at_end_in_bf16 fp4 fp4_recipe fp4_param fp4_quantizer_factory quant_recipe
+    num_layers_at_start_in_bf16 num_layers_at_end_in_bf16 fp4 fp4_recipe fp4_param fp4_quantizer_factory
 
     timers finalize_model_grads_func grad_scale_func moe_grad_scale_func mtp_grad_scale_func no_sync_func grad_sync_func
     param_sync_func hidden_dropout attention_dropout calculate_per_token_loss defer_embedding_wgrad_compute
@@ -180,14 +180,14 @@ def settle(student: Any, checkpoint: Any) -> TeacherSettings:
     for name, own in counting(config).items():
         if name in _PRECISION or (no_experts and name.startswith(_EXPERTS)):
             continue
+        if name in _OF_MUP and config.use_mup:
+            continue
         if name not in stated:
             if not same(own, defaults.get(name)):
                 settings.unstated.append(name)
             continue
         theirs = _expanded(name, stated[name], config)
         if same(own, theirs) or (theirs is None and name in _WORKED_OUT):
-            continue
-        if name in _OF_MUP and config.use_mup:
             continue
         if name not in _ADOPTED:
             raise _another(checkpoint, name, theirs, own)
