@@ -48,7 +48,6 @@ CONSTANTS = {
     "interpolation": {"gpt": {"seq_len_interpolation_factor": 4.0}},
     "epsilon": {"config": {"layernorm_epsilon": 0.1}},
     "softmax": {"config": {"softmax_scale": 1.5}},
-    "residual": {"config": {"apply_residual_connection_post_layernorm": True}},
 }
 OTHERS = {
     "positions": ({"positions": "none"}, "position_embedding_type none"),
