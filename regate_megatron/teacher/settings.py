@@ -25,6 +25,7 @@ from regate_megatron.errors import refuse
 
 OWN_FILE = "language_model.json"  # beside the weights in what save_language_model writes
 _BRIDGE_FILE = "run_config.yaml"  # Megatron-Bridge's, in the folder of an iteration
+SETTINGS_FILES = (OWN_FILE, _BRIDGE_FILE)
 _CERTAIN = "huggingface_model_type"  # said by conversions, which say what the model is and not what a script was given
 _SCALING = 8.0  # of Llama 3.1's frequencies; Megatron's own, before there was a flag
 _TOLERANCE = 1e-5  # of frequencies: devices round them differently
