@@ -231,7 +231,9 @@ def _continue_teaching(session: Session, folder: Path, before: dict[str, Any] | 
         session.teach_with(dataclasses.replace(source, checkpoint=kept))
     found = differences(before, session.open_teacher().identity)
     if from_student and any(not name.startswith(_NOT_THE_TEACHER) for name in found):
-        raise teacher_is_gone(f"a run that goes on with another teacher than it had ({'; '.join(found)})")
+        error = teacher_is_gone(f"a run that goes on with another teacher than it had ({'; '.join(found)})")
+        error.everywhere = True  # every rank compares the same two
+        raise error
     return f"; the teacher is another one than before: {'; '.join(found)}" if found else ""
 
 

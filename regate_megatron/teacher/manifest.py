@@ -28,9 +28,9 @@ MANIFEST = "manifest.json"
 FORMAT = 2
 PROBE = "probe.json"
 _TOKENIZER = "tokenizer"
-# Of the mean loss, how far the losses of the fixed row may be off on average. Layouts differ by 1e-6 in float32. bfloat16
-# is 0.04 to 0.2 % off float32, so two of its layouts are less apart (8 layers of 512, random weights); there a rotary
-# base of 5e5 for 1e4 is 0.4 to 7 % off, an epsilon of 1e-2 for 1e-5 3 to 6 %. Trained weights feel both more.
+# Of the mean loss, how far the losses of the fixed row may be off on average. Layouts differ by less than 1e-5 in
+# float32. bfloat16 is 0.04 to 0.2 % off float32 (8 layers of 512, random weights); there a rotary base of 5e5 for 1e4
+# is 0.4 to 7 % off, an epsilon of 1e-2 for 1e-5 3 to 6 %.
 _TOLERANCE = {"float32": 1e-3}
 _TOLERANCE_16_BITS = 0.01
 

@@ -25,6 +25,7 @@ from regate_megatron.errors import refuse
 
 OWN_FILE = "language_model.json"  # beside the weights in what save_language_model writes
 _BRIDGE_FILE = "run_config.yaml"  # Megatron-Bridge's, in the folder of an iteration
+_PATTERN = "hybrid_layer_pattern"
 SETTINGS_FILES = (OWN_FILE, _BRIDGE_FILE)
 _CERTAIN = "huggingface_model_type"  # said by conversions, which say what the model is and not what a script was given
 _SCALING = 8.0  # of Llama 3.1's frequencies; Megatron's own, before there was a flag
@@ -197,6 +198,9 @@ def settle(student: Any, checkpoint: Any) -> TeacherSettings:
     kind, own = stated.get("position_embedding_type"), student.position_embedding_type
     if kind is not None and kind != own and {kind, own} != {"rope", "mrope"}:  # the same frequencies
         raise _another(checkpoint, "position_embedding_type", kind, own)
+    theirs, own = stated.get(_PATTERN), _pattern_of(student)
+    if theirs and own and _layers_of(theirs) != _layers_of(own):
+        raise _another(checkpoint, _PATTERN, theirs, own)
     if rotary is not None:
         settings = dataclasses.replace(settings, rotary=_rotary(rotary, stated, settings, checkpoint))
     return settings
@@ -223,6 +227,8 @@ def settings_of(config: Any, model: Any, rotary: Any) -> dict[str, Any]:
     found["position_embedding_type"] = model.position_embedding_type
     if model.position_embedding_type == "learned_absolute":
         found["max_sequence_length"] = model.max_sequence_length
+    if pattern := _pattern_of(model):
+        found[_PATTERN] = _layers_of(pattern)
     if rotary is not None:
         found["rotary"] = _of_rotary(rotary)
     return found
@@ -232,6 +238,7 @@ def write_own(folder: Path, model: Any) -> None:
     """Write into a checkpoint what :func:`stated_settings` reads; one rank calls this."""
     rotary = getattr(model, "rotary_pos_emb", None)
     stated = counting(model.config) | {"position_embedding_type": model.position_embedding_type}
+    stated |= {_PATTERN: _pattern_of(model)}
     if rotary is not None:
         stated["rotary"] = _of_rotary(rotary)
     (folder / OWN_FILE).write_text(json.dumps(stated, indent=1))
@@ -255,6 +262,15 @@ def stated_settings(path: Path, saved: Any) -> dict[str, Any] | None:
         if isinstance(stated, dict):
             return stated
     return None if saved is None else _of_arguments(saved)
+
+
+def _pattern_of(model: Any) -> str | None:
+    return getattr(model, _PATTERN, None)
+
+
+def _layers_of(pattern: str) -> str:
+    """The layers a HybridModel's pattern names, without where stages are cut and what follows for MTP."""
+    return pattern.split("/")[0].replace("|", "")
 
 
 def plain(value: Any) -> Any:
@@ -430,7 +446,8 @@ def _of_arguments(saved: Any) -> dict[str, Any]:
     if says("position_embedding_type") or given.get("use_rotary_position_embeddings"):
         is_rotary = given.get("use_rotary_position_embeddings")
         stated["position_embedding_type"] = "rope" if is_rotary else given["position_embedding_type"]
-    if given.get("hybrid_layer_pattern") is not None:
+    if given.get("hybrid_layer_pattern") is not None:  # says both
+        stated["is_hybrid_model"] = True
         stated.pop("experimental_attention_variant", None)
     if says("language_model_type"):
         stated = {name: value for name, value in stated.items() if name not in _SET_BY_MULTIMODAL}
