@@ -114,6 +114,9 @@ _ADOPTED |= {"moe_router_pre_softmax", "moe_router_num_groups", "moe_router_grou
 _ADOPTED |= {"moe_router_topk_scaling_factor", "rope_type", "rotary_base", "rotary_percent", "rotary_scaling_factor"}
 _ADOPTED |= {"rope_scaling", "rope_scaling_factor", "seq_len_interpolation_factor"}  # Bridge's; see _rotary
 _ADOPTED |= {"original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
+# What Megatron's YaRN reads off a config that has no such fields.
+_YARN = {"yarn_rotary_scaling_factor", "yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow"}
+_YARN |= {"yarn_mscale", "yarn_mscale_all_dim", "yarn_correction_range_round_to_int"}
 # Nothing stated means: as Megatron works it out.
 _WORKED_OUT = {
     "kv_channels",
@@ -178,8 +181,10 @@ def settle(student: Any, checkpoint: Any) -> TeacherSettings:
         return TeacherSettings(config, rotary, unstated=None)
     settings = TeacherSettings(config, rotary)
     no_experts = config.num_moe_experts is None and stated.get("num_moe_experts") is None
-    defaults = _defaults(config)
+    defaults, of_core = _defaults(config), _fields_of_core(config)
     for name, own in counting(config).items():
+        if name not in of_core and name not in _ADOPTED and name not in _YARN:
+            continue  # of a framework's own config: what it is for is not known
         if name in _PRECISION or (no_experts and name.startswith(_EXPERTS)):
             continue
         if name in _OF_MUP and config.use_mup:
@@ -251,17 +256,19 @@ def stated_settings(path: Path, saved: Any) -> dict[str, Any] | None:
         path: the folder of the iteration.
         saved: Megatron's arguments in it, None where there are none.
     """
-    for name, read in ((OWN_FILE, json.loads), (_BRIDGE_FILE, _model_of_bridge)):
+    own = path / OWN_FILE
+    if own.is_file():
         try:
-            stated = read((path / name).read_text())
-        except FileNotFoundError:
-            continue
-        except Exception as error:  # damaged files raise whatever they like
+            return dict(json.loads(own.read_text()))
+        except (OSError, ValueError, TypeError) as error:
             form = {"allowed": "a complete checkpoint", "change": "to one saved or copied in full"}
-            raise refuse("checkpoint", given=f"{path / name}, unreadable ({type(error).__name__})", **form) from error
-        if isinstance(stated, dict):
-            return stated
-    return None if saved is None else _of_arguments(saved)
+            raise refuse("checkpoint", given=f"{own}, unreadable ({type(error).__name__})", **form) from error
+    if saved is not None:
+        return _of_arguments(saved)
+    try:
+        return _model_of_bridge((path / _BRIDGE_FILE).read_text())
+    except Exception:  # absent, or of a kind that only Bridge can read: it says nothing
+        return None
 
 
 def _pattern_of(model: Any) -> str | None:
@@ -307,6 +314,14 @@ def _another(checkpoint: Any, name: str, theirs: Any, own: Any) -> Exception:
         allowed=f"the student's architecture ({name} {own})",
         change="the teacher to the student's own text backbone",
     )
+
+
+def _fields_of_core(config: Any) -> set[str]:
+    """Names of the settings that Megatron-Core itself knows."""
+    kinds = [kind for kind in type(config).__mro__ if dataclasses.is_dataclass(kind)]
+    return {
+        one.name for kind in kinds if kind.__module__.startswith("megatron.core") for one in dataclasses.fields(kind)
+    }
 
 
 def _defaults(config: Any) -> dict[str, Any]:
