@@ -142,8 +142,9 @@ def step_done(model_chunks: list[Any], counted: bool = True) -> None:
 def save_state(model_chunks: list[Any], folder: str | Path) -> None:
     """Save what was learned (difficulty, prior, schedule position, totals) into ``folder``, all or nothing.
 
-    All ranks call this between two steps, in step; a step not counted yet is counted. ``folder`` is on a file system
-    that all ranks see; every planner writes its own part, and the folder appears when all parts are on the disk.
+    A teacher taken from the student is saved with it: its weights. All ranks call this between two steps, in step; a
+    step not counted yet is counted. ``folder`` is on a file system that all ranks see; every planner writes its own
+    part, and the folder appears when all parts are on the disk.
 
     Raises:
         ReGateError: ReGATE is not attached, or a part could not be written; on every rank.
@@ -156,14 +157,15 @@ def save_state(model_chunks: list[Any], folder: str | Path) -> None:
 def load_state(model_chunks: list[Any], folder: str | Path) -> str:
     """Continue from what :func:`save_state` left in ``folder``; another data-parallel size is fine.
 
-    All ranks call this after :func:`attach`, before the first step, in step.
+    All ranks call this after :func:`attach`, before the first step, in step. The teacher is the one there was: one
+    taken from the student is loaded from ``folder``.
 
     Returns:
-        one line for the log: how much came back, and which settings differ.
+        one line for the log: how much came back, which settings differ, and whether the teacher is another one.
 
     Raises:
-        ReGateError: ReGATE is not attached, or the folder is missing, incomplete or damaged; on every rank, and nothing
-            has changed.
+        ReGateError: ReGATE is not attached, or the folder is missing, incomplete or damaged, or a teacher taken from
+            the student is another one than it was; on every rank, and nothing learned has changed.
     """
     return load_session(_session_for(model_chunks, "load_state"), Path(folder))
 

@@ -19,6 +19,7 @@ FUSIONS = ("sum", "convex")
 BUDGETS = ("uniform", "balanced", "per-sample")
 PACKED_RATIOS = ("row", "sample")
 CONTEXTS = ("all", "read")
+SAMPLE_KEYS = ("content", "text")
 TEACHER_VISUAL = ("drop", "pad")
 STUDENT_AS_TEACHER = "student"
 
@@ -90,6 +91,12 @@ class ReGateConfig:
     )
     reference_cache: str | None = _option(None, "directory that keeps reference losses between runs", metavar="DIR")
     teacher_offload: bool = _option(False, "keep the teacher's weights in host memory between uses")
+    sample_key: str = _option(
+        "content",
+        "what finds a sample's difficulty again: its content (text and pictures), its text alone (pictures may be "
+        "augmented), or an id of the batch's own, by the name of its key",
+        metavar="{content,text}|NAME",
+    )
     difficulty_memory: float = _option(
         4.0,
         "host memory for difficulty, per data-parallel rank, in 10^9 bytes; the least recently seen go",
@@ -114,6 +121,8 @@ class ReGateConfig:
             self._check_number("length_multiple", "an integer of 1 or more", lambda v: v >= 1, "64", True)
         self._check_number("seed", "an integer of 0 or more, below 2**63", lambda v: 0 <= v < 2**63, "1234", True)
         self._check_number("difficulty_memory", "a finite number above 0 (10^9 bytes)", lambda v: v > 0, "4")
+        if not isinstance(self.sample_key, str) or not self.sample_key.strip():
+            raise self._refuse("sample_key", f"{', '.join(SAMPLE_KEYS)}, or a key of the batch", "it to content")
         for field in dataclasses.fields(self):
             choices = field.metadata["choices"]
             if choices and getattr(self, field.name) not in choices:

@@ -10,6 +10,7 @@ from regate_megatron.batches.gpt import GPTBatches
 from regate_megatron.batches.llava import LLaVABatches
 from regate_megatron.batches.multimodal import MultimodalBatches
 from regate_megatron.batches.qwen_vl import QwenVLBatches
+from regate_megatron.batches.sample_key import BY_CONTENT, NamedSamples
 from regate_megatron.errors import refuse
 
 __all__ = [
@@ -18,21 +19,30 @@ __all__ = [
     "LLaVABatches",
     "MicrobatchFacts",
     "MultimodalBatches",
+    "NamedSamples",
     "QwenVLBatches",
     "adapter_for",
 ]
 
 
-def adapter_for(model: Any, pad_token: int | None, args: Any = None) -> BatchAdapter:
+def adapter_for(model: Any, pad_token: int | None, args: Any = None, sample_key: str = BY_CONTENT) -> BatchAdapter:
     """The adapter of the batches that scripts for this model read.
 
     Args:
         model: the framework's model, unwrapped: a language model, or one with a ``language_model`` inside.
         pad_token: the tokenizer's pad id, where the batch says by it which labels have no loss.
         args: the framework's namespace, for how its script packs rows.
+        sample_key: what finds a sample's difficulty again, see :mod:`.sample_key`.
     """
+    adapter = _adapter_for(model, pad_token, args)
+    return adapter if sample_key == BY_CONTENT else NamedSamples(adapter, sample_key)
+
+
+def _adapter_for(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
+    language_model = getattr(model, "language_model", None) or model
+    reads_ids = language_model.position_embedding_type == "learned_absolute"
     if getattr(model, "language_model", None) is None:
-        return GPTBatches()
+        return GPTBatches(reads_ids)
     if hasattr(model, "image_token_index"):  # LLaVAModel
         merged = LLaVABatches(
             image_length=model.img_seq_len,
@@ -41,6 +51,7 @@ def adapter_for(model: Any, pad_token: int | None, args: Any = None) -> BatchAda
             pads_to_max=model._language_is_pipeline_parallel,
             multiple=_llava_multiple(model),
             packs=_llava_packs(model, args),
+            reads_position_ids=reads_ids,
         )
         return MultimodalBatches(merged, pad_token)
     if not hasattr(model, "get_rope_index"):

@@ -31,8 +31,9 @@ class MicrobatchFacts:
         position_id_BS: the model's own position id of each token (learned positions and mrope read it); int64 [B, S],
             with mrope [B, S, 3].
         label_BS: the label each position predicts (already shifted); int64 [B, S], meaningful at targets.
-        reference_key_N2: 128-bit key of a sample's token ids and layout, int64 [N, 2].
-        difficulty_key_N2: 128-bit key of that and of the image bytes, int64 [N, 2].
+        reference_key_N2: 128-bit key of all that a sample's reference losses are made of, int64 [N, 2]: token ids,
+            labels of targets, where images lie, and position ids where the model reads them.
+        difficulty_key_N2: 128-bit key of that and of the image bytes, int64 [N, 2]; or as the user has it.
         sample_BS: which of the N samples a position belongs to, ascending along the rows, padding included; int64
             [B, S]. None: every row is one sample.
         joins_rows: the samples are rows of one length that only the layout lays one after the other: they are planned
@@ -163,6 +164,19 @@ def content_keys(rows: Sequence[Sequence[np.ndarray]]) -> Tensor:
             digest.update(np.ascontiguousarray(array))
         keys += digest.digest()
     return torch.frombuffer(keys, dtype=torch.int64).view(-1, 2)
+
+
+def unusual_positions(id_X: np.ndarray) -> list[np.ndarray]:
+    """What a key says of the position ids of a sample: nothing where they are 0, 1, 2 …, else the ids.
+
+    So a sample has one key alone, padded or packed, as long as its ids count from its own start. Ids that count from
+    elsewhere belong in the key of a model with learned positions; mrope is relative, so take the first one off before.
+
+    Args:
+        id_X: int64 [X], with mrope [X, 3].
+    """
+    usual_X = np.arange(len(id_X)).reshape(-1, *[1] * (id_X.ndim - 1))
+    return [] if bool((id_X == usual_X).all()) else [id_X]
 
 
 def key_hex(key_2: Tensor) -> str:

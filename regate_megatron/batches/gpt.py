@@ -6,6 +6,7 @@ rows of a microbatch one after the other and so do the facts, [1, B·S], one sam
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,21 @@ from regate_megatron.batches.facts import (
     ends_of_samples,
     position_ids,
     to_cpu,
+    unusual_positions,
     without_loss,
 )
 
 
+@dataclass(frozen=True)
 class GPTBatches:
-    """Adapter for GPTModel batches."""
+    """Adapter for GPTModel batches.
+
+    Attributes:
+        reads_position_ids: whether the model has learned positions. Rotary ones start at 0 in each sample whatever the
+            batch says, except those of mrope (three axes), which are relative: an offset changes no loss.
+    """
+
+    reads_position_ids: bool = False
 
     def read(self, batch: dict[str, Any]) -> MicrobatchFacts:
         """See :meth:`BatchAdapter.read`."""
@@ -38,12 +48,15 @@ class GPTBatches:
         length_N = np.full(len(token_BS), token_BS.shape[1]) if sample_BS is None else np.bincount(sample_BS[0].numpy())
         token_X, is_target_X = token_BS.flatten().numpy(), is_target_BS.flatten().numpy()
         content = [token_X, np.where(is_target_X, label_BS.flatten().numpy(), -1)]  # no label without loss
-        if position_id_BS.dim() == 3:  # mrope: where pictures lie
-            content.append(position_id_BS.flatten(0, 1).numpy())
+        is_mrope = position_id_BS.dim() == 3
+        id_X = position_id_BS.flatten(0, 1).numpy()
         key_N, real_N = ends_of_samples(token_X, is_target_X, length_N)
         is_context_X, of_keys, start = ~is_target_X, [], 0
         for length, key, real in zip(length_N.tolist(), key_N.tolist(), real_N.tolist(), strict=True):
             of_keys.append([part_X[start : start + key] for part_X in content])
+            if is_mrope or self.reads_position_ids:
+                own_X = id_X[start : start + key]
+                of_keys[-1] += unusual_positions(own_X - own_X[:1] if is_mrope else own_X)
             is_context_X[start + real : start + length] = False
             start += length
         key_N2 = content_keys(of_keys)

@@ -22,6 +22,7 @@ from regate_megatron.batches.facts import (
     ends_of_samples,
     position_ids,
     to_cpu,
+    unusual_positions,
     without_loss,
 )
 from regate_megatron.method import masks
@@ -41,6 +42,7 @@ class LLaVABatches:
         multiple: what the model pads merged rows to (sequence and context parallelism cut them evenly).
         packs: whether the script lays the rows of a microbatch one after the other where context parallelism has to pad
             them (pretrain_vlm.py does); "always": also where it need not.
+        reads_position_ids: whether the language model has learned positions.
         pads_to_max: whether the model pads every merged row to ``max_length`` (it does under pipeline parallelism).
     """
 
@@ -50,6 +52,7 @@ class LLaVABatches:
     pads_to_max: bool
     multiple: int = 1
     packs: bool | str = False
+    reads_position_ids: bool = False
 
     def read(self, batch: dict[str, Any]) -> MicrobatchFacts:
         """See :meth:`BatchAdapter.read`."""
@@ -182,10 +185,13 @@ class LLaVABatches:
         images, token_BN = self._images(batch), token_BN.numpy()
         label_BN = np.where(is_target_BN.numpy(), label_BN.numpy(), -1)
         layout, start = np.array([self.image_length]), 0
+        id_BN = position_ids(batch, torch.from_numpy(token_BN)).numpy()
         text_rows, picture_rows = [], []
         for row, end in enumerate(is_image_BN.sum(dim=1).cumsum(0).tolist()):
             text_rows.append([token_BN[row, : key_B[row]], label_BN[row, : key_B[row]], layout])
             picture_rows.append([_bytes(images[start:end])] if images is not None and end > start else [])
+            if self.reads_position_ids:  # of text entries: an image's positions have none
+                text_rows[-1] += unusual_positions(id_BN[row, : key_B[row]])
             start = end
         return text_rows, picture_rows
 

@@ -26,6 +26,7 @@ from regate_megatron.batches.facts import (
     position_ids,
     to_cpu,
     trailing_padding,
+    unusual_positions,
     without_loss,
 )
 from regate_megatron.method import masks
@@ -111,7 +112,7 @@ class QwenVLBatches:
         target_label_BS = torch.where(is_target_BS, label_BS, -1)
         rows = zip(token_BS, target_label_BS, is_content_BS, strict=True)
         text_rows = [
-            [masks.take(token_S, real_S).numpy(), masks.take(label_S, real_S).numpy()]
+            [masks.take(token_S, real_S).numpy(), masks.take(label_S, real_S).numpy(), *_gaps(real_S)]
             for token_S, label_S, real_S in rows
         ]
         picture_rows: list[list[np.ndarray]] = [[] for _ in text_rows]
@@ -143,6 +144,12 @@ class QwenVLBatches:
         row_I = torch.searchsorted(last_token_B, last_token_I).tolist()
         pieces = pixels.split(patches_I.tolist())
         return [(row, image, piece) for image, (row, piece) in enumerate(zip(row_I, pieces, strict=True))]
+
+
+def _gaps(real_S: Tensor) -> list[np.ndarray]:
+    """Where the content of a row lies from its first position on, unless it has no gap; padding before it is none."""
+    place_X = real_S.nonzero().flatten().numpy()
+    return unusual_positions(place_X - place_X[:1])
 
 
 def _visual_inputs(batch: dict[str, Any]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from regate_megatron.errors import ReGateError, refuse
 from regate_megatron.memory.records import VALUE, RecordsSnapshot
 
 VERSION = 1
+STATE_FOLDER = "regate"  # in the folder of an iteration
 MANIFEST = "state.json"
 PRIOR = "prior.npy"
 SAVED_ENTRY = np.dtype([("key", "<i8", 2), ("count", "<i4"), ("seen", "<i4")])

@@ -60,10 +60,11 @@ class Session:
         self.totals, self.work = Counters(), Counters()
         self.reference: ReferenceLosses | None = None
         self.counts_own_steps = True
-        self.adapter: BatchAdapter = adapter_for(self.models[0], pad_token, args)
+        self.teacher_source = teacher
+        self.adapter: BatchAdapter = adapter_for(self.models[0], pad_token, args, config.sample_key)
         self._phase: Phase = "warmup"
         self._interval = Counters()
-        self._teacher, self._args, self._is_prepared = teacher, args, False
+        self._args, self._is_prepared = args, False
         transformer = self.language_models[0].config
         self.planner = self.trace = None
         if topology.is_planner:
@@ -85,6 +86,18 @@ class Session:
         if self.reference:
             self.reference.flush()
 
+    def teach_with(self, source: TeacherSource) -> None:
+        """Say where the teacher comes from; :meth:`prepare` opens it, when the student's weights are loaded."""
+        if self.reference is not None:
+            self.reference.close()
+        self.teacher_source, self.reference = source, None
+
+    def open_teacher(self) -> ReferenceLosses | None:
+        """The reference losses, opened now if they are not; None where the score needs none. All ranks call this."""
+        if self.reference is None and self.teacher_source is not None:
+            self.reference = open_reference(self.teacher_source, self.language_models, self.config, self.topology)
+        return self.reference
+
     def prepare(self, micro_batch_size: int) -> None:
         """What needs loaded weights and a known batch; once, before the first step. All ranks call this.
 
@@ -98,8 +111,7 @@ class Session:
         supported, reason = check_support(setting)
         if not supported:
             raise ReGateError(reason, everywhere=True)
-        if self._teacher is not None:
-            self.reference = open_reference(self._teacher, self.language_models, self.config, self.topology)
+        self.open_teacher()
         self._is_prepared = True
 
     def go_on_at(self, steps_done: int) -> None:

@@ -18,12 +18,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from regate_megatron.config import STUDENT_AS_TEACHER
 from regate_megatron.errors import ReGateError, refuse
 from regate_megatron.memory.difficulty import TokenPrior
 from regate_megatron.memory.records import Records
 from regate_megatron.memory.state_files import (
     MANIFEST,
     PRIOR,
+    STATE_FOLDER,
     FileFacts,
     read_array,
     read_manifest,
@@ -36,11 +38,14 @@ from regate_megatron.memory.state_files import (
 from regate_megatron.ranks.publishing import filled_by_all_ranks, replace_folder
 from regate_megatron.ranks.topology import Topology, agree_on_error
 from regate_megatron.step.counters import Counters, reduce_counters
+from regate_megatron.teacher.checkpoint import open_language_model, save_language_model
+from regate_megatron.teacher.manifest import differences
+from regate_megatron.teacher.source import teacher_is_gone
 
 if TYPE_CHECKING:
     from regate_megatron.step.session import Session
 
-STATE_FOLDER = "regate"
+TEACHER = "teacher"  # in a folder of save_state: the weights of a teacher taken from the student
 _FLOAT64 = np.dtype("<f8")
 # They say where things are or what this run is to do, not what was learned.
 _NO_SETTINGS = {
@@ -52,6 +57,7 @@ _NO_SETTINGS = {
     "teacher_load",
     "teacher_offload",
 }
+_NOT_THE_TEACHER = ("tokenizer ", "visual ")  # of its identity: how it is read, which a run may change
 
 
 class StateSave:
@@ -78,6 +84,7 @@ class StateSave:
             "learns": session.config.learns,
             "settings": _settings(session.config),
             "totals": dataclasses.asdict(totals),
+            "teacher": session.reference.identity if session.reference else None,
         }
         if dist.get_rank() == 0:
             try:
@@ -151,24 +158,31 @@ class StateSave:
 
 
 def save_state(session: Session, folder: Path) -> None:
-    """Save into ``folder``, all of it or nothing. All ranks call this, in step.
+    """Save into ``folder``, all of it or nothing, with a teacher taken from the student. All ranks call this, in step.
 
     Raises:
         ReGateError: it could not be written; on every rank.
     """
+    session.open_teacher()
     with filled_by_all_ranks(folder, "saving difficulty", session.topology.world_group) as aside:
         save = StateSave(session, aside, session.steps_done)
         save.write()
+        if is_taken_from_student(session):  # nobody else has it once the student has learned
+            save_language_model(
+                session.reference.require_teacher().chunks, aside / TEACHER, session.topology.world_group
+            )
         save.finish()
 
 
 def load_state(session: Session, folder: Path) -> str:
     """Continue from what :func:`save_state` left in ``folder``; returns a line that says what came back.
 
-    All ranks call this, in step, before the first step; planners read, the world's gloo group is used.
+    All ranks call this, in step, before the first step; planners read, the world's gloo group is used. The teacher is
+    opened here: it must be the one there was.
 
     Raises:
-        ReGateError: there is nothing, or it is damaged; on every rank, and nothing has changed.
+        ReGateError: there is nothing, or it is damaged, or a teacher taken from the student is not the one there was;
+            on every rank, and nothing learned has changed.
     """
     error, manifest, learned = None, {}, None
     try:
@@ -178,6 +192,7 @@ def load_state(session: Session, folder: Path) -> str:
     except Exception as fault:  # whatever it is, the other ranks wait to hear of it
         error = str(fault) if isinstance(fault, ReGateError) else f"regate: saved difficulty: {folder}: {fault!r}"
     agree_on_error(error, session.topology)
+    said = _continue_teaching(session, folder, manifest.get("teacher"))
     if session.planner:
         session.planner.difficulty.records, session.planner.prior = learned
     names = {field.name for field in dataclasses.fields(Counters)}
@@ -186,7 +201,38 @@ def load_state(session: Session, folder: Path) -> str:
     session.restore(manifest["step"], manifest["dense_until"], totals)
     if session.config.learns and not manifest["learns"]:
         session.resume(manifest["step"])
-    return _summary(session, manifest)
+    return _summary(session, manifest) + said
+
+
+def is_taken_from_student(session: Session) -> bool:
+    """Whether the teacher is the student as it was at the first start."""
+    source = session.teacher_source
+    return source is not None and source.model is None and session.config.teacher_load == STUDENT_AS_TEACHER
+
+
+def _continue_teaching(session: Session, folder: Path, before: dict[str, Any] | None) -> str:
+    """Have the teacher that there was; returns what to say of one that the user has changed. All ranks call this.
+
+    Raises:
+        ReGateError: the teacher is the student, and another one than it was; on every rank.
+    """
+    source, from_student = session.teacher_source, is_taken_from_student(session)
+    if before is None or source is None:
+        return ""
+    if from_student and source.checkpoint is None and has_state(folder / TEACHER, session.topology):
+        error = kept = None
+        try:
+            kept = open_language_model(folder / TEACHER, "saved teacher")
+        except Exception as fault:  # whatever it is, the other ranks wait to hear of it
+            error = str(fault) if isinstance(fault, ReGateError) else f"regate: saved teacher: {folder}: {fault!r}"
+        agree_on_error(error, session.topology)
+        session.teach_with(dataclasses.replace(source, checkpoint=kept))
+    found = differences(before, session.open_teacher().identity)
+    if from_student and any(not name.startswith(_NOT_THE_TEACHER) for name in found):
+        error = teacher_is_gone(f"a run that goes on with another teacher than it had ({'; '.join(found)})")
+        error.everywhere = True  # every rank compares the same two
+        raise error
+    return f"; the teacher is another one than before: {'; '.join(found)}" if found else ""
 
 
 def has_state(folder: Path, topology: Topology) -> bool:

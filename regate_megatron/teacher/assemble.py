@@ -18,6 +18,7 @@ from regate_megatron.teacher.checkpoint import LanguageModelCheckpoint
 from regate_megatron.teacher.fingerprint import fingerprint_of_checkpoint, fingerprint_of_model
 from regate_megatron.teacher.losses import ReferenceLosses
 from regate_megatron.teacher.manifest import claim, teacher_identity
+from regate_megatron.teacher.settings import settings_of, settle
 
 
 @dataclass(frozen=True)
@@ -59,24 +60,12 @@ def open_reference(
             return source.model if isinstance(source.model, list) else [source.model]
         return [build_teacher(one, source.checkpoint) for one in students]
 
-    teacher, store = None, None
+    teacher, store, directory = None, None, None
     if config.reference_cache is None or source.checkpoint is None:
         teacher = build()
+    identity = _identity(source, student, teacher, config, topology)
     if config.reference_cache is not None:
         directory = Path(config.reference_cache)
-        if teacher is not None:
-            weights = fingerprint_of_model(teacher, topology)
-        else:
-            weights = fingerprint_of_checkpoint(source.checkpoint, directory, topology)
-        vocab_size = student.vocab_size if source.checkpoint is None else source.checkpoint.vocab_size
-        identity = teacher_identity(
-            student,
-            weights=weights,
-            vocab_size=vocab_size,
-            tokenizer=source.tokenizer,
-            visual=config.teacher_visual,
-            pad_token=source.pad_token,
-        )
         store = _open_cache(directory, identity, topology)
         if teacher is None and topology.agree(None, topology.is_planner and topology.dp_rank == 0 and not len(store)):
             teacher = build()  # a new cache: it will be needed, so let it fail now if it must
@@ -89,6 +78,37 @@ def open_reference(
         build=build,
         store=store,
         offload=config.teacher_offload,
+        identity=identity,
+        proof=directory,
+    )
+
+
+def _identity(
+    source: TeacherSource, student: Any, teacher: Sequence[Any] | None, config: ReGateConfig, topology: Topology
+) -> dict[str, Any]:
+    """Who the teacher is; says on rank 0 what it has otherwise than the student. All ranks call this."""
+    settings = settle(student, source.checkpoint)
+    like, vocab_size = student, student.vocab_size
+    if source.model is not None:
+        like, vocab_size = teacher[0], teacher[0].vocab_size
+        settings = settle(like, None)
+    elif source.checkpoint is not None:
+        vocab_size = source.checkpoint.vocab_size
+    if dist.get_rank() == 0:
+        for line in settings.lines():
+            print(f"[regate] teacher: {line}", flush=True)
+    if teacher is not None:
+        weights = fingerprint_of_model(teacher, topology)
+    else:
+        weights = fingerprint_of_checkpoint(source.checkpoint, Path(config.reference_cache), topology)
+    return teacher_identity(
+        settings_of(settings.config, like, settings.rotary),
+        weights=weights,
+        vocab_size=vocab_size,
+        tokenizer=source.tokenizer,
+        visual=config.teacher_visual,
+        pad_token=source.pad_token,
+        dtype=next(like.parameters()).dtype,
     )
 
 

@@ -1,12 +1,12 @@
 """Build the teacher: the student's language-model architecture, frozen, sharded like it, outside DDP and optimizer.
 
 Its weights come from a Megatron torch_dist checkpoint (of a GPT, or the language model inside a LLaVA), or from the
-student itself at the first start. Building leaves the student's random state untouched.
+student itself at the first start; so do the settings a loss depends on (:mod:`.settings`). Building leaves the
+student's random state untouched.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 
 from regate_megatron.decoder.hybrid import is_hybrid
 from regate_megatron.teacher.checkpoint import LanguageModelCheckpoint, load_language_model
+from regate_megatron.teacher.settings import settle
 
 _NO_CALLBACKS = {
     "timers": None,
@@ -40,7 +41,7 @@ _NO_CALLBACKS = {
     "variable_seq_lengths": False,
 }
 
-# What says which layers a GPTModel and a HybridModel have; rotary options come with the student's rotary module.
+# What says which layers a GPTModel and a HybridModel have; rotary options come with the rotary module.
 _LAYERS_OF = {False: ("transformer_layer_spec",), True: ("hybrid_stack_spec", "hybrid_layer_pattern")}
 
 
@@ -50,8 +51,12 @@ def build_teacher(student: Any, checkpoint: LanguageModelCheckpoint | None) -> A
     Args:
         student: this rank's ``GPTModel`` or ``HybridModel`` chunk, its weights loaded.
         checkpoint: where the weights come from; None: from ``student`` itself.
+
+    Raises:
+        ReGateError: see :func:`.settings.settle`; or the data cannot be read.
     """
-    config = copy.copy(student.config)
+    settings = settle(student, checkpoint)
+    config = settings.config
     for name, value in _NO_CALLBACKS.items():
         if hasattr(config, name):
             setattr(config, name, value)
@@ -71,8 +76,8 @@ def build_teacher(student: Any, checkpoint: LanguageModelCheckpoint | None) -> A
             vp_stage=getattr(student, "vp_stage", None),
             **{name: getattr(student, name) for name in _LAYERS_OF[is_hybrid(student.decoder)]},
         )
-        if hasattr(student, "rotary_pos_emb"):
-            teacher.rotary_pos_emb = student.rotary_pos_emb  # no weights; keeps every rope option of the student
+        if settings.rotary is not None:
+            teacher.rotary_pos_emb = settings.rotary  # no weights; keeps every rope option
         parameter = next(student.parameters(), None)
         if parameter is not None:
             teacher.to(device=parameter.device, dtype=parameter.dtype)

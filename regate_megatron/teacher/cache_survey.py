@@ -18,7 +18,7 @@ import xxhash
 from regate_megatron.errors import refuse
 from regate_megatron.teacher.cache import LOSS_FOLDER, TOKEN_FOLDER, ReferenceCache
 from regate_megatron.teacher.cache_files import SUFFIX, DamagedFile, LossFile, read_table, write_losses
-from regate_megatron.teacher.manifest import check, claim, read_manifest
+from regate_megatron.teacher.manifest import check, claim, claim_probe, read_manifest, read_probe
 from regate_megatron.teacher.token_statistics import TokenStatistics
 
 _VALUES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
@@ -129,6 +129,9 @@ def merge(sources: Sequence[Path], target: Path, progress: Progress = lambda cou
         loss_files(source)
         check(source, identity)
     claim(target, identity)
+    for source in sources:
+        if (losses := read_probe(source)) is not None:
+            claim_probe(target, losses, identity["dtype"])
     cache = ReferenceCache(target, "merged")
     for source in sources:
         _take_over_statistics(source, target)

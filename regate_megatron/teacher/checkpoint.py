@@ -6,6 +6,7 @@ read first by an unpickler that knows torch's metadata classes and refuses every
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from regate_megatron.errors import refuse
 from regate_megatron.ranks.publishing import filled_by_all_ranks
+from regate_megatron.teacher.settings import stated_settings, write_own
 
 EMBEDDING = "embedding.word_embeddings.weight"
 LANGUAGE_MODEL_PREFIX = "language_model."
@@ -47,11 +50,13 @@ class LanguageModelCheckpoint:
         path: the folder of the iteration.
         prefix: what its keys start with: "" for a GPT, "language_model." for a LLaVA.
         shapes: global shape of every tensor of the language model, by key without prefix.
+        stated: what it says of the model's settings, see :func:`settings.stated_settings`; None: nothing.
     """
 
     path: Path
     prefix: str
     shapes: dict[str, tuple[int, ...]]
+    stated: dict[str, Any] | None = None
 
     def key_of(self, key: str) -> str:
         """The name of a tensor in this checkpoint: norms are stored apart, or under the linear layer they precede.
@@ -113,7 +118,7 @@ def find_iteration(directory: str | Path, what: str = "checkpoint") -> Path:
 
 
 def open_language_model(directory: str | Path, what: str = "checkpoint") -> LanguageModelCheckpoint:
-    """Find the language model in a checkpoint; reads names and shapes only. Any rank, no communication.
+    """Find the language model in a checkpoint; reads names, shapes and settings only. Any rank, no communication.
 
     Raises:
         ReGateError: see :func:`find_iteration`; or there is no language model in the checkpoint.
@@ -127,7 +132,8 @@ def open_language_model(directory: str | Path, what: str = "checkpoint") -> Lang
         raise refuse(
             what, given=f"{path}, unreadable ({type(error).__name__})", allowed="a complete checkpoint", change="it"
         ) from error
-    return language_model_in(path, {key: tuple(tensor.global_shape) for key, tensor in metadata.items()}, what)
+    found = language_model_in(path, {key: tuple(tensor.global_shape) for key, tensor in metadata.items()}, what)
+    return dataclasses.replace(found, stated=stated_settings(path, saved_arguments(path)))
 
 
 def language_model_in(path: Path, shapes: dict[str, tuple[int, ...]], what: str) -> LanguageModelCheckpoint:
@@ -207,6 +213,8 @@ def save_language_model(chunks: Sequence[Any], directory: str | Path, group: Any
     with filled_by_all_ranks(Path(directory), "saving a language model", group) as aside:
         tensors = {f"chunk{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
         dist_checkpointing.save(tensors, str(aside))
+        if dist.get_rank() == 0:
+            write_own(aside, chunks[0])
 
 
 class _IndexReader(pickle.Unpickler):

@@ -26,6 +26,7 @@ from regate_megatron.checkpoints.targets import TRACKER as _TRACKER
 from regate_megatron.checkpoints.targets import new_folder
 from regate_megatron.errors import ReGateError, refuse
 from regate_megatron.teacher.checkpoint import EMBEDDING, LANGUAGE_MODEL_PREFIX, find_iteration
+from regate_megatron.teacher.settings import SETTINGS_FILES
 
 _COMMON_STATE = "common_state/"  # an object inside the checkpoint since megatron-core 0.19, before that a file:
 _COMMON_FILE = "common.pt"
@@ -154,7 +155,7 @@ def _write(extraction: Extraction, root: Path, progress: Callable[[int], Any]) -
                 storage[place] = dataclasses.replace(info, offset=new.tell())
                 _copy(old, new, info, progress)
             _flush(new)
-    for name in ("metadata.json", _COMMON_FILE):
+    for name in ("metadata.json", _COMMON_FILE, *SETTINGS_FILES):
         if (extraction.path / name).is_file():
             shutil.copyfile(extraction.path / name, folder / name)
     with (folder / ".metadata").open("wb") as file:

@@ -130,18 +130,23 @@ def _odd(index: np.ndarray, salt: int) -> Tensor:
 
 def _pieces_of_model(model: Any) -> Iterator[_Piece]:
     """What this rank holds as the first of its replicas."""
+    for value in sharded_tensors(model):
+        replica = value.replica_id if isinstance(value.replica_id, tuple) else (value.replica_id,)
+        if value.data is not None and not any(replica):
+            data = value.data.detach()
+            data = data.reshape((1,) * value.prepend_axis_num + tuple(data.shape))
+            yield canonical_name(value.key), tuple(value.global_shape), tuple(value.global_offset), data
+
+
+def sharded_tensors(model: Any) -> Iterator[Any]:
+    """The tensors of a language-model chunk as a checkpoint has them: Megatron's ``ShardedTensor``."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
     state = model.sharded_state_dict()
     apply_factories(state)
     for value in _leaves(state):
-        if not isinstance(value, ShardedTensor) or value.key.split(".")[0] not in _ROOTS or value.data is None:
-            continue
-        replica = value.replica_id if isinstance(value.replica_id, tuple) else (value.replica_id,)
-        if not any(replica):
-            data = value.data.detach()
-            data = data.reshape((1,) * value.prepend_axis_num + tuple(data.shape))
-            yield canonical_name(value.key), tuple(value.global_shape), tuple(value.global_offset), data
+        if isinstance(value, ShardedTensor) and value.key.split(".")[0] in _ROOTS:
+            yield value
 
 
 def _leaves(state: Any) -> Iterator[Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -20,12 +21,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from regate_megatron.batches import MicrobatchFacts
-from regate_megatron.ranks.topology import Topology
+from regate_megatron.errors import ReGateError
+from regate_megatron.ranks.topology import Topology, agree_on_error
 from regate_megatron.support.alignment import experts_span_replicas
 from regate_megatron.teacher.cache import rounded
 from regate_megatron.teacher.cache_files import KEY_BYTES
+from regate_megatron.teacher.manifest import claim_probe
 from regate_megatron.teacher.memory import RecentLosses
 from regate_megatron.teacher.offload import Offloaded
+from regate_megatron.teacher.probe import probe_rows
 from regate_megatron.teacher.rows import TeacherRows, grown, rows_for_teacher
 from regate_megatron.teacher.run import TeacherRun, length_multiple
 
@@ -57,6 +61,11 @@ class ReferenceLosses:
         build: makes the teacher; called by all ranks of the world at once.
         store: what remembers losses, on planners; in memory when None.
         offload: whether the weights leave the device between uses.
+        identity: who the teacher is, see :func:`.manifest.teacher_identity`.
+        proof: the cache whose fixed row a teacher is tried on when it is there; None: on none.
+
+    Raises:
+        ReGateError: the teacher gives the fixed row other losses than the cache's; on every rank.
     """
 
     def __init__(
@@ -70,8 +79,11 @@ class ReferenceLosses:
         build: Callable[[], Sequence[Any]] | None = None,
         store: Store | None = None,
         offload: bool = False,
+        identity: dict[str, Any] | None = None,
+        proof: Path | None = None,
     ) -> None:
         self.config, self.topology = config, topology
+        self.identity, self._proof = identity, proof
         self.run: TeacherRun | None = None
         self.visual, self.pad_token = visual, pad_token
         self.store = store
@@ -120,11 +132,7 @@ class ReferenceLosses:
             self.require_teacher()
             request = self._share(self._level(self._request) if self.topology.is_planner else None)
             if request is not None:
-                if self._offloaded:
-                    self._offloaded.bring()
-                losses = self.run(request, micro_batch_size)
-                if self._offloaded:
-                    self._offloaded.leave()
+                losses = self._run(request, micro_batch_size)
                 if self.topology.is_planner:
                     self._take(request, losses)
         self.seconds += time.perf_counter() - start
@@ -163,6 +171,27 @@ class ReferenceLosses:
         self.run = TeacherRun(chunks)
         if self._offloads:
             self._offloaded = Offloaded(self.run.chunks)
+        if self._proof is not None:
+            self._prove()
+
+    def _run(self, request: TeacherRows, micro_batch_size: int) -> list[Tensor]:
+        if self._offloaded:
+            self._offloaded.bring()
+        losses = self.run(request, micro_batch_size)
+        if self._offloaded:
+            self._offloaded.leave()
+        return losses
+
+    def _prove(self) -> None:
+        """Compare the fixed row's losses with those in the cache; all ranks of the world call this."""
+        losses = self._run(probe_rows(self.run.chunks[0], length_multiple(self.config)), 1)
+        error = None
+        if self.topology.is_planner and self.topology.dp_rank == 0:
+            try:
+                claim_probe(self._proof, losses[0].tolist(), self.identity["dtype"])
+            except ReGateError as refusal:
+                error = str(refusal)
+        agree_on_error(error, self.topology)
 
     def _rows(self, samples: Sequence[tuple[MicrobatchFacts, int]]) -> TeacherRows | None:
         if not samples:

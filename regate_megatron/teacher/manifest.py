@@ -1,72 +1,66 @@
 """Whose losses a cache holds: ``manifest.json`` names the teacher, and a run with another one is refused.
 
 The first run writes it; every later one compares. What it lists is what a reference loss depends on beside the sample:
-the weights, the architecture, the vocabulary, how visual positions are read, and the precision of the forward.
+the weights, every setting that is not known to change no loss, the vocabulary, how visual positions are read, and the
+precision of the forward. ``probe.json`` holds the losses of one fixed row, computed again whenever a teacher is built:
+what no list names is found by them.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 
 from regate_megatron.config import flag
 from regate_megatron.errors import refuse
 from regate_megatron.teacher.cache_files import sync_folder
+from regate_megatron.teacher.settings import same
 
 MANIFEST = "manifest.json"
-FORMAT = 1
-_ARCHITECTURE = (
-    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"),
-    *(
-        "normalization",
-        "layernorm_epsilon",
-        "layernorm_zero_centered_gamma",
-        "apply_residual_connection_post_layernorm",
-    ),
-    *("add_bias_linear", "add_qkv_bias", "gated_linear_unit", "activation_func", "qk_layernorm", "softmax_scale"),
-    *("rotary_interleaved", "multi_latent_attention", "window_size", "q_lora_rank", "kv_lora_rank", "qk_head_dim"),
-    *("num_moe_experts", "moe_router_topk", "moe_router_score_function", "moe_ffn_hidden_size", "moe_layer_freq"),
-    *("moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size", "moe_router_pre_softmax"),
-)
-_MODEL = ("position_embedding_type", "rotary_percent", "rotary_base", "rotary_scaling", "max_sequence_length")
+FORMAT = 2
+PROBE = "probe.json"
+_TOKENIZER = "tokenizer"
+# Of the mean loss, how far the losses of the fixed row may be off on average. Layouts differ by less than 1e-5 in
+# float32. bfloat16 is 0.04 to 0.2 % off float32 (8 layers of 512, random weights); there a rotary base of 5e5 for 1e4
+# is 0.4 to 7 % off, an epsilon of 1e-2 for 1e-5 3 to 6 %.
+_TOLERANCE = {"float32": 1e-3}
+_TOLERANCE_16_BITS = 0.01
 
 
 def teacher_identity(
-    model: Any,
+    settings: dict[str, Any],
     *,
     weights: str,
     vocab_size: int,
     tokenizer: str | None,
     visual: str,
     pad_token: int | None,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
     """All that a reference loss depends on beside the sample, as plain values; the same on every rank and layout.
 
     Args:
-        model: a language model of the teacher's architecture.
+        settings: see :func:`.settings.settings_of`.
         weights: see :mod:`.fingerprint`.
         vocab_size: rows of the teacher's output layer, padding included (padding takes part in the softmax).
         tokenizer: a hash of the tokenizer, None where none could be made.
+        dtype: the weights', in which the forward runs.
     """
-    architecture = {name: _plain(getattr(model.config, name)) for name in _ARCHITECTURE if hasattr(model.config, name)}
-    learned = model.position_embedding_type == "learned_absolute"
-    architecture |= {
-        name: _plain(getattr(model, name))
-        for name in _MODEL
-        if hasattr(model, name) and (learned or name != "max_sequence_length")
-    }
     return {
         "weights": weights,
-        "architecture": architecture,
+        "architecture": settings,
         "vocab_size": vocab_size,
-        "tokenizer": tokenizer,
+        _TOKENIZER: tokenizer,
         "visual": visual if visual == "drop" else f"pad with {pad_token}",
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
     }
 
 
@@ -129,28 +123,80 @@ def check(directory: Path, identity: dict[str, Any]) -> None:
         ReGateError: they differ; both fingerprints and the first differences are named.
     """
     theirs = read_manifest(directory) or {}
-    known = dict(identity)
-    for side, other in ((known, theirs), (theirs, known)):
-        if side.get("tokenizer") is None:  # nothing to compare with: the vocabulary's size has to do
-            other["tokenizer"] = None
-    if theirs == known:
+    if not (found := differences(theirs, identity)):
         return
     raise refuse(
         flag("reference_cache"),
-        given=f"{directory}, made with teacher {fingerprint(theirs)[:16]} ({'; '.join(_differences(theirs, known))})",
-        allowed=f"this run's teacher {fingerprint(known)[:16]}",
+        given=f"{directory}, made with teacher {fingerprint(theirs)[:16]} ({'; '.join(found)})",
+        allowed=f"this run's teacher {fingerprint(identity)[:16]}",
         change="the directory, or the teacher",
     )
 
 
-def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """What differs between two teachers, a few words each."""
     lines = []
-    for name in ours:
-        if isinstance(ours[name], dict):
-            lines += _differences(theirs.get(name) or {}, ours[name])
-        elif theirs.get(name) != ours[name]:
-            lines.append(f"{name} {theirs.get(name)}, here {ours[name]}")
+    for name in dict.fromkeys([*ours, *theirs]):
+        one, other = theirs.get(name), ours.get(name)
+        if name == _TOKENIZER and None in (one, other):  # nothing to compare with: the vocabulary's size has to do
+            continue
+        if isinstance(one, dict | None) and isinstance(other, dict | None):
+            lines += differences(one or {}, other or {})
+        elif not same(one, other):
+            lines.append(f"{name} {_short(one)}, here {_short(other)}")
     return lines
+
+
+def claim_probe(directory: Path, loss_T: Sequence[float], dtype: str) -> None:
+    """Note the losses of the fixed row in a cache, or compare with those its first teacher gave; one rank calls this.
+
+    Args:
+        loss_T: see :func:`.probe.probe_rows`.
+        dtype: the weights', as in the identity.
+
+    Raises:
+        ReGateError: they differ by more than rounding: it is another teacher, in something that nothing else tells.
+    """
+    path = directory / PROBE
+    try:
+        if not path.exists() and all(map(math.isfinite, loss_T)):
+            _create(path, json.dumps({"losses": list(loss_T)}))
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    known_T = read_probe(directory)
+    if known_T is None:  # nothing finite to compare with: the first steps will tell
+        return
+    mean = sum(known_T) / max(1, len(known_T))
+    pairs = zip(known_T, loss_T, strict=False)
+    off = sum(abs(one - other) for one, other in pairs) / max(1, len(known_T))
+    if len(known_T) == len(loss_T) and off <= _TOLERANCE.get(dtype, _TOLERANCE_16_BITS) * mean:
+        return
+    raise refuse(
+        flag("reference_cache"),
+        given=f"{directory}, whose teacher gave a fixed row {mean:.4g} per token, this one is {off:.3g} off",
+        allowed="the same teacher, in its settings as in its weights",
+        change="the directory, or the teacher's settings",
+    )
+
+
+def read_probe(directory: Path) -> list[float] | None:
+    """The losses of the fixed row in a cache; None where no teacher was built yet.
+
+    Raises:
+        ReGateError: they cannot be read.
+    """
+    path = directory / PROBE
+    try:
+        return [float(loss) for loss in json.loads(path.read_text())["losses"]]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> Exception:
+    form = {"allowed": "a cache as it was written", "change": "the directory"}
+    return refuse(flag("reference_cache"), given=f"{path}, unreadable ({error})", **form)
 
 
 def _create(path: Path, text: str) -> None:
@@ -172,10 +218,6 @@ def _create(path: Path, text: str) -> None:
     sync_folder(path.parent)
 
 
-def _plain(value: Any) -> Any:
-    """A setting as JSON has it."""
-    if callable(value):
-        return getattr(value, "__name__", type(value).__name__)
-    if isinstance(value, tuple):
-        return list(value)
-    return value if isinstance(value, int | float | str | list | None) else str(value)
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -8,10 +8,18 @@ from typing import Any
 
 import xxhash
 
-from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig, flag
-from regate_megatron.errors import refuse
+from regate_megatron.config import SCORES_WITH_TEACHER, STUDENT_AS_TEACHER, ReGateConfig, flag
+from regate_megatron.errors import ReGateError, refuse
 from regate_megatron.method.budget import align_up
-from regate_megatron.teacher.checkpoint import EMBEDDING, LanguageModelCheckpoint, open_language_model, saved_arguments
+from regate_megatron.teacher.checkpoint import (
+    EMBEDDING,
+    LanguageModelCheckpoint,
+    canonical_name,
+    open_language_model,
+    saved_arguments,
+)
+from regate_megatron.teacher.fingerprint import sharded_tensors
+from regate_megatron.teacher.settings import settle
 
 TEACHER_FOLDER = "regate_teacher"
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges*")
@@ -40,10 +48,18 @@ def find_teacher(
         checkpoint = open_language_model(config.teacher_load, flag("teacher_load"))
         for student in students:
             _check_architecture(student, checkpoint)
+            settle(student, checkpoint)
         _check_vocabulary(students[0], checkpoint, vocab_size)
         return checkpoint
     kept = teacher_of_resumed_run(args)
-    return open_language_model(kept, flag("teacher_load")) if kept else None
+    if kept is None:
+        _check_first_start(args)
+        return None
+    checkpoint = open_language_model(kept, flag("teacher_load"))
+    for student in students:
+        _check_architecture(student, checkpoint)
+        settle(student, checkpoint)
+    return checkpoint
 
 
 def teacher_of_resumed_run(args: Any) -> Path | None:
@@ -52,6 +68,31 @@ def teacher_of_resumed_run(args: Any) -> Path | None:
         return None
     kept = Path(args.load) / TEACHER_FOLDER
     return kept if kept.is_dir() else None
+
+
+def _check_first_start(args: Any) -> None:
+    """Refuse to take the student as its teacher where a run with one continues: it has learned since.
+
+    A checkpoint of a run without ReGATE, or with a score that needs no teacher, is a first start. Megatron's legacy
+    format keeps its arguments in a pickle, which is not read here; what was learned is compared when it is loaded.
+    """
+    if args is None or not getattr(args, "load", None) or not getattr(args, "iteration", 0):
+        return
+    iteration = Path(args.load) / f"iter_{args.iteration:07d}"
+    saved = saved_arguments(iteration) if iteration.is_dir() else None
+    if getattr(saved, "regate", False) and getattr(saved, "regate_score", None) in SCORES_WITH_TEACHER:
+        raise teacher_is_gone(f"{iteration} of a run with a teacher, without {Path(args.load) / TEACHER_FOLDER}")
+
+
+def teacher_is_gone(given: str) -> ReGateError:
+    """The refusal of a student that would be its own teacher after it has learned."""
+    return refuse(
+        f"{flag('teacher_load')} {STUDENT_AS_TEACHER}",
+        given=given,
+        allowed="the student as it was when the run began",
+        change=f"the copy (the folder {TEACHER_FOLDER} belongs to the checkpoints), or {flag('teacher_load')} to a "
+        "checkpoint, which then is the teacher",
+    )
 
 
 def hash_of_tokenizer(tokenizer: Any, args: Any) -> str | None:
@@ -77,23 +118,41 @@ def hash_of_tokenizer(tokenizer: Any, args: Any) -> str | None:
 
 
 def _check_architecture(student: Any, checkpoint: LanguageModelCheckpoint) -> None:
-    """Every tensor of the student's chunk must be in the checkpoint with its global shape, the vocabulary aside."""
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    """Student and checkpoint have the same tensors in this chunk's layers, of the same shapes but for the vocabulary.
 
-    for value in student.sharded_state_dict().values():
-        if not isinstance(value, ShardedTensor):
-            continue
-        found = checkpoint.shapes.get(checkpoint.key_of(value.key))
-        want = tuple(value.global_shape)
-        if value.key in (EMBEDDING, "output_layer.weight") and found:
+    A tensor that only the checkpoint has (a bias, a norm, an output layer of its own) is a difference as well: the
+    student's architecture would leave it out.
+    """
+    own = {}
+    for tensor in sharded_tensors(student):
+        key = checkpoint.key_of(tensor.key)
+        found, want = checkpoint.shapes.get(key), tuple(tensor.global_shape)
+        own[canonical_name(tensor.key)] = key
+        if tensor.key in (EMBEDDING, "output_layer.weight") and found:
             found, want = found[1:], want[1:]
         if found != want:
-            raise refuse(
-                flag("teacher_load"),
-                given=f"{checkpoint.path} with {value.key} of shape {found or 'none'}",
-                allowed=f"the student's language-model architecture ({value.key} of shape {want})",
-                change="the teacher to the student's own text backbone",
-            )
+            raise _another(checkpoint, tensor.key, found or "none", want)
+    ours = {parts for name in own if (parts := _part_of(name))}
+    for name, shape in checkpoint.shapes.items():
+        if _part_of(canonical_name(name)) in ours and canonical_name(name) not in own:
+            raise _another(checkpoint, name, shape, "none")
+
+
+def _part_of(name: str) -> str:
+    """What is on one stage as a whole or not at all: a layer (all, where they lie in one tensor), the output, words."""
+    parts = name.split(".")
+    if parts[0] == "decoder" and parts[1] == "layers":
+        return ".".join(parts[:3]) if parts[2].isdigit() else "decoder.layers"
+    return "output" if name.startswith(("decoder.final", "output_layer")) else parts[0]
+
+
+def _another(checkpoint: LanguageModelCheckpoint, name: str, found: Any, want: Any) -> Exception:
+    return refuse(
+        flag("teacher_load"),
+        given=f"{checkpoint.path} with {name} of shape {found}",
+        allowed=f"the student's language-model architecture ({name} of shape {want})",
+        change="the teacher to the student's own text backbone",
+    )
 
 
 def _check_vocabulary(student: Any, checkpoint: LanguageModelCheckpoint, vocab_size: int | None) -> None:

@@ -192,6 +192,8 @@ def batches(case: dict) -> list[dict]:
             "loss_mask": mask[rows].clone(),
         }
         batch["position_ids"] = torch.arange(TEXT).expand(num_rows, -1)
+        if case.get("places") == "backwards":
+            batch["position_ids"] = torch.arange(TEXT).flip(0).expand(num_rows, -1)
         if case.get("positions") == "mrope":  # a grid of pictures: places repeat and go back, one per axis
             axes = [torch.arange(TEXT) // d % 7 for d in (1, 2, 5)]
             batch["position_ids"] = torch.stack(axes)[:, None].expand(-1, num_rows, -1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -21,21 +22,46 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from regate_megatron import ReGateConfig, ReGateError, attach, describe, detach, wrap_forward_backward
+from regate_megatron import (
+    ReGateConfig,
+    ReGateError,
+    attach,
+    describe,
+    detach,
+    load_state,
+    save_state,
+    wrap_forward_backward,
+)
 from regate_megatron.api import session_of
+from regate_megatron.teacher import settings
 from regate_megatron.teacher.cache import ReferenceCache
 from regate_megatron.teacher.checkpoint import open_language_model, save_language_model
 from regate_megatron.teacher.fingerprint import fingerprint_of_checkpoint, fingerprint_of_model
+from regate_megatron.teacher.manifest import read_probe
 from tests.multiprocess.models import Step, build, parallel, run, shared_store
 
 STEPS = 3
+SETTINGS = {"warmup_steps": 1, "cycle_steps": 100, "dense_steps": 0, "teacher_load": "student"}
+CONSTANTS = {
+    "base": {"gpt": {"rotary_base": 100}},
+    "percent": {"gpt": {"rotary_percent": 0.5}},
+    "interpolation": {"gpt": {"seq_len_interpolation_factor": 4.0}},
+    "epsilon": {"config": {"layernorm_epsilon": 0.1}},
+    "softmax": {"config": {"softmax_scale": 1.5}},
+}
+OTHERS = {
+    "positions": ({"positions": "none"}, "position_embedding_type none"),
+    "activation": ({"config": {"activation_func": torch.nn.functional.silu}}, "activation_func silu"),
+    "freq": ({"config": {"no_rope_freq": 2}}, "no_rope_freq [0, 1, 0, 1]"),
+    "norms": ({"config": {"qk_layernorm": True}}, "layernorm.weight"),
+    "output": ({"tied": True}, "output_layer.weight"),
+}
 
 
 def train(case: dict, *, models: list | None = None, before_sparse=None, **options) -> tuple[list, list[str]]:
     """One dense and some sparse steps; returns the models, still attached, and the plans' hashes."""
     models = models or build(case)
-    settings = {"warmup_steps": 1, "cycle_steps": 100, "dense_steps": 0, "teacher_load": "student", **options}
-    attach(models, ReGateConfig(**settings), pad_token=0)
+    attach(models, ReGateConfig(**{**SETTINGS, **options}), pad_token=0)
     schedule, hashes = wrap_forward_backward(get_forward_backward_func()), []
     for number in range(STEPS):
         if number == 1 and before_sparse:
@@ -201,6 +227,120 @@ def another_teacher_is_refused_on_every_rank(case: dict, folder: Path) -> dict:
         assert "made with teacher" in str(error) and "weights" in str(error)
     else:
         raise AssertionError("not refused")
+    return {}
+
+
+def refused_on_every_rank(words: str, action) -> None:
+    """``action`` must be refused in the one-line form on each rank, with ``words`` in it."""
+    try:
+        action()
+    except ReGateError as error:
+        assert words in str(error) and str(error).startswith("regate: "), error
+    else:
+        raise AssertionError(f"not refused: {words}")
+
+
+def teacher_has_the_constants_of_its_own_checkpoint(case: dict, folder: Path) -> dict:
+    """A checkpoint trained with other constants than the student's scores as the model that was trained did."""
+    results = {}
+    for name, own in CONSTANTS.items():
+        trained = {**case, **own}
+        models, _ = train(trained)  # a student with these constants is its own teacher
+        expected = losses_by_key(models)
+        save_language_model(session_of(models).reference.run.chunks, folder / name)
+        detach(models)
+        models, _ = train(case, teacher_load=str(folder / name))
+        found = losses_by_key(models)
+        detach(models)
+        models, _ = train(case)
+        wrong = losses_by_key(models)
+        detach(models)
+        assert found.keys() == expected.keys() == wrong.keys()
+        pairs = [(a, b, c) for key in found for a, b, c in zip(found[key], expected[key], wrong[key], strict=True)]
+        assert all(abs(a - b) < 1e-5 for a, b, _ in pairs), name
+        assert max(abs(b - c) for _, b, c in pairs) > 1e-3, f"{name} makes no difference here"
+        results[name] = found
+    return results
+
+
+def teacher_of_another_architecture_is_refused_by_name(case: dict, folder: Path) -> dict:
+    for name, (own, words) in OTHERS.items():
+        save_language_model(build({**case, **own}), folder / name)
+        refused_on_every_rank(words, lambda name=name: train(case, teacher_load=str(folder / name)))
+    return {}
+
+
+def teacher_that_no_list_tells_apart_is_found_by_a_fixed_row(case: dict, folder: Path) -> dict:
+    """The same weights, and a constant that (let us say) nobody thought of."""
+    cache, neutral = str(folder / "cache"), settings.NEUTRAL
+    settings.NEUTRAL = neutral | {"layernorm_epsilon"}
+    try:
+        detach(train(case, reference_cache=cache)[0])
+        detach(train(case, reference_cache=cache)[0])  # the same one passes
+        other = {**case, **CONSTANTS["epsilon"]}
+        refused_on_every_rank("fixed row", lambda: train(other, reference_cache=cache))
+    finally:
+        settings.NEUTRAL = neutral
+    refused_on_every_rank("layernorm_epsilon", lambda: train(other, reference_cache=cache))
+    dist.barrier()
+    return {"losses": read_probe(folder / "cache")}
+
+
+def samples_at_other_position_ids_have_losses_of_their_own(case: dict, folder: Path) -> dict:
+    """With learned positions: a cache filled at usual ids gives nothing to the same tokens at others."""
+    learned = dict(case, positions="learned_absolute")
+    backwards, options = dict(learned, places="backwards"), {"reference_cache": str(folder / "cache")}
+    found = []
+    for one, more in ((learned, options), (backwards, options), (backwards, {}), (learned, options)):
+        dist.barrier()
+        models, _ = train(one, **more)
+        found.append(losses_by_key(models))
+        detach(models)
+    usual, cached, fresh, again = found
+    assert cached.keys() == fresh.keys() and again == usual
+    with_targets = {key for key in usual if usual[key]}
+    assert with_targets and not with_targets & cached.keys()
+    assert all(abs(a - b) < 2e-3 * (1 + b) for key in fresh for a, b in zip(cached[key], fresh[key], strict=True))
+    return {}
+
+
+def teacher_taken_from_the_student_comes_back_with_saved_state(case: dict, folder: Path) -> dict:
+    """In one's own loop: the student has learned since; its teacher is who it was, or the run is refused."""
+    models, _ = train(case)
+    expected = losses_by_key(models)
+    save_state(models, folder / "state")
+    detach(models)
+
+    def go_on(prepares: bool, **options):
+        models = build(case)
+        with torch.no_grad():
+            for parameter in models[0].parameters():
+                parameter.mul_(1.5)
+        attach(models, ReGateConfig(**{**SETTINGS, **options}), pad_token=0)
+        if prepares:
+            session_of(models).prepare(2)
+        said = load_state(models, folder / "state")
+        run(case, models, wrap_forward_backward(get_forward_backward_func()), Step())
+        return models, said
+
+    for prepares in (False, True):
+        models, said = go_on(prepares)
+        assert losses_by_key(models) == expected and "teacher" not in said
+        save_state(models, folder / "again")  # and it goes on from folder to folder
+        detach(models)
+    save_language_model(build(case), folder / "named")
+    models, said = go_on(False, teacher_load=str(folder / "named"))
+    assert losses_by_key(models) == expected and "teacher" not in said, "the same one, from a checkpoint"
+    detach(models)
+    save_language_model(build({**case, **CONSTANTS["epsilon"]}), folder / "other")
+    models, said = go_on(False, teacher_load=str(folder / "other"))
+    assert "; the teacher is another one than before: layernorm_epsilon" in said, said
+    detach(models)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder / "state" / "teacher")
+    dist.barrier()
+    refused_on_every_rank("goes on with another teacher than it had (weights", lambda: go_on(False))
     return {}
 
 

@@ -5,9 +5,15 @@ torchrun --nproc-per-node 1 tests/multiprocess/run_session.py CLAIM [CLAIM ...]
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
+import itertools
+import os
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 from regate_megatron.cpu import emulation
 
@@ -16,6 +22,7 @@ emulation.install()
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from regate_megatron import (
@@ -30,9 +37,12 @@ from regate_megatron import (
     wrap_forward_backward,
 )
 from regate_megatron.api import session_of
-from regate_megatron.teacher.checkpoint import save_language_model
+from regate_megatron.teacher.checkpoint import LanguageModelCheckpoint, save_language_model
+from regate_megatron.teacher.settings import NEUTRAL, settings_of, settle, stated_settings
 from tests.claims import check
 from tests.multiprocess.models import Step, build, run
+from tests.tools.run_convert import build as build_of_arguments
+from tests.tools.run_convert import megatron_arguments
 
 GPT = {"model": "gpt", "tp": 1, "pp": 1, "dense_layers": 1}
 LLAVA = dict(GPT, model="llava")
@@ -253,6 +263,138 @@ def teachers_of_other_models_come_from_their_checkpoints() -> None:
         found = session_of(models).reference.run.chunks[0].state_dict()
         for name, value in source.state_dict().items():
             assert not torch.is_tensor(value) or torch.equal(found[name], value), name
+
+
+def every_setting_counts_unless_it_is_known_to_change_no_loss() -> None:
+    """Each field of the config in turn, and each constant of the rotary modules."""
+    import dataclasses
+
+    from megatron.core.transformer import MLATransformerConfig
+
+    latent = MLATransformerConfig(num_layers=2, hidden_size=32, num_attention_heads=4)
+    like = SimpleNamespace(position_embedding_type="rope", max_sequence_length=64)
+    base = settings_of(latent, like, None)
+    for field in dataclasses.fields(latent):
+        if field.name.startswith("_"):
+            continue
+        other = copy.copy(latent)
+        setattr(other, field.name, "another value")
+        assert (settings_of(other, like, None) != base) == (field.name not in NEUTRAL), field.name
+    learned = SimpleNamespace(position_embedding_type="learned_absolute", max_sequence_length=64)
+    longer = SimpleNamespace(position_embedding_type="learned_absolute", max_sequence_length=128)
+    assert settings_of(latent, learned, None) != settings_of(latent, longer, None)
+
+    def rotary(**options):
+        made = RotaryEmbedding(128, 1.0, use_cpu_initialization=True, **options)
+        return settings_of(latent, like, made)["rotary"]
+
+    scaled = {"rope_scaling": True, "rotary_base": 500000}
+    kinds = [{}, {"rotary_base": 500000}, scaled, dict(scaled, rope_scaling_factor=32.0)]
+    kinds += [{"seq_len_interpolation_factor": 2.0}, {"rotary_interleaved": True}]
+    found = [rotary(**kind) for kind in kinds]
+    assert all(a != b for a, b in itertools.combinations(found, 2))
+    assert rotary(**scaled) == found[2]
+
+
+def default_arguments_of_megatron_say_no_difference() -> None:
+    """A checkpoint's arguments and the config Megatron makes of them are one model, whatever its flags are."""
+    base = "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --max-position-embeddings 64 --vocab-size 60"
+    for flags in (
+        "",
+        "--swiglu --group-query-attention --num-query-groups 2 --position-embedding-type rope --rotary-base 500000 "
+        "--normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights --norm-epsilon 1e-6",
+        "--position-embedding-type rope --num-experts 4 --moe-layer-freq [0,1,1,1] --disable-bias-linear "
+        "--no-rope-freq 2",
+        "--position-embedding-type rope --use-rope-scaling --rotary-percent 0.5 --squared-relu --use-mup",
+        "--position-embedding-type rope --multi-latent-attention --swiglu --softmax-type off-by-one",
+    ):
+        args = megatron_arguments({"flags": f"{base} {flags}".split(), "tp": 1, "pp": 1})
+        before = dict(os.environ)
+        student = build_of_arguments(args, 64)
+        for name in set(os.environ) - set(before):  # Megatron sets some by the attention backend
+            del os.environ[name]
+        stated = stated_settings(Path("none"), args)
+        found = settle(student, LanguageModelCheckpoint(Path("none"), "", {}, stated))
+        assert (found.adopted, found.unstated, found.rotary) == ([], [], getattr(student, "rotary_pos_emb", None)), (
+            flags
+        )
+        args.norm_epsilon = args.layernorm_epsilon = 0.25
+        found = settle(student, LanguageModelCheckpoint(Path("none"), "", {}, stated_settings(Path("none"), args)))
+        assert found.config.layernorm_epsilon == 0.25 and found.adopted[0].startswith("layernorm_epsilon 0.25 ("), flags
+
+
+def scaling_that_a_script_may_not_have_passed_on_is_not_guessed() -> None:
+    """Megatron's pretrain_gpt.py leaves two rotary flags where they are; a conversion says what the model has."""
+    scaled = {"position_embedding_type": "rope", "rotary_base": 10000, "use_rope_scaling": True, "rotary_percent": 1.0}
+    interpolated = dict(scaled, use_rope_scaling=False, rotary_seq_len_interpolation_factor=4.0)
+
+    def teacher_of(stated: dict, **student):
+        (model,) = build(dict(GPT, gpt=student))
+        return model, settle(model, LanguageModelCheckpoint(Path("none"), "", {}, stated))
+
+    for student in ({}, {"seq_len_interpolation_factor": 4.0}):  # as one reading of the flags has it
+        model, found = teacher_of(interpolated, **student)
+        assert found.rotary is model.rotary_pos_emb and not found.adopted
+    refused("which not every script passes on", lambda: teacher_of(interpolated, rotary_base=77))
+    certain = dict(interpolated, huggingface_model_type="qwen2")
+    _, found = teacher_of(certain, rotary_base=77)
+    assert found.rotary.seq_len_interpolation_factor == 4.0 and len(found.adopted) == 2
+    _, found = teacher_of(dict(scaled, use_rope_scaling=False), rotary_base=77)
+    assert found.adopted == ["rotary frequencies of base 10000"]
+
+
+def what_a_checkpoint_does_not_say_is_told() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        save_language_model(build(GPT), f"{folder}/teacher")
+        Path(folder, "teacher", "language_model.json").unlink()
+        told = io.StringIO()
+        with contextlib.redirect_stdout(told):
+            models = attach(build(GPT), config(teacher_load=f"{folder}/teacher"))
+            session_of(models).prepare(2)
+        assert "does not say its settings (rotary base, norm epsilon …): the student's are used" in told.getvalue()
+        Path(folder, "teacher", "language_model.json").write_text("{")
+        refused("unreadable", lambda: attach(build(GPT), config(teacher_load=f"{folder}/teacher")))
+
+
+def run_config_of_bridge_says_what_its_model_has() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        save_language_model(build(GPT), f"{folder}/teacher")
+        Path(folder, "teacher", "language_model.json").unlink()
+        text = "model:\n  _target_: some.Provider\n  layernorm_epsilon: 0.25\n  rotary_base: 500\n  rotary_percent: 1.0"
+        text += "\n  activation_func: {_target_: torch.nn.functional.gelu, _call_: false}\n  seq_length: 9\n"
+        Path(folder, "teacher", "run_config.yaml").write_text(text)
+        models = attach(build(GPT), config(teacher_load=f"{folder}/teacher"))
+        session_of(models).prepare(2)
+        (teacher,) = session_of(models).reference.run.chunks
+        assert teacher.config.layernorm_epsilon == 0.25
+        want = RotaryEmbedding(8, 1.0, rotary_base=500, use_cpu_initialization=True).inv_freq
+        torch.testing.assert_close(teacher.rotary_pos_emb.inv_freq, want)
+        assert not torch.equal(models[0].rotary_pos_emb.inv_freq, want), "the student keeps its own"
+        Path(folder, "teacher", "run_config.yaml").write_text(text.replace("gelu", "silu"))
+        refused("activation_func silu", lambda: attach(build(GPT), config(teacher_load=f"{folder}/teacher")))
+
+
+def difficulty_is_found_by_the_key_a_user_names() -> None:
+    """Pictures that change every time: by content no sample has a history, by text or id all have theirs."""
+    for how, known in (("content", 0), ("text", 1), ("sample_id", 1)):
+        models, session, schedule = attached(LLAVA, score="student", sample_key=how)
+
+        def augmented(iterator):
+            for number, batch in enumerate(iterator):
+                batch["image"] = batch["image"] + torch.rand(())
+                yield dict(batch, sample_id=torch.arange(len(batch["tokens"])) + 10 * number)
+
+        def step(**arguments):
+            return schedule(**dict(arguments, data_iterator=augmented(arguments["data_iterator"])))  # noqa: B023
+
+        for _ in range(3):
+            run(LLAVA, models, step, Step())
+        keys = torch.cat([one.difficulty_key_N2 for one in session.step.facts])
+        counts = torch.cat([one.num_target_N for one in session.step.facts])
+        values = torch.cat(session.planner.difficulty.fetch(keys, counts, 2))
+        assert bool(values.isfinite().all() if known else values.isnan().all()), how
+    models, _, schedule = attached(LLAVA, score="student", sample_key="sample_id")
+    refused("without the key 'sample_id'", lambda: run(LLAVA, models, schedule, Step()))
 
 
 def attach_tied_teacher(folder: str) -> None:

@@ -49,5 +49,13 @@ def test_layouts_give_the_same_reference_losses(results, layout):
     assert alone["gpt"] != alone["llava"]
 
 
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "1x1"])
+def test_layouts_give_the_fixed_row_the_same_losses(results, layout):
+    """What the tolerance of float32 is chosen by: layouts differ by far less than 1e-3."""
+    claim = "teacher_that_no_list_tells_apart_is_found_by_a_fixed_row"
+    alone, here = (results[f"{claim}@{name}"]["losses"] for name in ("1x1", layout))
+    assert len(alone) == 31 and here == pytest.approx(alone, rel=1e-5)
+
+
 def test_every_layout_has_the_same_fingerprint(results):
     assert len({results[f"fingerprint_is_of_the_weights_alone@{layout}"]["weights"] for layout in LAYOUTS}) == 1

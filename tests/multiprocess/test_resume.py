@@ -102,6 +102,45 @@ def test_n_and_n_steps_are_2n_steps_bit_for_bit(runs, uninterrupted, tmp_path):
     assert not list(folder.glob("regate_incomplete*"))
 
 
+def _without_teacher(source: Path, folder: Path, *also: str) -> Path:
+    """A copy of the checkpoints, as somebody makes it who does not know of the folder beside them."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("iter_0000010", "trace", "regate_teacher", *also))
+    return folder
+
+
+def _refusal(run) -> str:
+    lines = [line for line in run.output.splitlines() if line.startswith("regate: ")]
+    assert len(lines) == 1 and set(run.codes) == {1}, run.output[-3000:]
+    assert all(word in lines[0] for word in ("--regate-teacher-load student: given", "allowed", "change"))
+    return lines[0]
+
+
+def test_lost_teacher_is_refused_and_never_the_student_as_it_is_now(runs, uninterrupted, tmp_path):
+    kind, folder, _ = uninterrupted
+    source = _without_teacher(folder, tmp_path / "source")
+    line = _refusal(_resume(runs, 2, source, tmp_path / "ours", *FORMATS[kind], ok=False))
+    if kind == "legacy":  # its arguments are not read: what was learned says who the teacher was
+        assert "goes on with another teacher than it had (weights" in line
+    else:
+        assert f"of a run with a teacher, without {source / 'regate_teacher'}" in line
+    if kind == "sync":  # nor with the difficulty reset: that says nothing of the teacher
+        also = [*FORMATS[kind], "--regate-reset-difficulty"]
+        _refusal(_resume(runs, 2, source, tmp_path / "ours", *also, ok=False))
+
+
+def test_teacher_of_another_time_is_refused_and_one_that_is_named_is_said(runs, uninterrupted, tmp_path):
+    kind, folder, _ = uninterrupted
+    if kind != "sync":
+        pytest.skip("the same code in every format")
+    source = _without_teacher(folder, tmp_path / "source")
+    shutil.copytree(folder / "iter_0000010", source / "regate_teacher")
+    line = _refusal(_resume(runs, 2, source, tmp_path / "ours", ok=False))
+    assert "goes on with another teacher than it had (weights" in line
+    named = source / "regate_teacher"
+    run = _resume(runs, 2, source, tmp_path / "ours", "--regate-teacher-load", named)
+    assert re.search("restored; the teacher is another one than before: weights [0-9a-f]{32}, here", run.output)
+
+
 @pytest.fixture(scope="module")
 def saved(runs, tmp_path_factory):
     """The checkpoint of 10 steps at DP2 and what was said."""

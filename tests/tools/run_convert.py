@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from regate_megatron.cpu import emulation
@@ -32,9 +33,12 @@ from megatron.training.arguments import core_transformer_config_from_args, parse
 from megatron.training.checkpointing import get_checkpoint_name
 
 from regate_megatron.checkpoints.trust import allowed_classes, megatron_classes
+from regate_megatron.teacher import build_teacher
 from regate_megatron.teacher.checkpoint import find_iteration, load_language_model, open_language_model, saved_arguments
 
 LENGTH = 24
+OF_THE_STUDENT = {"rotary_base": 77, "use_rope_scaling": False, "layernorm_epsilon": 0.5}
+OF_THE_STUDENT |= {"rotary_seq_len_interpolation_factor": None}
 
 
 def megatron_arguments(case: dict):
@@ -108,10 +112,8 @@ def run(case: dict) -> dict:
         else:
             state = {"model": model.sharded_state_dict()}
             model.load_state_dict(dist_checkpointing.load(state, str(find_iteration(case["megatron"])))["model"])
-        found = logits(model, tokens_BS)
-        difference = (found[..., :vocab] - want).abs().max() if found is not None else torch.tensor(0.0)
-        dist.all_reduce(difference, op=dist.ReduceOp.MAX)
-        result["differences"].append(difference.item())
+        result["differences"].append(_difference(model, tokens_BS, want))
+    result["teacher_of_another_student"] = _difference(teacher_of_another_student(args, checkpoint), tokens_BS, want)
     if "legacy" in case:
         check_legacy(model, rank_file(case, "legacy"))
     if "save_legacy" in case:
@@ -119,6 +121,24 @@ def run(case: dict) -> dict:
     saved = vars(saved_arguments(checkpoint.path))
     result["arguments"] = [name for name, value in saved.items() if getattr(args, name, value) != value]
     return result
+
+
+def _difference(model, tokens_BS: torch.Tensor, want_BSV: torch.Tensor) -> float:
+    """The largest difference of logits over all ranks."""
+    found = logits(model, tokens_BS)
+    difference = torch.tensor(0.0)
+    if found is not None:
+        difference = (found[..., : want_BSV.shape[-1]] - want_BSV).abs().max()
+    dist.all_reduce(difference, op=dist.ReduceOp.MAX)
+    return difference.item()
+
+
+def teacher_of_another_student(args, checkpoint) -> GPTModel:
+    """A teacher built beside a student of other rotary frequencies and another norm epsilon than its own."""
+    student = build(Namespace(**(vars(args) | OF_THE_STUDENT)), checkpoint.vocab_size)
+    teacher = build_teacher(student, checkpoint)
+    teacher.model_type = ModelType.encoder_or_decoder
+    return teacher
 
 
 def rank_file(case: dict, option: str) -> Path:

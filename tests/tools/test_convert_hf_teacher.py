@@ -91,6 +91,12 @@ def test_logits_equal_those_of_transformers_loaded_as_a_teacher_and_by_megatron(
     assert max(result["differences"]) < 1e-4
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_teacher_has_its_own_rotary_frequencies_and_epsilon_beside_a_student_of_others(compared, name, layout):
+    assert compared[name, layout]["teacher_of_another_student"] < 1e-4
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_stored_arguments_are_those_the_printed_flags_give(compared, name):
     # what belongs to the run, and what Megatron derives from the tokenizer

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regate_megatron.batches import GPTBatches, LLaVABatches
+from regate_megatron.batches import GPTBatches, LLaVABatches, NamedSamples
 from regate_megatron.batches.facts import key_hex
 
 IMAGE = -200
@@ -394,3 +394,106 @@ def test_segments_that_do_not_cover_the_row_are_refused():
     batch["cu_seqlens"][0, 1:] = 5
     with pytest.raises(ValueError, match="from 0 to 9"):
         GPTBatches().read(batch)
+
+
+# ----------------------------------------------------------------------------------------------- position ids in keys
+
+
+def _key(batch: dict, *, reads: bool) -> str:
+    return key_hex(GPTBatches(reads).read(batch).reference_key_N2[0])
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_position_ids_are_in_the_key_of_a_model_that_reads_them(reads):
+    batch = _gpt(FIRST)
+    others = [torch.tensor([[0, 1, 5, 6]]), torch.tensor([[2, 3, 4, 5]]), torch.tensor([[0, 1, 2, 4]])]
+    keys = {_key(dict(batch, position_ids=ids), reads=reads) for ids in others}
+    assert len(keys | {_key(batch, reads=reads)}) == (4 if reads else 1)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_positions_from_the_samples_own_start_leave_its_key_alone(reads):
+    """Padded, packed or alone; with ids from the start or without; and ids after the last target are nobody's."""
+    keys = {_key(_gpt(FIRST), reads=reads), _key(_gpt(FIRST, length=9), reads=reads)}
+    keys.add(_key(dict(_gpt(FIRST), position_ids=torch.arange(4)[None]), reads=reads))
+    keys.add(_key(dict(_gpt(FIRST, length=6), position_ids=torch.tensor([[0, 1, 2, 3, 0, 0]])), reads=reads))
+    assert len(keys) == 1
+    one, two = ([*ONE[0], 0], ONE[1]), ([*TWO[0], 0], TWO[1])
+    packed = GPTBatches(reads).read(_packed([ONE, TWO], length=9)).reference_key_N2
+    assert [key_hex(key) for key in packed] == [_key(_gpt(row), reads=reads) for row in (one, two)]
+
+
+def test_packed_sample_whose_ids_go_on_from_the_one_before_is_another_to_a_model_that_reads_them():
+    usual = _packed([ONE, TWO], length=9)
+    going_on = dict(usual, position_ids=torch.arange(9)[None])
+    first, second = ([key_hex(key) for key in GPTBatches(True).read(one).reference_key_N2] for one in (usual, going_on))
+    assert first[0] == second[0] and first[1] != second[1]
+
+
+def test_mrope_ids_are_in_the_key_up_to_where_they_start():
+    """They are relative: an offset of one axis changes no loss, a distance does."""
+    axes = torch.tensor([[0, 1, 1, 2], [0, 1, 2, 2], [0, 1, 1, 3]])[:, None]  # [3, B, S]
+    keys = [_key(dict(_gpt(FIRST), position_ids=ids), reads=False) for ids in (axes, axes + 5, axes * 2)]
+    keys.append(_key(dict(_gpt(FIRST), position_ids=torch.arange(4).expand(3, 1, 4) + 9), reads=False))
+    assert keys[0] == keys[1] and len(set(keys)) == 3
+    assert keys[3] == _key(_gpt(FIRST), reads=False), "text alone has the key it has with one axis"
+
+
+def test_llava_key_has_the_ids_of_text_where_the_model_reads_them():
+    row = ([IMAGE, 5, 6, 7, 8], [0, 0, 1, 1])
+    usual = dict(_gpt(row), image=torch.zeros(1, 3, 2, 2))
+    moved = dict(usual, position_ids=torch.tensor([[0, 4, 5, 6]]))
+    for reads in (True, False):
+        adapter = LLaVABatches(3, IMAGE, 99, False, reads_position_ids=reads)
+        first, second = (key_hex(adapter.read(one).reference_key_N2[0]) for one in (usual, moved))
+        assert (first != second) == reads
+
+
+# ------------------------------------------------------------------------------------------- what is one sample
+
+
+def _augmented(brightness: float, **more) -> dict:
+    return dict(_gpt(([IMAGE, 5, 6, 7, 8], [0, 0, 1, 1])), image=torch.full((1, 3, 2, 2), brightness), **more)
+
+
+def _named_keys(batch: dict, how: str) -> tuple[str, str]:
+    merged = LLaVABatches(3, IMAGE, 99, False)
+    facts = (NamedSamples(merged, how) if how != "content" else merged).read(batch)
+    return key_hex(facts.difficulty_key_N2[0]), key_hex(facts.reference_key_N2[0])
+
+
+@pytest.mark.parametrize(("how", "is_one"), [("content", False), ("text", True), ("sample_id", True)])
+def test_an_augmented_picture_is_the_same_sample_by_its_text_or_an_id(how, is_one):
+    dark, bright = (_named_keys(_augmented(light, sample_id=torch.tensor([7])), how) for light in (0.1, 0.9))
+    assert (dark[0] == bright[0]) == is_one and dark[1] == bright[1]
+    assert _named_keys(_augmented(0.1, sample_id=torch.tensor([7])), "content")[1] == dark[1], (
+        "what the teacher reads stays"
+    )
+
+
+def test_ids_tell_samples_of_one_text_apart_and_may_be_numbers_or_words():
+    keys = {_named_keys(_augmented(0.1, __key__=[name]), "__key__")[0] for name in ("a/1", "a/2", 7, b"7", "7")}
+    assert len(keys) == 5
+    number = _named_keys(_augmented(0.1, __key__=torch.tensor([7])), "__key__")[0]
+    assert number in keys, "a number in a tensor is the number"
+
+
+def test_ids_of_another_answer_are_other_samples():
+    """Difficulty is kept by target: another answer has none to take over."""
+    one, other = _gpt(FIRST), _gpt(SECOND)
+    adapter = NamedSamples(GPTBatches(), "sample_id")
+    keys = [adapter.read(dict(batch, sample_id=[3])).difficulty_key_N2 for batch in (one, other)]
+    assert not torch.equal(*keys)
+
+
+def test_text_key_is_the_same_padded_and_packed():
+    adapter = NamedSamples(GPTBatches(), "text")
+    tokens, mask = ONE
+    alone = adapter.read(_gpt(([*tokens, 0], mask), length=7)).difficulty_key_N2[0]
+    assert torch.equal(alone, adapter.read(_packed([TWO, ONE], length=9)).difficulty_key_N2[1])
+
+
+@pytest.mark.parametrize(("more", "words"), [({}, "without the key 'sample_id'"), ({"sample_id": [1, 2]}, "2 ids")])
+def test_batches_without_one_id_per_sample_are_refused(more, words):
+    with pytest.raises(ValueError, match=words):
+        _named_keys(_augmented(0.1, **more), "sample_id")

@@ -43,6 +43,7 @@ FLAGS = {  # a change here breaks users' scripts
     "--regate-teacher-visual": "drop",
     "--regate-reference-cache": None,
     "--regate-teacher-offload": False,
+    "--regate-sample-key": "content",
     "--regate-difficulty-memory": 4.0,
     "--regate-reset-difficulty": False,
     "--regate-trace": None,

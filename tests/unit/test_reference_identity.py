@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from regate_megatron.errors import ReGateError
 from regate_megatron.teacher.fingerprint import sums_of
-from regate_megatron.teacher.manifest import claim, fingerprint, read_manifest
+from regate_megatron.teacher.manifest import claim, claim_probe, differences, fingerprint, read_manifest, read_probe
 from regate_megatron.teacher.offload import Offloaded
 from regate_megatron.teacher.source import hash_of_tokenizer
 
@@ -79,7 +79,7 @@ def test_one_of_many_first_runs_wins(tmp_path):
     assert len(refused) == 7 and int(read_manifest(tmp_path)["weights"]) not in refused
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 2}', '{"format": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 2}'])
 def test_damaged_manifest_is_refused(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(ReGateError, match="manifest.json"):
@@ -164,3 +164,42 @@ def test_offloaded_weights_leave_and_come_back():
         assert {parameter.data_ptr() for parameter in model.parameters()} == host
     assert model.shared.data_ptr() == buffer
     assert all(np.array_equal(p.detach(), v) for p, v in zip(model.parameters(), values, strict=True))
+
+
+def test_fixed_row_tells_a_teacher_that_its_names_do_not(tmp_path):
+    losses = [3.0, 4.0, 5.0]
+    claim_probe(tmp_path, losses, "float32")
+    claim_probe(tmp_path, [loss * (1 + 1e-5) for loss in losses], "float32")
+    claim_probe(tmp_path, [loss * 1.005 for loss in losses], "bfloat16")
+    for other, dtype in (
+        ([3.0, 4.0, 5.1], "float32"),
+        ([3.0, 4.5, 5.0], "bfloat16"),
+        ([3.0, float("nan"), 5.0], "float32"),
+    ):
+        with pytest.raises(
+            ReGateError, match="^regate: --regate-reference-cache: given .*fixed row.*; allowed .*; change "
+        ):
+            claim_probe(tmp_path, other, dtype)
+    assert read_probe(tmp_path) == losses
+    (tmp_path / "probe.json").write_text("{")
+    with pytest.raises(ReGateError, match="unreadable"):
+        claim_probe(tmp_path, losses, "float32")
+
+
+def test_losses_that_are_not_finite_are_nobodys_fixed_row(tmp_path):
+    claim_probe(tmp_path, [float("inf")], "float32")
+    assert read_probe(tmp_path) is None
+
+
+def test_numbers_are_compared_up_to_the_rounding_of_devices():
+    one = {"architecture": {"rotary": {"inv_freq": [1.0, 0.1]}}, "tokenizer": None}
+    other = {"architecture": {"rotary": {"inv_freq": [1.0, 0.1 * (1 + 1e-7)]}}, "tokenizer": "t"}
+    assert differences(one, other) == []
+    other["architecture"]["rotary"]["inv_freq"][1] = 0.1001
+    assert differences(one, other) == ["inv_freq [1.0, 0.1], here [1.0, 0.1001]"]
+
+
+def test_what_only_one_teacher_has_is_a_difference():
+    assert differences({"architecture": {"softmax_scale": 0.5}}, {"architecture": {}}) == [
+        "softmax_scale 0.5, here None"
+    ]
