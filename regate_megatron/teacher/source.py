@@ -11,7 +11,7 @@ import xxhash
 from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig, flag
 from regate_megatron.errors import refuse
 from regate_megatron.method.budget import align_up
-from regate_megatron.teacher.checkpoint import EMBEDDING, LanguageModelCheckpoint, open_language_model, saved_arguments
+from regate_megatron.teacher.weights import EMBEDDING, LanguageModelCheckpoint, open_language_model, saved_arguments
 
 TEACHER_FOLDER = "regate_teacher"
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges*")

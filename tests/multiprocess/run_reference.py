@@ -24,8 +24,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from regate_megatron import ReGateConfig, ReGateError, attach, describe, detach, wrap_forward_backward
 from regate_megatron.api import session_of
 from regate_megatron.teacher.cache import ReferenceCache
-from regate_megatron.teacher.checkpoint import open_language_model, save_language_model
 from regate_megatron.teacher.fingerprint import fingerprint_of_checkpoint, fingerprint_of_model
+from regate_megatron.teacher.weights import open_language_model, save_language_model
 from tests.multiprocess.models import Step, build, parallel, run, shared_store
 
 STEPS = 3

@@ -30,7 +30,7 @@ from regate_megatron import (
     wrap_forward_backward,
 )
 from regate_megatron.api import session_of
-from regate_megatron.teacher.checkpoint import save_language_model
+from regate_megatron.teacher.weights import save_language_model
 from tests.claims import check
 from tests.multiprocess.models import Step, build, run
 
