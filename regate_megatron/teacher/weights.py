@@ -108,7 +108,12 @@ def find_iteration(directory: str | Path, what: str = "checkpoint") -> Path:
         path = root / (label if label == "release" else f"iter_{int(label):07d}" if label.isdigit() else label)
     if any(path.glob("mp_rank_*")):
         given = f"{path}, which is in the legacy format (--ckpt-format torch)"
-        raise refuse(what, given=given, allowed=allowed, change="it: Megatron converts it, see docs/tools.md")
+        raise refuse(
+            what,
+            given=given,
+            allowed=allowed,
+            change='it: Megatron converts it, see "Another layout or format" in docs/tools.md',
+        )
     if not (path / "metadata.json").is_file() or not (path / _INDEX).is_file():
         raise refuse(
             what,
