@@ -1,4 +1,4 @@
-"""Part setup: whether what the other parts import is there, each in a fresh process; docs/gpu.md says how to install it.
+"""Part setup: whether what the other parts import is there, each in a fresh process; docs/gpu.md has the commands.
 
 What holds: each statement imports. Transformer Engine is asked for last and may be missing: parity and step_time then
 run with Megatron's local layers, and fp8 is skipped.
