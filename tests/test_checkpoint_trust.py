@@ -7,10 +7,11 @@ import os
 import pickle
 
 import pytest
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from regate_megatron import ReGateError
-from regate_megatron.teacher.checkpoint import find_iteration
+from regate_megatron.teacher.weights import find_iteration
 
 
 def _checkpoint(folder, index: bytes):
@@ -52,6 +53,13 @@ def test_index_cannot_reach_what_torch_imports(tmp_path, name):
 def test_damaged_index_is_refused(tmp_path, index):
     with pytest.raises(ReGateError, match="^regate: teacher: given .*unreadable.*; allowed .*; change "):
         find_iteration(_checkpoint(tmp_path, index), "teacher")
+
+
+@pytest.mark.parametrize("file", ["../__0_0.distcp", "/etc/passwd", "..", "sub/__0_0.distcp"])
+def test_index_that_points_out_of_its_folder_is_refused(tmp_path, file):
+    index = Metadata({}, storage_data={MetadataIndex("a"): _StorageInfo(file, 0, 1)})
+    with pytest.raises(ReGateError, match="untrusted: it points at"):
+        find_iteration(_checkpoint(tmp_path, pickle.dumps(index)))
 
 
 def test_folder_without_a_checkpoint_is_refused(tmp_path):

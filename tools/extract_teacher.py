@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 from regate_megatron.checkpoints import command
-from regate_megatron.checkpoints.extract_text import extract_text, open_inner_model, plan_text_extraction
+from regate_megatron.checkpoints.extraction import (
+    open_inner_model,
+    plan_huggingface_extraction,
+    plan_megatron_extraction,
+)
 from regate_megatron.checkpoints.to_megatron import plan_to_megatron
 from regate_megatron.errors import refuse
-from regate_megatron.teacher.extract import Extraction, check_target, extract, plan_extraction
 
 EXAMPLES = """\
 examples:
@@ -64,40 +66,23 @@ def _is_huggingface(source: Path) -> bool:
 
 def _to_huggingface(options: argparse.Namespace) -> None:
     command.refuse_options(options, command.MEGATRON_OPTIONS, where="with --to-hf, which copies bytes")
-    model = open_inner_model(options.source)
-    plan = plan_text_extraction(model, options.target, overwrite=options.overwrite)
-    print(
-        f"language model in {model.folder.path}: {model.architecture.family.name}, {len(plan.names)} of "
-        f"{len(model.folder.names)} tensors, {plan.num_bytes / 1e6:,.1f} MB"
-    )
-    work = partial(extract_text, plan, options.target, overwrite=options.overwrite)
-    if command.write(options, plan.num_bytes, "copying", work):
+    plan = plan_huggingface_extraction(open_inner_model(options.source))
+    if command.write(plan, options, str(plan), "copying"):
         print(f"wrote {options.target}")
 
 
 def _from_megatron(options: argparse.Namespace) -> None:
-    extraction = plan_extraction(options.source)
+    plan = plan_megatron_extraction(options.source)
     if options.to_hf:
         raise refuse(
             "--to-hf",
-            given=f"{extraction.path}, a Megatron checkpoint",
+            given=f"{plan.source}, a Megatron checkpoint",
             allowed="a Hugging Face folder",
             change="the command: tools/export_student.py exports Megatron checkpoints",
         )
     command.refuse_options(options, command.MEGATRON_OPTIONS, where="for a Megatron checkpoint, whose bytes are copied")
-    check_target(extraction, options.target, overwrite=options.overwrite)
-    print(_summary(extraction))
-    work = partial(extract, extraction, options.target, overwrite=options.overwrite)
-    if command.write(options, extraction.num_bytes, "copying", work):
+    if command.write(plan, options, str(plan), "copying"):
         print(f"wrote {options.target}; use it with --regate-teacher-load {options.target}")
-
-
-def _summary(extraction: Extraction) -> str:
-    dtypes = {str(extraction.metadata.state_dict_metadata[name].properties.dtype) for name in extraction.shapes}
-    return (
-        f"language model in {extraction.path}: {len(extraction.shapes)} tensors, {extraction.num_parameters:,} "
-        f"parameters ({', '.join(sorted(dtypes)).replace('torch.', '')}), {extraction.num_bytes / 1e6:,.1f} MB"
-    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 """Convert a whole Hugging Face LLaVA (CLIP tower, projector, Llama, Mistral, Qwen2 or Qwen3) to a checkpoint of
 Megatron's LLaVAModel, from which a student starts.
 
-One process, no GPU; weights are streamed. The checkpoint is in the torch_dist format; tools/reshard.py makes the legacy
-one of it. The tower ends with the layer whose output LLaVA uses. tools/export_student.py leads back.
+One process, no GPU; weights are streamed. The checkpoint is in the torch_dist format, which any layout loads. The tower
+ends with the layer whose output LLaVA uses. tools/export_student.py leads back.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ EXAMPLES = """\
 examples:
   python tools/import_student.py --source llava-1.5-7b-hf --target checkpoints/student --tensor-model-parallel-size 4
   python tools/extract_teacher.py --source llava-1.5-7b-hf --target checkpoints/teacher --tensor-model-parallel-size 4
-  python tools/reshard.py --source checkpoints/student --target checkpoints/student-tp4 --format torch \\
-      --tensor-model-parallel-size 4
   python tools/export_student.py --source checkpoints/trained --like llava-1.5-7b-hf --target llava-trained-hf"""
 
 
@@ -28,7 +26,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = command.parser(__doc__, EXAMPLES)
     parser.add_argument("--source", required=True, metavar="DIR", help="Hugging Face folder of a LLaVA")
     command.add_megatron_options(parser)
-    command.add_implementation_option(parser, default="transformer_engine")
+    parser.add_argument(
+        "--transformer-impl",
+        choices=("transformer_engine", "local"),
+        default="transformer_engine",
+        help="whose names the norms get: with the linear layer behind, or apart (default: %(default)s)",
+    )
     return command.run(parser, _work, argv)
 
 

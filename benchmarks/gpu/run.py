@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
-"""What only a GPU can show, in parts of under ten minutes each, on a machine without a network.
+"""What only a GPU can show, in parts of under ten minutes each; none needs a network.
 
-    python3 benchmarks/gpu/pack.py                    # where there is a network: out/gpu-parcel, in loads of 45 MiB
-    python3 benchmarks/gpu/run.py setup               # on the GPU machine: join, check, build, install
+    python3 benchmarks/gpu/run.py setup               # whether the packages are there; docs/gpu.md installs them
     python3 benchmarks/gpu/run.py parity              # exactness on CUDA and NCCL, and keep ratio 1.0 bit for bit
     python3 benchmarks/gpu/run.py step_time           # dense against sparse: conv, speed-up, peak memory
     python3 benchmarks/gpu/run.py fp8                 # Transformer Engine's FP8 recipes
@@ -25,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = {
-    "setup": "installing",
+    "setup": "packages",
     "parity": "parity",
     "step_time": "step_time",
     "fp8": "fp8",
@@ -43,8 +42,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cpu-rehearsal", action="store_true", help="try the code in small, without a GPU")
     parser.add_argument("--budget-seconds", type=float, default=540, metavar="S", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=Path(out), help="results; default: $OUT, else out/gpu")
-    parser.add_argument("--site", type=Path, default=ROOT / "out" / "gpu-site", help="where setup installs packages")
-    parser.add_argument("--parcel", type=Path, default=ROOT / "out" / "gpu-parcel", help="what pack.py made")
     parser.add_argument("--commit", default=os.environ.get("REGATE_COMMIT"), help="where the tree comes without .git")
     parser.add_argument("--only", metavar="TEXT", help="only measurements whose name contains this")
     parser.add_argument("--config", type=Path, help="learning: another configuration")
@@ -55,10 +52,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Run one part; returns the exit code."""
     options = parse()
-    # The emulation wants no Transformer Engine, so a rehearsal leaves the folder out that setup made.
-    folders = [str(ROOT), *([] if options.cpu_rehearsal and options.part != "setup" else [str(options.site)])]
-    sys.path[:0] = folders
-    os.environ["PYTHONPATH"] = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
+    sys.path.insert(0, str(ROOT))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     from benchmarks.gpu import machine
     from regate_megatron.errors import one_line_refusals
 

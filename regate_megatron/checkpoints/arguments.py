@@ -5,8 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-from regate_megatron.checkpoints.architecture import Architecture
-from regate_megatron.checkpoints.families import FAMILIES, LLAMA, QWEN2, QWEN3, Family, allowed_families
+from regate_megatron.checkpoints.families import FAMILIES, LLAMA, QWEN2, QWEN3, Architecture, Family, allowed_families
 from regate_megatron.errors import refuse
 from regate_megatron.method.budget import align_up
 

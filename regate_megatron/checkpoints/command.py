@@ -7,15 +7,15 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from regate_megatron.checkpoints.arguments import DEFAULT_DIVISOR
-from regate_megatron.checkpoints.to_huggingface import ToHuggingFace, check_to_huggingface, to_huggingface
-from regate_megatron.checkpoints.to_megatron import ToMegatron, check_to_megatron, to_megatron
+from regate_megatron.checkpoints.to_huggingface import ToHuggingFace
+from regate_megatron.checkpoints.to_megatron import ToMegatron
+from regate_megatron.checkpoints.writing import Plan, check_target
+from regate_megatron.checkpoints.writing import write as write_folder
 from regate_megatron.errors import ReGateError, refuse
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -53,16 +53,6 @@ def add_megatron_options(made: argparse.ArgumentParser) -> None:
         help=f"of these runs; 1 pads least (default {DEFAULT_DIVISOR}, as Megatron)",
     )
     group.add_argument("--dtype", choices=DTYPES, help="convert the weights to this type (default: as they are)")
-
-
-def add_implementation_option(made: argparse.ArgumentParser, default: str | None = None) -> None:
-    """``--transformer-impl``."""
-    made.add_argument(
-        "--transformer-impl",
-        choices=("transformer_engine", "local"),
-        default=default,
-        help=f"whose names the norms get: with the linear layer behind, or apart (default: {default or 'as stored'})",
-    )
 
 
 def add_huggingface_options(made: argparse.ArgumentParser) -> None:
@@ -119,18 +109,26 @@ def run(made: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None
     return 0
 
 
-def write(options: argparse.Namespace, num_bytes: int, what: str, work: Callable[..., Any]) -> bool:
-    """Write the target under a progress bar of bytes (on terminals only), unless this is a dry run; whether it was.
+def write(plan: Plan, options: argparse.Namespace, about: str, what: str) -> bool:
+    """Check the target, say what is written and write it under a progress bar of bytes (on terminals only).
 
     Args:
+        about: what is written, in a line for people.
         what: the bar's label.
-        work: writes; its ``progress`` is called with the number of bytes written since its last call.
+
+    Returns:
+        whether it was; False in a dry run.
+
+    Raises:
+        ReGateError: see ``writing.write``.
     """
+    check_target(plan, options.target, overwrite=options.overwrite)
+    print(about)
     if options.dry_run:
         print(f"dry run: nothing written to {options.target}")
         return False
-    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc=what, disable=None) as bar:
-        work(progress=bar.update)
+    with tqdm(total=plan.num_bytes, unit="B", unit_scale=True, desc=what, disable=None) as bar:
+        write_folder(plan, options.target, overwrite=options.overwrite, progress=bar.update)
     return True
 
 
@@ -148,21 +146,16 @@ def write_megatron(plan: ToMegatron, options: argparse.Namespace, flag: str = "-
     Args:
         flag: what loads the result.
     """
-    check_to_megatron(plan, options.target, overwrite=options.overwrite)
     model, arguments = plan.model, plan.arguments
-    print(
-        f"{model.architecture.family.name} in {model.folder.path}: {plan.num_parameters:,} parameters, "
+    about = (
+        f"{model.architecture.family.name} in {plan.source}: {plan.num_parameters:,} parameters, "
         f"{plan.num_bytes / 1e6:,.1f} MB; vocabulary {arguments.padded_vocab_size}"
-        + (
-            f" ({plan.padding} rows of zeros added; --make-vocab-size-divisible-by 1 adds least)"
-            if plan.padding
-            else ""
-        )
     )
+    if plan.padding:
+        about += f" ({plan.padding} rows of zeros added; --make-vocab-size-divisible-by 1 adds least)"
     if model.architecture.max_positions < model.config.get("max_position_embeddings", 0):
-        print(f"its window: equal to the original for sequences up to {model.architecture.max_positions}")
-    work = partial(to_megatron, plan, options.target, overwrite=options.overwrite)
-    if write(options, plan.num_bytes, "converting", work):
+        about += f"\nits window: equal to the original for sequences up to {model.architecture.max_positions}"
+    if write(plan, options, about, "converting"):
         target = shlex.quote(options.target)
         way = "in Megatron-LM with" if flag == "--load" else f"with {flag} {target}, or in Megatron-LM with"
         print(f"wrote {options.target}; use it {way}")
@@ -173,13 +166,11 @@ def write_megatron(plan: ToMegatron, options: argparse.Namespace, flag: str = "-
 
 def write_huggingface(plan: ToHuggingFace, options: argparse.Namespace) -> None:
     """Say what is exported, and write it unless this is a dry run."""
-    check_to_huggingface(plan, options.target, overwrite=options.overwrite)
     tokenizer = any(file.name.startswith(("tokenizer", "vocab")) or file.suffix == ".model" for file in plan.companions)
-    print(
-        f"{plan.reader.path} as {plan.config['architectures'][0]}: {len(plan.sizes)} tensors, "
+    about = (
+        f"{plan.source} as {plan.config['architectures'][0]}: {len(plan.sizes)} tensors, "
         f"{plan.num_bytes / 1e6:,.1f} MB; vocabulary: {plan.architecture.vocab_size} of "
         f"{plan.language_model.vocab_size} rows; tokenizer: {'copied' if tokenizer else 'none found, copy it yourself'}"
     )
-    work = partial(to_huggingface, plan, options.target, overwrite=options.overwrite)
-    if write(options, plan.num_bytes, "converting", work):
+    if write(plan, options, about, "converting"):
         print(f"wrote {options.target}")

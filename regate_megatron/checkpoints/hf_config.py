@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from regate_megatron.checkpoints.architecture import Architecture
-from regate_megatron.checkpoints.families import FAMILIES, TEXT_MODELS, Family, allowed_families
+from regate_megatron.checkpoints.families import FAMILIES, TEXT_MODELS, Architecture, Family, allowed_families
 from regate_megatron.errors import refuse
 
 # Megatron fixes these constants of Llama 3's scaling; only the factor is an option (--rope-scaling-factor).

@@ -34,7 +34,7 @@ from regate_megatron.checkpoints.to_huggingface import (
     template_of,
 )
 from regate_megatron.errors import refuse
-from regate_megatron.teacher.checkpoint import canonical_name
+from regate_megatron.teacher.weights import canonical_name
 
 _FC1, _FC2 = (
     f"{MEGATRON_TOWER}decoder.layers.mlp.linear_fc1.weight",

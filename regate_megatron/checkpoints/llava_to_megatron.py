@@ -11,11 +11,10 @@ import torch
 from regate_megatron.checkpoints.clip import PROJECTOR, TOWER, UNUSED_NORM, Clip, clip_rules, from_llava_config
 from regate_megatron.checkpoints.names import Rule
 from regate_megatron.checkpoints.safetensors_folder import SafetensorsFolder, companions_of
-from regate_megatron.checkpoints.tensor_slices import norm_name
 from regate_megatron.checkpoints.text_model import TextModel, open_text_model
 from regate_megatron.checkpoints.to_megatron import ToMegatron, pieces_of, plan_to_megatron
 from regate_megatron.errors import refuse
-from regate_megatron.teacher.checkpoint import LANGUAGE_MODEL_PREFIX
+from regate_megatron.teacher.weights import LANGUAGE_MODEL_PREFIX, local_name
 
 # What stands for TOWER and PROJECTOR in the folder, by the version of transformers that saved it.
 _TOWERS = (TOWER, f"model.{TOWER}", "model.vision_tower.", "vision_tower.")
@@ -119,7 +118,8 @@ def plan_llava_to_megatron(
     text = plan_to_megatron(model, tensor_size=tensor_size, divisor=divisor, dtype=dtype)
     pieces = [dataclasses.replace(piece, name=LANGUAGE_MODEL_PREFIX + piece.name) for piece in text.pieces]
     pieces += [piece for rule in clip_rules(vision.architecture) for piece in pieces_of(vision, rule, 0, dtype)]
-    pieces = [dataclasses.replace(piece, name=norm_name(piece.name, implementation)) for piece in pieces]
+    if implementation == "local":
+        pieces = [dataclasses.replace(piece, name=local_name(piece.name)) for piece in pieces]
     clip, arguments = vision.architecture, text.arguments
     arguments.vision_model_type = "clip"
     arguments.img_h = arguments.img_w = clip.image_size

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from regate_megatron.checkpoints.architecture import Architecture
-from regate_megatron.teacher.checkpoint import EMBEDDING
+from regate_megatron.checkpoints.families import Architecture
+from regate_megatron.teacher.weights import EMBEDDING
 
 LAYERS = "decoder.layers."
 OUTPUT = "output_layer.weight"

@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from regate_megatron.checkpoints.targets import TRACKER
 from regate_megatron.errors import ReGateError, refuse
+from regate_megatron.teacher.weights import TRACKER
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

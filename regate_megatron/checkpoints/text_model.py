@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from regate_megatron.checkpoints.architecture import Architecture
-from regate_megatron.checkpoints.families import FAMILIES, allowed_families
+from regate_megatron.checkpoints.families import FAMILIES, Architecture, allowed_families
 from regate_megatron.checkpoints.hf_config import from_config, text_config
 from regate_megatron.checkpoints.names import LM_HEAD, Rule, rules_for
 from regate_megatron.checkpoints.safetensors_folder import SafetensorsFolder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from regate_megatron.checkpoints.architecture import Architecture
 from regate_megatron.checkpoints.arguments import from_arguments, padded_vocabulary
+from regate_megatron.checkpoints.families import Architecture
 from regate_megatron.checkpoints.hf_config import from_config, text_config, to_config
 from regate_megatron.checkpoints.names import OUTPUT, Rule, merged_shape, rules_for, split
 from regate_megatron.checkpoints.safetensors_folder import (
@@ -22,10 +22,9 @@ from regate_megatron.checkpoints.safetensors_folder import (
     write_companions,
     write_safetensors,
 )
-from regate_megatron.checkpoints.targets import check_target, new_folder
 from regate_megatron.checkpoints.torch_dist import TorchDistReader
 from regate_megatron.errors import refuse
-from regate_megatron.teacher.checkpoint import EMBEDDING, LanguageModelCheckpoint, language_model_in
+from regate_megatron.teacher.weights import EMBEDDING, LanguageModelCheckpoint, language_model_in
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,11 @@ class ToHuggingFace:
     companions: list[Path]
 
     @property
+    def source(self) -> Path:
+        """The folder of the checkpoint's iteration."""
+        return self.reader.path
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Bytes of every tensor, by its Hugging Face name, in the order of writing."""
         return {
@@ -77,10 +81,11 @@ class ToHuggingFace:
         """Bytes to be written."""
         return sum(self.sizes.values())
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and value of every tensor, one layer's worth at a time."""
-        for output in self.outputs:
-            yield from zip(output.shapes, output.read(), strict=True)
+    def fill(self, folder: Path, progress: Callable[[int], Any]) -> None:
+        """Write the model, its config and its tokenizer; see :class:`writing.Plan`."""
+        tensors = (pair for output in self.outputs for pair in zip(output.shapes, output.read(), strict=True))
+        write_safetensors(folder, self.sizes, tensors, progress=progress)
+        write_companions(folder, self.companions, self.config)
 
 
 def outputs_of(
@@ -162,29 +167,6 @@ def template_of(source: str | Path, like: str | Path | None, family: str | None)
     if like is not None:
         return Path(like)
     return Path(source) if (Path(source) / CONFIG).is_file() and family is None else None
-
-
-def check_to_huggingface(plan: ToHuggingFace, target: str | Path, *, overwrite: bool) -> None:
-    """Refuse a target that :func:`to_huggingface` would refuse."""
-    check_target(target, sources=(plan.reader.path,), overwrite=overwrite, num_bytes=plan.num_bytes)
-
-
-def to_huggingface(
-    plan: ToHuggingFace,
-    target: str | Path,
-    *,
-    overwrite: bool = False,
-    progress: Callable[[int], Any] = lambda count: None,
-) -> None:
-    """Write the model, its config and its tokenizer to ``target``; nothing is left there after an error.
-
-    Raises:
-        ReGateError: the target cannot be written, or the checkpoint is damaged.
-    """
-    sizes = plan.sizes
-    with new_folder(target, sources=(plan.reader.path,), overwrite=overwrite, num_bytes=plan.num_bytes) as aside:
-        write_safetensors(aside, sizes, plan.tensors(), progress=progress)
-        write_companions(aside, plan.companions, plan.config)
 
 
 def _check_arguments(architecture: Architecture, saved: Any, template: Path) -> None:

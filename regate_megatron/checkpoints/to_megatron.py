@@ -15,9 +15,8 @@ from regate_megatron.checkpoints.arguments import divisor_for, model_flags, padd
 from regate_megatron.checkpoints.hf_config import to_config
 from regate_megatron.checkpoints.names import Rule, merge, merged_shape, rules_for
 from regate_megatron.checkpoints.safetensors_folder import write_companions
-from regate_megatron.checkpoints.targets import check_target, new_folder
 from regate_megatron.checkpoints.text_model import TextModel
-from regate_megatron.checkpoints.torch_dist_writer import Piece, extra_states, write_torch_dist
+from regate_megatron.checkpoints.torch_dist import Piece, extra_states, write_torch_dist
 from regate_megatron.errors import refuse
 
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -44,6 +43,11 @@ class ToMegatron:
     companions: list[Path]
 
     @property
+    def source(self) -> Path:
+        """The Hugging Face folder."""
+        return self.model.folder.path
+
+    @property
     def num_bytes(self) -> int:
         """Bytes to be written."""
         return sum(piece.num_bytes for piece in self.pieces)
@@ -57,6 +61,12 @@ class ToMegatron:
     def padding(self) -> int:
         """Rows of zeros added to the vocabulary."""
         return self.arguments.padded_vocab_size - self.model.architecture.vocab_size
+
+    def fill(self, folder: Path, progress: Callable[[int], Any]) -> None:
+        """Write the checkpoint, its config and its tokenizer; see :class:`writing.Plan`."""
+        common = {"args": self.arguments, "checkpoint_version": 3.0, "iteration": 0}
+        write_torch_dist(folder, self.pieces, objects=extra_states(self.pieces), common=common, progress=progress)
+        write_companions(folder, self.companions, self.config)
 
 
 def plan_to_megatron(
@@ -81,30 +91,6 @@ def plan_to_megatron(
     arguments.bf16, arguments.fp16 = stored == {torch.bfloat16}, stored == {torch.float16}
     flags, config = model_flags(architecture, divisor), alone_config(model, pieces[0].dtype)
     return ToMegatron(model, pieces, arguments, flags, config, model.folder.companions())
-
-
-def check_to_megatron(plan: ToMegatron, target: str | Path, *, overwrite: bool) -> None:
-    """Refuse a target that :func:`to_megatron` would refuse."""
-    check_target(target, sources=(plan.model.folder.path,), overwrite=overwrite, num_bytes=plan.num_bytes)
-
-
-def to_megatron(
-    plan: ToMegatron,
-    target: str | Path,
-    *,
-    overwrite: bool = False,
-    progress: Callable[[int], Any] = lambda count: None,
-) -> None:
-    """Write the checkpoint, its config and its tokenizer to ``target``; nothing is left there after an error.
-
-    Raises:
-        ReGateError: the target cannot be written.
-    """
-    common = {"args": plan.arguments, "checkpoint_version": 3.0, "iteration": 0}
-    source = plan.model.folder.path
-    with new_folder(target, sources=(source,), overwrite=overwrite, num_bytes=plan.num_bytes) as aside:
-        write_torch_dist(aside, plan.pieces, objects=extra_states(plan.pieces), common=common, progress=progress)
-        write_companions(aside, plan.companions, plan.config)
 
 
 def alone_config(model: TextModel, dtype: torch.dtype) -> dict[str, Any]:

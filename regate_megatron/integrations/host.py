@@ -14,8 +14,8 @@ from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig
 from regate_megatron.integrations.megatron_checkpoints import restore
 from regate_megatron.step.counters import Counters, log_line, ratios, reduce_counters
 from regate_megatron.step.session import Session
-from regate_megatron.teacher.checkpoint import save_language_model
 from regate_megatron.teacher.source import TEACHER_FOLDER, hash_of_tokenizer, teacher_of_resumed_run
+from regate_megatron.teacher.weights import save_language_model
 
 
 def begin(

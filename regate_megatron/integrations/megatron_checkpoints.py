@@ -31,7 +31,7 @@ from regate_megatron.errors import refuse
 from regate_megatron.ranks.topology import agree_on_error
 from regate_megatron.step.session import Session
 from regate_megatron.step.state import STATE_FOLDER, StateSave, has_state, load_state
-from regate_megatron.teacher.checkpoint import saved_arguments
+from regate_megatron.teacher.weights import saved_arguments
 
 _ASIDE = "regate_incomplete_"
 _NON_PERSISTENT = "non_persistent"  # below the folder of the checkpoints, in both hosts

@@ -38,9 +38,9 @@ from regate_megatron.memory.state_files import (
 from regate_megatron.ranks.publishing import filled_by_all_ranks, replace_folder
 from regate_megatron.ranks.topology import Topology, agree_on_error
 from regate_megatron.step.counters import Counters, reduce_counters
-from regate_megatron.teacher.checkpoint import open_language_model, save_language_model
 from regate_megatron.teacher.manifest import differences
 from regate_megatron.teacher.source import teacher_is_gone
+from regate_megatron.teacher.weights import open_language_model, save_language_model
 
 if TYPE_CHECKING:
     from regate_megatron.step.session import Session

@@ -14,11 +14,11 @@ from regate_megatron.errors import ReGateError
 from regate_megatron.ranks.topology import Topology, agree_on_error
 from regate_megatron.teacher.build import build_teacher
 from regate_megatron.teacher.cache import ReferenceCache
-from regate_megatron.teacher.checkpoint import LanguageModelCheckpoint
 from regate_megatron.teacher.fingerprint import fingerprint_of_checkpoint, fingerprint_of_model
 from regate_megatron.teacher.losses import ReferenceLosses
 from regate_megatron.teacher.manifest import claim, teacher_identity
 from regate_megatron.teacher.settings import settings_of, settle
+from regate_megatron.teacher.weights import LanguageModelCheckpoint
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from regate_megatron.decoder.hybrid import is_hybrid
-from regate_megatron.teacher.checkpoint import LanguageModelCheckpoint, load_language_model
 from regate_megatron.teacher.settings import settle
+from regate_megatron.teacher.weights import LanguageModelCheckpoint, load_language_model
 
 _NO_CALLBACKS = {
     "timers": None,

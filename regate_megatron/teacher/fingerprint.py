@@ -29,7 +29,7 @@ from torch import Tensor
 from regate_megatron.errors import refuse
 from regate_megatron.ranks.topology import Topology, agree_on_error
 from regate_megatron.teacher.cache_files import write_aside
-from regate_megatron.teacher.checkpoint import LanguageModelCheckpoint, canonical_name
+from regate_megatron.teacher.weights import LanguageModelCheckpoint, canonical_name
 
 NOTES = "fingerprints"
 _LANES = (0x9E3779B97F4A7C15, 0xD1B54A32D192ED03)

@@ -8,18 +8,19 @@ from typing import Any
 
 import xxhash
 
-from regate_megatron.config import SCORES_WITH_TEACHER, STUDENT_AS_TEACHER, ReGateConfig, flag
+from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig, flag
 from regate_megatron.errors import ReGateError, refuse
 from regate_megatron.method.budget import align_up
-from regate_megatron.teacher.checkpoint import (
+from regate_megatron.method.scores import SCORES
+from regate_megatron.teacher.fingerprint import sharded_tensors
+from regate_megatron.teacher.settings import settle
+from regate_megatron.teacher.weights import (
     EMBEDDING,
     LanguageModelCheckpoint,
     canonical_name,
     open_language_model,
     saved_arguments,
 )
-from regate_megatron.teacher.fingerprint import sharded_tensors
-from regate_megatron.teacher.settings import settle
 
 TEACHER_FOLDER = "regate_teacher"
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges*")
@@ -80,7 +81,8 @@ def _check_first_start(args: Any) -> None:
         return
     iteration = Path(args.load) / f"iter_{args.iteration:07d}"
     saved = saved_arguments(iteration) if iteration.is_dir() else None
-    if getattr(saved, "regate", False) and getattr(saved, "regate_score", None) in SCORES_WITH_TEACHER:
+    score = SCORES.get(getattr(saved, "regate_score", None))
+    if getattr(saved, "regate", False) and score is not None and score.needs_reference:
         raise teacher_is_gone(f"{iteration} of a run with a teacher, without {Path(args.load) / TEACHER_FOLDER}")
 
 

@@ -35,9 +35,9 @@ from regate_megatron import (
 from regate_megatron.api import session_of
 from regate_megatron.teacher import settings
 from regate_megatron.teacher.cache import ReferenceCache
-from regate_megatron.teacher.checkpoint import open_language_model, save_language_model
 from regate_megatron.teacher.fingerprint import fingerprint_of_checkpoint, fingerprint_of_model
 from regate_megatron.teacher.manifest import read_probe
+from regate_megatron.teacher.weights import open_language_model, save_language_model
 from tests.multiprocess.models import Step, build, parallel, run, shared_store
 
 STEPS = 3

@@ -37,8 +37,8 @@ from regate_megatron import (
     wrap_forward_backward,
 )
 from regate_megatron.api import session_of
-from regate_megatron.teacher.checkpoint import LanguageModelCheckpoint, save_language_model
 from regate_megatron.teacher.settings import NEUTRAL, settings_of, settle, stated_settings
+from regate_megatron.teacher.weights import LanguageModelCheckpoint, save_language_model
 from tests.claims import check
 from tests.multiprocess.models import Step, build, run
 from tests.tools.run_convert import build as build_of_arguments

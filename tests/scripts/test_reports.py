@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from regate_megatron.teacher.checkpoint import saved_arguments
+from regate_megatron.teacher.weights import saved_arguments
 from tests.scripts.checkouts import REGATE, parameters, torchrun
 
 pytestmark = pytest.mark.parametrize("checkout", parameters())

@@ -3,14 +3,12 @@
     torchrun --nproc-per-node 2 tests/tools/run_convert.py CASES.json RESULTS.json
 
 A case: {"hf": DIR, "megatron": DIR, "flags": [Megatron's flags as printed by the tool], "tp": 1, "pp": 1}. Where
-"hf" is a vision-language model, it is given text alone. With "legacy": DIR, that checkpoint in the legacy format must
-hold each rank's own weights; with "save_legacy": DIR, the rank writes its own there, as Megatron does.
+"hf" is a vision-language model, it is given text alone.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -30,11 +28,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
-from megatron.training.checkpointing import get_checkpoint_name
 
-from regate_megatron.checkpoints.trust import allowed_classes, megatron_classes
 from regate_megatron.teacher import build_teacher
-from regate_megatron.teacher.checkpoint import find_iteration, load_language_model, open_language_model, saved_arguments
+from regate_megatron.teacher.weights import find_iteration, load_language_model, open_language_model, saved_arguments
 
 LENGTH = 24
 OF_THE_STUDENT = {"rotary_base": 77, "use_rope_scaling": False, "layernorm_epsilon": 0.5}
@@ -114,10 +110,6 @@ def run(case: dict) -> dict:
             model.load_state_dict(dist_checkpointing.load(state, str(find_iteration(case["megatron"])))["model"])
         result["differences"].append(_difference(model, tokens_BS, want))
     result["teacher_of_another_student"] = _difference(teacher_of_another_student(args, checkpoint), tokens_BS, want)
-    if "legacy" in case:
-        check_legacy(model, rank_file(case, "legacy"))
-    if "save_legacy" in case:
-        save_legacy(model, args, rank_file(case, "save_legacy"))
     saved = vars(saved_arguments(checkpoint.path))
     result["arguments"] = [name for name, value in saved.items() if getattr(args, name, value) != value]
     return result
@@ -139,32 +131,6 @@ def teacher_of_another_student(args, checkpoint) -> GPTModel:
     teacher = build_teacher(student, checkpoint)
     teacher.model_type = ModelType.encoder_or_decoder
     return teacher
-
-
-def rank_file(case: dict, option: str) -> Path:
-    """This rank's file, named by Megatron."""
-    return Path(get_checkpoint_name(case[option], 0, release=True))
-
-
-def check_legacy(model, file: Path) -> None:
-    """The file's weights load strictly and are the model's, bit for bit."""
-    want = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for parameter in model.parameters():
-        parameter.data.fill_(float("nan"))
-    with allowed_classes(megatron_classes()):
-        state = torch.load(file, weights_only=True)
-    assert state["args"].tensor_model_parallel_size == mpu.get_tensor_model_parallel_world_size()
-    model.load_state_dict(state["model"], strict=True)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, want[name]), name
-
-
-def save_legacy(model, args, file: Path) -> None:
-    if mpu.get_data_parallel_rank():
-        return
-    file.parent.mkdir(parents=True)
-    state = {"model": model.state_dict_for_save_checkpoint(), "args": args, "checkpoint_version": 3.0, "iteration": 7}
-    torch.save(state | {"rng_state": [{"random_rng_state": random.getstate()}]}, file)
 
 
 def main(cases: str, results: str) -> None:

@@ -70,7 +70,7 @@ def load(folder: Path) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.models.gpt import GPTModel
 
-    from regate_megatron.teacher.checkpoint import find_iteration, load_language_model, open_language_model
+    from regate_megatron.teacher.weights import find_iteration, load_language_model, open_language_model
 
     want = torch.load(folder / "weights.pt")
     for how in ("as a teacher", "as a GPT"):

@@ -29,7 +29,7 @@ from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import get_submodules
 
-from regate_megatron.teacher.checkpoint import find_iteration, saved_arguments
+from regate_megatron.teacher.weights import find_iteration, saved_arguments
 
 RANKS, TEXT = 2, 12
 

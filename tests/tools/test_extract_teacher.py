@@ -147,5 +147,5 @@ def test_refuses_a_source_that_ends_early_and_leaves_nothing(folder, tool, capsy
     shutil.copytree(folder / "llava", tmp_path / "cut")
     for file in (tmp_path / "cut").glob("*.distcp"):
         os.truncate(file, 1000)
-    assert "bytes early" in _refusal(tool, capsys, tmp_path / "cut", tmp_path / "new")
+    assert "cannot be read" in _refusal(tool, capsys, tmp_path / "cut", tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["cut"]

@@ -57,18 +57,16 @@ def test_a_second_run_does_not_disturb_the_first(convert, options, tmp_path, cap
     run(convert, *options)
 
 
-@pytest.mark.parametrize("way", ["to torch_dist", "to Hugging Face", "to legacy"])
+@pytest.mark.parametrize("way", ["to torch_dist", "to Hugging Face"])
 def test_a_disk_that_is_full_is_said_in_one_line_and_nothing_is_left(convert, model, tmp_path, capsys, way):
-    program, options = convert, ["--source", model]
+    options = ["--source", model]
     if way != "to torch_dist":
         run(convert, *options, "--target", tmp_path / "megatron")
         options = ["--source", tmp_path / "megatron", "--to-hf"]
-    if way == "to legacy":
-        program, options = tool("reshard"), [*options[:2], "--format", "torch"]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
     try:
-        line = refusal(program, capsys, *options, "--target", tmp_path / "new")
+        line = refusal(convert, capsys, *options, "--target", tmp_path / "new")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert line.startswith("regate: --target")
@@ -81,7 +79,7 @@ def test_a_disk_that_is_full_is_said_in_one_line_and_nothing_is_left(convert, mo
         ("convert_hf_teacher", ["--vocab-size", 5]),
         ("convert_hf_teacher", ["--to-hf", "--dtype", "bf16"]),
         ("convert_hf_teacher", ["--to-hf", "--tensor-model-parallel-size", 2]),
-        ("reshard", ["--format", "torch_dist", "--pipeline-model-parallel-size", 2]),
+        ("extract_teacher", ["--to-hf", "--make-vocab-size-divisible-by", 2]),
     ],
 )
 def test_options_without_an_effect_are_refused(model, tmp_path, capsys, program, options):

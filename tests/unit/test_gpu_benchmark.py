@@ -1,79 +1,31 @@
-"""What of benchmarks/gpu can be checked without a GPU: loads that are carried, counts, and the code of every part."""
+"""What of benchmarks/gpu can be checked without a GPU: counts, reports, and the code of every part."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.gpu import installing, machine, parcel, report
+from benchmarks.gpu import machine, packages, report
 from benchmarks.gpu.work import Work, conv
 from regate_megatron.errors import ReGateError
 from tests.launch import ROOT
 
-LIMIT = 1000
 
-
-@pytest.fixture
-def sent(tmp_path):
-    """Files of several sizes, packed."""
-    folder = tmp_path / "wheels"
-    folder.mkdir()
-    files = []
-    for size in (0, 1, LIMIT, LIMIT + 1, 3 * LIMIT + 7, 400, 500):
-        files.append(folder / f"package{size}.whl")
-        files[-1].write_bytes(random.Random(size).randbytes(size))
-    return files, tmp_path / "parcel", parcel.pack(files, tmp_path / "parcel", LIMIT, {"commit": "abc"})
-
-
-def test_files_come_out_of_small_loads_as_they_went_in(sent, tmp_path):
-    files, folder, manifest = sent
-    for load in folder.iterdir():
-        assert sum(path.stat().st_size for path in load.iterdir() if path.name != parcel.MANIFEST) <= LIMIT
-    assert parcel.read_manifest(folder) == manifest
-    joined = parcel.unpack(manifest, folder, tmp_path / "joined")
-    assert {path.name: path.read_bytes() for path in joined} == {path.name: path.read_bytes() for path in files}
-
-
-def test_nobody_elses_folder_is_emptied(sent, tmp_path):
-    files, folder, manifest = sent
-    assert parcel.pack(files, folder, LIMIT, {"commit": "abc"}) == manifest  # in the place of the one before
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "file").touch()
-    with pytest.raises(ReGateError, match="--parcel: given .*mine, which is no parcel"):
-        parcel.pack(files, tmp_path / "mine", LIMIT, {})
-    with pytest.raises(ReGateError, match="--site: given .*mine, which was not made here"):
-        installing.install(manifest, SimpleNamespace(site=tmp_path / "mine"))
-    assert (tmp_path / "mine" / "file").exists()
-
-
-def test_a_load_that_has_not_arrived_is_named(sent):
-    _, folder, manifest = sent
-    assert parcel.missing_loads(manifest, folder) == []
-    for path in (folder / "02").iterdir():
-        path.unlink()
-    assert parcel.missing_loads(manifest, folder) == [2]
-
-
-def test_a_damaged_piece_is_refused(sent, tmp_path):
-    _, folder, manifest = sent
-    piece = next(folder.glob("*/*.part01"))
-    piece.write_bytes(bytes(len(piece.read_bytes())))
-    with pytest.raises(ReGateError, match=f"{piece.name} with another SHA-256"):
-        parcel.unpack(manifest, folder, tmp_path / "joined")
-
-
-def test_loads_of_two_parcels_are_refused(sent, tmp_path):
-    _, folder, _ = sent
-    manifest = next(folder.glob(f"*/{parcel.MANIFEST}"))
-    manifest.write_text(json.dumps({"loads": 1, "files": []}))
-    with pytest.raises(ReGateError, match="loads of 2 parcels"):
-        parcel.read_manifest(folder)
+def test_setup_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(packages, "IMPORTS", ("import json", "import no_such_package"))
+    options = SimpleNamespace(out=tmp_path, part="setup", only=None, budget_seconds=60, cpu_rehearsal=True, commit=None)
+    assert packages.run(options) == 1
+    found = json.loads((tmp_path / "setup.json").read_text())["measurements"]
+    assert [(one["name"], one["holds"]) for one in found[:2]] == [
+        ("import json", True),
+        ("import no_such_package", False),
+    ]
+    assert "No module named 'no_such_package'" in capsys.readouterr().out
 
 
 def test_work_counts_each_matrix_and_each_key_a_query_reads():
@@ -117,7 +69,8 @@ def test_without_a_gpu_a_part_stops_in_one_line(tmp_path):
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "part, only", [("parity", "n1"), ("parity", "keep1-gpt-fp32"), ("step_time", ""), ("fp8", "e"), ("learning", "")]
+    "part, only",
+    [("setup", ""), ("parity", "n1"), ("parity", "keep1-gpt-fp32"), ("step_time", ""), ("fp8", "e"), ("learning", "")],
 )
 def test_every_part_runs_in_small_on_a_cpu(tmp_path, part, only):
     """What holds there holds exactly; figures of time mean nothing and are judged nowhere."""

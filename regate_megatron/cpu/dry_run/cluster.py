@@ -60,7 +60,7 @@ def check_regate(line: LaunchLine, config: ReGateConfig) -> None:
         ReGateError: something is not supported, or the teacher cannot be read.
     """
     from regate_megatron.integrations.flags import check_flags
-    from regate_megatron.teacher.checkpoint import open_language_model
+    from regate_megatron.teacher.weights import open_language_model
 
     check_flags(without(line.flags, ("--fp8", "--fp4")), config)
     if config.needs_teacher and config.teacher_load != STUDENT_AS_TEACHER and Path(config.teacher_load).exists():

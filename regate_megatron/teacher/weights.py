@@ -10,7 +10,7 @@ import dataclasses
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -24,9 +24,10 @@ from regate_megatron.teacher.settings import stated_settings, write_own
 
 EMBEDDING = "embedding.word_embeddings.weight"
 LANGUAGE_MODEL_PREFIX = "language_model."
-_TRACKER = "latest_checkpointed_iteration.txt"
+TRACKER = "latest_checkpointed_iteration.txt"
 _INDEX = ".metadata"
-NORM_NAMES = (
+# A norm apart, as Megatron's local layers store it, and under the linear layer behind it, as Transformer Engine's do.
+_NORMS = (
     (".input_layernorm.", ".self_attention.linear_qkv.layer_norm_"),
     (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
 )
@@ -65,7 +66,7 @@ class LanguageModelCheckpoint:
         """
         if key in self.shapes:
             return key
-        for apart, fused in NORM_NAMES:
+        for apart, fused in _NORMS:
             for ours, theirs in ((apart, fused), (fused, apart)):
                 if ours in key and (other := key.replace(ours, theirs)) in self.shapes:
                     return other
@@ -79,8 +80,15 @@ class LanguageModelCheckpoint:
 
 def canonical_name(key: str) -> str:
     """One name for a tensor however its norm is stored; see :meth:`LanguageModelCheckpoint.key_of`."""
-    for apart, fused in NORM_NAMES:
+    for apart, fused in _NORMS:
         key = key.replace(apart, fused)
+    return key
+
+
+def local_name(key: str) -> str:
+    """The name of a tensor with its norm apart, as Megatron's local layers have it: undoes :func:`canonical_name`."""
+    for apart, fused in _NORMS:
+        key = key.replace(fused, apart)
     return key
 
 
@@ -96,7 +104,7 @@ def find_iteration(directory: str | Path, what: str = "checkpoint") -> Path:
         raise refuse(what, given=f"{root}, which is no folder", allowed=allowed, change="the path")
     path = root
     if not (root / "metadata.json").is_file():
-        tracker = root / _TRACKER
+        tracker = root / TRACKER
         if not tracker.is_file():
             raise refuse(
                 what, given=f"{root}, which holds no checkpoint", allowed=allowed, change="the path, or convert it"
@@ -105,7 +113,12 @@ def find_iteration(directory: str | Path, what: str = "checkpoint") -> Path:
         path = root / (label if label == "release" else f"iter_{int(label):07d}" if label.isdigit() else label)
     if any(path.glob("mp_rank_*")):
         given = f"{path}, which is in the legacy format (--ckpt-format torch)"
-        raise refuse(what, given=given, allowed=allowed, change="it: tools/reshard.py --format torch_dist converts it")
+        raise refuse(
+            what,
+            given=given,
+            allowed=allowed,
+            change='it: Megatron converts it, see "Another layout or format" in docs/tools.md',
+        )
     if not (path / "metadata.json").is_file() or not (path / _INDEX).is_file():
         raise refuse(
             what,
@@ -231,12 +244,15 @@ class _IndexReader(pickle.Unpickler):
 
 
 def _check_index(index: Path, what: str) -> None:
-    """Refuse an index that is damaged or names anything but torch's checkpoint metadata."""
+    """Refuse an index that is damaged, names anything but torch's checkpoint metadata, or points out of its folder."""
     try:
         with index.open("rb") as file:
             found = _IndexReader(file).load()
         if not isinstance(found, Metadata):
             raise pickle.UnpicklingError(f"it holds a {type(found).__name__}")
+        for name in {place.relative_path for place in (found.storage_data or {}).values()}:
+            if not name or name == ".." or PurePosixPath(name).name != name:
+                raise pickle.UnpicklingError(f"it points at {name}")
     except Exception as error:  # damaged pickles raise whatever they like
         raise refuse(
             what,

@@ -4,36 +4,51 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
 from regate_megatron.errors import ReGateError, refuse
 from regate_megatron.ranks.publishing import claimed, replace_folder
+from regate_megatron.teacher.weights import TRACKER
 
-TRACKER = "latest_checkpointed_iteration.txt"
 # One of these marks a folder as a checkpoint, which --overwrite may replace.
 _MARKS = (TRACKER, "metadata.json", "model.safetensors", "model.safetensors.index.json")
 
 
-def check_target(target: str | Path, *, sources: tuple[Path, ...], overwrite: bool, num_bytes: int) -> None:
+class Plan(Protocol):
+    """What a tool is about to write.
+
+    Attributes:
+        source: the folder that is read; the target may not hold it or lie in it.
+        num_bytes: what will be written.
+    """
+
+    @property
+    def source(self) -> Path: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def fill(self, folder: Path, progress: Callable[[int], Any]) -> None:
+        """Write into an empty folder; ``progress`` is called with the number of bytes written since its last call."""
+
+
+def check_target(plan: Plan, target: str | Path, *, overwrite: bool) -> None:
     """Refuse a target before anything is written.
 
     Args:
         target: the folder to be made.
-        sources: folders that are read; the target may not hold one or lie in one.
         overwrite: whether a checkpoint at ``target`` may be replaced.
-        num_bytes: what will be written.
 
     Raises:
         ReGateError: it exists, cannot be made, or the disk is too small.
     """
     target = Path(target).absolute()
     form = {"allowed": "a new folder, or a checkpoint together with --overwrite", "change": "the path"}
-    real = target.resolve()
-    for source in (path.resolve() for path in sources):
-        if source.is_relative_to(real) or real.is_relative_to(source):
-            raise refuse("--target", given=f"{target}, which holds or lies in the source", **form)
+    real, source = target.resolve(), plan.source.resolve()
+    if source.is_relative_to(real) or real.is_relative_to(source):
+        raise refuse("--target", given=f"{target}, which holds or lies in the source", **form)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         if not any((target / name).is_file() for name in _MARKS):
             raise refuse("--target", given=f"{target}, which exists and is no checkpoint", **form)
@@ -42,38 +57,37 @@ def check_target(target: str | Path, *, sources: tuple[Path, ...], overwrite: bo
             raise refuse("--target", given=f"{target}, which exists", **form)
     parent = next(path for path in target.parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise _unwritable(target, f"{parent} is no folder that can be written", num_bytes)
-    if shutil.disk_usage(parent).free < num_bytes:
-        raise _unwritable(target, "too little space on its disk", num_bytes)
+        raise _unwritable(target, f"{parent} is no folder that can be written", plan.num_bytes)
+    if shutil.disk_usage(parent).free < plan.num_bytes:
+        raise _unwritable(target, "too little space on its disk", plan.num_bytes)
 
 
-@contextmanager
-def new_folder(target: str | Path, *, sources: tuple[Path, ...], overwrite: bool, num_bytes: int) -> Iterator[Path]:
-    """Give a folder aside to fill; it takes the place of ``target`` at the end. After an error nothing is left.
+def write(plan: Plan, target: str | Path, *, overwrite: bool, progress: Callable[[int], Any]) -> None:
+    """Fill a folder aside, which takes the place of ``target`` at the end. After an error nothing is left.
 
     A killed run leaves ``TARGET.incomplete``, which the next one clears; a folder of that name that is not of these
     tools, or that another run is filling, is left alone.
 
     Raises:
-        ReGateError: see :func:`check_target`; or writing failed.
+        ReGateError: see :func:`check_target`; or writing failed, or a source is damaged.
     """
     target = Path(target).absolute()
-    check_target(target, sources=sources, overwrite=overwrite, num_bytes=num_bytes)
+    check_target(plan, target, overwrite=overwrite)
     aside = target.with_name(target.name + ".incomplete")
     try:
         with claimed(aside, "--target") as mark:
-            yield aside
+            plan.fill(aside, progress)
             mark.unlink()
             _to_disk(aside)
             if target.is_dir() and not any(target.iterdir()):
                 target.rmdir()
             replace_folder(aside, target)
     except OSError as error:
-        raise _unwritable(target, error.strerror or str(error), num_bytes) from error
+        raise _unwritable(target, error.strerror or str(error), plan.num_bytes) from error
     except RuntimeError as error:
         if "inline_container" not in str(error):  # how torch.save reports a full disk
             raise
-        raise _unwritable(target, "its disk is full, or a file too large", num_bytes) from error
+        raise _unwritable(target, "its disk is full, or a file too large", plan.num_bytes) from error
 
 
 def _to_disk(folder: Path) -> None:
