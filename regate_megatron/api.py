@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from regate_megatron import compat
+from regate_megatron.batches import adapter_for
 from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import ReGateError, refuse
-from regate_megatron.ranks.topology import agree_on_error, build_topology
+from regate_megatron.ranks.topology import Topology, agree_on_error, build_topology
 from regate_megatron.step.metrics import check_trace_folder
 from regate_megatron.step.session import Session
 from regate_megatron.step.state import load_state as load_session
@@ -60,15 +61,41 @@ def attach(
     if any(hasattr(compat.unwrap(chunk), _SESSION) for chunk in chunks):
         raise refuse("attach", given="a model that has ReGATE already", allowed="one attach", change="detach first")
     topology = build_topology()
-    language_models = [compat.language_model_of(compat.unwrap(chunk)) for chunk in chunks]
-    is_multimodal = language_models[0] is not compat.unwrap(chunks[0])
+    try:
+        checkpoint = _check(chunks, config, args, pad_token, topology, find=teacher is None, vocab_size=vocab_size)
+        session = Session(chunks, config, topology, args, pad_token)
+        if config.needs_teacher:
+            session.teach_with(TeacherSource(teacher, checkpoint, pad_token, tokenizer_hash))
+        session.hooks.attach()
+    except BaseException:
+        topology.close()
+        raise
+    for model in session.models:
+        object.__setattr__(model, _SESSION, session)
+    return model_chunks
+
+
+def _check(
+    chunks: list[Any],
+    config: ReGateConfig,
+    args: Any,
+    pad_token: int | None,
+    topology: Topology,
+    *,
+    find: bool,
+    vocab_size: int | None,
+) -> Any:
+    """Refuse what is not supported, on every rank; ``find`` the teacher's checkpoint and return it, or None."""
     checkpoint, error = None, None
     try:
-        setting = Setting(language_models, config, args, is_multimodal=is_multimodal)
+        models = [compat.unwrap(chunk) for chunk in chunks]
+        language_models = [compat.language_model_of(model) for model in models]
+        adapter_for(models[0], pad_token, args)
+        setting = Setting(language_models, config, args, is_multimodal=language_models[0] is not models[0])
         supported, reason = check_support(setting)
         if not supported:
             raise ReGateError(reason)
-        if teacher is None and config.needs_teacher:
+        if find and config.needs_teacher:
             config.require_teacher()
             checkpoint = find_teacher(language_models, config, args, pad_token=pad_token, vocab_size=vocab_size)
         if config.trace:
@@ -76,13 +103,7 @@ def attach(
     except Exception as fault:  # whatever it is, the other ranks wait to hear of it
         error = str(fault) if isinstance(fault, ReGateError) else f"regate: attach: {fault!r}"
     agree_on_error(error, topology)
-    session = Session(chunks, config, topology, args, pad_token)
-    if config.needs_teacher:
-        session.teach_with(TeacherSource(teacher, checkpoint, pad_token, tokenizer_hash))
-    session.hooks.attach()
-    for model in session.models:
-        object.__setattr__(model, _SESSION, session)
-    return model_chunks
+    return checkpoint
 
 
 def session_of(model_chunks: Any) -> Session | None:
@@ -92,10 +113,11 @@ def session_of(model_chunks: Any) -> Session | None:
 
 
 def detach(model_chunks: list[Any]) -> list[Any]:
-    """Undo :func:`attach`: modules, attributes and hooks are as before. Any rank, no communication."""
+    """Undo :func:`attach`: modules, attributes, hooks and process groups are as before. Any rank, no communication."""
     session = session_of(model_chunks)
     if session is not None:
         session.detach()
+        session.topology.close()
         for model in session.models:
             object.__delattr__(model, _SESSION)
     return model_chunks

@@ -41,6 +41,11 @@ class Topology:
     world_group: Any
     sees_losses: bool = True
 
+    def close(self) -> None:
+        """Give the groups back, once no rank has anything more to say over them. Any rank, no communication."""
+        for group in (self.planner_group, self.replica_group, self.world_group):
+            dist.destroy_process_group(group)  # of others' groups a rank holds no more than a name
+
     def all_reduce_planners(self, values: Tensor, op: str) -> Tensor:
         """Reduce a CPU tensor over the planners ("sum" or "max"); planners only."""
         if self.dp_size > 1:

@@ -306,4 +306,24 @@ def _as_list(iterators: Any) -> list[Any]:
 
 
 def _pull(iterator: Iterator[Any] | None, count: int) -> list[Any] | None:
-    return None if iterator is None else [next(iterator) for _ in range(count)]
+    """The next ``count`` microbatches; None where this rank has no data.
+
+    Raises:
+        ReGateError: the data end before.
+    """
+    if iterator is None:
+        return None
+    pulled: list[Any] = []
+    try:
+        while len(pulled) < count:
+            pulled.append(next(iterator))
+    except (StopIteration, RuntimeError) as end:  # a generator turns the end of what it reads into a RuntimeError
+        if not isinstance(end, StopIteration) and not isinstance(end.__cause__, StopIteration):
+            raise
+        raise refuse(
+            "data iterator",
+            given=f"the end of its data after {len(pulled)} of {count} microbatches",
+            allowed=f"all {count} microbatches of every step",
+            change="the data (more of it, or one that repeats), or the number of training iterations",
+        ) from None
+    return pulled
