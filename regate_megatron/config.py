@@ -127,6 +127,23 @@ class ReGateConfig:
             least = self.warmup_steps + 1
             allowed = f"none, or an integer of {least} or more (after the warm-up)"
             self._check_number("dense_from", allowed, lambda v: v >= least, str(least), True)
+        self._check_learns()
+
+    def _check_learns(self) -> None:
+        """Refuse a score of the student's losses where no step ever shows those of elided targets.
+
+        They would stay at their first value, the same for all, and the same targets would be kept for ever. (A ratio
+        that starts at 1 shows them in its first cycle; a cool-down comes when nothing is elided any more.)
+        """
+        shows = self.warmup_steps or self.dense_steps or self.keep_ratio == 1.0
+        if self.enabled and self.learns and not shows:
+            given = f"{self.score} with {flag('warmup_steps')} 0 and {flag('dense_steps')} 0"
+            raise refuse(
+                flag("score"),
+                given=given,
+                allowed="reference or random without dense steps; others learn from steps in which all targets run",
+                change=f"{flag('warmup_steps')} or {flag('dense_steps')} to 1 or more, or {flag('score')} to reference",
+            )
 
     def _check_moving_ratio(self) -> None:
         if self.keep_ratio_end is not None:

@@ -76,6 +76,7 @@ class _ReGateCallback(Callback):
                 host.report(session, iteration, print_rank_last, state.tensorboard_logger, state.wandb_logger)
 
     def on_train_end(self, context: CallbackContext) -> None:
+        self.sessions.clear()
         detach(context.model)
         uninstall()
 

@@ -182,7 +182,8 @@ def _llava(*rows: tuple[list[int], list[int]], pad: int = 0, length: int | None 
 def _check_against_the_model(llava_model, batch: dict, adapter: LLaVABatches, elided_share=None) -> None:
     facts = adapter.read(batch)
     embeddings, labels, loss_mask = _merge(llava_model, batch, adapter)
-    assert torch.equal(facts.is_target_BS, loss_mask > 0)
+    assert torch.equal(facts.is_target_BS, (loss_mask > 0) & (labels >= 0))
+    assert bool(facts.is_context_BS[(loss_mask > 0) & (labels < 0)].all())  # a loss without a label: it runs
     assert torch.equal(facts.label_BS[facts.is_target_BS], labels[facts.is_target_BS])
     assert torch.equal(facts.is_visual_BS, embeddings < 0)
     is_text = embeddings > 0
