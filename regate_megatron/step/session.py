@@ -24,7 +24,7 @@ from regate_megatron.ranks.topology import Topology
 from regate_megatron.step.metrics import Counters, Trace, count_plan, count_step
 from regate_megatron.step.plan import StepPlan, share_plan
 from regate_megatron.step.planner import Planner
-from regate_megatron.support import Setting, check_support
+from regate_megatron.support import Setting, check_support, hints
 from regate_megatron.support.alignment import length_alignment, segment_alignment
 from regate_megatron.teacher import ReferenceLosses, TeacherSource, open_reference
 
@@ -271,6 +271,7 @@ class Session:
         """What is attached where, one line per hook."""
         lines = [f"regate on data-parallel rank {self.topology.dp_rank}" + (", planner" if self.planner else "")]
         lines += self.hooks.describe()
+        lines += hints(Setting(self.language_models, self.config, self._args))
         if self.planner:
             lines.append(self.planner.difficulty.describe())
         if self.reference is not None:
