@@ -75,7 +75,13 @@ TRAINING_RULES = (
         "it to uniform",
         "pipeline shapes and expert exchanges need one length",
     ),
-    Rule("FP4", Fields("fp4"), "bf16 or FP8 in this version", "the precision flags", "lengths are not aligned for it"),
+    Rule(
+        "FP4",
+        Fields("fp4"),
+        "bf16 or FP8 in this version",
+        "the command: leave --fp4-format out",
+        "lengths are not aligned for it",
+    ),
     Rule(
         "attention masks per document with a teacher",
         lambda s: "--reset-attention-mask" if s.config.needs_teacher and s.arg("reset_attention_mask") else None,

@@ -27,7 +27,9 @@ STAGES = {
     "gpt-n1-plain@Et|t|tt|L": {"pp": 4, "config": {"pipeline_model_parallel_layout": "Et|t|tt|L"}},
     "gpt-n1-plain@Etttt|L": {"pp": 2, "config": {"pipeline_model_parallel_layout": "Etttt|L"}},
     "gpt-n2-block@Ettt|tL": {
-        **{"pp": 2, "dense_layers": 2, "recompute": "block"},
+        "pp": 2,
+        "dense_layers": 2,
+        "recompute": "block",
         "config": {"pipeline_model_parallel_layout": "Ettt|tL"},
     },
 }
