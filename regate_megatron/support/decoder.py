@@ -140,7 +140,8 @@ def _window(setting: Setting) -> Any:
 def _more_than_one_token(setting: Setting) -> Any:
     if found := _MTP(setting):
         layout = getattr(setting.model, "pipeline_model_parallel_layout", None)
-        also = ", and the m of --pipeline-model-parallel-layout" if layout and "m" in str(layout) else ""
+        parts = str(layout or "").replace("embedding", "")  # the only other word with an m in it
+        also = ", and the m of --pipeline-model-parallel-layout" if "m" in parts else ""
         return Found(found.given, (found.change or "") + also)
     depths = (setting.pattern or "").count("/")
     return Found(f"{depths} in the layer pattern", f"{_pattern_flag(setting)}: end it before the /") if depths else None
