@@ -84,7 +84,7 @@ def refused_attach_leaves_no_group(case: dict) -> None:
         models = build(case)
         for model in models:
             model.__class__ = GlmLike
-        refused("model: given GlmLike (__main__.", lambda: attach(models, config()))  # noqa: B023
+        refused("model: given GlmLike (", lambda: attach(models, config()))  # noqa: B023
         assert num_groups() == before
     on_one = config(trace="/proc/nowhere" if dist.get_rank() == 2 else None)  # a fault of one rank alone
     refused("--regate-trace: given", lambda: attach(build(case), on_one))
