@@ -25,6 +25,11 @@ OVERLAP = {"config": {"overlap_p2p_comm": True, "batch_p2p_comm": False}, "set":
 # Stages by a layout: the first one alone has the embedding, the last one the loss and, as in DeepSeek-V3, no layer.
 STAGES = {
     "gpt-n1-plain@Et|t|tt|L": {"pp": 4, "config": {"pipeline_model_parallel_layout": "Et|t|tt|L"}},
+    "gpt-n0-plain@E|tt|tt|L": {
+        "pp": 4,
+        "dense_layers": 0,
+        "config": {"pipeline_model_parallel_layout": "E|tt|tt|L"},
+    },
     "gpt-n1-plain@Etttt|L": {"pp": 2, "config": {"pipeline_model_parallel_layout": "Etttt|L"}},
     "gpt-n2-block@Ettt|tL": {
         "pp": 2,
