@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from regate_megatron import compat
+from regate_megatron.batches import adapter_for
 from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import ReGateError, refuse
-from regate_megatron.ranks.topology import build_topology
+from regate_megatron.ranks.topology import Topology, build_topology
 from regate_megatron.step.session import Session
 from regate_megatron.step.state import load_state as load_session
 from regate_megatron.step.state import save_state as save_session
@@ -60,28 +61,49 @@ def attach(
     if any(hasattr(compat.unwrap(chunk), _SESSION) for chunk in chunks):
         raise refuse("attach", given="a model that has ReGATE already", allowed="one attach", change="detach first")
     topology = build_topology()
-    language_models = [compat.language_model_of(compat.unwrap(chunk)) for chunk in chunks]
-    is_multimodal = language_models[0] is not compat.unwrap(chunks[0])
-    source = None
-    with topology.together("attach"):
-        setting = Setting(language_models, config, args, is_multimodal=is_multimodal)
-        supported, reason = check_support(setting)
-        if not supported:
-            raise ReGateError(reason)
-        if teacher is None and config.needs_teacher:
-            config.require_teacher()
-            checkpoint = find_teacher(language_models, config, args, pad_token=pad_token, vocab_size=vocab_size)
-        else:
-            checkpoint = None
-        if config.needs_teacher:
-            source = TeacherSource(teacher, checkpoint, pad_token, tokenizer_hash)
-        if config.trace:
-            check_trace_folder(config.trace)
-        session = Session(chunks, config, topology, args, pad_token, source)
+    try:
+        with topology.together("attach"):
+            session = _checked_session(chunks, config, topology, args, pad_token, vocab_size, tokenizer_hash, teacher)
+    except BaseException:
+        topology.close()
+        raise
     session.hooks.attach()
     for model in session.models:
         object.__setattr__(model, _SESSION, session)
     return model_chunks
+
+
+def _checked_session(
+    chunks: list[Any],
+    config: ReGateConfig,
+    topology: Topology,
+    args: Any,
+    pad_token: int | None,
+    vocab_size: int | None,
+    tokenizer_hash: str | None,
+    teacher: Any,
+) -> Session:
+    """The session, once nothing that can be known now is against it.
+
+    Raises:
+        ReGateError: something is not supported.
+    """
+    models = [compat.unwrap(chunk) for chunk in chunks]
+    language_models = [compat.language_model_of(model) for model in models]
+    adapter = adapter_for(models[0], pad_token, args, config.sample_key)
+    setting = Setting(language_models, config, args, is_multimodal=language_models[0] is not models[0])
+    supported, reason = check_support(setting)
+    if not supported:
+        raise ReGateError(reason)
+    source = checkpoint = None
+    if config.needs_teacher:
+        if teacher is None:
+            config.require_teacher()
+            checkpoint = find_teacher(language_models, config, args, pad_token=pad_token, vocab_size=vocab_size)
+        source = TeacherSource(teacher, checkpoint, pad_token, tokenizer_hash)
+    if config.trace:
+        check_trace_folder(config.trace)
+    return Session(chunks, config, topology, args, adapter, source)
 
 
 def session_of(model_chunks: Any) -> Session | None:
@@ -91,10 +113,11 @@ def session_of(model_chunks: Any) -> Session | None:
 
 
 def detach(model_chunks: list[Any]) -> list[Any]:
-    """Undo :func:`attach`: modules, attributes and hooks are as before. Any rank, no communication."""
+    """Undo :func:`attach`: modules, attributes, hooks and process groups are as before. Any rank, no communication."""
     session = session_of(model_chunks)
     if session is not None:
         session.detach()
+        session.topology.close()
         for model in session.models:
             object.__delattr__(model, _SESSION)
     return model_chunks

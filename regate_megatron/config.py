@@ -138,6 +138,27 @@ class ReGateConfig:
             least = self.warmup_steps + 1
             allowed = f"none, or an integer of {least} or more (after the warm-up)"
             self._check_number("dense_from", allowed, lambda v: v >= least, str(least), True)
+        self._check_learns()
+
+    def _check_learns(self) -> None:
+        """Refuse a score of the student's losses alone where no step ever shows those of elided targets.
+
+        All would start with one score, so the first targets of each row would be kept, and kept for ever. (A ratio that
+        starts at 1 shows all losses in its first cycle; a cool-down comes when nothing is elided any more. With
+        reference losses beside them targets do differ.)
+        """
+        shows = self.warmup_steps or self.dense_steps or self.keep_ratio == 1.0
+        is_alone = self.learns and (not self.needs_teacher or (self.score == "regate" and not self.reference_weight))
+        if self.enabled and is_alone and not shows:
+            given = f"{self.score} with {flag('warmup_steps')} 0 and {flag('dense_steps')} 0"
+            if self.score == "regate":
+                given += f" and {flag('reference_weight')} 0"
+            raise refuse(
+                flag("score"),
+                given=given,
+                allowed="a score that differs from target to target before any loss is known",
+                change=f"{flag('warmup_steps')} or {flag('dense_steps')} to 1 or more, or {flag('score')} to reference",
+            )
 
     def _check_moving_ratio(self) -> None:
         if self.keep_ratio_end is not None:

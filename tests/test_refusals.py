@@ -1,7 +1,11 @@
-"""Every refusal of the support table says what was given, what is allowed and what to change."""
+"""Every refusal of the support table says what was given, what is allowed and what to change, by the names given."""
 
 from __future__ import annotations
 
+import argparse
+import copy
+import dataclasses
+import re
 from argparse import Namespace
 
 import pytest
@@ -12,9 +16,16 @@ pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from regate_megatron.config import ReGateConfig
-from regate_megatron.support import RULES, Setting, check_support
+from regate_megatron import compat, support
+from regate_megatron.config import ReGateConfig, flag
+from regate_megatron.support import RULES, Setting, check_support, hints
+from regate_megatron.support.setting import Fields, flag_of
 
 
 def _setting(config: dict | None = None, model: dict | None = None, args: dict | None = None, **chunk) -> Setting:
@@ -38,6 +49,10 @@ def _other_model():
     module.config = TransformerConfig(num_layers=4, hidden_size=32, num_attention_heads=4)
     module.position_embedding_type = "rope"
     return module
+
+
+def _layout(text: str, stages: int):
+    return PipelineParallelLayerLayout(text, stages)
 
 
 REFUSED = {
@@ -80,6 +95,41 @@ REFUSED = {
     "random routing": (
         {"model": {"moe_router_force_load_balancing": True}},
         "given moe_router_force_load_balancing=True",
+    ),
+    "replayed routing": ({"model": {"moe_enable_routing_replay": True}}, "given moe_enable_routing_replay=True"),
+    "experts padded to capacity": (
+        {"model": {"moe_pad_expert_input_to_capacity": True}},
+        "given moe_pad_expert_input_to_capacity=True",
+    ),
+    "DeepEP": ({"model": {"moe_enable_deepep": True}}, "given moe_enable_deepep=True"),
+    "a variant of attention": (
+        {"model": {"experimental_attention_variant": "dsa"}},
+        "given experimental_attention_variant=dsa",
+    ),
+    "layers offloaded": ({"model": {"cpu_offloading_num_layers": 2}}, "given cpu_offloading_num_layers=2"),
+    "fine-grained offloading": (
+        {"model": {"fine_grained_activation_offloading": True}},
+        "given fine_grained_activation_offloading=True",
+    ),
+    "graphs of Transformer Engine": ({"model": {"external_cuda_graph": True}}, "given external_cuda_graph=True"),
+    "multimodal packing with fused rope": (
+        {"args": {"use_packed_sequence": True}, "model": {"apply_rope_fusion": True}},
+        "given --use-packed-sequence with fused RoPE",
+    ),
+    "PyTorch's FSDP": ({"args": {"use_torch_fsdp2": True}}, "given --use-torch-fsdp2"),
+    "no layer beside the embedding": (
+        {
+            "config": {"dense_layers": 1},
+            "model": {"pipeline_model_parallel_size": 4, "pipeline_model_parallel_layout": _layout("E|tt|tt|L", 4)},
+        },
+        "given 1 with 0 layers in the first pipeline chunk",
+    ),
+    "more dense layers than the first stage of a layout": (
+        {
+            "config": {"dense_layers": 3},
+            "model": {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": _layout("Ett|ttL", 2)},
+        },
+        "given 3 with 2 layers in the first pipeline chunk",
     ),
     "expert capacity": ({"model": {"moe_expert_capacity_factor": 1.25}}, "given moe_expert_capacity_factor=1.25"),
     "capacity per expert rank": (
@@ -152,6 +202,83 @@ def test_refusal_names_given_allowed_and_change(name):
     assert f": {given}; allowed " in reason and "; change " in reason
 
 
+# Names a refusal may use for what was given in another way than by one field or flag.
+OTHER_NAMES = {
+    "pattern": {"--hybrid-layer-pattern"},
+    "position_embedding_type": {"--position-embedding-type"},
+    "model_class": {"model class"},
+    "micro_batch_size": {"--micro-batch-size"},
+    "peft": {"--regate-teacher-load"},  # the adapters are wanted, the teacher is what can change
+}
+
+
+def _names_of(options: dict) -> set[str]:
+    """Every name under which what a case gives could be changed."""
+    names = {flag(name) for name in options.get("config", {})}
+    for name in (*options.get("model", {}), *options.get("args", {}), *options):
+        names |= OTHER_NAMES.get(name, set())
+    for name in (*options.get("model", {}), *options.get("args", {})):
+        names |= {name, flag_of(name)}
+    return names
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_to_change_is_named_as_it_was_given(name):
+    options, _ = REFUSED[name]
+    _, reason = check_support(_setting(**options))
+    what = reason.removeprefix("regate: ").split(":")[0]
+    change = reason.rpartition("; change ")[2]
+    change = change.replace("it to", f"{what} to") if change.startswith("it to") else change
+    assert [one for one in _names_of(options) if one in change], f"{reason} | {sorted(_names_of(options))}"
+
+
+def _fields_of_rules() -> set[str]:
+    modules = (support.decoder, support.training)
+    fields = [value for module in modules for value in vars(module).values() if isinstance(value, Fields)]
+    fields += [rule.find for rule in RULES if isinstance(rule.find, Fields)]
+    return {name for one in fields for name in one.names}
+
+
+def test_every_field_that_a_rule_looks_at_is_given_once():
+    """A field that no case gives could be refused under another's name."""
+    given = {name for options, _ in REFUSED.values() for name in options.get("model", {})}
+    assert _fields_of_rules() - given == set()
+
+
+def test_flags_that_refusals_name_are_megatron_s_own():
+    from megatron.training import arguments
+
+    parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    known = {option for action in parser._actions for option in action.option_strings}
+    fields = _fields_of_rules()
+    of_others = {flag_of(name) for name in fields if not hasattr(TransformerConfig, name)}  # versions
+    assert {flag_of(name) for name in fields} - known - of_others == set()
+    changes = [check_support(_setting(**options))[1].rpartition("; change ")[2] for options, _ in REFUSED.values()]
+    named = {word for change in changes for word in re.findall(r"--[a-z0-9-]+", change)}
+    of_scripts = {"--use-packed-sequence", "--use-loss-scaling", "--spec"}
+    of_scripts |= {"--dataloader-inter-document-masking"}  # core 0.18 and 0.19
+    ours = {"--regate", *(flag(one.name) for one in dataclasses.fields(ReGateConfig))}
+    assert named - known - ours - of_scripts - of_others == set()
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [
+        (REFUSED["no layer beside the embedding"][0], "it to 0, or take another --pipeline-model-parallel-layout"),
+        (
+            REFUSED["more dense layers than the first stage of a layout"][0],
+            "it to 2, or to a smaller number, or take another --pipeline-model-parallel-layout",
+        ),
+        (REFUSED["as many dense layers as layers"][0], "it to 3, or to a smaller number"),
+        (REFUSED["dense layers past the first stage"][0], "it to 2, or to a smaller number, or take more layers"),
+        (REFUSED["all layers dense"][0], "it to 1, or --regate-dense-layers to a smaller number"),
+    ],
+)
+def test_a_refused_number_of_layers_comes_with_one_that_runs(options, change):
+    _, reason = check_support(_setting(**options))
+    assert f"; change {change}" in reason
+
+
 SUPPORTED = {
     "GPTModel": {},
     "hybrid of attention, MLP and experts": {"pattern": "*-|*E"},
@@ -159,6 +286,14 @@ SUPPORTED = {
     "dense layers first and last": {"config": {"dense_layers": 1, "dense_last_layers": 2}},
     "yarn": {"position_embedding_type": "yarn"},
     "mrope": {"position_embedding_type": "mrope"},
+    "a last stage with the loss only": {
+        "model": {"pipeline_model_parallel_size": 4, "pipeline_model_parallel_layout": _layout("Et|t|tt|L", 4)},
+    },
+    "two dense layers before a short last stage": {
+        "config": {"dense_layers": 2},
+        "model": {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": _layout("Ettt|tL", 2)},
+    },
+    "a window without an end": {"model": {"window_size": (-1, -1)}},
     "experts over ranks": {"model": {"num_moe_experts": 4, "expert_model_parallel_size": 2}},
 }
 
@@ -177,3 +312,127 @@ def test_every_rule_is_tested():
 
     tested = {refusing(options) for options, _ in REFUSED.values()}
     assert [rule.what for index, rule in enumerate(RULES) if index not in tested] == []
+
+
+# ------------------------------------------------------------------------------------------ one layer unlike the rest
+
+
+def _gpt() -> GPTModel:
+    """A GPTModel of four layers, without a process group."""
+    config = TransformerConfig(num_layers=4, hidden_size=32, num_attention_heads=4)
+    model = GPTModel.__new__(GPTModel)
+    torch.nn.Module.__init__(model)
+    model.config, model.position_embedding_type = config, "rope"
+    model.decoder = _bare(TransformerBlock, config)
+    model.decoder.layers = torch.nn.ModuleList(_layer(config) for _ in range(4))
+    return model
+
+
+def _bare(kind: type, config: TransformerConfig):
+    module = kind.__new__(kind)
+    torch.nn.Module.__init__(module)
+    module.config = config
+    return module
+
+
+def _layer(config: TransformerConfig):
+    layer = _bare(TransformerLayer, config)
+    layer.self_attention = _bare(SelfAttention, config)
+    layer.self_attention.core_attention = _bare(DotProductAttention, config)
+    return layer
+
+
+def _refusal(model, **options) -> str:
+    settings = ReGateConfig(score="student")
+    return check_support(Setting([model], settings, micro_batch_size=options.get("micro_batch_size", 1)))[1]
+
+
+def test_layers_that_share_the_model_s_config_are_supported():
+    assert _refusal(_gpt()) == ""
+
+
+PER_LAYER = {
+    "a window": ({"window_size": (16, 0)}, {}, "window_size=(16, 0)"),
+    "fused rope": ({"apply_rope_fusion": True}, {"micro_batch_size": 2}, "fused RoPE with micro-batch size 2"),
+    "expert capacity": ({"moe_expert_capacity_factor": 1.5}, {}, "moe_expert_capacity_factor=1.5"),
+    "routing": ({"moe_router_load_balancing_type": "sinkhorn"}, {}, "sinkhorn"),
+    "communication overlap": ({"tp_comm_overlap": True}, {}, "tp_comm_overlap=True"),
+    "linear attention": ({"experimental_attention_variant": "gated_delta_net"}, {}, "experimental_attention_variant"),
+}
+
+
+@pytest.mark.parametrize("name", PER_LAYER)
+@pytest.mark.parametrize("where", ["decoder.layers.2", "decoder.layers.2.self_attention"])
+def test_a_copy_of_the_config_on_one_layer_is_looked_at(name, where):
+    """As Step-3.5's provider sets a window: on copies of the config, one per layer; the model's own says nothing."""
+    change, options, given = PER_LAYER[name]
+    model = _gpt()
+    module = model.get_submodule(where)
+    module.config = copy.copy(model.config)
+    assert _refusal(model, **options) == "", "a copy that changes nothing is no reason"
+    for field, value in change.items():
+        setattr(module.config, field, value)
+    reason = _refusal(model, **options)
+    assert f"given {given}" in reason and f" in {where}; allowed " in reason
+    assert model.config.window_size is None
+
+
+def test_a_window_given_to_one_kernel_past_every_config_is_found():
+    model = _gpt()
+    kernel = model.decoder.layers[3].self_attention.core_attention
+    kernel.window_size = (-1, 0)  # as Transformer Engine keeps a causal mask
+    assert _refusal(model) == ""
+    kernel.window_size = (64, 0)
+    assert "given window_size=(64, 0) in decoder.layers.3.self_attention.core_attention; " in _refusal(model)
+
+
+def test_another_module_in_the_place_of_attention_is_found():
+    model = _gpt()
+    model.decoder.layers[1].self_attention = torch.nn.Linear(2, 2)
+    reason = _refusal(model)
+    assert "linear or experimental attention: given Linear in decoder.layers.1.self_attention; " in reason
+
+
+def test_another_block_in_the_place_of_the_decoder_is_found():
+    class OwnBlock(TransformerBlock):
+        def forward(self, hidden_states):
+            return hidden_states
+
+    model = _gpt()
+    model.decoder.__class__ = OwnBlock
+    assert "model: given OwnBlock as decoder; " in _refusal(model)
+
+
+# ----------------------------------------------------------------------------------------------------- known classes
+
+
+def test_a_class_below_a_known_one_is_known_while_it_changes_nothing_that_runs():
+    class Saved(GPTModel):
+        def sharded_state_dict(self, *args, **kwargs):
+            return {}
+
+    class Run(GPTModel):
+        def _preprocess(self, *args, **kwargs):
+            return None
+
+    class Mixed(torch.nn.Module):
+        def forward(self):
+            return None
+
+    class Mixture(Mixed, GPTModel):
+        pass
+
+    for kind, known in ((GPTModel, True), (Saved, True), (Run, False), (Mixture, False), (torch.nn.Linear, False)):
+        instance = kind.__new__(kind)
+        assert compat.is_one_of(instance, support.decoder.LANGUAGE_MODELS) is known, kind
+
+
+# ------------------------------------------------------------------------------------------------------------- hints
+
+
+def test_context_parallelism_without_the_loss_per_token_is_told():
+    with_cp = {"context_parallel_size": 2}
+    (line,) = hints(_setting(model=with_cp))
+    assert "--calculate-per-token-loss" in line
+    assert hints(_setting(model={**with_cp, "calculate_per_token_loss": True})) == []
+    assert hints(_setting()) == []

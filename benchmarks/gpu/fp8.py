@@ -201,7 +201,7 @@ def region(recipe: str, device: torch.device) -> dict[str, Any]:
 def params(recipe: str, device: torch.device) -> dict[str, Any]:
     """A teacher in bf16 from a student whose parameters are FP8."""
     small = Small(recipe, device, **({} if recipe == "none" else {"fp8_param": True}))
-    with small.attached(score="regate", teacher_load="student") as (session, schedule):
+    with small.attached(score="reference", teacher_load="student") as (session, schedule):
         small.step(schedule, small.batch(0))
         chunk = session.reference.run.chunks[0]
         kinds = sorted({type(p.data).__name__ for p in small.model.parameters()})

@@ -24,7 +24,8 @@ class MicrobatchFacts:
     """What the planner needs to know of a microbatch; all on the CPU.
 
     Attributes:
-        is_target_BS: the loss mask the model itself would apply there is positive; bool [B, S].
+        is_target_BS: the loss mask the model itself would apply there is positive, and the label is 0 or more; bool
+            [B, S].
         is_context_BS: every other position that is not padding; bool [B, S].
         is_visual_BS: context that holds an image embedding, not a token; bool [B, S].
         token_BS: input token ids; any value at visual positions and padding; int64 [B, S].
@@ -151,6 +152,17 @@ class BatchAdapter(Protocol):
         ...
 
 
+def targets_of(loss_mask_BS: Tensor, label_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a batch has targets, and where it has a loss; bool [B, S] each.
+
+    A label below 0 (−100 by the habit of Hugging Face) is none: there is nothing to predict. Where the loss mask is
+    positive all the same, Megatron trains the position in its own way; it is context then, no padding: it runs where
+    context runs, its loss counts as ever, and no difficulty, prior or teacher looks at it.
+    """
+    has_loss_BS = to_cpu(loss_mask_BS) > 0
+    return has_loss_BS & (label_BS >= 0), has_loss_BS
+
+
 def content_keys(rows: Sequence[Sequence[np.ndarray]]) -> Tensor:
     """One 128-bit key per row (xxh3) over its arrays and their lengths, as int64 [B, 2].
 
@@ -185,7 +197,7 @@ def key_hex(key_2: Tensor) -> str:
 
 
 def ends_of_samples(
-    token_X: np.ndarray, is_target_X: np.ndarray, length_N: np.ndarray, *, is_image_X: np.ndarray | bool = False
+    token_X: np.ndarray, is_target_X: np.ndarray, length_N: np.ndarray, *, is_real_X: np.ndarray | bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """How many positions of each sample, from its first, its key is made of, and how many are no padding; int64 [N].
 
@@ -199,7 +211,7 @@ def ends_of_samples(
     Args:
         token_X, is_target_X: of samples that lie one after the other.
         length_N: positions of each, at least 1.
-        is_image_X: placeholders of images, which are no padding.
+        is_real_X: what is no padding, whatever it holds: placeholders of images, positions with a loss.
     """
     end_N = length_N.cumsum()
     start_N = end_N - length_N
@@ -209,7 +221,7 @@ def ends_of_samples(
         return np.maximum(after_X[after_X.searchsorted(end_N, side="right") - 1] - start_N, 0)
 
     target_N = after_last(is_target_X)
-    real_N = after_last((token_X != np.repeat(token_X[end_N - 1], length_N)) | is_target_X | is_image_X)
+    real_N = after_last((token_X != np.repeat(token_X[end_N - 1], length_N)) | is_target_X | is_real_X)
     real_N = np.where(length_N - real_N > 1, real_N, length_N)
     return np.where(target_N > 0, target_N, real_N), real_N
 

@@ -18,6 +18,7 @@ from regate_megatron.batches.facts import (
     content_keys,
     ends_of_samples,
     position_ids,
+    targets_of,
     to_cpu,
     unusual_positions,
     without_loss,
@@ -38,7 +39,8 @@ class GPTBatches:
     def read(self, batch: dict[str, Any]) -> MicrobatchFacts:
         """See :meth:`BatchAdapter.read`."""
         token_BS, label_BS = to_cpu(batch["tokens"]).long(), to_cpu(batch["labels"]).long()
-        is_target_BS, position_id_BS = to_cpu(batch["loss_mask"]) > 0, position_ids(batch, token_BS)
+        is_target_BS, has_loss_BS = targets_of(batch["loss_mask"], label_BS)
+        position_id_BS = position_ids(batch, token_BS)
         sample_BS = None
         if batch.get("cu_seqlens") is not None:
             sample_BS = samples_of(to_cpu(batch["cu_seqlens"]).long(), token_BS.shape[1])
@@ -50,7 +52,7 @@ class GPTBatches:
         content = [token_X, np.where(is_target_X, label_BS.flatten().numpy(), -1)]  # no label without loss
         is_mrope = position_id_BS.dim() == 3
         id_X = position_id_BS.flatten(0, 1).numpy()
-        key_N, real_N = ends_of_samples(token_X, is_target_X, length_N)
+        key_N, real_N = ends_of_samples(token_X, is_target_X, length_N, is_real_X=has_loss_BS.flatten().numpy())
         is_context_X, of_keys, start = ~is_target_X, [], 0
         for length, key, real in zip(length_N.tolist(), key_N.tolist(), real_N.tolist(), strict=True):
             of_keys.append([part_X[start : start + key] for part_X in content])

@@ -21,6 +21,7 @@ from regate_megatron.batches.facts import (
     content_keys,
     ends_of_samples,
     position_ids,
+    targets_of,
     to_cpu,
     unusual_positions,
     without_loss,
@@ -63,7 +64,9 @@ class LLaVABatches:
         place_BN = self._places(is_image_BN)
         length = self._merged_length(place_BN)
         is_text_BN = ~is_image_BN & (place_BN < length)
-        is_target_BN = self._text_targets(is_image_BN, is_text_BN, to_cpu(batch["loss_mask"]) > 0)
+        is_target_BN, has_loss_BN = (
+            self._of_text(is_image_BN, is_text_BN, where_BN) for where_BN in targets_of(batch["loss_mask"], label_BN)
+        )
         merged_X = masks.take(place_BN + length * torch.arange(num_rows)[:, None], is_text_BN).numpy()
 
         def spread(value_BN: Tensor) -> Tensor:
@@ -75,7 +78,7 @@ class LLaVABatches:
         key_B, real_B = ends_of_samples(
             *(value_BN.flatten().numpy() for value_BN in (token_BN, is_target_BN)),
             np.full(num_rows, num_entries),
-            is_image_X=is_image_BN.flatten().numpy(),
+            is_real_X=(is_image_BN | has_loss_BN).flatten().numpy(),
         )
         is_target_BS, is_text_BS = spread(is_target_BN), spread(is_text_BN)
         is_inside_BS = self._up_to(place_BN, np.full(num_rows, num_entries), length)
@@ -150,10 +153,11 @@ class LLaVABatches:
             entry_BS[row, : len(entry_S)] = entry_S
         return position_ids(batch, token_BN).gather(1, torch.from_numpy(entry_BS))
 
-    def _text_targets(self, is_image_BN: Tensor, is_text_BN: Tensor, has_loss_BN: Tensor) -> Tensor:
+    def _of_text(self, is_image_BN: Tensor, is_text_BN: Tensor, where_BN: Tensor) -> Tensor:
+        """What is marked, where the model leaves the loss mask as it is."""
         before_image_BN = torch.zeros_like(is_image_BN)
         before_image_BN[:, :-1] = is_image_BN[:, 1:]
-        return has_loss_BN & is_text_BN & ~before_image_BN
+        return where_BN & is_text_BN & ~before_image_BN
 
     def _places(self, is_image_BN: Tensor) -> Tensor:
         """Merged position of each text entry (of a placeholder: its last visual position); int64 [B, N]."""

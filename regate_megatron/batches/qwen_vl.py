@@ -24,6 +24,7 @@ from regate_megatron.batches.facts import (
     before_last_target,
     content_keys,
     position_ids,
+    targets_of,
     to_cpu,
     trailing_padding,
     unusual_positions,
@@ -55,8 +56,9 @@ class QwenVLBatches:
             raise ValueError("packed rows (enable_in_batch_packing) in this version")
         token_BS, label_BS = self._tokens(batch), to_cpu(batch["labels"]).long()
         is_visual_BS = (token_BS == self.image_token) | (token_BS == self.video_token)
-        is_target_BS = (to_cpu(batch["loss_mask"]) > 0) & ~is_visual_BS
-        is_padding_BS = self._padding(batch, token_BS, is_target_BS) & ~is_visual_BS & ~is_target_BS
+        is_target_BS, has_loss_BS = targets_of(batch["loss_mask"], label_BS)
+        is_target_BS &= ~is_visual_BS
+        is_padding_BS = self._padding(batch, token_BS, has_loss_BS) & ~is_visual_BS & ~has_loss_BS
         text_rows, picture_rows = self._content(batch, token_BS, label_BS, is_target_BS, is_padding_BS)
         return MicrobatchFacts(
             is_target_BS=is_target_BS,
@@ -81,12 +83,12 @@ class QwenVLBatches:
         return to_cpu(batch["input_ids"] if given is None else given).long()
 
     @staticmethod
-    def _padding(batch: dict[str, Any], token_BS: Tensor, is_target_BS: Tensor) -> Tensor:
+    def _padding(batch: dict[str, Any], token_BS: Tensor, has_loss_BS: Tensor) -> Tensor:
         """Rows are padded twice, by the processor and by the collator, with different ids: believe the mask."""
         mask = batch.get("attention_mask")
         if mask is not None and tuple(mask.shape) == tuple(token_BS.shape):
             return to_cpu(mask) == 0
-        return trailing_padding(token_BS, is_target_BS)
+        return trailing_padding(token_BS, has_loss_BS)
 
     def _position_ids(self, batch: dict[str, Any], token_BS: Tensor) -> Tensor:
         """As ``Qwen25VLModel.forward`` makes them, axes last: int64 [B, S, 3]; [B, S] without ``rope_index``."""

@@ -14,6 +14,7 @@ from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig
 from regate_megatron.integrations.megatron_checkpoints import restore
 from regate_megatron.step.counters import Counters, log_line, ratios, reduce_counters
 from regate_megatron.step.session import Session
+from regate_megatron.support import Setting, hints
 from regate_megatron.teacher.source import TEACHER_FOLDER, hash_of_tokenizer, teacher_of_resumed_run
 from regate_megatron.teacher.weights import save_language_model
 
@@ -53,6 +54,8 @@ def begin(
         _say_once(line)
     _keep_teacher(session, options)
     _say_once(_attached_line(session))
+    for line in hints(Setting(session.language_models, config, options)):
+        _say_once(f"[regate] {line}")
     return session
 
 

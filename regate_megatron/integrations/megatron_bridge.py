@@ -21,21 +21,23 @@ from megatron.bridge.utils.common_utils import print_rank_last
 
 from regate_megatron.api import detach, wrap_forward_backward
 from regate_megatron.config import ReGateConfig
-from regate_megatron.errors import one_line_refusals, refuse
+from regate_megatron.errors import one_line_refusals
 from regate_megatron.integrations import host
 from regate_megatron.integrations.megatron_checkpoints import CheckpointState
 from regate_megatron.integrations.patching import patch, unpatch
-
-_REFUSED = ("dist.use_decentralized_pg", "dataset.enable_in_batch_packing", "dataset.enable_offline_packing")
+from regate_megatron.support.bridge import check_settings
 
 
 def install(config: ReGateConfig, *, pad_token: int | None = None) -> Callback:
     """Patch the names; returns the callback for ``pretrain`` or ``finetune``. Any rank.
 
-    ``pad_token`` is the tokenizer's pad id for ``teacher_visual="pad"``, where the tokenizer does not tell it.
+    With settings that say off nothing is patched, and the callback does nothing. ``pad_token`` is the tokenizer's pad
+    id for ``teacher_visual="pad"``, where the tokenizer does not tell it.
     """
     uninstall()
     callback = _ReGateCallback(config, pad_token)
+    if not config.enabled:
+        return callback
     state = CheckpointState(callback.sessions, lambda one: (one["state"].cfg.checkpoint, one["state"].train_state.step))
     in_loop = {"get_forward_backward_func": _wrap_schedule_of}
     rooms = (loop, in_loop, loop.train), (checkpointing, state.wrappers, checkpointing.DefaultCheckpointManager.save)
@@ -59,6 +61,8 @@ class _ReGateCallback(Callback):
 
     @one_line_refusals()
     def on_train_start(self, context: CallbackContext) -> None:
+        if not self.config.enabled:
+            return
         options, tokenizer = _options(context.state), context.state.tokenizer
         session = host.begin(context.model, self.config, options, tokenizer, pad_token=self.pad_token)
         self.sessions[:] = [session] if session else []
@@ -76,6 +80,7 @@ class _ReGateCallback(Callback):
                 host.report(session, iteration, print_rank_last, state.tensorboard_logger, state.wandb_logger)
 
     def on_train_end(self, context: CallbackContext) -> None:
+        self.sessions.clear()
         detach(context.model)
         uninstall()
 
@@ -83,11 +88,7 @@ class _ReGateCallback(Callback):
 def _options(state: Any) -> SimpleNamespace:
     """Bridge's settings under Megatron-LM's names; refuses packed batches and groups of Bridge's own, on every rank."""
     cfg = state.cfg
-    for room, name in (name.split(".") for name in _REFUSED):
-        if getattr(getattr(cfg, room), name, False):
-            error = refuse("Megatron-Bridge", given=f"{room}.{name}", allowed="it off", change="it to False")
-            error.everywhere = True  # every rank has the same settings
-            raise error
+    check_settings(cfg)
     options = SimpleNamespace(**vars(cfg.checkpoint), iteration=state.train_state.step, peft=cfg.peft)
     if options.load and Path(options.load).name.startswith("iter_"):  # Bridge takes an iteration's folder as well
         options.load = str(Path(options.load).parent)

@@ -33,10 +33,15 @@ from regate_megatron.step.session import Session
 
 
 def install(config: ReGateConfig) -> None:
-    """Wrap the functions; a second call replaces the settings of the first (in-process restart)."""
+    """Wrap the functions; a second call replaces the settings of the first (in-process restart).
+
+    With settings that say off, nothing is wrapped.
+    """
     from megatron.training import checkpointing, get_args, training
 
     uninstall()
+    if not config.enabled:
+        return
     sessions: list[Session] = []
     in_checkpointing = CheckpointState(sessions, lambda given: (get_args(), given["iteration"])).wrappers
     in_training = {

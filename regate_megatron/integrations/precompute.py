@@ -45,8 +45,9 @@ def install(config: ReGateConfig) -> None:
     """
     from megatron.training import training
 
-    if config.reference_cache is None or not config.needs_teacher:
+    if not config.enabled or config.reference_cache is None or not config.needs_teacher:
         given = "no directory" if config.reference_cache is None else f"{flag('score')} {config.score}"
+        given = given if config.enabled else "settings that say off"
         error = refuse(
             flag("reference_cache"),
             given=given,

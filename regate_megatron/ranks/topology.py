@@ -50,6 +50,11 @@ class Topology:
     def __post_init__(self) -> None:
         object.__setattr__(self, "together", Together(self))
 
+    def close(self) -> None:
+        """Give the groups back, once no rank has anything more to say over them. Any rank, no communication."""
+        for group in (self.planner_group, self.replica_group, self.world_group):
+            dist.destroy_process_group(group)  # of others' groups a rank holds no more than a name
+
     def all_reduce_planners(self, values: Tensor, op: str) -> Tensor:
         """Reduce a CPU tensor over the planners ("sum" or "max"); planners only."""
         if self.dp_size > 1:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from regate_megatron import compat
-from regate_megatron.batches import BatchAdapter, MicrobatchFacts, adapter_for
+from regate_megatron.batches import BatchAdapter, MicrobatchFacts
 from regate_megatron.config import ReGateConfig
 from regate_megatron.decoder import Hooks, gather_context, to_host
 from regate_megatron.errors import ReGateError, refuse
@@ -26,7 +26,7 @@ from regate_megatron.step.planner import Planner
 from regate_megatron.step.sharing import share_plan
 from regate_megatron.step.step import Step
 from regate_megatron.step.trace import Trace
-from regate_megatron.support import Setting, check_support
+from regate_megatron.support import Setting, check_support, hints
 from regate_megatron.support.alignment import length_alignment, segment_alignment
 from regate_megatron.teacher import ReferenceLosses, TeacherSource, open_reference
 
@@ -48,7 +48,7 @@ class Session:
         config: ReGateConfig,
         topology: Topology,
         args: Any,
-        pad_token: int | None = None,
+        adapter: BatchAdapter,
         teacher: TeacherSource | None = None,
     ) -> None:
         self.config, self.topology = config, topology
@@ -60,8 +60,7 @@ class Session:
         self.totals, self.work = Counters(), Counters()
         self.reference: ReferenceLosses | None = None
         self.counts_own_steps = True
-        self.teacher_source = teacher
-        self.adapter: BatchAdapter = adapter_for(self.models[0], pad_token, args, config.sample_key)
+        self.adapter, self.teacher_source = adapter, teacher
         self._phase: Phase = "warmup"
         self._interval = Counters()
         self._args, self._is_prepared = args, False
@@ -151,6 +150,7 @@ class Session:
         """What is attached where, one line per hook."""
         lines = [f"regate on data-parallel rank {self.topology.dp_rank}" + (", planner" if self.planner else "")]
         lines += self.hooks.describe()
+        lines += hints(Setting(self.language_models, self.config, self._args))
         if self.planner:
             lines.append(self.planner.difficulty.describe())
         if self.reference is not None:
@@ -299,4 +299,24 @@ def _as_list(iterators: Any) -> list[Any]:
 
 
 def _pull(iterator: Iterator[Any] | None, count: int) -> list[Any] | None:
-    return None if iterator is None else [next(iterator) for _ in range(count)]
+    """The next ``count`` microbatches; None where this rank has no data.
+
+    Raises:
+        ReGateError: the data end before.
+    """
+    if iterator is None:
+        return None
+    pulled: list[Any] = []
+    try:
+        while len(pulled) < count:
+            pulled.append(next(iterator))
+    except (StopIteration, RuntimeError) as end:  # a generator turns the end of what it reads into a RuntimeError
+        if not isinstance(end, StopIteration) and not isinstance(end.__cause__, StopIteration):
+            raise
+        raise refuse(
+            "data iterator",
+            given=f"the end of its data after {len(pulled)} of {count} microbatches",
+            allowed=f"all {count} microbatches of every step",
+            change="the data (more of it, or one that repeats), or the number of training iterations",
+        ) from None
+    return pulled

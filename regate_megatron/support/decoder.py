@@ -4,35 +4,53 @@ from __future__ import annotations
 
 from typing import Any
 
+from regate_megatron.compat import is_one_of
 from regate_megatron.config import flag
-from regate_megatron.support.setting import Rule, Setting, field, first_field
+from regate_megatron.support.setting import Fields, Found, Rule, Setting
 
+LANGUAGE_MODELS = (
+    "megatron.core.models.gpt.gpt_model.GPTModel",
+    "megatron.core.models.hybrid.hybrid_model.HybridModel",
+)
+_BLOCKS = (
+    "megatron.core.transformer.transformer_block.TransformerBlock",
+    "megatron.core.models.hybrid.hybrid_block.HybridStack",
+)
+_ATTENTIONS = (
+    "megatron.core.transformer.attention.SelfAttention",
+    "megatron.core.transformer.multi_latent_attention.MLASelfAttention",
+    "megatron.core.transformer.multi_latent_attention.FusedMLASelfAttention",
+    "megatron.core.transformer.identity_op.IdentityOp",
+)
 # Layers of a HybridModel whose tokens meet in softmax attention over the whole sequence, or not at all.
 _EXACT_LAYERS = "*+-E"
 _OTHER_LAYERS = {"M": "Mamba", "G": "gated delta net", "D": "sparse attention"}
+_WINDOW = Fields("window_size", harmless=(None, False, 0, (-1, -1), (-1, 0)))
+_MTP = Fields("mtp_num_layers")
+_OTHER_ATTENTION = Fields("experimental_attention_variant", "linear_attention_freq")
 
 
 def _model_class(setting: Setting) -> Any:
-    names = [type(chunk).__name__ for chunk in setting.chunks]
-    return None if all(_is_known(chunk) for chunk in setting.chunks) else ", ".join(names)
+    others = [type(chunk).__name__ for chunk in setting.chunks if not is_one_of(chunk, LANGUAGE_MODELS)]
+    blocks = [chunk.decoder for chunk in setting.chunks if getattr(chunk, "decoder", None) is not None]
+    others += [f"{type(block).__name__} as decoder" for block in blocks if not is_one_of(block, _BLOCKS)]
+    return ", ".join(dict.fromkeys(others)) or None
 
 
-def _is_known(chunk: Any) -> bool:
-    from megatron.core.models.gpt import GPTModel
-
-    try:
-        from megatron.core.models.hybrid.hybrid_model import HybridModel
-    except ImportError:  # before 0.18
-        return isinstance(chunk, GPTModel)
-    return isinstance(chunk, (GPTModel, HybridModel))
+def _pattern_flag(setting: Setting) -> str:
+    old = setting.arg("hybrid_override_pattern") and not setting.arg("hybrid_layer_pattern")
+    return f"the layer pattern ({'--hybrid-override-pattern' if old else '--hybrid-layer-pattern'})"
 
 
 def _inexact_layers(setting: Setting) -> Any:
     kinds = sorted(set((setting.pattern or "").split("/")[0]) - set(_EXACT_LAYERS + "|"))
-    return ", ".join(_OTHER_LAYERS.get(kind, kind) for kind in kinds) or None
+    given = ", ".join(_OTHER_LAYERS.get(kind, kind) for kind in kinds)
+    return Found(given, f"{_pattern_flag(setting)}, or train it without --regate") if given else None
 
 
 def _layers_of_first_chunk(setting: Setting) -> int:
+    """Decoder layers before the first pipeline exchange: the same number on every rank, whichever stage it is."""
+    from megatron.core.transformer.enums import LayerType
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
     stages = setting.model.pipeline_model_parallel_size
@@ -41,6 +59,8 @@ def _layers_of_first_chunk(setting: Setting) -> int:
         if len(segments) > 1:
             return len(segments[0])
         return setting.model.num_layers_in_first_pipeline_stage or setting.model.num_layers // stages
+    if layout := getattr(setting.model, "pipeline_model_parallel_layout", None):
+        return layout.layout[0][0].count(LayerType.decoder)  # Megatron's own count is that of the asking rank
     if stages == 1 and not setting.model.virtual_pipeline_model_parallel_size:
         return setting.model.num_layers
     vp_stage = 0 if setting.model.virtual_pipeline_model_parallel_size else None
@@ -50,55 +70,98 @@ def _layers_of_first_chunk(setting: Setting) -> int:
 def _too_many_dense_layers(setting: Setting) -> Any:
     dense, layers = setting.config.dense_layers, setting.model.num_layers
     first = _layers_of_first_chunk(setting)
+    if dense < layers and dense <= first:
+        return None
+    most = min(first, layers - 1)
+    change = f"it to {most}" + (", or to a smaller number" if most > 1 else "")
     if dense >= layers:
-        return f"{dense} with {layers} decoder layers"
-    return f"{dense} with {first} layers in the first pipeline chunk" if dense > first else None
+        return Found(f"{dense} with {layers} decoder layers", change)
+    is_layout = getattr(setting.model, "pipeline_model_parallel_layout", None) is not None
+    how = "another --pipeline-model-parallel-layout" if is_layout else "more layers for the first stage"
+    return Found(f"{dense} with {first} layers in the first pipeline chunk", f"{change}, or take {how}")
 
 
 def _dense_last_layers(setting: Setting) -> Any:
     last, stages = setting.config.dense_last_layers, setting.model.pipeline_model_parallel_size
     if last and stages > 1:
-        return f"{last} with {stages} pipeline stages"
+        return Found(f"{last} with {stages} pipeline stages", "it to 0, or --pipeline-model-parallel-size to 1")
     first, layers = setting.config.dense_layers, setting.model.num_layers
     if last and layers and first + last >= layers:  # flags with a layer pattern have no number of layers
-        return f"{last} with {flag('dense_layers')} {first} of {layers} decoder layers"
+        given = f"{last} with {flag('dense_layers')} {first} of {layers} decoder layers"
+        return Found(given, f"it to {max(0, layers - first - 1)}, or {flag('dense_layers')} to a smaller number")
     return None
 
 
 def _routing(setting: Setting) -> Any:
     kinds = setting.model.moe_router_load_balancing_type
     kinds = kinds if isinstance(kinds, list) else [kinds]
-    wrong = [kind for kind in kinds if kind in ("sinkhorn", "quantile_balancing")]
-    return ", ".join(wrong) or first_field("moe_router_force_load_balancing", "moe_enable_routing_replay")(setting)
+    if wrong := [kind for kind in kinds if kind in ("sinkhorn", "quantile_balancing")]:
+        return Found(", ".join(wrong), "--moe-router-load-balancing-type to aux_loss, or leave it out")
+    return _FORCED_ROUTING(setting)
+
+
+_FORCED_ROUTING = Fields("moe_router_force_load_balancing", "moe_enable_routing_replay")
 
 
 def _dispatcher(setting: Setting) -> Any:
     if setting.model.num_moe_experts and setting.model.moe_token_dispatcher_type == "flex":
-        return "moe_token_dispatcher_type=flex"
-    return first_field("moe_enable_deepep", "moe_paged_stash")(setting)
+        return Found("moe_token_dispatcher_type=flex", "--moe-token-dispatcher-type to alltoall")
+    return _FIXED_BUFFERS(setting)
+
+
+_FIXED_BUFFERS = Fields("moe_enable_deepep", "moe_paged_stash")
 
 
 def _position_embedding(setting: Setting) -> Any:
-    kind = setting.chunks[0].position_embedding_type
-    if kind == "mrope" and setting.model.context_parallel_size > 1:
-        return "mrope with context parallelism"
-    return None if kind in ("rope", "yarn", "mrope", "learned_absolute", "none") else kind
+    for kind in dict.fromkeys(chunk.position_embedding_type for chunk in setting.chunks):
+        if kind == "mrope" and setting.model.context_parallel_size > 1:
+            return Found("mrope with context parallelism", "--context-parallel-size to 1")
+        if kind not in ("rope", "yarn", "mrope", "learned_absolute", "none"):
+            return kind
+    return None
 
 
 def _fused_latent_rope(setting: Setting) -> Any:
     return "fused RoPE" if setting.model.multi_latent_attention and setting.model.apply_rope_fusion else None
 
 
+def _window(setting: Setting) -> Any:
+    """In a config, or given to an attention kernel past every config."""
+    if found := _WINDOW(setting):
+        return found
+    for place, module in setting.modules():
+        window = getattr(module, "window_size", None)
+        if isinstance(window, tuple) and window[0] >= 0:
+            change = "window_size of that module, or train it without --regate"
+            return Found(f"window_size={window} in {place}", change)
+    return None
+
+
 def _more_than_one_token(setting: Setting) -> Any:
+    if found := _MTP(setting):
+        layout = getattr(setting.model, "pipeline_model_parallel_layout", None)
+        parts = str(layout or "").replace("embedding", "")  # the only other word with an m in it
+        also = ", and the m of --pipeline-model-parallel-layout" if "m" in parts else ""
+        return Found(found.given, (found.change or "") + also)
     depths = (setting.pattern or "").count("/")
-    return field("mtp_num_layers")(setting) or (f"{depths} in the layer pattern" if depths else None)
+    return Found(f"{depths} in the layer pattern", f"{_pattern_flag(setting)}: end it before the /") if depths else None
+
+
+def _other_attention(setting: Setting) -> Any:
+    """By config, or by a layer spec of one's own that puts another module where attention is."""
+    if found := _OTHER_ATTENTION(setting):
+        return found
+    for place, module in setting.modules():
+        if place.endswith(".self_attention") and not is_one_of(module, _ATTENTIONS):
+            return Found(f"{type(module).__name__} in {place}", "the layer spec (--spec), or train it without --regate")
+    return None
 
 
 DECODER_RULES = (
     Rule(
         "model",
         _model_class,
-        "GPTModel or HybridModel, alone or in a LLaVAModel",
+        "GPTModel or HybridModel, alone or in a model of a known family",
         "the model class",
         "other layers are not adapted",
         in_flags=False,
@@ -114,7 +177,7 @@ DECODER_RULES = (
         flag("dense_layers"),
         _too_many_dense_layers,
         "fewer than the decoder's layers, none past the first pipeline chunk",
-        "it to 1, or to a smaller number",
+        "it to a smaller number, or take more layers for the first stage",
         "pipeline stages after the first exchange short sequences",
         in_flags=False,
     ),
@@ -129,23 +192,21 @@ DECODER_RULES = (
         "expert routing",
         _routing,
         "top-k routing, with auxiliary losses or expert bias",
-        "--moe-router-load-balancing-type",
+        "--moe-router-load-balancing-type, or leave the flag out",
         "a token's expert would depend on elided tokens",
     ),
     Rule(
         "expert capacity",
-        first_field(
-            *("moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity", "moe_expert_rank_capacity_factor"),
-        ),
+        Fields("moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity", "moe_expert_rank_capacity_factor"),
         "experts that drop no token",
-        "the command: leave the capacity out",
+        "the command: leave the flag of the capacity out",
         "which tokens are dropped would depend on the length",
     ),
     Rule(
         "expert dispatcher",
         _dispatcher,
         "allgather or alltoall, without fixed buffers",
-        "--moe-token-dispatcher-type",
+        "--moe-token-dispatcher-type to alltoall, or leave the flag out",
         "buffers are sized at first use",
     ),
     Rule(
@@ -159,26 +220,26 @@ DECODER_RULES = (
         "multi-latent attention",
         _fused_latent_rope,
         "unfused RoPE",
-        "the command: add --no-rope-fusion",
+        "the command: add --no-rope-fusion (apply_rope_fusion)",
         "the fused kernel makes its own positions",
     ),
     Rule(
         "sliding-window attention",
-        field("window_size"),
+        _window,
         "full causal attention",
-        "the model, or train it without --regate",
+        "the command: leave --window-size out, or train the model without --regate",
         "distances would count kept tokens only",
     ),
     Rule(
         "multi-token prediction",
         _more_than_one_token,
         "no MTP layers",
-        "--mtp-num-layers to none",
+        "the command: leave --mtp-num-layers out",
         "targets would become the next kept token",
     ),
     Rule(
         "linear or experimental attention",
-        lambda s: field("experimental_attention_variant")(s) or field("linear_attention_freq")(s),
+        _other_attention,
         "softmax attention in every layer",
         "the model, or train it without --regate",
         "state would skip elided tokens",

@@ -6,7 +6,7 @@ from typing import Any
 
 from regate_megatron.config import STUDENT_AS_TEACHER, flag
 from regate_megatron.support.alignment import experts_span_replicas
-from regate_megatron.support.setting import Rule, Setting, field, first_field
+from regate_megatron.support.setting import Fields, Found, Rule, Setting, flag_of, leave_out
 
 _PACKING_FLAGS = ("sft", "dataloader_inter_document_masking", "use_packed_sequence")
 
@@ -24,25 +24,30 @@ def _several_lengths(setting: Setting) -> Any:
 def _cuda_graphs(setting: Setting) -> Any:
     implementation = getattr(setting.model, "cuda_graph_impl", "none")
     if implementation not in (None, "none"):
-        return f"cuda_graph_impl={implementation}"
-    return next(
-        (f"{n}=True" for n in ("enable_cuda_graph", "external_cuda_graph") if getattr(setting.model, n, 0)), None
-    )
+        return Found(f"cuda_graph_impl={implementation}", "--cuda-graph-impl to none")
+    return _OLD_CUDA_GRAPHS(setting)
+
+
+_OLD_CUDA_GRAPHS = Fields("enable_cuda_graph", "external_cuda_graph")
 
 
 def _packed_rows(setting: Setting) -> Any:
     """Forms of packing that cannot be exact, or that Megatron itself cannot run."""
-    packs = next((name for name in _PACKING_FLAGS if setting.arg(name)), None)
+    names = [name for name in _PACKING_FLAGS if setting.arg(name)]
+    packs = flag_of(names[0]) if names else None
     if setting.arg("hybrid_context_parallel"):
-        return "--hybrid-context-parallel"
+        return Found("--hybrid-context-parallel", leave_out(setting, "hybrid_context_parallel"))
     if packs is None:
         return None
+    out = f"leave {packs} out"
     if setting.model.pipeline_model_parallel_size > 1 and setting.micro_batch_size > 1:
-        return f"--{packs.replace('_', '-')} with pipeline stages and micro-batch size {setting.micro_batch_size}"
-    if packs == "dataloader_inter_document_masking" and setting.model.context_parallel_size > 1:
-        return "--dataloader-inter-document-masking with context parallelism"
+        given = f"{packs} with pipeline stages and micro-batch size {setting.micro_batch_size}"
+        return Found(given, f"--micro-batch-size or --pipeline-model-parallel-size to 1, or {out}")
+    if "dataloader_inter_document_masking" in names and setting.model.context_parallel_size > 1:
+        given = "--dataloader-inter-document-masking with context parallelism"
+        return Found(given, "--context-parallel-size to 1, or leave --dataloader-inter-document-masking out")
     if setting.model.apply_rope_fusion:
-        return f"--{packs.replace('_', '-')} with fused RoPE"
+        return Found(f"{packs} with fused RoPE", f"the command: add --no-rope-fusion, or {out}")
     return None
 
 
@@ -53,7 +58,8 @@ def _adapters_in_teacher(setting: Setting) -> Any:
 
 def _fsdp(setting: Setting) -> Any:
     names = ("use_megatron_fsdp", "use_torch_fsdp2")
-    return next((f"--{name.replace('_', '-')}" for name in names if setting.arg(name)), None)
+    found = next((flag_of(name) for name in names if setting.arg(name)), None)
+    return Found(found, f"the command: leave {found} out") if found else None
 
 
 def _fused_rope(setting: Setting) -> Any:
@@ -69,7 +75,13 @@ TRAINING_RULES = (
         "it to uniform",
         "pipeline shapes and expert exchanges need one length",
     ),
-    Rule("FP4", field("fp4"), "bf16 or FP8 in this version", "the precision flags", "lengths are not aligned for it"),
+    Rule(
+        "FP4",
+        Fields("fp4"),
+        "bf16 or FP8 in this version",
+        "the command: leave --fp4-format out",
+        "lengths are not aligned for it",
+    ),
     Rule(
         "attention masks per document with a teacher",
         lambda s: "--reset-attention-mask" if s.config.needs_teacher and s.arg("reset_attention_mask") else None,
@@ -79,22 +91,22 @@ TRAINING_RULES = (
     ),
     Rule(
         "activation offloading",
-        first_field("cpu_offloading", "fine_grained_activation_offloading"),
+        Fields("cpu_offloading", "cpu_offloading_num_layers", "fine_grained_activation_offloading"),
         "activations that stay on the device, recomputed or not",
-        "the command: leave it out",
+        "the command: leave its flag out",
         "needs a GPU to be tried",
     ),
     Rule("CUDA graphs", _cuda_graphs, "none", "--cuda-graph-impl to none", "lengths change between steps"),
     Rule(
         "combined 1F1B",
-        field("overlap_moe_expert_parallel_comm"),
+        Fields("overlap_moe_expert_parallel_comm"),
         "the plain schedules",
         "the command: leave --overlap-moe-expert-parallel-comm out",
         "preprocessing runs after the plan has gone",
     ),
     Rule(
         "tensor-parallel communication overlap",
-        field("tp_comm_overlap"),
+        Fields("tp_comm_overlap"),
         "off",
         "the command: leave --tp-comm-overlap out",
         "its user buffers have a fixed size",
@@ -104,7 +116,7 @@ TRAINING_RULES = (
         _packed_rows,
         "--sft, --dataloader-inter-document-masking without context parallelism, --use-packed-sequence; unfused RoPE, "
         "and with pipeline stages one row per microbatch",
-        "the command: leave the flag out, or add --no-rope-fusion",
+        "the command: leave the flag out, add --no-rope-fusion, or set the size named to 1",
         "the kernels would read other positions or segments",
         in_flags=False,
     ),
@@ -135,8 +147,19 @@ TRAINING_RULES = (
         "fused RoPE",
         _fused_rope,
         "micro-batch size 1, or unfused RoPE",
-        "the command: add --no-rope-fusion",
+        "the command: add --no-rope-fusion, or set --micro-batch-size to 1",
         "the fused kernel takes one row of positions",
         in_flags=False,
     ),
 )
+
+
+def hints(setting: Setting) -> list[str]:
+    """What is allowed, and still worth knowing before step 0; one line each."""
+    lines = []
+    if setting.model.context_parallel_size > 1 and not getattr(setting.model, "calculate_per_token_loss", False):
+        lines.append(
+            "context parallelism without --calculate-per-token-loss: each context rank divides its loss by its own"
+            " targets (Megatron's rule), so the weight of a target depends on the cut; with the flag it does not"
+        )
+    return lines

@@ -203,6 +203,10 @@ def batches(case: dict) -> list[dict]:
             batch["labels"] = torch.cat([batch["tokens"][:, 1:], batch["labels"][:, -1:]], dim=1).clamp_min(0)
             batch["loss_mask"][:, : place + 1] = 0
             batch["image"] = image[rows]
+        if case.get("unlabelled"):  # as Hugging Face marks what is no target, in prompts and padding; with a loss mask
+            is_marked = (batch["loss_mask"] == 0) & (torch.arange(TEXT) % 3 == 0) & (torch.arange(TEXT) < 12)
+            batch["labels"].masked_fill_(is_marked, -100)
+            batch["loss_mask"].masked_fill_(is_marked, 1)
         if case.get("packed"):
             pack(batch, start)
         own.append(batch)

@@ -456,6 +456,26 @@ def uninstall_restores_megatron() -> None:
     assert dict(vars(training)) == before
 
 
+def settings_that_say_off_wrap_nothing() -> None:
+    """In Megatron-LM's integration as in ``attach``: off is absent, also after a run that was on."""
+    from megatron.training import checkpointing, training
+
+    from regate_megatron.integrations import megatron_lm, precompute
+
+    off, before = ReGateConfig(enabled=False), (dict(vars(training)), dict(vars(checkpointing)))
+    megatron_lm.install(off)
+    assert (dict(vars(training)), dict(vars(checkpointing))) == before
+    megatron_lm.install(config())
+    megatron_lm.install(off)
+    assert (dict(vars(training)), dict(vars(checkpointing))) == before
+    models = build(GPT)
+    attributes = set(vars(models[0]))
+    assert attach(models, off) is models and set(vars(models[0])) == attributes and session_of(models) is None
+    with_cache = ReGateConfig(enabled=False, reference_cache="nowhere", teacher_load="student")
+    refused("given settings that say off", lambda: precompute.install(with_cache))
+    assert (dict(vars(training)), dict(vars(checkpointing))) == before
+
+
 def own_loop_continues_what_it_saved() -> None:
     """Four steps and three more, from a folder, are seven steps: for a loop without Megatron-LM."""
 

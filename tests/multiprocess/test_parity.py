@@ -22,6 +22,22 @@ def _grid(layout: str, recomputes: tuple, **options) -> list[dict]:
 # Four microbatches per replica. With batched sends Megatron mixes them up between two stages: its own arguments want
 # overlap. Before core 0.19 outputs were freed while gloo still sent them.
 OVERLAP = {"config": {"overlap_p2p_comm": True, "batch_p2p_comm": False}, "set": {"deallocate_pipeline_outputs": False}}
+# Stages by a layout: the first one alone has the embedding, the last one the loss and, as in DeepSeek-V3, no layer.
+STAGES = {
+    "gpt-n1-plain@Et|t|tt|L": {"pp": 4, "config": {"pipeline_model_parallel_layout": "Et|t|tt|L"}},
+    "gpt-n0-plain@E|tt|tt|L": {
+        "pp": 4,
+        "dense_layers": 0,
+        "config": {"pipeline_model_parallel_layout": "E|tt|tt|L"},
+    },
+    "gpt-n1-plain@Etttt|L": {"pp": 2, "config": {"pipeline_model_parallel_layout": "Etttt|L"}},
+    "gpt-n2-block@Ettt|tL": {
+        "pp": 2,
+        "dense_layers": 2,
+        "recompute": "block",
+        "config": {"pipeline_model_parallel_layout": "Ettt|tL"},
+    },
+}
 LAST = {"": {}, "-uniform": {"recompute": "uniform"}, "-even": {"multiple": 2}, "-by4": {"multiple": 4}}
 ONE_RANK = [
     *_grid("", (None, "uniform", "block")),
@@ -47,6 +63,8 @@ ONE_RANK = [
     case("packed-n0", packed=True, dense_layers=0),
     case("packed-n1-rows1", packed=True, rows=1),
     case("packed-n1-read-per-sample", packed=True, rows=1, context="read", budget="per-sample"),
+    *(case(f"{m}-n1-unlabelled", model=m, unlabelled=True) for m in ("gpt", "llava")),
+    case("packed-n0-unlabelled-student", packed=True, unlabelled=True, dense_layers=0, score="student"),
     case("gpt-n1-tied-grouped", tied=True, groups=2),
     case("llava-n1-learned-positions", model="llava", positions="learned_absolute"),
     *(case(f"{m}-n1-last1{way}", model=m, dense_last=1, **own) for m in ("gpt", "llava") for way, own in LAST.items()),
@@ -68,6 +86,9 @@ FOUR_RANKS = [
     case("gpt-n1-read@dp4", context="read"),
     case("gpt-n1-read-per-sample@tp2-dp2", tp=2, context="read", budget="per-sample"),
     case("gpt-n1-even@tp2-sp-pp2", tp=2, pp=2, sp=True, multiple=2),
+    *(case(name, **own) for name, own in STAGES.items()),
+    case("llava-n1-unlabelled@tp2-pp2", model="llava", unlabelled=True, tp=2, pp=2),
+    case("gpt-n1-unlabelled@tp2-dp2", unlabelled=True, tp=2),
     case("gpt-n1-tied-grouped@tp2-pp2", tp=2, pp=2, tied=True, groups=2),
     case("gpt-n1-plain@pp2-vpp2-dp2", pp=2, vpp=2),
     case("gpt-n1-rows1@pp2-vpp2-dp2", pp=2, vpp=2, rows=1, **OVERLAP),

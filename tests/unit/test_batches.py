@@ -103,6 +103,28 @@ def test_labels_without_loss_are_not_content():
     assert torch.equal(GPTBatches().read(batch).reference_key_N2, GPTBatches().read(other).reference_key_N2)
 
 
+def test_a_label_below_0_is_no_target_and_its_position_is_context():
+    """The habit of Hugging Face: -100 where there is nothing to predict, under a loss mask of ones."""
+    batch = _gpt(FIRST, THIRD, length=6)
+    habit = dict(batch, labels=batch["labels"].masked_fill(batch["loss_mask"] == 0, -100))
+    habit["loss_mask"] = torch.ones_like(batch["loss_mask"])
+    plain, facts = GPTBatches().read(batch), GPTBatches().read(habit)
+    assert torch.equal(facts.is_target_BS, plain.is_target_BS) and bool((facts.label_X >= 0).all())
+    assert torch.equal(facts.is_context_BS, ~facts.is_target_BS), "what has a loss is no padding"
+    assert torch.equal(facts.reference_key_N2, plain.reference_key_N2), "the keys are those of the usual labels"
+    elided = GPTBatches().elide(habit, plain.is_target_BS)
+    assert torch.equal(elided["loss_mask"] > 0, ~plain.is_target_BS), "the loss there counts as ever"
+
+
+def test_packed_rows_with_labels_below_0_have_the_targets_that_have_labels():
+    batch = _gpt(FIRST, SECOND)
+    batch["labels"][:, 2] = -1
+    batch["cu_seqlens"] = torch.tensor([[0, 3, 4, 4, 4], [0, 1, 4, 4, 4]])
+    facts = GPTBatches().read(batch)
+    assert facts.is_target_BS.tolist() == [[False, False, False, True, False, False, False, True]]
+    assert facts.is_context_BS[0, [2, 6]].all() and facts.num_target_N.tolist() == [0, 1, 0, 1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
 def test_eliding_text_zeroes_the_mask_of_the_elided_targets_and_nothing_else(dtype):
     batch = _gpt(FIRST, SECOND)
@@ -182,7 +204,8 @@ def _llava(*rows: tuple[list[int], list[int]], pad: int = 0, length: int | None 
 def _check_against_the_model(llava_model, batch: dict, adapter: LLaVABatches, elided_share=None) -> None:
     facts = adapter.read(batch)
     embeddings, labels, loss_mask = _merge(llava_model, batch, adapter)
-    assert torch.equal(facts.is_target_BS, loss_mask > 0)
+    assert torch.equal(facts.is_target_BS, (loss_mask > 0) & (labels >= 0))
+    assert bool(facts.is_context_BS[(loss_mask > 0) & (labels < 0)].all())  # a loss without a label: it runs
     assert torch.equal(facts.label_BS[facts.is_target_BS], labels[facts.is_target_BS])
     assert torch.equal(facts.is_visual_BS, embeddings < 0)
     is_text = embeddings > 0

@@ -68,6 +68,30 @@ def test_an_elided_target_of_a_multimodal_batch_loses_its_label_and_nothing_else
     assert torch.equal(left, facts.is_target_BS & ~is_elided_BS)
 
 
+def test_a_label_below_0_that_is_not_the_ignored_one_is_no_target():
+    """The script's loss mask knows -100 and the pad id alone: Megatron trains on any other, and so it runs."""
+    batch = _multimodal(([IMAGE, 5, 6, 7, 8], [IGNORE, IGNORE, 6, -7, 8]))
+    facts = _adapter().read(batch)
+    assert torch.where(facts.is_target_BS[0])[0].tolist() == [2, 4]
+    assert facts.is_context_BS[0].tolist()[:5] == [True, True, False, True, False]
+
+
+def test_llava_labels_below_0_are_no_targets():
+    batch = {
+        "tokens": torch.tensor([[IMAGE, 5, 6, 7, 0, 0]]),
+        "labels": torch.tensor([[5, 6, 7, IGNORE, IGNORE, IGNORE]]),
+        "loss_mask": torch.ones(1, 6),
+        "image": torch.zeros(1, 3, 2, 2),
+    }
+    adapter = LLaVABatches(2, IMAGE, 99, False)
+    facts = adapter.read(batch)  # merged: two visual positions, then 5 6 7 and two of padding that have a loss
+    assert torch.where(facts.is_target_BS[0])[0].tolist() == [2, 3]
+    assert torch.equal(facts.is_context_BS, ~facts.is_target_BS)
+    habit = adapter.read(dict(batch, loss_mask=torch.tensor([[0, 1, 1, 0, 0, 0.0]])))
+    assert torch.equal(facts.reference_key_N2, habit.reference_key_N2)
+    assert torch.equal(facts.difficulty_key_N2, habit.difficulty_key_N2)
+
+
 def test_packed_multimodal_batches_are_refused():
     batch = dict(_multimodal(PICTURE), cu_lengths=torch.tensor([[0, 4, 7]]))
     with pytest.raises(ValueError, match="packed rows"):
@@ -168,6 +192,16 @@ def test_qwen_padding_is_told_by_the_mask_where_there_is_one():
     row = [7, 8, 9, 2, 2, 0]
     batch = dict(_qwen([row], [[0, 1, 0, 0, 0, 0]]), attention_mask=torch.tensor([[1, 1, 1, 0, 0, 0]]))
     assert QWEN.read(batch).is_context_BS.tolist() == [[True, False, True, False, False, False]]
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([[1, 1, 1, 1, 1, 0]])], ids=["told by tokens", "told by a mask"])
+def test_qwen_labels_below_0_are_no_targets(mask):
+    plain = dict(_one(1.0), attention_mask=mask)
+    habit = dict(plain, loss_mask=torch.ones(1, 6))  # the labels are -100 already where nothing is predicted
+    facts, usual = QWEN.read(habit), QWEN.read(plain)
+    assert torch.equal(facts.is_target_BS, usual.is_target_BS) and bool((facts.label_X >= 0).all())
+    assert torch.equal(facts.is_context_BS, ~facts.is_target_BS)
+    assert torch.equal(facts.difficulty_key_N2, usual.difficulty_key_N2)
 
 
 def test_loss_at_a_visual_position_stays_context():

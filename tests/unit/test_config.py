@@ -103,6 +103,12 @@ def test_a_value_out_of_range_is_refused_in_one_line_that_says_what_to_change(na
         {"reference_weight": 7.5},
         {"reference_weight": 1.0, "fusion": "convex"},
         {"dense_layers": 0, "warmup_steps": 0, "dense_steps": 0},
+        {"dense_layers": 0, "warmup_steps": 0, "dense_steps": 0, "score": "random"},
+        {"dense_layers": 0, "warmup_steps": 0, "dense_steps": 0, "score": "gain"},
+        {"warmup_steps": 0, "dense_steps": 0, "score": "reference"},
+        {"warmup_steps": 0, "dense_steps": 1, "cycle_steps": 2, "score": "student"},
+        {"warmup_steps": 1, "dense_steps": 0, "score": "student"},
+        {"warmup_steps": 0, "dense_steps": 0, "keep_ratio": 1.0, "keep_ratio_end": 0.5, "keep_ratio_steps": 9},
         {"cycle_steps": 1, "dense_steps": 1},
         {"seed": 2**63 - 1},
         {"seed": 0, "length_multiple": 1},
@@ -112,6 +118,29 @@ def test_a_value_out_of_range_is_refused_in_one_line_that_says_what_to_change(na
 def test_the_ends_of_each_range_are_allowed(settings):
     config = ReGateConfig(**settings)
     assert {name: getattr(config, name) for name in settings} == settings
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"score": "student"},
+        {"score": "student", "dense_from": 500},
+        {"score": "student", "ema_decay": 0},
+        {"score": "regate", "reference_weight": 0},
+        {"score": "regate", "reference_weight": 0, "fusion": "convex"},
+    ],
+    ids=str,
+)
+def test_a_score_that_can_never_learn_anything_is_refused(settings):
+    with pytest.raises(ReGateError) as refusal:
+        ReGateConfig(warmup_steps=0, dense_steps=0, **settings)
+    assert _is_refusal(str(refusal.value), "score")
+    given = f"given {settings['score']} with --regate-warmup-steps 0 and --regate-dense-steps 0"
+    assert given in str(refusal.value) and "change --regate-warmup-steps or " in str(refusal.value)
+
+
+def test_settings_that_are_off_are_not_judged_by_what_they_would_learn():
+    assert not ReGateConfig(enabled=False, score="student", warmup_steps=0, dense_steps=0).enabled
 
 
 def test_more_dense_steps_than_the_cycle_has_are_refused():

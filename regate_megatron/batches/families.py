@@ -1,0 +1,118 @@
+"""The families of models whose batches are known: one row per class, by its module-qualified name.
+
+A row says how a refusal names the family, and what makes the adapter of its batches. A class that is no row is refused,
+whatever attributes it has: nothing was ever run with it. A class of one's own below a known one counts as that one as
+long as it changes nothing that runs (:func:`regate_megatron.compat.known_as`).
+
+To add a family: its class, and a factory of an adapter; a test that runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from regate_megatron import compat
+from regate_megatron.batches.facts import BatchAdapter
+from regate_megatron.batches.gpt import GPTBatches
+from regate_megatron.batches.llava import LLaVABatches
+from regate_megatron.batches.multimodal import MultimodalBatches
+from regate_megatron.batches.qwen_vl import QwenVLBatches
+from regate_megatron.batches.sample_key import BY_CONTENT, NamedSamples
+from regate_megatron.errors import refuse
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of the table.
+
+    Attributes:
+        title: how a refusal names it.
+        adapter: makes the adapter from the framework's model, the tokenizer's pad id and the framework's namespace.
+    """
+
+    title: str
+    adapter: Callable[[Any, int | None, Any], BatchAdapter]
+
+
+def adapter_for(model: Any, pad_token: int | None, args: Any = None, sample_key: str = BY_CONTENT) -> BatchAdapter:
+    """The adapter of the batches that scripts for this model read.
+
+    Args:
+        model: the framework's model, unwrapped: a language model, or one with a ``language_model`` inside.
+        pad_token: the tokenizer's pad id, where the batch says by it which labels have no loss.
+        args: the framework's namespace, for how its script packs rows.
+        sample_key: what finds a sample's difficulty again, see :mod:`.sample_key`.
+
+    Raises:
+        ReGateError: no row of the table; every rank has the same model, so every rank raises.
+    """
+    name = compat.known_as(model, FAMILIES)
+    if name is None:
+        error = refuse(
+            "model",
+            given=f"{type(model).__name__} ({compat.qualified_name(type(model))})",
+            allowed=", ".join(family.title for family in FAMILIES.values()) + " (no other was ever run)",
+            change="the model class, or train it without --regate",
+        )
+        error.everywhere = True
+        raise error
+    adapter = FAMILIES[name].adapter(model, pad_token, args)
+    return adapter if sample_key == BY_CONTENT else NamedSamples(adapter, sample_key)
+
+
+def _reads_position_ids(model: Any) -> bool:
+    """Whether a token's position id changes what the language model makes of it, beyond rotary distances."""
+    return compat.language_model_of(model).position_embedding_type == "learned_absolute"
+
+
+def _text(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
+    return GPTBatches(_reads_position_ids(model))
+
+
+def _llava(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
+    merged = LLaVABatches(
+        image_length=model.img_seq_len,
+        image_token=model.image_token_index,
+        max_length=model._language_max_sequence_length,
+        pads_to_max=model._language_is_pipeline_parallel,
+        multiple=_llava_multiple(model),
+        packs=_llava_packs(model, args),
+        reads_position_ids=_reads_position_ids(model),
+    )
+    return MultimodalBatches(merged, pad_token)
+
+
+def _llava_multiple(model: Any) -> int:
+    """What a LLaVAModel pads its merged rows to."""
+    context = model.context_parallel_lm
+    tensor = model.tensor_model_parallel_size_lm if model.sequence_parallel_lm else 1
+    return (2 * context if context > 1 else 1) * tensor
+
+
+def _llava_packs(model: Any, args: Any) -> bool | str:
+    """Whether the script hands a LLaVAModel the rows of a microbatch as one: Megatron-LM's do, to pad them for CP."""
+    if args is None or model.context_parallel_lm == 1:
+        return False
+    return "always" if getattr(args, "use_packed_sequence", False) else True
+
+
+def _bridge_qwen_vl(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
+    return QwenVLBatches(
+        image_token=model.config.image_token_id,
+        video_token=model.config.video_token_id,
+        merge_size=model.config.vision_config.spatial_merge_size,
+        rope_index=model.get_rope_index,
+    )
+
+
+FAMILIES = {
+    "megatron.core.models.gpt.gpt_model.GPTModel": Family("GPTModel", _text),
+    # MambaModel is a HybridModel from core 0.18 on; the class of that name before it is another.
+    "megatron.core.models.hybrid.hybrid_model.HybridModel": Family("HybridModel", _text),
+    "megatron.core.models.multimodal.llava_model.LLaVAModel": Family("LLaVAModel", _llava),
+    "megatron.bridge.models.qwen_vl.modeling_qwen25_vl.Qwen25VLModel": Family(
+        "Qwen25VLModel of Megatron-Bridge", _bridge_qwen_vl
+    ),
+}

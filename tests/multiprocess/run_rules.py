@@ -1,0 +1,189 @@
+"""Worker of test_rules: what is refused, ends or is given back on four ranks, at once on every rank.
+
+torchrun --nproc-per-node 4 tests/multiprocess/run_rules.py
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+from collections.abc import Callable, Iterator
+
+from regate_megatron.cpu import emulation
+
+emulation.set_environment()
+emulation.install()
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from regate_megatron import ReGateConfig, ReGateError, attach, describe, detach, wrap_forward_backward
+from regate_megatron.api import session_of
+from tests.multiprocess.models import Step, batches, build, language_models, merged_length, parallel, run, shared_store
+
+DP4 = {"name": "dp4", "model": "gpt", "tp": 1, "pp": 1}
+TP2_PP2 = {"name": "tp2-pp2", "model": "gpt", "tp": 2, "pp": 2}
+CP2 = {"name": "cp2", "model": "gpt", "tp": 1, "pp": 1, "cp": 2}
+NO_LAYER = {"name": "nolayer", "model": "gpt", "tp": 1, "pp": 4}
+NO_LAYER["config"] = {"pipeline_model_parallel_layout": "E|tt|tt|L"}
+
+
+def config(**options) -> ReGateConfig:
+    return ReGateConfig(**{"warmup_steps": 1, "score": "student", **options})
+
+
+def num_groups() -> int:
+    """Process groups of this rank."""
+    return len(dist.distributed_c10d._world.pg_map)
+
+
+def refused(words: str, action: Callable[[], object]) -> None:
+    """Every rank raises one line, the same, with ``words`` in it."""
+    try:
+        action()
+    except ReGateError as error:
+        line = str(error)
+    else:
+        line = "not refused"
+    lines: list = [None] * dist.get_world_size()
+    dist.all_gather_object(lines, line)
+    assert len(set(lines)) == 1 and words in line and line.startswith("regate: ") and "change" in line, lines
+
+
+def detach_gives_back_the_groups_that_attach_made(case: dict) -> None:
+    models, schedule = build(case), wrap_forward_backward(get_forward_backward_func())
+    before = num_groups()
+    settled = None
+    for _ in range(4):
+        attach(models, config())
+        assert num_groups() > before
+        for _ in range(2):
+            run(case, models, schedule, Step())
+        detach(models)
+        assert num_groups() == before
+        settled = settled or threading.active_count()
+    assert threading.active_count() == settled
+    detach(models)  # twice is harmless
+    dist.barrier()  # the groups that were there still work
+
+
+def refused_attach_leaves_no_group(case: dict) -> None:
+    class GlmLike(type(build(case)[0])):
+        def forward(self, *args, **kwargs):
+            raise AssertionError
+
+        def get_rope_index(self):
+            """What Qwen2.5-VL of Megatron-Bridge has too."""
+
+    before = num_groups()
+    for _ in range(4):
+        refused("given 9 with 4 decoder layers", lambda: attach(build(case), config(dense_layers=9)))
+        assert num_groups() == before
+        models = build(case)
+        for model in models:
+            model.__class__ = GlmLike
+        refused("model: given GlmLike (", lambda: attach(models, config()))  # noqa: B023
+        assert num_groups() == before
+    on_one = config(trace="/proc/nowhere" if dist.get_rank() == 2 else None)  # a fault of one rank alone
+    refused("--regate-trace: given", lambda: attach(build(case), on_one))
+    assert num_groups() == before
+
+
+def data_that_end_early_are_told_on_every_rank(case: dict, how: str) -> None:
+    """Only the last rank runs out, in its second microbatch."""
+    models, schedule = build(case), wrap_forward_backward(get_forward_backward_func())
+    attach(models, config())
+    own = batches(case)
+    number = len(own)
+    is_short = dist.get_rank() == dist.get_world_size() - 1
+
+    def generator() -> Iterator[dict]:
+        source = iter(own[: 1 if is_short else number])
+        for _ in range(number):
+            yield dict(next(source))  # Python makes a RuntimeError of it
+
+    plain = iter([dict(one) for one in own[: 1 if is_short else number]])
+    arguments = {
+        "forward_step_func": Step(),
+        "data_iterator": generator() if how == "generator" else plain,
+        "model": models[0],
+        "num_microbatches": number,
+        "seq_length": merged_length(case),
+        "micro_batch_size": 2,
+        "forward_only": False,
+    }
+    words = f"data iterator: given the end of its data after 1 of {number} microbatches; allowed all {number} "
+    refused(words, lambda: schedule(**arguments))
+    detach(models)
+
+
+def negative_labels_train_and_a_ratio_of_one_leaves_them_alone(case: dict) -> None:
+    """Labels of -100 under a loss mask of ones: the same losses and gradients as plain Megatron."""
+    case = dict(case, unlabelled=True)
+    plain, ours = build(case), build(case)
+    before, after = Step(), Step()
+    attach(ours, config(keep_ratio=1.0, dense_steps=0, warmup_steps=0))
+    schedule = wrap_forward_backward(get_forward_backward_func())
+    run(case, plain, get_forward_backward_func(), before)
+    run(case, ours, schedule, after)
+    assert all(torch.equal(a, b) for a, b in zip(before.losses, after.losses, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before.loss_masks, after.loss_masks, strict=True))
+    for (name, a), (_, b) in zip(plain[0].named_parameters(), ours[0].named_parameters(), strict=True):
+        assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad), name
+    session_of(ours).commit()
+    detach(ours)
+
+
+def a_cut_that_weighs_targets_is_described(case: dict) -> None:
+    models = build(dict(case, per_token_loss=False))
+    attach(models, config())
+    assert "context parallelism without --calculate-per-token-loss" in describe(models)
+    detach(models)
+    models = build(case)
+    attach(models, config())
+    assert "--calculate-per-token-loss" not in describe(models)
+    detach(models)
+
+
+def a_first_stage_without_layers_is_refused_with_a_way_out(case: dict) -> None:
+    models = build(case)
+    words = "given 1 with 0 layers in the first pipeline chunk; "
+    refused(words, lambda: attach(models, config()))
+    refused("change it to 0, or take another --pipeline-model-parallel-layout", lambda: attach(models, config()))
+
+
+def a_window_on_one_layer_is_refused(case: dict) -> None:
+    """Only one pipeline stage has that layer: every rank hears of it."""
+    models = build(case)
+    for layer in language_models(models)[-1].decoder.layers:
+        if layer.layer_number == 4:
+            layer.config = copy.copy(layer.config)
+            layer.config.window_size = (8, 0)
+    refused("sliding-window attention: given window_size=(8, 0) in decoder.layers.", lambda: attach(models, config()))
+
+
+def main() -> None:
+    store = shared_store()
+    checks = [
+        (detach_gives_back_the_groups_that_attach_made, DP4),
+        (detach_gives_back_the_groups_that_attach_made, TP2_PP2),
+        (refused_attach_leaves_no_group, DP4),
+        (refused_attach_leaves_no_group, TP2_PP2),
+        (data_that_end_early_are_told_on_every_rank, DP4, "iterator"),
+        (data_that_end_early_are_told_on_every_rank, TP2_PP2, "generator"),
+        (negative_labels_train_and_a_ratio_of_one_leaves_them_alone, DP4),
+        (a_cut_that_weighs_targets_is_described, CP2),
+        (a_first_stage_without_layers_is_refused_with_a_way_out, NO_LAYER),
+        (a_window_on_one_layer_is_refused, TP2_PP2),
+    ]
+    for number, (check, case, *more) in enumerate(checks):
+        with parallel(dict(case, name=f"{case['name']}-{number}"), store):
+            check(case, *more)
+        if os.environ["RANK"] == "0":
+            print("holds:", check.__name__, case["name"], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Families of models are known by their classes' module-qualified names; what Bridge's settings tell before step 0."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from regate_megatron.batches import FAMILIES, GPTBatches, QwenVLBatches, adapter_for
+from regate_megatron.errors import ReGateError
+from regate_megatron.support.bridge import REFUSED, check_settings
+
+
+def _class(qualified: str, *bases: type, **members) -> type:
+    """A class that says it is another one's: stands for packages that are not installed here."""
+    module, _, name = qualified.rpartition(".")
+    return type(name, bases or (object,), {"__module__": module, "__qualname__": name, **members})
+
+
+def _get_rope_index(self, *args, **kwargs):
+    raise AssertionError
+
+
+def _qwen(kind: type):
+    model = kind()
+    vision = SimpleNamespace(spatial_merge_size=2)
+    model.config = SimpleNamespace(image_token_id=91, video_token_id=92, vision_config=vision)
+    model.language_model = SimpleNamespace()
+    return model
+
+
+QWEN = "megatron.bridge.models.qwen_vl.modeling_qwen25_vl.Qwen25VLModel"
+
+
+def test_a_known_class_gets_the_adapter_of_its_row():
+    text = _class("megatron.core.models.gpt.gpt_model.GPTModel")()
+    assert isinstance(adapter_for(text, None), GPTBatches)
+    adapter = adapter_for(_qwen(_class(QWEN, get_rope_index=_get_rope_index)), None)
+    assert isinstance(adapter, QwenVLBatches) and (adapter.image_token, adapter.merge_size) == (91, 2)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "megatron.bridge.models.glm_vl.modeling_glm_45v.GLM45VModel",
+        "megatron.bridge.models.ernie_vl.modeling_ernie45_vl.model.Ernie45VLModel",
+        "megatron.bridge.models.qwen_vl.modelling_qwen3_vl.model.Qwen3VLModel",
+        "somebody.qwen_vl.modeling_qwen25_vl.Qwen25VLModel",  # the right name of another module
+    ],
+)
+def test_a_class_that_only_looks_like_a_known_one_is_refused_by_its_name(name):
+    model = _qwen(_class(name, get_rope_index=_get_rope_index))
+    with pytest.raises(ReGateError) as refusal:
+        adapter_for(model, None)
+    line = str(refusal.value)
+    assert line.startswith(f"regate: model: given {name.rpartition('.')[2]} ({name}); allowed GPTModel, HybridModel, ")
+    assert "Qwen25VLModel of Megatron-Bridge" in line and "; change the model class" in line
+    assert refusal.value.everywhere
+
+
+def test_a_class_below_a_known_one_is_that_one_unless_it_runs_otherwise():
+    known = _class(QWEN, forward=_get_rope_index, get_rope_index=_get_rope_index, freeze=_get_rope_index)
+    same = _class("mine.Frozen", known, freeze=_get_rope_index, __init__=lambda self: None)
+    assert isinstance(adapter_for(_qwen(same), None), QwenVLBatches)
+    for changed in ({"forward": _get_rope_index}, {"get_rope_index": _get_rope_index}):
+        with pytest.raises(ReGateError, match=r"given Changed \(mine\.Changed\)"):
+            adapter_for(_qwen(_class("mine.Changed", known, **changed)), None)
+
+
+def test_every_row_names_a_class_by_its_module():
+    assert all(name.startswith("megatron.") and name.count(".") >= 4 for name in FAMILIES)
+    assert len({family.title for family in FAMILIES.values()}) == len(FAMILIES)
+
+
+def _bridge(**settings):
+    rooms = {"dist": SimpleNamespace(), "dataset": SimpleNamespace()}
+    for name in REFUSED:
+        room, field = name.split(".")
+        setattr(rooms[room], field, None)
+    for name, value in settings.items():
+        room, field = name.split("__")
+        setattr(rooms[room], field, value)
+    return SimpleNamespace(**rooms)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"dataset__packing_buffer_size": 32}, "given dataset.packing_buffer_size=32; allowed it off"),
+        ({"dataset__enable_in_batch_packing": True}, "given dataset.enable_in_batch_packing=True; allowed it off"),
+        ({"dataset__enable_offline_packing": True}, "given dataset.enable_offline_packing=True; allowed it off"),
+        ({"dist__use_decentralized_pg": True}, "given dist.use_decentralized_pg=True; allowed it off"),
+    ],
+)
+def test_settings_of_bridge_that_pack_rows_are_refused_before_step_0(settings, line):
+    with pytest.raises(ReGateError) as refusal:
+        check_settings(_bridge(**settings))
+    name = next(iter(settings)).replace("__", ".")
+    assert line in str(refusal.value) and f"; change {name} to " in str(refusal.value) and refusal.value.everywhere
+
+
+@pytest.mark.parametrize("value", [None, 0])
+def test_settings_of_bridge_that_pack_nothing_pass(value):
+    check_settings(_bridge(dataset__packing_buffer_size=value))
+    check_settings(SimpleNamespace(dist=SimpleNamespace(), dataset=SimpleNamespace()))  # datasets without the field
