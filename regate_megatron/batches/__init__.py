@@ -10,6 +10,7 @@ from regate_megatron.batches.gpt import GPTBatches
 from regate_megatron.batches.llava import LLaVABatches
 from regate_megatron.batches.multimodal import MultimodalBatches
 from regate_megatron.batches.qwen_vl import QwenVLBatches
+from regate_megatron.batches.sample_key import NamedSamples
 
 __all__ = [
     "FAMILIES",
@@ -19,6 +20,7 @@ __all__ = [
     "LLaVABatches",
     "MicrobatchFacts",
     "MultimodalBatches",
+    "NamedSamples",
     "NamedSamples",
     "QwenVLBatches",
     "adapter_for",
