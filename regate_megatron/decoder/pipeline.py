@@ -33,19 +33,11 @@ def shapes_from(
         plans: one per microbatch.
         layout: this rank's part of a sequence.
         num_chunks: model chunks of this rank.
-
-    Raises:
-        ReGateError: the host's communicator is of another kind; on every rank alike.
     """
-    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-
     arguments = dict(arguments)
     if arguments.get("p2p_communicator") is None and arguments.get("pg_collection") is None:
         arguments.update(_defaults(arguments["model"]))
     communicator = arguments["p2p_communicator"]
-    if not isinstance(communicator, P2PCommunicator):
-        form = {"allowed": "a P2PCommunicator", "change": "the host, or --pipeline-model-parallel-size to 1"}
-        raise refuse("pipeline communication", given=f"a {type(communicator).__name__}", **form)
     config = communicator.config
     group = config.microbatch_group_size_per_vp_stage if num_chunks > 1 else len(plans)
     ends = {"is_first": communicator.is_pp_first_stage, "is_last": communicator.is_pp_last_stage}
@@ -65,6 +57,19 @@ def shapes_from(
         del communicator._communicate_shapes
         communicator.config = config
     assert not [*from_prev, *from_next], "the schedule received less than it computes"
+
+
+def check_communicator(communicator: Any) -> None:
+    """Refuse what :func:`shapes_from` could not use in a later step; any rank, no communication.
+
+    Raises:
+        ReGateError: the host's communicator is of another kind, on every rank alike.
+    """
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    if communicator is not None and not isinstance(communicator, P2PCommunicator):
+        form = {"allowed": "a P2PCommunicator", "change": "the host, or --pipeline-model-parallel-size to 1"}
+        raise refuse("pipeline communication", given=f"a {type(communicator).__name__}", **form)
 
 
 def receive_order(

@@ -26,6 +26,8 @@ from megatron.core.models.multimodal.llava_spec import decoder_model_with_local_
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.spec_utils import get_submodules
 
@@ -223,6 +225,8 @@ def batches(case: dict) -> list[dict]:
             batch["image"] = image[rows]
         if case.get("packed"):
             pack(batch, start)
+        if case.get("ragged"):  # rows of two lengths, by global row
+            batch = {name: values[:, : TEXT - 3 * (start // 2 % 2)] for name, values in batch.items()}
         own.append(batch)
     return own
 
@@ -293,6 +297,11 @@ def run(case: dict, models: list, schedule, step: Step) -> None:
     def make():
         return iter([dict(batch) for batch in own])
 
+    given = {}
+    if case.get("communicator"):  # what a host passes that keeps its own
+        stages = P2PCommunicator(mpu.get_pipeline_model_parallel_group(), language_models(models)[0].config)
+        given = {"p2p_communicator": stages, "pg_collection": ProcessGroupCollection.use_mpu_process_groups()}
+        before = dict(vars(stages))
     schedule(
         forward_step_func=step,
         data_iterator=[make() for _ in models] if case.get("vpp") else make(),
@@ -301,7 +310,10 @@ def run(case: dict, models: list, schedule, step: Step) -> None:
         seq_length=merged_length(case),
         micro_batch_size=case.get("rows", 2),
         forward_only=False,
+        **given,
     )
+    if given:
+        assert vars(stages) == before, "something was left on the communicator"
 
 
 def routers(models) -> list:

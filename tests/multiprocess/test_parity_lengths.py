@@ -18,7 +18,7 @@ GATHERED = {"config": {**MOE, "moe_token_dispatcher_type": "allgather"}}
 COUNTED = {"config": {**SENT["config"], **AUX}, "aux": True}
 
 
-def _each(name: str, like: str | None = None, **options) -> list[dict]:
+def each_budget(name: str, like: str | None = None, **options) -> list[dict]:
     """The case with each budget; ``like`` is the layout, of as many replicas, that ``balanced`` is held against."""
     model, _, layout = name.partition("@")
     return [
@@ -29,35 +29,37 @@ def _each(name: str, like: str | None = None, **options) -> list[dict]:
 
 PACKED = {"packed": True, "rows": 1}
 ONE_RANK = [
-    *_each("gpt@dp1"),
-    *_each("llava-by2@dp1", model="llava", multiple=2),
-    *_each("packed-by4@dp1", multiple=4, **PACKED),
-    *_each("gpt-by4@dp1", multiple=4),
+    *each_budget("gpt@dp1"),
+    *each_budget("llava-by2@dp1", model="llava", multiple=2),
+    *each_budget("packed-by4@dp1", multiple=4, **PACKED),
+    *each_budget("gpt-by4@dp1", multiple=4),
 ]
 FOUR_RANKS = [
     # what the others are held against
-    *_each("gpt@tp2-dp2", tp=2),
-    *_each("gpt-rows1@tp2-dp2", tp=2, rows=1),
-    *_each("llava@tp2-dp2", model="llava", tp=2),
-    *_each("moe-rows1@dp4", rows=1, **SENT),
-    *_each("moe-by2@tp2-sp-dp2", tp=2, sp=True, etp=1, ep=2, multiple=2, **GATHERED),  # experts within a replica
+    *each_budget("gpt@tp2-dp2", tp=2),
+    *each_budget("gpt-rows1@tp2-dp2", tp=2, rows=1),
+    *each_budget("llava@tp2-dp2", model="llava", tp=2),
+    *each_budget("moe-rows1@dp4", rows=1, **SENT),
+    *each_budget("moe-by2@tp2-sp-dp2", tp=2, sp=True, etp=1, ep=2, multiple=2, **GATHERED),  # experts within a replica
+    *each_budget("gpt-ragged@tp2-dp2", tp=2, ragged=True),
     # stages
-    *_each("gpt@pp2-dp2", "tp2-dp2", pp=2, ddp=True),
-    *_each("gpt@pp4", "dp1", pp=4, recompute="uniform"),
-    *_each("llava@pp2-dp2", "tp2-dp2", model="llava", pp=2, recompute="uniform"),
-    *_each("llava-by2@tp2-sp-pp2", "dp1", model="llava", tp=2, sp=True, pp=2, multiple=2),
-    *_each("gpt-by4@cp2-pp2", "dp1", cp=2, pp=2, multiple=4),
-    *_each("packed-by4@tp2-pp2", "dp1", tp=2, pp=2, multiple=4, recompute="uniform", **PACKED),
-    *_each("packed-by4@cp2-pp2", "dp1", cp=2, pp=2, multiple=4, **PACKED),
+    *each_budget("gpt@pp2-dp2", "tp2-dp2", pp=2, ddp=True),
+    *each_budget("gpt-ragged@pp2-dp2", "tp2-dp2", pp=2, ragged=True, config={"variable_seq_lengths": True}),
+    *each_budget("gpt@pp4", "dp1", communicator=True, pp=4, recompute="uniform"),
+    *each_budget("llava@pp2-dp2", "tp2-dp2", model="llava", pp=2, recompute="uniform"),
+    *each_budget("llava-by2@tp2-sp-pp2", "dp1", model="llava", tp=2, sp=True, pp=2, multiple=2),
+    *each_budget("gpt-by4@cp2-pp2", "dp1", cp=2, pp=2, multiple=4),
+    *each_budget("packed-by4@tp2-pp2", "dp1", tp=2, pp=2, multiple=4, recompute="uniform", **PACKED),
+    *each_budget("packed-by4@cp2-pp2", "dp1", cp=2, pp=2, multiple=4, **PACKED),
     # stages of several chunks
-    *_each("gpt@pp2-vpp2-dp2", "tp2-dp2", pp=2, vpp=2),
-    *_each("gpt-rows1@pp2-vpp2-dp2", "tp2-dp2", pp=2, vpp=2, rows=1, ddp=True, **OVERLAP),
+    *each_budget("gpt@pp2-vpp2-dp2", "tp2-dp2", pp=2, vpp=2),
+    *each_budget("gpt-rows1@pp2-vpp2-dp2", "tp2-dp2", pp=2, vpp=2, rows=1, ddp=True, **OVERLAP),
     # experts of several replicas
-    *_each("moe-rows1@ep4", "dp4", rows=1, ep=4, ddp=True, **SENT),
-    *_each("moe-rows1@etp2-dp4", "dp4", rows=1, etp=2, **SENT),
-    *_each("moe-rows1@ep2-etp2-dp4", "dp4", rows=1, ep=2, etp=2, recompute="uniform", **SENT),
-    *_each("moe-counted@ep2-dp4", ep=2, **COUNTED),
-    *_each("moe-by2@ep2-pp2-dp2", "tp2-sp-dp2", ep=2, pp=2, multiple=2, recompute="uniform", **SENT),
+    *each_budget("moe-rows1@ep4", "dp4", rows=1, ep=4, ddp=True, **SENT),
+    *each_budget("moe-rows1@etp2-dp4", "dp4", rows=1, etp=2, **SENT),
+    *each_budget("moe-rows1@ep2-etp2-dp4", "dp4", rows=1, ep=2, etp=2, recompute="uniform", **SENT),
+    *each_budget("moe-counted@ep2-dp4", ep=2, **COUNTED),
+    *each_budget("moe-by2@ep2-pp2-dp2", "tp2-sp-dp2", ep=2, pp=2, multiple=2, recompute="uniform", **SENT),
 ]
 
 

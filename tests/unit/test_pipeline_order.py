@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
-from regate_megatron.decoder.pipeline import receive_order
+from regate_megatron.decoder.pipeline import check_communicator, receive_order
+from regate_megatron.errors import ReGateError
 
 
 @st.composite
@@ -55,3 +56,9 @@ def test_one_chunk_receives_every_microbatch_in_order_and_the_ends_nothing_from_
 def test_groups_of_microbatches_go_through_all_chunks_before_the_next_group():
     forward, backward = receive_order(4, 2, 2, is_first=True, is_last=False)
     assert (forward, backward) == ([0, 1, 2, 3], [0, 1, 0, 1, 2, 3, 2, 3])
+
+
+def test_another_kind_of_communicator_is_refused():
+    check_communicator(None)
+    with pytest.raises(ReGateError, match="given a dict; allowed a P2PCommunicator; change the host"):
+        check_communicator({})

@@ -1,5 +1,5 @@
-"""Every process group is gloo. Patched: ``init_process_group``, ``new_group``, ``all_to_all_single``, ``all_gather`` and
-``reduce_scatter`` of ``torch.distributed``.
+"""Every process group is gloo. Patched in ``torch.distributed``: ``init_process_group``, ``new_group``,
+``all_to_all_single``, ``all_gather`` and ``reduce_scatter``.
 """
 
 from __future__ import annotations
