@@ -10,7 +10,7 @@ from regate_megatron.decoder.compaction import DecoderHook
 from regate_megatron.decoder.current import CurrentMicrobatch, Observer
 from regate_megatron.decoder.exchange import Layout, ShardedPlan, shard_plan
 from regate_megatron.decoder.losses import LossHook
-from regate_megatron.decoder.pipeline import check_communicator, shapes_from
+from regate_megatron.decoder.pipeline import check_arguments, shapes_from
 from regate_megatron.step.plan import StepPlan
 
 
@@ -84,7 +84,7 @@ class Hooks:
         own = {"data_iterator": iterators if is_list else iterators[0], "forward_step_func": forward_step}
         arguments = dict(arguments, **own)
         if self.has_pipeline:
-            check_communicator(arguments.get("p2p_communicator"))
+            check_arguments(arguments)
         if not (plans and self.has_pipeline):
             return schedule(**arguments)
         with shapes_from(plans, self.layout, len(self.models), arguments) as told:

@@ -7,7 +7,8 @@ asked, nothing is sent beside the states, and the device is not waited for.
 Means: the communicator is an argument of Megatron-Core's schedules (``p2p_communicator``). For the length of one call
 it gets two instance attributes: ``_communicate_shapes``, which answers from the plan where Megatron would exchange
 shapes, and a copy of its config with ``variable_seq_lengths`` on, which makes it ask. The model's own config stays as
-it is. Where the host passes no communicator, one is made as the schedule itself would make it.
+it is. Where the host passes no communicator, one is made as the schedule itself would make it. Core 0.17 to 0.20-dev
+agree in what is used of them.
 """
 
 from __future__ import annotations
@@ -59,17 +60,27 @@ def shapes_from(
     assert not [*from_prev, *from_next], "the schedule received less than it computes"
 
 
-def check_communicator(communicator: Any) -> None:
+def check_arguments(arguments: dict[str, Any]) -> None:
     """Refuse what :func:`shapes_from` could not use in a later step; any rank, no communication.
 
     Raises:
-        ReGateError: the host's communicator is of another kind, on every rank alike.
+        ReGateError: the schedule's arguments have a communicator of another kind, or shapes of another form; on every
+            rank alike.
     """
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
+    communicator, given = arguments.get("p2p_communicator"), None
     if communicator is not None and not isinstance(communicator, P2PCommunicator):
-        form = {"allowed": "a P2PCommunicator", "change": "the host, or --pipeline-model-parallel-size to 1"}
-        raise refuse("pipeline communication", given=f"a {type(communicator).__name__}", **form)
+        given = f"a {type(communicator).__name__}"
+    elif arguments.get("adjust_tensor_shapes_fn") is not None:
+        given = "adjust_tensor_shapes_fn"
+    if given:
+        raise refuse(
+            "pipeline communication",
+            given=given,
+            allowed="a P2PCommunicator that sends the decoder's hidden states alone",
+            change="the host's schedule, or --pipeline-model-parallel-size to 1",
+        )
 
 
 def receive_order(

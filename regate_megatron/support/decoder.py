@@ -73,8 +73,9 @@ def _routing(setting: Setting) -> Any:
 
 
 def _dispatcher(setting: Setting) -> Any:
-    if setting.model.num_moe_experts and setting.model.moe_token_dispatcher_type == "flex":
-        return "moe_token_dispatcher_type=flex"
+    kind = setting.model.moe_token_dispatcher_type
+    if setting.model.num_moe_experts and kind not in ("allgather", "alltoall"):
+        return f"moe_token_dispatcher_type={kind}"
     return first_field("moe_enable_deepep", "moe_paged_stash")(setting)
 
 

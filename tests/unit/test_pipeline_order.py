@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.pipeline_parallel.schedules import get_schedule_table
 
-from regate_megatron.decoder.pipeline import check_communicator, receive_order
+from regate_megatron.decoder.pipeline import check_arguments, receive_order
 from regate_megatron.errors import ReGateError
 
 
@@ -58,7 +58,11 @@ def test_groups_of_microbatches_go_through_all_chunks_before_the_next_group():
     assert (forward, backward) == ([0, 1, 2, 3], [0, 1, 0, 1, 2, 3, 2, 3])
 
 
-def test_another_kind_of_communicator_is_refused():
-    check_communicator(None)
-    with pytest.raises(ReGateError, match="given a dict; allowed a P2PCommunicator; change the host"):
-        check_communicator({})
+@pytest.mark.parametrize(
+    ("arguments", "given"),
+    [({"p2p_communicator": {}}, "a dict"), ({"adjust_tensor_shapes_fn": max}, "adjust_tensor_shapes_fn")],
+)
+def test_what_sends_other_shapes_is_refused(arguments, given):
+    check_arguments({"p2p_communicator": None, "adjust_tensor_shapes_fn": None})
+    with pytest.raises(ReGateError, match=f"given {given}; allowed a P2PCommunicator .*; change the host"):
+        check_arguments(arguments)
