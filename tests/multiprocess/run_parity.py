@@ -164,9 +164,9 @@ def check(case: dict) -> dict:
     """Run one case; returns what test_parity compares. Raises AssertionError when the step is not exact."""
     models, optimizer = build(case), None
     if case.get("ddp"):
-        models, optimizer = under_ddp(
-            models, optimizer="sgd", sgd_momentum=0.0, lr=64.0, weight_decay=0.0, clip_grad=0.0
-        )
+        # Adam without memory, as the distributed optimizer takes no other: a step is g / (|g| + 1), times a rate.
+        plain = {"adam_beta1": 0.0, "adam_beta2": 0.0, "adam_eps": 1.0, "weight_decay": 0.0, "clip_grad": 0.0}
+        models, optimizer = under_ddp(models, optimizer="adam", lr=64.0, **plain)
     names = [list(model.state_dict()) for model in models]
     config = ReGateConfig(
         warmup_steps=1,
