@@ -42,7 +42,7 @@ FOUR_RANKS = [
     *each_budget("llava@tp2-dp2", model="llava", tp=2),
     *each_budget("moe-rows1@dp4", rows=1, **SENT),
     # ... experts shared within a replica, by allgather
-    *each_budget("moe-by2@tp2-sp-dp2", tp=2, sp=True, etp=1, ep=2, multiple=2, forgets=True, **GATHERED),
+    *each_budget("moe-by2@tp2-sp-dp2", rows=1, tp=2, sp=True, etp=1, ep=2, multiple=2, forgets=True, **GATHERED),
     *each_budget("gpt-ragged@tp2-dp2", tp=2, ragged=True),
     # stages
     *each_budget("gpt@pp2-dp2", "tp2-dp2", pp=2, ddp=True),
@@ -61,7 +61,7 @@ FOUR_RANKS = [
     *each_budget("moe-rows1@etp2-dp4", "dp4", rows=1, etp=2, **SENT),
     *each_budget("moe-rows1@ep2-etp2-dp4", "dp4", rows=1, ep=2, etp=2, recompute="uniform", **SENT),
     *each_budget("moe-counted@ep2-dp4", ep=2, forgets=True, **COUNTED),
-    *each_budget("moe-by2@ep2-pp2-dp2", "tp2-sp-dp2", ep=2, pp=2, multiple=2, recompute="uniform", **SENT),
+    *each_budget("moe-by2@ep2-pp2-dp2", "tp2-sp-dp2", rows=1, ep=2, pp=2, multiple=2, recompute="uniform", **SENT),
 ]
 
 
