@@ -41,7 +41,7 @@ EIGHT_RANKS = [
     case("mla-by4@tp2-sp-cp2-pp2", mla=True, config=MLA, tp=2, sp=True, cp=2, pp=2, multiple=4),
     case("hybrid-moe-sent@ep2-pp2-dp2", model="hybrid", pattern="*E|*E", config=MOE, ep=2, pp=2, multiple=2),
     # lengths free to differ; what balanced is held against has as many replicas
-    *each_budget("moe-sent@tp2-sp-cp2-dp2", tp=2, sp=True, cp=2, etp=1, multiple=4, **SENT),
+    *each_budget("moe-sent@tp2-sp-cp2-dp2", tp=2, sp=True, cp=2, etp=1, ep=4, multiple=4, **SENT),
     *each_budget("gpt-by4@tp2-sp-cp2-pp2", "dp1", tp=2, sp=True, cp=2, pp=2, multiple=4, ddp=True),
     *each_budget("llava-by4@tp2-sp-cp2-pp2", "dp1", model="llava", tp=2, sp=True, cp=2, pp=2, multiple=4),
     *each_budget("packed-by4@tp2-sp-cp2-pp2", "dp1", tp=2, sp=True, cp=2, pp=2, multiple=4, **PACKED),
