@@ -73,13 +73,13 @@ REFUSED = {
         {"config": {"dense_layers": 2, "dense_last_layers": 2}},
         "given 2 with --regate-dense-layers 2 of 4 decoder layers",
     ),
-    "balanced budget with shared experts": (
-        {"config": {"budget": "balanced"}, "model": {"expert_model_parallel_size": 4}},
-        "given balanced with 4 ranks that share experts",
+    "balanced budget with gathered experts": (
+        {"config": {"budget": "balanced"}, "model": {"num_moe_experts": 4, "expert_model_parallel_size": 4}},
+        "given balanced with allgather dispatch over several replicas",
     ),
-    "per-sample budget with stages": (
-        {"config": {"budget": "per-sample"}, "model": {"pipeline_model_parallel_size": 2}},
-        "given per-sample with 2 pipeline stages",
+    "per-sample budget with experts cut wider than the rest": (
+        {"config": {"budget": "per-sample"}, "model": {"num_moe_experts": 4, "expert_tensor_parallel_size": 2}},
+        "given per-sample with allgather dispatch over several replicas",
     ),
     "Mamba layers": ({"pattern": "M*-M*-"}, "given Mamba"),
     "layers of two kinds that carry state": ({"pattern": "GD|-E"}, "given sparse attention, gated delta net"),

@@ -10,6 +10,7 @@ from regate_megatron.decoder.compaction import DecoderHook
 from regate_megatron.decoder.current import CurrentMicrobatch, Observer
 from regate_megatron.decoder.exchange import Layout, ShardedPlan, shard_plan
 from regate_megatron.decoder.losses import LossHook
+from regate_megatron.decoder.pipeline import check_arguments, shapes_from
 from regate_megatron.method.plan import StepPlan
 
 
@@ -23,6 +24,7 @@ class Hooks:
     Attributes:
         layout: this rank's place among those that share a sequence.
         has_pipeline: whether the decoder is cut into stages.
+        has_one_dense_length: whether the host sends states of one shape between them in dense steps.
     """
 
     def __init__(self, language_models: Sequence[Any], config: ReGateConfig) -> None:
@@ -30,6 +32,7 @@ class Hooks:
         self.models, self.config = language_models, config
         self.layout = Layout.of_model(transformer, sequence_parallel=transformer.sequence_parallel)
         self.has_pipeline = transformer.pipeline_model_parallel_size > 1
+        self.has_one_dense_length = self.has_pipeline and not transformer.variable_seq_lengths
         self.decoders: list[DecoderHook] = []
         self.losses: list[LossHook] = []
         self._current = CurrentMicrobatch()
@@ -67,11 +70,6 @@ class Hooks:
             plans: from :meth:`lay_out`.
             observe: is called with the per-token losses of each microbatch, on ranks that compute them.
         """
-        if plans and self.has_pipeline:
-            length = plans[0].keep_idx_BK.shape[1]
-            arguments = dict(arguments, seq_length=length)
-            if arguments.get("decoder_seq_length") is not None:
-                arguments["decoder_seq_length"] = length
         iterators = [None if pulled is None else iter([_fresh(batch) for batch in pulled]) for pulled in batches]
         is_list = isinstance(arguments["data_iterator"], list)
         step = arguments["forward_step_func"]
@@ -84,7 +82,13 @@ class Hooks:
                 return step(data_iterator, model, *args, **kwargs)
 
         own = {"data_iterator": iterators if is_list else iterators[0], "forward_step_func": forward_step}
-        return schedule(**dict(arguments, **own))
+        arguments = dict(arguments, **own)
+        if self.has_pipeline:
+            check_arguments(arguments)
+        if not (plans and self.has_pipeline):
+            return schedule(**arguments)
+        with shapes_from(plans, self.layout, len(self.models), arguments) as told:
+            return schedule(**told)
 
     def lay_out(self, plan: StepPlan) -> list[ShardedPlan]:
         """This rank's part of every microbatch's plan, on its device; nothing in a dense step. No communication."""

@@ -276,11 +276,11 @@ class Session:
             ReGateError: on this planner; all ranks agree on it.
         """
         lengths = sorted({one.dense_length for one in facts})
-        if self.hooks.has_pipeline and len(lengths) > 1:
+        if self.hooks.has_one_dense_length and len(lengths) > 1:
             raise refuse(
                 "pipeline parallelism",
                 given=f"microbatches of lengths {lengths}",
-                allowed="one length per step",
+                allowed="one length per step before tokens are left out, or a host that sets variable_seq_lengths",
                 change="the data loader, or --pipeline-model-parallel-size to 1",
             )
         multiple = self.planner.segment_multiple

@@ -25,7 +25,11 @@ def segment_alignment(model: Any) -> int:
 
 
 def experts_span_replicas(model: Any) -> bool:
-    """Whether experts lie on ranks of several data-parallel replicas, which then run their layers together."""
+    """Whether the ranks that exchange tokens in an expert layer belong to several data-parallel replicas.
+
+    Megatron numbers both the TP·CP ranks of a replica's stage and the ETP·EP ranks that share experts consecutively.
+    """
     tensor = model.tensor_model_parallel_size
     expert_tensor = getattr(model, "expert_tensor_parallel_size", None) or tensor
-    return getattr(model, "expert_model_parallel_size", 1) > 1 or expert_tensor > tensor
+    sharing = expert_tensor * getattr(model, "expert_model_parallel_size", 1)
+    return tensor * model.context_parallel_size % sharing > 0

@@ -104,8 +104,9 @@ _FORCED_ROUTING = Fields("moe_router_force_load_balancing", "moe_enable_routing_
 
 
 def _dispatcher(setting: Setting) -> Any:
-    if setting.model.num_moe_experts and setting.model.moe_token_dispatcher_type == "flex":
-        return Found("moe_token_dispatcher_type=flex", "--moe-token-dispatcher-type to alltoall")
+    kind = setting.model.moe_token_dispatcher_type
+    if setting.model.num_moe_experts and kind not in ("allgather", "alltoall"):
+        return Found(f"moe_token_dispatcher_type={kind}", "--moe-token-dispatcher-type to alltoall")
     return _FIXED_BUFFERS(setting)
 
 

@@ -12,13 +12,11 @@ _PACKING_FLAGS = ("sft", "dataloader_inter_document_masking", "use_packed_sequen
 
 
 def _several_lengths(setting: Setting) -> Any:
-    stages, experts = setting.model.pipeline_model_parallel_size, experts_span_replicas(setting.model)
-    if setting.config.budget == "uniform" or not (stages > 1 or experts):
+    model, budget = setting.model, setting.config.budget
+    if budget == "uniform" or not model.num_moe_experts or not experts_span_replicas(model):
         return None
-    ranks = getattr(setting.model, "expert_model_parallel_size", 1)
-    experts = f"{ranks} ranks that share experts" if ranks > 1 else "experts cut over several replicas"
-    where = f"{stages} pipeline stages" if stages > 1 else experts
-    return f"{setting.config.budget} with {where}"
+    dispatcher = model.moe_token_dispatcher_type
+    return f"{budget} with {dispatcher} dispatch over several replicas" if dispatcher == "allgather" else None
 
 
 def _cuda_graphs(setting: Setting) -> Any:
@@ -71,9 +69,9 @@ TRAINING_RULES = (
     Rule(
         flag("budget"),
         _several_lengths,
-        "uniform with pipeline stages or expert parallelism",
-        "it to uniform",
-        "pipeline shapes and expert exchanges need one length",
+        "uniform where replicas share experts by allgather",
+        "--moe-token-dispatcher-type to alltoall, or it to uniform",
+        "allgather takes equally many tokens of every rank",
     ),
     Rule(
         "FP4",

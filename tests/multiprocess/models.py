@@ -17,13 +17,17 @@ import xxhash
 from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.multimodal.llava_model import DEFAULT_IMAGE_TOKEN_INDEX, LLaVAModel
 from megatron.core.models.multimodal.llava_spec import decoder_model_with_local_default_spec
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.spec_utils import get_submodules
 
@@ -75,6 +79,24 @@ def build(case: dict) -> list[torch.nn.Module]:
             if getattr(chunk, name) is not None:
                 getattr(chunk, name).requires_grad_(False)
     return chunks
+
+
+def under_ddp(models: list, **optimizer) -> tuple[list, object]:
+    """Megatron's own DDP and distributed optimizer round them: gradients are reduced while the schedule runs."""
+    gathers = optimizer.get("overlap_param_gather", False)
+    reducing = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "bucket_size": 2000}
+    ddp = DistributedDataParallelConfig(overlap_param_gather=gathers, **reducing)
+    models = [DistributedDataParallel(m.config, ddp, m, disable_bucketing=i > 0) for i, m in enumerate(models)]
+    optimizer = get_megatron_optimizer(OptimizerConfig(use_distributed_optimizer=True, **optimizer), models)
+    transformer, several = models[0].config, len(models) > 1
+    for ours, theirs in (("no_sync_func", "no_sync"), ("grad_sync_func", "start_grad_sync")):
+        calls = [getattr(model, theirs) for model in models]
+        setattr(transformer, ours, calls if several else calls[0])
+    if gathers:
+        transformer.param_sync_func = [m.start_param_sync for m in models] if several else models[0].start_param_sync
+    transformer.finalize_model_grads_func = finalize_model_grads
+    transformer.grad_scale_func = optimizer.scale_loss
+    return models, optimizer
 
 
 def merged_length(case: dict) -> int:
@@ -209,6 +231,8 @@ def batches(case: dict) -> list[dict]:
             batch["loss_mask"].masked_fill_(is_marked, 1)
         if case.get("packed"):
             pack(batch, start)
+        if case.get("ragged"):  # rows of two lengths, by global row
+            batch = {name: values[:, : TEXT - 3 * (start // 2 % 2)] for name, values in batch.items()}
         own.append(batch)
     return own
 
@@ -272,11 +296,18 @@ def run(case: dict, models: list, schedule, step: Step) -> None:
     own = batches(case)
     for model in models:
         model.zero_grad(set_to_none=True)
+        if isinstance(model, DistributedDataParallel):
+            model.zero_grad_buffer()
     reset_counts(models)
 
     def make():
         return iter([dict(batch) for batch in own])
 
+    given = {}
+    if case.get("communicator"):  # what a host passes that keeps its own
+        stages = P2PCommunicator(mpu.get_pipeline_model_parallel_group(), language_models(models)[0].config)
+        given = {"p2p_communicator": stages, "pg_collection": ProcessGroupCollection.use_mpu_process_groups()}
+        before = dict(vars(stages))
     schedule(
         forward_step_func=step,
         data_iterator=[make() for _ in models] if case.get("vpp") else make(),
@@ -285,7 +316,10 @@ def run(case: dict, models: list, schedule, step: Step) -> None:
         seq_length=merged_length(case),
         micro_batch_size=case.get("rows", 2),
         forward_only=False,
+        **given,
     )
+    if given:
+        assert vars(stages) == before, "something was left on the communicator"
 
 
 def routers(models) -> list:

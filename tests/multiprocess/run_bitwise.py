@@ -17,12 +17,10 @@ emulation.install()
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from regate_megatron import ReGateConfig, attach, wrap_forward_backward
-from tests.multiprocess.models import Step, build, parallel, run, shared_store
+from tests.multiprocess.models import Step, build, parallel, run, shared_store, under_ddp
 
 STEPS = 50
 CASES = {
@@ -32,26 +30,13 @@ CASES = {
     "llava@tp2-pp2": {"model": "llava", "tp": 2, "pp": 2},
     "llava@dp4": {"model": "llava", "tp": 1, "pp": 1},
 }
-DDP = DistributedDataParallelConfig(
-    use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=2000
-)
 
 
 def train(case: dict, *, with_regate: bool) -> tuple[list, list[torch.Tensor]]:
     """Losses and gradient norms of every step, and the weights at the end."""
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     models = build(case)
-    models = [DistributedDataParallel(m.config, DDP, m, disable_bucketing=i > 0) for i, m in enumerate(models)]
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(optimizer="adam", lr=1e-3, use_distributed_optimizer=True, overlap_param_gather=True), models
-    )
-    transformer = models[0].config
-    several = len(models) > 1
-    transformer.no_sync_func = [m.no_sync for m in models] if several else models[0].no_sync
-    transformer.grad_sync_func = [m.start_grad_sync for m in models] if several else models[0].start_grad_sync
-    transformer.param_sync_func = [m.start_param_sync for m in models] if several else models[0].start_param_sync
-    transformer.finalize_model_grads_func = finalize_model_grads
-    transformer.grad_scale_func = optimizer.scale_loss
+    models, optimizer = under_ddp(models, optimizer="adam", lr=1e-3, overlap_param_gather=True)
     schedule = get_forward_backward_func()
     if with_regate:
         config = ReGateConfig(
@@ -61,8 +46,6 @@ def train(case: dict, *, with_regate: bool) -> tuple[list, list[torch.Tensor]]:
         schedule = wrap_forward_backward(schedule)
     history = []
     for _ in range(STEPS):
-        for model in models:
-            model.zero_grad_buffer()
         optimizer.zero_grad()
         step = Step()
         run(case, models, schedule, step)

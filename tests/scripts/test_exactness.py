@@ -7,6 +7,7 @@ import os
 import pytest
 
 from tests.launch import ROOT
+from tests.multiprocess import test_parity_lengths as lengths
 from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, run_cases
 from tests.multiprocess.test_parity import FOUR_RANKS, ONE_RANK
 from tests.scripts.checkouts import Checkout, parameters
@@ -25,13 +26,15 @@ def _is_known(case: dict, checkout: Checkout) -> bool:
 def test_sparse_step_equals_masked_dense_step_in_every_layout(checkout: Checkout, tmp_path):
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(checkout.path)])}
     results = {}
-    for num_ranks, cases in ((1, ONE_RANK), (4, FOUR_RANKS)):
+    for num_ranks, cases in ((1, [*ONE_RANK, *lengths.ONE_RANK]), (4, [*FOUR_RANKS, *lengths.FOUR_RANKS])):
         folder = tmp_path / str(num_ranks)
         folder.mkdir()
         cases = [case for case in cases if _is_known(case, checkout)]
         results[num_ranks] = run_cases(num_ranks, cases, folder, env=paths)
-    for result in (results[1] | results[4]).values():
+    everything = results[1] | results[4]
+    for result in everything.values():
         assert_exact(result)
-    for name, here in results[4].items():
-        if "balanced" not in name:
-            assert_keeps_the_same(results[1][name.split("@")[0]], here, 18 if "packed" in name else 8)
+    alone = {one["name"]: one["name"].split("@")[0] for one in FOUR_RANKS if one.get("budget") != "balanced"}
+    for name, like in (alone | {one["name"]: one["like"] for one in lengths.HELD}).items():
+        if name in everything:
+            assert_keeps_the_same(everything[like], everything[name], 18 if "packed" in name else 8)

@@ -25,7 +25,7 @@ def _qwen(kind: type):
     model = kind()
     vision = SimpleNamespace(spatial_merge_size=2)
     model.config = SimpleNamespace(image_token_id=91, video_token_id=92, vision_config=vision)
-    model.language_model = SimpleNamespace()
+    model.language_model = SimpleNamespace(position_embedding_type="mrope")
     return model
 
 
@@ -34,6 +34,7 @@ QWEN = "megatron.bridge.models.qwen_vl.modeling_qwen25_vl.Qwen25VLModel"
 
 def test_a_known_class_gets_the_adapter_of_its_row():
     text = _class("megatron.core.models.gpt.gpt_model.GPTModel")()
+    text.position_embedding_type = "rope"
     assert isinstance(adapter_for(text, None), GPTBatches)
     adapter = adapter_for(_qwen(_class(QWEN, get_rope_index=_get_rope_index)), None)
     assert isinstance(adapter, QwenVLBatches) and (adapter.image_token, adapter.merge_size) == (91, 2)

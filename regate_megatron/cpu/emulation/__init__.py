@@ -15,7 +15,8 @@ What :func:`install` does, for the rest of the process (there is no way back: it
   ``torch.cuda.…`` because Megatron sorts gradients by that text. Streams, events, random state, memory figures and
   device properties of ``torch.cuda`` have stand-ins. Cuda's random state *is* the CPU generator, so Megatron's
   per-rank random states, dropout and recompute draw as they do on a GPU.
-* ``groups``: every process group is gloo; options that only NCCL knows are dropped.
+* ``groups``: every process group is gloo; options that only NCCL knows are dropped, and ranks may gather and scatter
+  parts of different sizes, which NCCL can.
 * ``megatron_core``: Megatron's torch norm accepts sequence parallelism, CLIPViT gets a norm that takes Megatron's
   arguments, the dataset helpers are compiled for the running Python and only when they are missing, the warm-up of
   compiled functions is left out (nothing is compiled), the distributed optimizer resumes with torch's Adam, and the

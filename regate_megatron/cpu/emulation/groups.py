@@ -1,5 +1,5 @@
-"""Every process group is gloo. Patched: ``init_process_group``, ``new_group`` and ``all_to_all_single`` of
-``torch.distributed``.
+"""Every process group is gloo. Patched in ``torch.distributed``: ``init_process_group``, ``new_group``,
+``all_to_all_single``, ``all_gather`` and ``reduce_scatter``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ def install() -> None:
     """Replace the functions where torch itself and its users look them up."""
     wrappers = {name: _on_gloo(getattr(distributed_c10d, name)) for name in ("init_process_group", "new_group")}
     wrappers["all_to_all_single"] = _with_lists(distributed_c10d.all_to_all_single)
+    wrappers["all_gather"] = _all_gather_of_any_sizes(distributed_c10d.all_gather)
+    wrappers["reduce_scatter"] = _reduce_scatter_of_any_sizes(distributed_c10d.reduce_scatter)
     for name, wrapper in wrappers.items():
         for module in (distributed_c10d, torch.distributed):
             setattr(module, name, wrapper)
@@ -52,5 +54,40 @@ def _with_lists(function: Callable) -> Callable:
             for name, value in kwargs.items()
         }
         return function(*tensors, *splits, *args[4:], **named)
+
+    return wrapper
+
+
+def _all_gather_of_any_sizes(function: Callable) -> Callable:
+    """Ranks may give parts of different sizes, as NCCL allows: each part is then broadcast."""
+
+    @functools.wraps(function)
+    def wrapper(tensor_list: list, tensor: Any, group: Any = None, async_op: bool = False) -> Any:
+        if async_op or len({part.shape for part in tensor_list}) == 1:
+            return function(tensor_list, tensor, group=group, async_op=async_op)
+        tensor_list[distributed_c10d.get_rank(group)].copy_(tensor)
+        for rank, part in enumerate(tensor_list):
+            if part.numel():
+                distributed_c10d.broadcast(part, group=group, group_src=rank)
+        return None
+
+    return wrapper
+
+
+def _reduce_scatter_of_any_sizes(function: Callable) -> Callable:
+    """The same the other way round: each part is reduced to its rank."""
+
+    @functools.wraps(function)
+    def wrapper(output: Any, input_list: list, op: Any = None, group: Any = None, async_op: bool = False) -> Any:
+        op = distributed_c10d.ReduceOp.SUM if op is None else op
+        if async_op or len({part.shape for part in input_list}) == 1:
+            return function(output, input_list, op=op, group=group, async_op=async_op)
+        for rank, part in enumerate(input_list):
+            part = part.clone()
+            if part.numel():
+                distributed_c10d.reduce(part, op=op, group=group, group_dst=rank)
+            if rank == distributed_c10d.get_rank(group):
+                output.copy_(part)
+        return None
 
     return wrapper
