@@ -106,6 +106,8 @@ def _become(place: Mapping[str, object], work: Callable[[], None], log: str) -> 
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        if code == 1 and end.code != 1:
+            print(end.code, file=sys.stderr)  # sys.exit("why")
     except BaseException:
         sys.excepthook(*sys.exc_info())  # as an interpreter of its own would end: a patched script has its own hook
     finally:
