@@ -1,4 +1,9 @@
-"""Start a script on several gloo ranks, with a hard limit that kills hung ranks; its output is shown when it fails."""
+"""Start programs on gloo ranks, with a hard limit that kills hung ranks; their output is shown when they fail.
+
+``ranks`` and ``succeed`` fork them from one warm process per pytest process, which has imported torch and Megatron:
+a rank of its own interpreter spends five seconds on that, a forked one none. ``program`` forks a single process that
+is no rank. ``torchrun`` is the real launcher, for what is about it or about an interpreter of one's own.
+"""
 
 from __future__ import annotations
 
@@ -19,28 +24,70 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that ended by itself."""
+    """A run that ended by itself.
+
+    Attributes:
+        returncode: 0 where all ranks succeeded.
+        output: standard output of all ranks.
+        errors: standard error of all ranks.
+        codes: exit code per rank, negative for the signal that killed it; torchrun does not say them.
+    """
 
     returncode: int
     output: str
     errors: str
+    codes: tuple[int, ...] = ()
 
 
-def torchrun(
-    num_ranks: int, command: Sequence[str], *, timeout_s: int = 480, env: Mapping[str, str] | None = None
+def ranks(
+    num_ranks: int, command: Sequence[object], *, timeout_s: int = 480, env: Mapping[str, str] | None = None, **job
 ) -> Finished:
     """Run ``command`` (a script, or ``-m module``, and its arguments) on ``num_ranks`` ranks of this machine.
 
-    Fails the test when the run does not end within ``timeout_s``; every rank is killed then.
+    Fails the test when the run does not end within ``timeout_s``; every rank is killed then. ``job``: more of what
+    multiprocess/run_many.py understands.
     """
+    from tests.many import shared
+
+    for _ in range(3):
+        codes, output, errors = shared().start(
+            num_ranks, command=[str(word) for word in command], timeout_s=timeout_s, env=dict(env or {}), **job
+        )
+        if "EADDRINUSE" not in errors:  # somebody took the port between finding and using it
+            break
+    return Finished(next((code for code in codes if code), 0), output, errors, tuple(codes))
+
+
+def program(command: Sequence[object], **options) -> Finished:
+    """Run ``command`` in one process that no launcher started."""
+    return ranks(1, command, alone=True, **options)
+
+
+def succeed(num_ranks: int, command: Sequence[object], *, how=ranks, **options) -> Finished:
+    """:func:`ranks` (or ``how``) that must exit with 0."""
+    run = how(num_ranks, command, **options)
+    if run.returncode:
+        pytest.fail(
+            f"{command} on {num_ranks} ranks exited with {run.codes or run.returncode}\n"
+            f"{run.output[-3000:]}\n{run.errors[-9000:]}"
+        )
+    return run
+
+
+def torchrun(
+    num_ranks: int, command: Sequence[object], *, timeout_s: int = 480, env: Mapping[str, str] | None = None
+) -> Finished:
+    """:func:`ranks` as a user starts them: by torchrun, each an interpreter of its own."""
     for _ in range(3):
         run = _torchrun_once(num_ranks, command, timeout_s, env)
-        if "EADDRINUSE" not in run.errors:  # somebody took the port between finding and using it
+        if "EADDRINUSE" not in run.errors:
             break
     return run
 
 
-def _torchrun_once(num_ranks: int, command: Sequence[str], timeout_s: int, env: Mapping[str, str] | None) -> Finished:
+def _torchrun_once(
+    num_ranks: int, command: Sequence[object], timeout_s: int, env: Mapping[str, str] | None
+) -> Finished:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -61,13 +108,3 @@ def _torchrun_once(num_ranks: int, command: Sequence[str], timeout_s: int, env: 
         output, errors = process.communicate()
         pytest.fail(f"{command} on {num_ranks} ranks did not end in {timeout_s} s\n{output[-4000:]}\n{errors[-4000:]}")
     return Finished(process.returncode, output, errors)
-
-
-def succeed(num_ranks: int, command: Sequence[str], **options) -> Finished:
-    """:func:`torchrun` that must exit with 0."""
-    run = torchrun(num_ranks, command, **options)
-    if run.returncode:
-        pytest.fail(
-            f"{command} on {num_ranks} ranks exited with {run.returncode}\n{run.output[-3000:]}\n{run.errors[-9000:]}"
-        )
-    return run

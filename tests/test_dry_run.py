@@ -18,7 +18,7 @@ from regate_megatron.cpu.dry_run.shrink import data_parallel_size, shrink
 from regate_megatron.cpu.emulation import forked
 from regate_megatron.cpu.emulation.forked import Ended
 from regate_megatron.errors import ReGateError
-from tests.launch import ROOT
+from tests.launch import ROOT, Finished, program
 
 SCRIPT = str(ROOT / "tests/multiprocess/run_pretrain.py")
 MODEL = """--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --group-query-attention
@@ -164,15 +164,14 @@ def test_help_needs_no_script(words, said):
     assert run.returncode == 0 and not run.stderr and all(word in run.stdout for word in said), run.stdout + run.stderr
 
 
-def _dry_run(*flags: str, nproc: int = 32) -> subprocess.CompletedProcess:
+def _dry_run(*flags: str, nproc: int = 32) -> Finished:
     pytest.importorskip("megatron.training", reason="megatron.training is not installed")
-    command = [sys.executable, "-m", "regate_megatron", "dry-run", "--max-ranks", "4", "--nproc", str(nproc), SCRIPT]
-    return subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    return program(["-m", "regate_megatron", "dry-run", "--max-ranks", "4", "--nproc", nproc, SCRIPT, *flags])
 
 
 def test_a_cluster_line_runs_in_its_layout():
     run = _dry_run(*MODEL, *SIZES, *REGATE)
-    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.returncode == 0, run.output + run.errors
     for said in (
         "TP2 PP2 VPP4 DP8",
         "TP2 PP2 VPP4 DP1 on gloo ranks ran 4 steps: its last step, an evaluation, a sparse step, a checkpoint",
@@ -181,7 +180,7 @@ def test_a_cluster_line_runs_in_its_layout():
         "data and tokenizer to mock data (/no/such_text_document is not here)",
         "[dry run] ok",
     ):
-        assert said in run.stdout, run.stdout
+        assert said in run.output, run.output
     assert not Path("/no").exists()  # what the run writes goes to its temporary folder
 
 
@@ -196,7 +195,7 @@ def test_a_cluster_line_with_a_ratio_that_moves_and_dense_ends_runs():
         "dense-equivalent 85.2%",
         "[dry run] ok",
     ):
-        assert said in run.stdout, run.stdout
+        assert said in run.output, run.output
 
 
 @pytest.mark.parametrize(
@@ -216,6 +215,6 @@ def test_a_cluster_line_with_a_ratio_that_moves_and_dense_ends_runs():
 def test_a_line_that_cannot_train_is_refused_in_one_line(flags, nproc, words):
     run = _dry_run(*MODEL, *REGATE, *flags, nproc=nproc)
     assert run.returncode == 1
-    said = run.stderr.strip().splitlines()[-1]
+    said = run.errors.strip().splitlines()[-1]
     assert said.startswith("regate: ") and all(word in said for word in (*words, "given", "allowed", "change")), said
-    assert "Traceback" not in run.stderr
+    assert "Traceback" not in run.errors

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.launch import ROOT, succeed
+from tests.launch import ROOT, succeed, torchrun
 
 
 def missing() -> str:
@@ -29,7 +29,8 @@ SAMPLES, STEPS, ROWS_PER_STEP, DENSE_STEPS = 12, 5, 4, 2
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("energon")
-    succeed(1, [str(ROOT / "tests/frameworks/run_energon.py"), str(folder), str(folder / "results.json")])
+    command = [ROOT / "tests/frameworks/run_energon.py", folder, folder / "results.json"]
+    succeed(1, command, how=torchrun)
     return json.loads((folder / "results.json").read_text())
 
 

@@ -362,6 +362,7 @@ def parallel(case: dict, store: dist.Store):
 
 
 def shared_store() -> dist.Store:
-    """The store that torchrun keeps for its ranks."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(address, port, int(os.environ["WORLD_SIZE"]), is_master=False)
+    """A store for all ranks: torchrun keeps one; where there is none rank 0 does."""
+    address, port, rank = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), int(os.environ["RANK"])
+    keeps = rank == 0 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
+    return dist.TCPStore(address, port, int(os.environ["WORLD_SIZE"]), is_master=keeps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,19 @@ def case(name: str, **options) -> dict:
 def names(cases: Sequence[dict]) -> list[str]:
     """What to parametrize a test with."""
     return [case["name"] for case in cases]
+
+
+def selected(request: pytest.FixtureRequest, cases: Sequence[dict], *more: str) -> list[dict]:
+    """The cases that the selected tests of a module ask for by ``name``, those they are compared with, and ``more``."""
+    items = [item for item in request.session.items if item.module is request.module and hasattr(item, "callspec")]
+    asked = {item.callspec.params.get("name", "") for item in items}
+    asked |= {name.split("@")[0] for name in asked} | set(more)
+    return [case for case in cases if case["name"] in asked]
+
+
+def parameters(cases: Sequence[dict], full: Collection[str] = ()) -> list:
+    """What to parametrize a test with; the names in ``full`` run with `make test-full` only."""
+    return [pytest.param(name, marks=[pytest.mark.full] if name in full else []) for name in names(cases)]
 
 
 def run_cases(num_ranks: int, cases: list[dict], folder: Path, timeout_s: int = 900, **options) -> dict:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, case, names, run_cases
+from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, case, parameters, run_cases, selected
 
 
 def _grid(layout: str, recomputes: tuple, **options) -> list[dict]:
@@ -114,29 +114,39 @@ FOUR_RANKS = [
     case("llava-n1-last1-by4@tp2-sp-cp2", model="llava", tp=2, sp=True, cp=2, multiple=4, dense_last=1),
     case("packed-n1-last1@tp2-sp-cp2", packed=True, cp=2, tp=2, sp=True, dense_last=1),
 ]
+# `make test` keeps every layout, and in each the model, dense layers and recompute that others there do not have.
+FULL = {
+    *("gpt-n0-plain@tp2-pp2", "gpt-n1-uniform@tp2-pp2", "llava-n0-uniform@tp2-pp2", "llava-n1-plain@tp2-pp2"),
+    *("gpt-n1-plain@tp2-dp2", "llava-n1-plain@pp2-dp2", "llava-n1-plain@dp4", "gpt-n1-balanced@dp4"),
+    *("gpt-n1-by4@cp2-dp2", "llava-n1-by4@tp2-sp-cp2", "gpt-n0-by4@cp2-pp2", "llava-n1-even@tp2-sp-dp2"),
+    *("llava-n1-last1@tp2-dp2", "gpt-n1-last1-even@tp2-sp-dp2", "gpt-n1-plain@pp2-vpp2-dp2"),
+    *("gpt-n1-block", "llava-n0-uniform", "llava-n1-block", "gpt-n0-uniform", "llava-n0-by4", "gpt-n1-last1-even"),
+    *("llava-n1-last1-uniform", "llava-n1-last1-by4"),
+}
+READ = ("gpt-n1-per-sample", "gpt-n1-read-per-sample")
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory) -> dict:
-    return run_cases(1, ONE_RANK, tmp_path_factory.mktemp("one"))
+def one_rank(request, tmp_path_factory) -> dict:
+    return run_cases(1, selected(request, ONE_RANK, *READ), tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture(scope="module")
-def four_ranks(tmp_path_factory) -> dict:
-    return run_cases(4, FOUR_RANKS, tmp_path_factory.mktemp("four"))
+def four_ranks(request, tmp_path_factory) -> dict:
+    return run_cases(4, selected(request, FOUR_RANKS), tmp_path_factory.mktemp("four"))
 
 
-@pytest.mark.parametrize("name", names(ONE_RANK))
+@pytest.mark.parametrize("name", parameters(ONE_RANK, FULL))
 def test_sparse_step_equals_masked_dense_step(one_rank, name):
     assert_exact(one_rank[name])
 
 
-@pytest.mark.parametrize("name", names(FOUR_RANKS))
+@pytest.mark.parametrize("name", parameters(FOUR_RANKS, FULL))
 def test_sparse_step_equals_masked_dense_step_in_layout(four_ranks, name):
     assert_exact(four_ranks[name])
 
 
-@pytest.mark.parametrize("name", [case["name"] for case in FOUR_RANKS if case.get("budget") == "balanced"])
+@pytest.mark.parametrize("name", parameters([one for one in FOUR_RANKS if one.get("budget") == "balanced"], FULL))
 def test_balanced_ranks_run_the_same_number_of_positions(four_ranks, name):
     positions = four_ranks[name]["positions"]
     assert len(positions) == (2 if "dp2" in name else 4)
@@ -145,14 +155,13 @@ def test_balanced_ranks_run_the_same_number_of_positions(four_ranks, name):
 
 def test_context_that_nothing_reads_can_be_left_out(one_rank):
     """The batch has a row without targets, which then keeps nothing, and rows that go on after their last target."""
-    names = ("gpt-n1-per-sample", "gpt-n1-read-per-sample")
-    every, read = ({key: set(row[0]) for key, row in one_rank[name]["kept"].items()} for name in names)
+    every, read = ({key: set(row[0]) for key, row in one_rank[name]["kept"].items()} for name in READ)
     assert all(read[key] <= every[key] for key in every)
     left_out = [len(every[key] - read[key]) for key in every if read[key]]
     assert max(left_out) > 0 and sum(not kept for kept in read.values()) == 1
 
 
-@pytest.mark.parametrize("name", [case["name"] for case in FOUR_RANKS if case.get("budget") != "balanced"])
+@pytest.mark.parametrize("name", parameters([one for one in FOUR_RANKS if one.get("budget") != "balanced"], FULL))
 def test_layout_keeps_the_same_positions(one_rank, four_ranks, name):
     alone, here = one_rank[name.split("@")[0]], four_ranks[name]
     assert_keeps_the_same(alone, here, 18 if "packed" in name else 8)

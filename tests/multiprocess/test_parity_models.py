@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, case, names, run_cases
+from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, case, parameters, run_cases, selected
 
 YARN = {"yarn_rotary_scaling_factor": 8.0, "yarn_original_max_position_embeddings": 8, "yarn_beta_fast": 32.0}
 YARN |= {"yarn_beta_slow": 1.0, "yarn_mscale": 1.0, "yarn_mscale_all_dim": 0.0}
@@ -126,25 +126,25 @@ FOUR_RANKS = [
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory) -> dict:
-    return run_cases(1, ONE_RANK, tmp_path_factory.mktemp("one"))
+def one_rank(request, tmp_path_factory) -> dict:
+    return run_cases(1, selected(request, ONE_RANK), tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture(scope="module")
-def four_ranks(tmp_path_factory) -> dict:
-    return run_cases(4, FOUR_RANKS, tmp_path_factory.mktemp("four"))
+def four_ranks(request, tmp_path_factory) -> dict:
+    return run_cases(4, selected(request, FOUR_RANKS), tmp_path_factory.mktemp("four"))
 
 
-@pytest.mark.parametrize("name", names(ONE_RANK))
+@pytest.mark.parametrize("name", parameters(ONE_RANK))
 def test_sparse_step_equals_masked_dense_step(one_rank, name):
     assert_exact(one_rank[name])
 
 
-@pytest.mark.parametrize("name", names(FOUR_RANKS))
+@pytest.mark.parametrize("name", parameters(FOUR_RANKS))
 def test_sparse_step_equals_masked_dense_step_in_layout(four_ranks, name):
     assert_exact(four_ranks[name])
 
 
-@pytest.mark.parametrize("name", names(FOUR_RANKS))
+@pytest.mark.parametrize("name", parameters(FOUR_RANKS))
 def test_layout_keeps_the_same_positions(one_rank, four_ranks, name):
     assert_keeps_the_same(one_rank[name.split("@")[0]], four_ranks[name], 8)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from tests.launch import ROOT, succeed
+from tests.launch import ROOT, succeed, torchrun
 
 
 def test_attach_serves_as_a_pre_wrap_hook():
@@ -17,7 +17,7 @@ def test_attach_serves_as_a_pre_wrap_hook():
 
 
 def test_own_loop_trains_sparsely():
-    run = succeed(2, [str(ROOT / "examples/own_loop.py")])
+    run = succeed(2, [str(ROOT / "examples/own_loop.py")], how=torchrun)
     losses = [float(loss) for loss in re.findall(r"step \d+: loss (\S+)", run.output)]
     assert len(losses) == 8 and losses[0] > 3.9 and losses[-1] < losses[0] - 0.5  # ln 64 is 4.16
     assert "compacts after 1 dense layers" in run.output and "arrives short" in run.output

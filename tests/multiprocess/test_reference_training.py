@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.launch import ROOT, succeed, torchrun
+from tests.launch import ROOT, ranks, succeed
 from tests.multiprocess.test_training import MODEL, REGATE, SCRIPT, _losses, _train
 
 TP2 = ["--tensor-model-parallel-size", "2"]
@@ -73,27 +73,10 @@ def test_resumed_run_of_a_student_teacher_uses_its_cache(tmp_path):
     before = manifest.read_text()
     resumed = _train(2, *TP2, *flags, "--load", str(tmp_path / "save"), iterations=6)
     assert len(_losses(resumed.output)) == 2 and manifest.read_text() == before
-    fresh = torchrun(
-        *(
-            2,
-            [
-                "-m",
-                "regate_megatron",
-                "--cpu",
-                str(SCRIPT),
-                *MODEL,
-                "--train-iters",
-                "6",
-                *TP2,
-                "--seed",
-                "9",
-                *flags[:-5],
-            ],
-        )
-    )
+    fresh = _train(2, *TP2, "--seed", "9", *flags[:-5], ok=False)
     assert fresh.returncode and "made with teacher" in fresh.errors and "weights" in fresh.errors
 
 
 def test_precomputing_without_a_directory_is_refused(teacher):
-    run = torchrun(1, [str(ROOT / "tools/precompute_references.py"), "--cpu", str(SCRIPT), *MODEL, *REGATE, *teacher])
+    run = ranks(1, [str(ROOT / "tools/precompute_references.py"), "--cpu", str(SCRIPT), *MODEL, *REGATE, *teacher])
     assert run.returncode and "regate: --regate-reference-cache: given no directory; allowed" in run.errors

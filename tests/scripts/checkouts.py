@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import launch as launching
 from tests.launch import ROOT, Finished, succeed
 from tests.many import Many, Ran
 
@@ -113,7 +114,8 @@ def torchrun(checkout: Checkout, script: str, layout: str, *flags: str, modules:
         modules: a folder of this one to import from as well.
     """
     words = ["-m", "regate_megatron", "--cpu", *command(checkout, script, layout, *flags)]
-    return succeed(LAYOUTS[layout][0], words, timeout_s=LIMIT_S, env={"PYTHONPATH": f"{ROOT}:{HERE}:{HERE / modules}"})
+    env = {"PYTHONPATH": f"{ROOT}:{HERE}:{HERE / modules}"}
+    return succeed(LAYOUTS[layout][0], words, how=launching.torchrun, timeout_s=LIMIT_S, env=env)
 
 
 def losses(output: str) -> list[float]:

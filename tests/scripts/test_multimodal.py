@@ -12,7 +12,7 @@ import re
 
 import pytest
 
-from tests.launch import ROOT, succeed
+from tests.launch import ROOT, succeed, torchrun
 from tests.scripts import multimodal
 from tests.scripts.checkouts import HERE, LIMIT_S, losses, parameters
 
@@ -51,7 +51,7 @@ def test_multimodal_training_starts_sparse_steps(checkout, flags):
     launcher = ["-m", "regate_megatron", "--cpu", HERE / "multimodal.py", script]
     for name, ours in (("plain", []), ("sparse", SPARSE_AT_ONCE)):
         command = [*launcher, *flags, "--train-iters", "2", *ours]
-        trained[name] = succeed(1, command, timeout_s=LIMIT_S, env=env).output
+        trained[name] = succeed(1, command, how=torchrun, timeout_s=LIMIT_S, env=env).output
     sparse, plain = losses(trained["sparse"]), losses(trained["plain"])
     assert len(sparse) == len(plain) == 2 and sparse[0] == plain[0] and sparse[1] != plain[1]
     found = re.findall(r"sparse \(1/1 steps sparse\) \| targets kept (\d+)/(\d+)", trained["sparse"])

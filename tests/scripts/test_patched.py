@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from patches.apply import known_patches, run
-from tests.launch import succeed
+from tests.launch import succeed, torchrun
 from tests.scripts.checkouts import LAYOUTS, REGATE, Checkout, command, losses, parameters
 
 pytestmark = pytest.mark.parametrize("checkout", parameters())
@@ -39,7 +39,7 @@ def test_patch_and_launcher_give_identical_runs(server, checkout, patched, scrip
     num_ranks = LAYOUTS["dp2"][0]
     ours, theirs = (command(one, script, "dp2", *FLAGS) for one in (patched, checkout))
     if script == "pretrain_gpt.py":
-        output = succeed(num_ranks, ["tests/scripts/run_emulated.py", *ours]).output  # as torchrun starts it
+        output = succeed(num_ranks, ["tests/scripts/run_emulated.py", *ours], how=torchrun).output
         assert len(losses(output)) == 4 and _trained(output) == _trained(server.run(num_ranks, theirs).output)
         return
     alone, launched = server.run(num_ranks, ours, ok=None, plain=True), server.run(num_ranks, theirs, ok=None)

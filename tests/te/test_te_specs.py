@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from tests.claims import claims_of
-from tests.launch import ROOT, succeed
+from tests.launch import ROOT, succeed, torchrun
 
 MISSING = "transformer_engine is not installed (docs/transformer_engine.md says how to build it, also without a GPU)"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is None, reason=MISSING)
@@ -17,7 +17,7 @@ NAMES = claims_of(WORKER, HELPERS)
 
 @pytest.fixture(scope="module")
 def verdicts():
-    return succeed(1, [str(WORKER), *NAMES])
+    return succeed(1, [str(WORKER), *NAMES], how=torchrun)
 
 
 @pytest.mark.parametrize("claim", NAMES)

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.distributed import checkpoint
 
+from tests.launch import succeed
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TOOL = ROOT / "tools" / "extract_teacher.py"
@@ -18,15 +20,7 @@ ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
 
 
 def _run_megatron(command, folder):
-    result = subprocess.run(
-        [sys.executable, str(HERE / "run_extract_teacher.py"), command, str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=ENVIRONMENT,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    return succeed(1, [HERE / "run_extract_teacher.py", command, folder]).output
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ whatever it has forked ends with it. The caller must not have started threads.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -92,6 +93,7 @@ def run(
 def _become(place: Mapping[str, object], work: Callable[[], None], log: str) -> None:
     """In a forked child: be one rank, and end."""
     os.setsid()
+    gc.freeze()  # what was imported before is no garbage: no collection looks at it, and its memory stays shared
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives who started it
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -104,6 +106,8 @@ def _become(place: Mapping[str, object], work: Callable[[], None], log: str) -> 
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        if code == 1 and end.code != 1:
+            print(end.code, file=sys.stderr)  # sys.exit("why")
     except BaseException:
         sys.excepthook(*sys.exc_info())  # as an interpreter of its own would end: a patched script has its own hook
     finally:

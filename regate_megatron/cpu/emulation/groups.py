@@ -1,11 +1,12 @@
-"""Every process group is gloo. Patched in ``torch.distributed``: ``init_process_group``, ``new_group``,
-``all_to_all_single``, ``all_gather`` and ``reduce_scatter``.
+"""Every process group is gloo. Patched: ``init_process_group``, ``new_group``, ``all_to_all_single``, ``all_gather`` and
+``reduce_scatter`` of ``torch.distributed``, and ``ProcessGroupGloo.__init__``.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ def install() -> None:
     for name, wrapper in wrappers.items():
         for module in (distributed_c10d, torch.distributed):
             setattr(module, name, wrapper)
+    torch.distributed.ProcessGroupGloo.__init__ = _on_one_device(torch.distributed.ProcessGroupGloo.__init__)
 
 
 def _on_gloo(function: Callable) -> Callable:
@@ -40,6 +42,27 @@ def _on_gloo(function: Callable) -> Callable:
         return function(*bound.args, **bound.kwargs)
 
     return wrapper
+
+
+def _on_one_device(init: Callable) -> Callable:
+    """A device of gloo's is a thread that wakes a hundred times a second, and each of Megatron's sixty groups would
+    have one: half of what four ranks on two cores did. All groups of a process share one here."""
+
+    @functools.wraps(init)
+    def wrapper(self: Any, store: Any, rank: int, size: int, *args: Any, **kwargs: Any) -> None:
+        if args or kwargs.keys() != {"timeout"}:  # somebody has options of their own
+            return init(self, store, rank, size, *args, **kwargs)
+        options = torch.distributed.ProcessGroupGloo._Options()
+        options._timeout, options._devices = kwargs["timeout"], [_device(os.getpid())]
+        return init(self, store, rank, size, options)
+
+    return wrapper
+
+
+@functools.cache
+def _device(process: int) -> Any:
+    """The device of one process: threads do not survive a fork."""
+    return torch.distributed.ProcessGroupGloo.create_default_device()
 
 
 def _with_lists(function: Callable) -> Callable:

@@ -4,7 +4,7 @@ Patched: ``WrappedTorchNorm.__new__``, the defaults of ``CLIPViTModel.__init__``
 it, ``DotProductAttention`` (see :mod:`.attention`), what ``core.utils`` and ``llava_model`` ask of Transformer Engine,
 ``state_dict`` and ``load_state_dict`` of ``DistributedOptimizer``, ``compile_helpers``, the default of
 ``filesystem_async.get_write_results_queue`` and, where there is a megatron.training, its
-``initialize._warmup_jit_function``.
+``initialize._warmup_jit_function`` and ``ArgumentGroupFactory._get_field_docstrings``.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ def install() -> None:
     _patch_compile_helpers()
     _patch_checkpoint_queue()
     _patch_warmup()
+    _patch_argument_help()
 
 
 def _patch_norm() -> None:
@@ -182,6 +183,24 @@ def _patch_warmup() -> None:
     except ImportError:  # a bare megatron.core
         return
     initialize._warmup_jit_function = lambda *args, **kwargs: None
+
+
+def _patch_argument_help() -> None:
+    """Megatron parses the source of its settings for the help of its flags, each time it makes a parser: a tenth of a
+    second, four times per rank. Once is enough, and ranks that are forked afterwards need none."""
+    with contextlib.suppress(ImportError, AttributeError):  # megatron.training is missing, or before core 0.17
+        from megatron.training.argument_utils import ArgumentGroupFactory
+
+        found: dict[type, dict[str, str]] = {}
+        original = ArgumentGroupFactory._get_field_docstrings
+
+        @functools.wraps(original)
+        def field_docstrings(self: Any, settings: type) -> dict[str, str]:
+            if settings not in found:
+                found[settings] = original(self, settings)
+            return found[settings]
+
+        ArgumentGroupFactory._get_field_docstrings = field_docstrings
 
 
 def compile_helpers() -> None:
