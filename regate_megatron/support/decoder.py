@@ -102,6 +102,7 @@ DECODER_RULES = (
         "the model class",
         "other layers are not adapted",
         in_flags=False,
+        ends=True,
     ),
     Rule(
         "layers of a hybrid model",
@@ -173,7 +174,7 @@ DECODER_RULES = (
         "multi-token prediction",
         _more_than_one_token,
         "no MTP layers",
-        "--mtp-num-layers to none",
+        "the command: leave --mtp-num-layers out, the m of --pipeline-model-parallel-layout, what follows / in a pattern",
         "targets would become the next kept token",
     ),
     Rule(

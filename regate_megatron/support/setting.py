@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,7 +46,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Rule:
-    """One refusal: ``given`` returns what is wrong, or None; ``in_flags``: the command line alone can tell."""
+    """One refusal: ``given`` returns what is wrong, or None.
+
+    Attributes:
+        in_flags: the command line alone can tell.
+        ends: the other rules cannot be asked once this one refuses.
+    """
 
     what: str
     given: Callable[[Setting], Any]
@@ -53,6 +59,7 @@ class Rule:
     change: str
     why: str
     in_flags: bool = True
+    ends: bool = False
 
 
 def field(name: str, harmless: tuple[Any, ...] = (None, False, 0)) -> Callable[[Setting], Any]:
@@ -73,21 +80,28 @@ def first_field(*names: str) -> Callable[[Setting], Any]:
 class _FlagsAsModel:
     """Megatron's parsed flags, read as if they were the model's config."""
 
-    _OTHER_NAMES = {"num_moe_experts": "num_experts"}
+    _OTHER_NAMES = {"num_moe_experts": "num_experts", "fp8": "fp8_format", "fp4": "fp4_format"}
 
-    def __init__(self, args: Any) -> None:
-        self._args = args
+    def __init__(self, args: Any, fuses_rope: bool) -> None:
+        self._args, self.apply_rope_fusion = args, fuses_rope
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._args, self._OTHER_NAMES.get(name, name))
+        return getattr(self._args, name if hasattr(self._args, name) else self._OTHER_NAMES.get(name, name))
 
 
-def setting_of_flags(args: Any, config: ReGateConfig) -> Setting:
-    """What Megatron's flags alone tell, before a model is built; for ``check_support(…, flags_only=True)``."""
+def setting_of_flags(args: Any, config: ReGateConfig, script: str = "") -> Setting:
+    """What Megatron's flags alone tell, before a model is built; for ``refusals(…, flags_only=True)``.
+
+    Args:
+        args: parsed, not yet validated by Megatron.
+        script: its path. Megatron's examples/multimodal never fuse RoPE, whatever the flags say.
+    """
+    is_rope = args.position_embedding_type == "rope" or getattr(args, "use_rotary_position_embeddings", False)
+    fuses = args.apply_rope_fusion and is_rope and Path(script).parent.name != "multimodal"
     pattern = getattr(args, "hybrid_layer_pattern", None) or getattr(args, "hybrid_override_pattern", None)
     chunk = SimpleNamespace(
-        config=_FlagsAsModel(args),
+        config=_FlagsAsModel(args, fuses),
         position_embedding_type=args.position_embedding_type,
         hybrid_layer_pattern=pattern,
     )
-    return Setting([chunk], config, args)
+    return Setting([chunk], config, args, args.micro_batch_size or 1)
