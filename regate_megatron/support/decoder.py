@@ -174,7 +174,7 @@ DECODER_RULES = (
         "multi-token prediction",
         _more_than_one_token,
         "no MTP layers",
-        "the command: leave --mtp-num-layers out, the m of --pipeline-model-parallel-layout, what follows / in a pattern",
+        "the command: leave out --mtp-num-layers, m in a pipeline layout, / and what follows it in a pattern",
         "targets would become the next kept token",
     ),
     Rule(

@@ -9,9 +9,6 @@ from pathlib import Path
 
 from regate_megatron.errors import refuse
 
-OTHERS = (
-    "srun mpirun mpiexec accelerate deepspeed ray sbatch bash sh env".split()
-)  # they start ranks in ways of their own
 USAGE = "python -m regate_megatron dry-run [--nproc N] [--max-ranks N] [--timeout S] torchrun … SCRIPT <flags>"
 
 
@@ -63,11 +60,10 @@ def parse_line(words: list[str]) -> LaunchLine:
     line = _after_python(line)
     line = line[2:] if line[:2] == ["-m", "regate_megatron"] else line
     line = line[1:] if line[:1] == ["--cpu"] else line
-    if not line or Path(line[0]).name in OTHERS or not Path(line[0]).is_file():
+    if not line or not Path(line[0]).is_file():
         script = next((word for word in line[1:] if word.endswith(".py")), "SCRIPT")
-        change = (
-            "the script's path" if not line or line[0].endswith(".py") else f"it to: --nproc N {script} <its flags>"
-        )
+        is_path = not line or line[0].endswith(".py")
+        change = "the script's path" if is_path else f"it to: dry-run --nproc N {script} <its flags>"
         raise refuse("dry-run", given=line[0] if line else "no script", allowed=USAGE, change=change)
     if num_ranks is None or num_ranks < 1:
         raise refuse(

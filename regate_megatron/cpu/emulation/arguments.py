@@ -37,10 +37,12 @@ TAKEN_OUT = {
         --use-transformer-engine-op-fuser --disable-symmetric-registration
         --use-te-activation-func --te-rng-tracker --inference-rng-tracker --delay-wgrad-compute
         --moe-mlp-glu-interleave-size --moe-shared-expert-overlap
-        --overlap-dispatch-backward-with-experts-wgrad""",
+        --overlap-dispatch-backward-with-experts-wgrad --moe-single-grouped-weight --moe-single-grouped-bias
+        --moe-use-grouped-tensor""",
     _GPU: """--apply-layernorm-1p --use-precision-aware-optimizer --main-grads-dtype --main-params-dtype
         --exp-avg-dtype --exp-avg-sq-dtype --optimizer-cpu-offload --optimizer-offload-fraction
-        --use-torch-optimizer-for-cpu-offload --overlap-cpu-optimizer-d2h-h2d         --no-pin-cpu-grads --no-pin-cpu-params --log-max-attention-logit --qk-clip*
+        --use-torch-optimizer-for-cpu-offload --overlap-cpu-optimizer-d2h-h2d
+        --no-pin-cpu-grads --no-pin-cpu-params --log-max-attention-logit --qk-clip*
         --fine-grained-activation-offloading --offload-modules --moe-token-dispatcher-type=flex
         --moe-enable-deepep --symmetric-ar-type --position-embedding-type=relative --moe-flex-dispatcher-backend""",
 }
@@ -54,7 +56,7 @@ OF_PACKAGES = {
 PRECISION = {
     "no CPU computes in FP8 or FP4; the precision beside it is taken": """--fp8* --fp4* --first-last-layers-bf16
         --num-layers-at-* --reuse-grad-buf-for-mxfp8-param-ag --moe-router-padding-for-* --keep-fp8-*
-        --disable-fp8-*         --te-precision-config-file """,
+        --disable-fp8-* --te-precision-config-file""",
 }
 
 
@@ -112,7 +114,7 @@ def take_out(
 
 
 def without(argv: Iterable[str], names: Iterable[str], known: Mapping[str, argparse.Action]) -> list[str]:
-    """``argv`` less the options ``names`` and their values; a name that ends in * takes all of ``known`` that begin so."""
+    """``argv`` less the options ``names`` and their values; NAME* takes all of ``known`` that begin so."""
     names = list(names)
     return [word for name, words in split(list(argv), known) if not _is_named(name, known, names) for word in words]
 
