@@ -290,10 +290,11 @@ def test_what_is_right_on_a_gpu_is_not_blamed(flags):
         (["--fp4-format", "e2m1"], 8, ["FP4: given fp4=e2m1"]),
         (["--skip-train"], 8, ["dry-run: given --skip-train: the line only evaluates"]),
         (
-            "--skip-train --mtp-num-layers 1 --cuda-graph-impl local --regate-keep-ratio 7".split(),
+            "--skip-train --mtp-num-layers 1 --cuda-graph-impl local --regate-keep-ratio 7 --regate-seed -1".split(),
             8,
             [
                 "--regate-keep-ratio: given 7.0",
+                "--regate-seed: given -1",
                 "multi-token prediction: .* change the command: leave out --mtp-num-layers",
                 "CUDA graphs",
                 "--skip-train",

@@ -51,6 +51,8 @@ class LLaVABatches:
     multiple: int = 1
     packs: bool | str = False
 
+    keys = "tokens, labels and loss_mask; images, image or imgs (and num_image_tiles)"
+
     def read(self, batch: dict[str, Any]) -> MicrobatchFacts:
         """See :meth:`BatchAdapter.read`."""
         self._check_images(batch)

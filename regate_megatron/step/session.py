@@ -190,7 +190,7 @@ class Session:
         except ReGateError as refusal:
             error = str(refusal)
         except Exception as fault:  # any fault here would leave the other ranks waiting
-            form = {"allowed": "the layout of pretrain_gpt.py or pretrain_vlm.py batches", "change": "the data loader"}
+            form = {"allowed": f"a dictionary with {self.adapter.keys}", "change": "the data loader"}
             error = str(refuse("batch", given=f"{type(fault).__name__}: {fault}", **form))
         return batches, facts, self.topology.agree(error, misses), seconds
 
