@@ -300,12 +300,7 @@ def test_what_is_right_on_a_gpu_is_not_blamed(flags):
                 "--skip-train",
             ],
         ),
-        pytest.param(
-            [*SIZES, "--regate-dense-layers", "6"],
-            32,
-            ["--regate-dense-layers: .*first pipeline chunk"],
-            marks=pytest.mark.full,  # found where the chunk is built: on the ranks
-        ),
+        ([*SIZES, "--regate-dense-layers", "6"], 32, ["--regate-dense-layers: given 6 with 4 layers in the first pip"]),
     ],
     ids="ranks least experts rows packed fp4 evaluation several dense-layers".split(),
 )
@@ -316,7 +311,7 @@ def test_a_line_that_cannot_train_is_refused_with_all_that_is_wrong(flags, nproc
     assert len(said) == len(words), run.stderr
     for line, pattern in zip(said, words, strict=True):
         assert re.search(pattern, line) and all(word in line for word in ("given", "allowed", "change")), line
-    assert "pass" not in run.stdout or "--regate-dense-layers" in said[-1]
+    assert "pass" not in run.stdout
 
 
 def test_an_older_megatron_is_one_line_in_every_command(tmp_path):

@@ -60,7 +60,7 @@ def _unsupported(flags: Sequence[str], config: ReGateConfig, script: str) -> lis
         args, _ = arguments.add_megatron_arguments(parser).parse_known_args(list(flags))
     except (argparse.ArgumentError, SystemExit):
         return []  # Megatron's own parser will say what is wrong
-    return refusals(setting_of_flags(args, config, script), flags_only=True)
+    return refusals(setting_of_flags(args, config, script), lambda rule: rule.in_flags)
 
 
 def _with_our_flags(inner: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,6 +6,8 @@ why, and what to change. README and ``doctor`` print the same table.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from regate_megatron.errors import refuse
 from regate_megatron.support.decoder import DECODER_RULES
 from regate_megatron.support.setting import Rule, Setting, setting_of_flags
@@ -16,11 +18,11 @@ __all__ = ["RULES", "Rule", "Setting", "check_support", "refusals", "setting_of_
 RULES = (*DECODER_RULES, *TRAINING_RULES)
 
 
-def refusals(setting: Setting, *, flags_only: bool = False) -> list[str]:
+def refusals(setting: Setting, which: Callable[[Rule], bool] = lambda rule: True) -> list[str]:
     """All that ReGATE cannot do of what is asked, one line each; a model class it does not know is the only one."""
     found = []
-    for rule in RULES:
-        given = rule.given(setting) if rule.in_flags or not flags_only else None
+    for rule in filter(which, RULES):
+        given = rule.given(setting)
         if given is not None:
             allowed = f"{rule.allowed} ({rule.why})"
             found.append(str(refuse(rule.what, given=given, allowed=allowed, change=rule.change)))

@@ -90,7 +90,7 @@ class _FlagsAsModel:
 
 
 def setting_of_flags(args: Any, config: ReGateConfig, script: str = "") -> Setting:
-    """What Megatron's flags alone tell, before a model is built; for ``refusals(…, flags_only=True)``.
+    """What Megatron's flags alone tell, before a model is built; for the rules that are ``in_flags``.
 
     Args:
         args: parsed, not yet validated by Megatron.

@@ -8,15 +8,17 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig, flag
 from regate_megatron.cpu import emulation
 from regate_megatron.cpu.dry_run.flags import parser_of_megatron
 from regate_megatron.cpu.dry_run.line import LaunchLine
-from regate_megatron.cpu.dry_run.shrink import least_ranks
+from regate_megatron.cpu.dry_run.shrink import LAYER_LISTS, least_ranks
 from regate_megatron.cpu.emulation.arguments import PRECISION, take_out, without
 from regate_megatron.errors import ReGateError, refuse
+from regate_megatron.support import Setting, refusals
 
 # What no dry run can follow, and why.
 _OTHER_RUNS = {
@@ -52,6 +54,8 @@ def check(line: LaunchLine) -> tuple[Any, ReGateConfig | None]:
         cluster = ask(validate, line)
     if config is not None:
         ask(_check_teacher, config)
+    if config is not None and cluster is not None:
+        ask(_check_dense_layers, cluster, config)
     if found:
         raise ReGateError("\n".join(found))
     return cluster, config
@@ -115,6 +119,19 @@ def validate(line: LaunchLine) -> Any:
         os.environ.clear()
         os.environ.update(before[1])
     return args
+
+
+def _check_dense_layers(cluster: Any, config: ReGateConfig) -> None:
+    """Here, as a layout with fewer stages has more layers in its first. Listed layers are kept, and their stages."""
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    if any(getattr(cluster, name, None) for name in LAYER_LISTS):
+        return
+    with contextlib.redirect_stdout(io.StringIO()):
+        chunk = SimpleNamespace(config=core_transformer_config_from_args(cluster))
+    found = refusals(Setting([chunk], config, cluster), lambda rule: rule.what == flag("dense_layers"))
+    if found:
+        raise ReGateError(found[0])
 
 
 def _check_teacher(config: ReGateConfig) -> None:
