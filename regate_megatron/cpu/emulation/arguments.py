@@ -124,7 +124,6 @@ def _is_named(name: str, known: Mapping[str, argparse.Action], names: Iterable[s
     return any(
         one in aliases or (one.endswith("*") and name in known and any(a.startswith(one[:-1]) for a in aliases))
         for one in names
-        if one
     )
 
 
