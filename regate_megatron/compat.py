@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Container
-from importlib import metadata
+from importlib import metadata, util
+from pathlib import Path
 from typing import Any
+
+from regate_megatron.errors import ReGateError, refuse
 
 MEGATRON_CORE = "0.17 to 0.20"
 
@@ -68,3 +72,43 @@ def versions() -> str:
     with contextlib.suppress(metadata.PackageNotFoundError):
         found.append(f"transformer-engine {metadata.version('transformer-engine')}")
     return ", ".join(found)
+
+
+def numbers(version: str) -> tuple[int, int]:
+    """The first two numbers of a version; (0, 0) where there are none."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def is_known_megatron(version: str) -> bool:
+    """Whether this version of megatron-core was tried."""
+    return (0, 17) <= numbers(version) < (0, 21)
+
+
+def find_megatron() -> tuple[str, Path] | None:
+    """Version and folder of what ``import megatron.core`` would find (a checkout on the path comes before a wheel),
+    without importing it; None where there is none that tells its version."""
+    spec = util.find_spec("megatron")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        info = Path(folder) / "core" / "package_info.py"
+        if info.is_file():
+            said = dict(re.findall(r"^(MAJOR|MINOR|PATCH) *= *(\d+)", info.read_text(), re.M))
+            return (".".join(said.values()), Path(folder)) if said else None
+    return None
+
+
+def require_megatron() -> None:
+    """Refuse a Megatron that our own imports would fail in. Without communication.
+
+    Raises:
+        ReGateError: on every rank, as all have the same path.
+    """
+    found = find_megatron()
+    if found is not None and not is_known_megatron(found[0]):
+        error = refuse(
+            "megatron-core",
+            given=f"{found[0]} in {found[1]}",
+            allowed=MEGATRON_CORE,
+            change="to a checkout or wheel of these versions; what lies first on the path is taken",
+        )
+        raise ReGateError(str(error), everywhere=True)

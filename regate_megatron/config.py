@@ -224,19 +224,35 @@ class ReGateConfig:
 
     def _refuse(self, name: str, allowed: str, change: str) -> Exception:
         value = getattr(self, name)
-        return refuse(flag(name), given="nothing" if value is None else value, allowed=allowed, change=change)
+        error = refuse(flag(name), given="nothing" if value is None else value, allowed=allowed, change=change)
+        error.field = name
+        return error
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> ReGateConfig | None:
         """The settings in a parsed namespace; None when ``--regate`` is absent.
 
         Raises:
-            ReGateError: a value is out of its range.
+            ReGateError: values are out of their range, one line each.
         """
         if not getattr(args, "regate", False):
             return None
         names = [field.name for field in dataclasses.fields(cls) if field.name != "enabled"]
-        return cls(**{name: getattr(args, f"regate_{name}") for name in names})
+        values = {name: getattr(args, f"regate_{name}") for name in names}
+        found: dict[str, ReGateError] = {}
+        while True:
+            try:
+                config = cls(**values)
+            except ReGateError as error:
+                if error.field in values:
+                    found[error.field] = error
+                    del values[error.field]  # its default is in range: what else is wrong?
+                    continue
+                if not found:
+                    raise
+            if found:
+                raise ReGateError("\n".join(map(str, found.values())))
+            return config
 
 
 def _without_teacher() -> str:

@@ -69,7 +69,7 @@ def check_torch() -> Iterator[Finding]:
         yield Finding("FAIL", f"torch {_version('torch')} cannot be imported: {fault}")
         return
     yield Finding(
-        "ok" if _numbers(torch.__version__) >= (2, 6) else "FAIL", f"torch {torch.__version__} (2.6 or later)"
+        "ok" if compat.numbers(torch.__version__) >= (2, 6) else "FAIL", f"torch {torch.__version__} (2.6 or later)"
     )
     if not torch.cuda.is_available():
         yield Finding("note", "no GPU is visible: only -m regate_megatron --cpu SCRIPT runs here")
@@ -83,13 +83,14 @@ def check_torch() -> Iterator[Finding]:
 
 def check_megatron() -> Iterator[Finding]:
     """megatron-core is of a version that was tried, from a wheel or a checkout on the path."""
-    version = _megatron_version()
-    if version is None:
+    found = compat.find_megatron()
+    if found is None:
         yield Finding("FAIL", "no megatron-core: pip install megatron-core==0.19.2, or run a script of a checkout")
         return
-    known = (0, 17) <= _numbers(version) < (0, 21)
-    proven = "" if _numbers(version) == (0, 19) else f"; proven: {compat.MEGATRON_CORE}"
-    yield Finding("ok" if known else "FAIL", f"megatron-core {version} (0.17 to 0.20{proven})")
+    version, folder = found
+    known = compat.is_known_megatron(version)
+    proven = "" if compat.numbers(version) == (0, 19) else f"; proven: {compat.MEGATRON_CORE}"
+    yield Finding("ok" if known else "FAIL", f"megatron-core {version} in {folder} ({compat.MEGATRON_CORE}{proven})")
     if util.find_spec("megatron.training") is None:
         yield Finding("note", "no megatron.training: the Python interface works, the launcher needs it")
 
@@ -132,25 +133,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _numbers(version: str) -> tuple[int, int]:
-    """The first two numbers of a version; (0, 0) where there are none."""
-    parts = version.split(".")[:2]
-    return tuple(map(int, parts)) if len(parts) == 2 and all(part.isdigit() for part in parts) else (0, 0)
-
-
-def _megatron_version() -> str | None:
-    """The version of what ``import megatron.core`` would find: a checkout on the path comes before a wheel."""
-    if util.find_spec("megatron") is None:
-        return None
-    for folder in util.find_spec("megatron").submodule_search_locations or ():
-        info = Path(folder) / "core" / "package_info.py"
-        if info.is_file():
-            values: dict[str, object] = {}
-            for line in info.read_text().splitlines():
-                name, _, value = (word.strip() for word in line.partition("="))
-                if name in ("MAJOR", "MINOR", "PATCH"):
-                    values[name] = value
-            return ".".join(str(values[name]) for name in ("MAJOR", "MINOR", "PATCH") if name in values) or None
-    return None

@@ -12,11 +12,16 @@ _SECONDS_FOR_RANK_0 = 5
 
 
 class ReGateError(ValueError):
-    """Something a user can mend. Its text is one line that starts with ``regate: ``.
+    """Something a user can mend. Its text is one line that starts with ``regate: ``, or several such, one per fault.
 
     Args:
         everywhere: whether every rank raises the same, so that one of them is enough to say it.
+
+    Attributes:
+        field: the setting that was refused, where it is one of ReGATE's.
     """
+
+    field: str | None = None
 
     def __init__(self, line: str, *, everywhere: bool = False) -> None:
         super().__init__(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from regate_megatron.cpu.dry_run import command
 from regate_megatron.cpu.dry_run.command import _reason
-from regate_megatron.cpu.dry_run.line import LaunchLine, parse_line
-from regate_megatron.cpu.dry_run.shrink import data_parallel_size, shrink
+from regate_megatron.cpu.dry_run.line import parse_line
+from regate_megatron.cpu.dry_run.shrink import data_parallel_size, least_ranks, shrink, smaller_layouts, weights_gb
 from regate_megatron.cpu.emulation import forked
 from regate_megatron.cpu.emulation.forked import Ended
 from regate_megatron.errors import ReGateError
@@ -99,14 +99,37 @@ def test_small_layouts_run_two_replicas_and_large_ones_the_fewest():
     assert data_parallel_size(cluster(), limit=1) == 1
 
 
-def test_too_little_memory_is_refused_before_a_rank_starts(monkeypatch):
-    line = LaunchLine(SCRIPT, [], num_ranks=8, max_ranks=None, timeout_s=1)
-    monkeypatch.setattr(command, "_available_gb", lambda: 3.5 * command._GB_PER_RANK)
-    assert command._replicas(line, cluster(tensor_model_parallel_size=2)) == 1
-    with pytest.raises(
-        ReGateError, match=r"given a layout of at least 4 ranks and \d\.\d GB of free memory; allowed .*"
-    ):
-        command._replicas(line, cluster(tensor_model_parallel_size=4))
+def test_a_smaller_layout_of_the_same_kinds_halves_the_largest_size_first():
+    sizes = {"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 8, "context_parallel_size": 2}
+    found = list(smaller_layouts(cluster(**sizes, world_size=64, num_layers_per_virtual_pipeline_stage=2)))
+    assert found == [
+        ({"--pipeline-model-parallel-size": 4, "--num-layers-per-virtual-pipeline-stage": 4}, 32),
+        ({"--tensor-model-parallel-size": 2}, 32),
+    ]
+    assert (
+        list(smaller_layouts(cluster(pipeline_model_parallel_size=4, pipeline_model_parallel_layout="Et|t|t|tL"))) == []
+    )
+
+
+def test_the_least_number_of_ranks_counts_the_experts():
+    assert least_ranks(cluster(pipeline_model_parallel_size=4, expert_model_parallel_size=8)) == 32
+    assert least_ranks(cluster(tensor_model_parallel_size=8, pipeline_model_parallel_size=16)) == 128
+    tensor = {"tensor_model_parallel_size": 4, "expert_tensor_parallel_size": 1}
+    assert least_ranks(cluster(**tensor, expert_model_parallel_size=2)) == 4
+
+
+def test_half_precision_starts_where_the_first_step_counts():
+    assert "--initial-loss-scale" not in small()
+    assert small(fp16=True)["--initial-loss-scale"] == 1
+    assert small(fp16=True, min_loss_scale=4.0)["--initial-loss-scale"] == 4  # it must not be below
+    assert small(fp16=True, loss_scale=65536.0)["--loss-scale"] == 1
+
+
+def test_the_small_models_weight_counts_its_experts():
+    sizes = {"moe_router_num_groups": 8, "moe_router_topk": 8, "num_experts": 256}
+    dense, experts = cluster(), cluster(**sizes)
+    few, many = weights_gb(small(), dense), weights_gb(small(**sizes), experts)
+    assert many > 40 * few > 0
 
 
 def test_a_torchrun_line_says_how_many_ranks():
@@ -114,6 +137,28 @@ def test_a_torchrun_line_says_how_many_ranks():
     line = parse_line(words)
     assert (line.num_ranks, line.script, line.flags) == (32, SCRIPT, ["--regate"])
     assert parse_line(["--nproc", "16", SCRIPT, "--lr", "1"]).flags == ["--lr", "1"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"python -m torch.distributed.run --nproc-per-node 8 -m regate_megatron {SCRIPT} --regate",
+        f"python3.12 -u -m torch.distributed.run --nproc-per-node 8 {SCRIPT} --regate",
+        f"/usr/bin/torchrun --nproc-per-node 8 --no-python python -m regate_megatron --cpu {SCRIPT} --regate",
+        f"--nproc 8 python {SCRIPT} --regate",
+    ],
+)
+def test_other_names_of_torchrun_are_the_same_line(words):
+    line = parse_line(words.split())
+    assert (line.num_ranks, line.script, line.flags) == (8, SCRIPT, ["--regate"])
+
+
+@pytest.mark.parametrize(
+    "launcher", ["srun -n 8 python", "mpirun -np 8 python -m regate_megatron", "accelerate launch"]
+)
+def test_launchers_with_ways_of_their_own_are_told_how_to_write_it(launcher):
+    with pytest.raises(ReGateError, match=f"given {launcher.split()[0]}; .* change it to: dry-run --nproc N {SCRIPT} "):
+        parse_line([*launcher.split(), SCRIPT, "--regate"])
 
 
 @pytest.mark.parametrize("words", [[], ["--nproc", "8"], ["--nproc", "8", "no_such.py"], [SCRIPT], ["--nproc", "x"]])
@@ -187,7 +232,7 @@ def test_a_cluster_line_runs_in_its_layout():
 @pytest.mark.full
 def test_a_cluster_line_with_a_ratio_that_moves_and_dense_ends_runs():
     run = _dry_run(*MODEL, *REGATE, *MOVING, "--tensor-model-parallel-size", "2")
-    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.returncode == 0, run.output + run.errors
     # Of four layers one runs short, on the smaller of the two ratios.
     for said in (
         "the last two sparse with the ratio they end with, 0.4",
@@ -198,23 +243,102 @@ def test_a_cluster_line_with_a_ratio_that_moves_and_dense_ends_runs():
         assert said in run.output, run.output
 
 
+TWO_LARGE = ["--tensor-model-parallel-size", "8", "--pipeline-model-parallel-size", "16"]
+
+
+@pytest.mark.full
+def test_a_layout_too_large_for_here_runs_as_the_largest_of_the_same_kinds():
+    run = _dry_run(*MODEL, *REGATE, *TWO_LARGE, nproc=128)
+    assert run.returncode == 0, run.output + run.errors
+    assert "[dry run] too large for here; in its place TP2 PP2 DP1" in run.output
+    assert "at 128 ranks: TP8 PP16 DP1" in run.output and "[dry run] ok" in run.output
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--fp16 --no-rope-fusion",
+        """--apply-layernorm-1p --use-precision-aware-optimizer --optimizer-cpu-offload --delay-wgrad-compute
+        --fp8-format e4m3 --fp8-recipe mxfp8 --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag
+        --overlap-grad-reduce --overlap-param-gather --log-progress""",
+        """--num-experts 8 --moe-grouped-gemm --recompute-granularity selective --recompute-modules moe_act core_attn
+        --moe-router-padding-for-fp8 --fp8-format hybrid""",
+    ],
+    ids=["fp16", "optimizer", "experts"],
+)
+def test_what_is_right_on_a_gpu_is_not_blamed(flags):
+    model = [word for word in MODEL if word != "--bf16"] if "--fp16" in flags else MODEL
+    run = _dry_run(*model, *REGATE, *flags.split(), nproc=2)
+    assert run.returncode == 0, run.output + run.errors
+    assert "2 sparse steps" in run.output and ("taken out: " in run.output) == ("--fp16" not in flags)
+
+
 @pytest.mark.parametrize(
     ("flags", "nproc", "words"),
     [
-        (SIZES, 30, ("at 30 ranks", "world size")),
-        (["--tensor-model-parallel-size", "8"], 32, ("given a layout of at least 8 ranks", "--max-ranks")),
-        pytest.param(
-            [*SIZES, "--regate-dense-layers", "6"],
-            32,
-            ("--regate-dense-layers", "first pipeline chunk"),
-            marks=pytest.mark.full,  # found where the chunk is built: on the ranks
+        (SIZES, 30, ["number of ranks: given 30; allowed a multiple of 4, .* change it to 32"]),
+        (TWO_LARGE, 8, ["number of ranks: given 8; allowed a multiple of 128"]),
+        (
+            [*"--pipeline-model-parallel-size 4 --num-experts 8 --expert-model-parallel-size 8".split()],
+            8,
+            ["number of ranks: given 8; allowed a multiple of 32"],
         ),
+        (["--micro-batch-size", "2"], 8, ["fused RoPE: given fused RoPE with micro-batch size 2; .*--no-rope-fusion"]),
+        (["--sft"], 8, ["packed rows: given --sft with fused RoPE"]),
+        (["--fp4-format", "e2m1"], 8, ["FP4: given fp4=e2m1"]),
+        (["--skip-train"], 8, ["dry-run: given --skip-train: the line only evaluates"]),
+        (
+            "--skip-train --mtp-num-layers 1 --cuda-graph-impl local --regate-keep-ratio 7 --regate-seed -1".split(),
+            8,
+            [
+                "--regate-keep-ratio: given 7.0",
+                "--regate-seed: given -1",
+                "multi-token prediction: .* change the command: leave out --mtp-num-layers",
+                "CUDA graphs",
+                "--skip-train",
+            ],
+        ),
+        ([*SIZES, "--regate-dense-layers", "6"], 32, ["--regate-dense-layers: given 6 with 4 layers in the first pip"]),
     ],
-    ids=["ranks", "machine", "dense-layers"],
+    ids="ranks least experts rows packed fp4 evaluation several dense-layers".split(),
 )
-def test_a_line_that_cannot_train_is_refused_in_one_line(flags, nproc, words):
+def test_a_line_that_cannot_train_is_refused_with_all_that_is_wrong(flags, nproc, words):
     run = _dry_run(*MODEL, *REGATE, *flags, nproc=nproc)
-    assert run.returncode == 1
-    said = run.errors.strip().splitlines()[-1]
-    assert said.startswith("regate: ") and all(word in said for word in (*words, "given", "allowed", "change")), said
-    assert "Traceback" not in run.errors
+    assert run.returncode == 1 and "Traceback" not in run.errors
+    said = [line for line in run.errors.splitlines() if line.startswith("regate: ")]
+    assert len(said) == len(words), run.errors
+    for line, pattern in zip(said, words, strict=True):
+        assert re.search(pattern, line) and all(word in line for word in ("given", "allowed", "change")), line
+    assert "pass" not in run.output
+
+
+def test_an_older_megatron_is_one_line_in_every_command(tmp_path):
+    core = tmp_path / "megatron" / "core"
+    core.mkdir(parents=True)
+    (core / "package_info.py").write_text("MAJOR = 0\nMINOR = 9\nPATCH = 1\n")
+    script = tmp_path / "train.py"
+    script.write_text("print('trained')")
+    for words in (
+        ["dry-run", "--nproc", "2", script],
+        ["--cpu", script],
+        [script, "--regate", "--regate-score", "student"],
+    ):
+        command = [sys.executable, "-m", "regate_megatron", *map(str, words)]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+        said = f"regate: megatron-core: given 0.9.1 in {tmp_path}/megatron; allowed 0.17 to 0.20; change "
+        assert run.returncode == 1 and run.stderr.splitlines()[-1].startswith(said) and "Traceback" not in run.stderr
+    run = subprocess.run(
+        [*command[:3], str(script)], cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert run.stdout == "trained\n"  # without our flags nothing of Megatron is looked at
+
+
+def test_the_dry_run_imports_no_launcher():
+    """Arrows one way: ``__main__`` imports the dry run and what both share."""
+    files = [*(ROOT / "regate_megatron/cpu").rglob("*.py"), ROOT / "regate_megatron/launch.py"]
+    assert [
+        file for file in files if "__main__ import" in file.read_text() or "import __main__" in file.read_text()
+    ] == []
+    shared = (ROOT / "regate_megatron/launch.py").read_text()
+    assert "dry_run" not in shared

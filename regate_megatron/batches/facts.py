@@ -141,7 +141,13 @@ _BEFORE = torch.tensor([-1])
 
 
 class BatchAdapter(Protocol):
-    """How one framework's batches are read and edited."""
+    """How one framework's batches are read and edited.
+
+    Attributes:
+        keys: what a batch must have, for the refusal of one that has not.
+    """
+
+    keys: str
 
     def read(self, batch: dict[str, Any]) -> MicrobatchFacts:
         """The facts of one microbatch. Raises KeyError or ValueError for a batch of another layout."""

@@ -36,6 +36,8 @@ class GPTBatches:
 
     reads_position_ids: bool = False
 
+    keys = "tokens, labels and loss_mask; position_ids and cu_seqlens where there are any"
+
     def read(self, batch: dict[str, Any]) -> MicrobatchFacts:
         """See :meth:`BatchAdapter.read`."""
         token_BS, label_BS = to_cpu(batch["tokens"]).long(), to_cpu(batch["labels"]).long()

@@ -55,6 +55,8 @@ class LLaVABatches:
     packs: bool | str = False
     reads_position_ids: bool = False
 
+    keys = "tokens, labels and loss_mask; images, image or imgs (and num_image_tiles)"
+
     def read(self, batch: dict[str, Any]) -> MicrobatchFacts:
         """See :meth:`BatchAdapter.read`."""
         self._check_images(batch)

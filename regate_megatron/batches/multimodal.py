@@ -35,6 +35,8 @@ class MultimodalBatches:
     merged: BatchAdapter
     pad_token: int | None
 
+    keys = "tokens, labels and loss_mask, or tokens, labels and cu_lengths; images, image or imgs (and num_tiles)"
+
     def read(self, batch: dict[str, Any]) -> MicrobatchFacts:
         """See :meth:`BatchAdapter.read`."""
         return self.merged.read(batch if "loss_mask" in batch else self._with_loss_mask(batch))

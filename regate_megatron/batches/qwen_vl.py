@@ -50,6 +50,8 @@ class QwenVLBatches:
     merge_size: int
     rope_index: Callable[..., tuple[Tensor, Tensor]] | None = None
 
+    keys = "input_ids or tokens, labels and loss_mask; visual_inputs, attention_mask and cu_seqlens where there are any"
+
     def read(self, batch: dict[str, Any]) -> MicrobatchFacts:
         """See :meth:`BatchAdapter.read`."""
         if any(batch.get(key) is not None for key in ("cu_seqlens_q", "cu_seqlens")):

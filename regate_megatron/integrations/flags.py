@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from regate_megatron import compat
-from regate_megatron.config import ReGateConfig, add_arguments
+from regate_megatron.config import ReGateConfig, add_arguments, parse_command_line
 from regate_megatron.errors import ReGateError
 from regate_megatron.integrations.patching import is_patched, patch
-from regate_megatron.support import check_support, setting_of_flags
+from regate_megatron.support import refusals, setting_of_flags
 
 
 def add_flags() -> None:
@@ -22,22 +22,45 @@ def add_flags() -> None:
         patch((arguments, wrappers, arguments.parse_args), allowed=f"megatron-core {compat.MEGATRON_CORE}")
 
 
-def check_flags(flags: Sequence[str], config: ReGateConfig) -> None:
-    """Refuse what Megatron's flags alone tell is not supported, before Megatron does anything.
+def read_flags(flags: Sequence[str], script: str = "") -> ReGateConfig | None:
+    """ReGATE's settings; None without ``--regate``. Needs our flags in Megatron's parser.
 
     Raises:
-        ReGateError: every rank has the same flags, so every rank raises.
+        ReGateError: everything that flags alone can tell is wrong, one line each, before Megatron does anything; every
+            rank has the same flags, so every rank raises.
     """
+    found, config = [], None
+    try:
+        config = parse_command_line(flags)
+    except ReGateError as error:
+        found.append(str(error))
+    if config is not None or found:
+        # Settings that could not be read are no reason to keep the other refusals back.
+        found += _unsupported(flags, config or ReGateConfig(score="student", dense_layers=0), script)
+    if found:
+        raise ReGateError("\n".join(found), everywhere=True)
+    return config
+
+
+def check_flags(flags: Sequence[str], config: ReGateConfig, script: str = "") -> None:
+    """Refuse what Megatron's flags alone tell is not supported with these settings.
+
+    Raises:
+        ReGateError: one line for each; on every rank.
+    """
+    if found := _unsupported(flags, config, script):
+        raise ReGateError("\n".join(found), everywhere=True)
+
+
+def _unsupported(flags: Sequence[str], config: ReGateConfig, script: str) -> list[str]:
     from megatron.training import arguments
 
     parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
     try:
         args, _ = arguments.add_megatron_arguments(parser).parse_known_args(list(flags))
     except (argparse.ArgumentError, SystemExit):
-        return  # Megatron's own parser will say what is wrong
-    supported, reason = check_support(setting_of_flags(args, config), flags_only=True)
-    if not supported:
-        raise ReGateError(reason, everywhere=True)
+        return []  # Megatron's own parser will say what is wrong
+    return refusals(setting_of_flags(args, config, script), lambda rule: rule.in_flags)
 
 
 def _with_our_flags(inner: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,10 +22,10 @@ from typing import Any
 
 from regate_megatron import compat
 from regate_megatron.api import wrap_forward_backward
-from regate_megatron.config import ReGateConfig, parse_command_line
+from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import one_line_refusals, one_line_refusals_from_now_on
 from regate_megatron.integrations import host
-from regate_megatron.integrations.flags import add_flags, check_flags
+from regate_megatron.integrations.flags import add_flags, read_flags
 from regate_megatron.integrations.flops import share_of_dense
 from regate_megatron.integrations.megatron_checkpoints import CheckpointState
 from regate_megatron.integrations.patching import patch, unpatch
@@ -69,11 +69,10 @@ def install_from_argv() -> None:
 
     Exits with 1 and one line on a refusal.
     """
-    add_flags()
     with one_line_refusals():
-        config = parse_command_line(sys.argv[1:])
-        if config is not None:
-            check_flags(sys.argv[1:], config)
+        compat.require_megatron()
+        add_flags()
+        config = read_flags(sys.argv[1:], sys.argv[0])
     if config is not None:
         one_line_refusals_from_now_on()  # the rest of the script runs after this returns
         install(config)

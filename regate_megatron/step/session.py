@@ -224,10 +224,8 @@ class Session:
         Raises:
             ReGateError: a rank could not; on every rank.
         """
-        together = self.topology.together(
-            "batch", allowed="the layout of pretrain_gpt.py or pretrain_vlm.py batches", change="the data loader"
-        )
-        with together as stage:
+        allowed = f"a dictionary with {self.adapter.keys}"
+        with self.topology.together("batch", allowed=allowed, change="the data loader") as stage:
             with step.enter("peek"):
                 iterators = _as_list(arguments["data_iterator"])
                 step.batches = [_pull(one, arguments["num_microbatches"]) for one in iterators]

@@ -166,6 +166,7 @@ DECODER_RULES = (
         "the model class",
         "other layers are not adapted",
         in_flags=False,
+        ends=True,
     ),
     Rule(
         "layers of a hybrid model",
@@ -235,7 +236,7 @@ DECODER_RULES = (
         "multi-token prediction",
         _more_than_one_token,
         "no MTP layers",
-        "the command: leave --mtp-num-layers out",
+        "the command: leave out --mtp-num-layers, m in a pipeline layout, / and what follows it in a pattern",
         "targets would become the next kept token",
     ),
     Rule(

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -88,6 +89,7 @@ class Rule:
         find: what is wrong, as a word for the user or as :class:`Found`; None where nothing is.
         change: what to change, in general; a :class:`Found` says it for what was given.
         in_flags: whether the command line alone can tell.
+        ends: whether the other rules cannot be asked once this one refuses.
     """
 
     what: str
@@ -96,6 +98,7 @@ class Rule:
     change: str
     why: str
     in_flags: bool = True
+    ends: bool = False
 
     def given(self, setting: Setting) -> Found | None:
         """What is wrong with the model, or with one of its modules that has a config of its own."""
@@ -152,21 +155,28 @@ def leave_out(setting: Setting, name: str) -> str:
 class _FlagsAsModel:
     """Megatron's parsed flags, read as if they were the model's config."""
 
-    _OTHER_NAMES = {"num_moe_experts": "num_experts"}
+    _OTHER_NAMES = {"num_moe_experts": "num_experts", "fp8": "fp8_format", "fp4": "fp4_format"}
 
-    def __init__(self, args: Any) -> None:
-        self._args = args
+    def __init__(self, args: Any, fuses_rope: bool) -> None:
+        self._args, self.apply_rope_fusion = args, fuses_rope
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._args, self._OTHER_NAMES.get(name, name))
+        return getattr(self._args, name if hasattr(self._args, name) else self._OTHER_NAMES.get(name, name))
 
 
-def setting_of_flags(args: Any, config: ReGateConfig) -> Setting:
-    """What Megatron's flags alone tell, before a model is built; for ``check_support(…, flags_only=True)``."""
+def setting_of_flags(args: Any, config: ReGateConfig, script: str = "") -> Setting:
+    """What Megatron's flags alone tell, before a model is built; for the rules that are ``in_flags``.
+
+    Args:
+        args: parsed, not yet validated by Megatron.
+        script: its path. Megatron's examples/multimodal never fuse RoPE, whatever the flags say.
+    """
+    is_rope = args.position_embedding_type == "rope" or getattr(args, "use_rotary_position_embeddings", False)
+    fuses = args.apply_rope_fusion and is_rope and Path(script).parent.name != "multimodal"
     pattern = getattr(args, "hybrid_layer_pattern", None) or getattr(args, "hybrid_override_pattern", None)
     chunk = SimpleNamespace(
-        config=_FlagsAsModel(args),
+        config=_FlagsAsModel(args, fuses),
         position_embedding_type=args.position_embedding_type,
         hybrid_layer_pattern=pattern,
     )
-    return Setting([chunk], config, args)
+    return Setting([chunk], config, args, args.micro_batch_size or 1)

@@ -116,7 +116,6 @@ TRAINING_RULES = (
         "and with pipeline stages one row per microbatch",
         "the command: leave the flag out, add --no-rope-fusion, or set the size named to 1",
         "the kernels would read other positions or segments",
-        in_flags=False,
     ),
     Rule(
         flag("teacher_load"),
@@ -124,7 +123,6 @@ TRAINING_RULES = (
         "a checkpoint of the base language model where the student has adapters (peft)",
         "it to that checkpoint",
         "the student's weights have other names",
-        in_flags=False,
     ),
     Rule(
         "loss scaled per turn",
@@ -132,7 +130,6 @@ TRAINING_RULES = (
         "the mean over tokens",
         "the command: leave --use-loss-scaling out",
         "it finds turns by runs of the loss mask, which elision cuts",
-        in_flags=False,
     ),
     Rule(
         "fully sharded data parallel",
@@ -147,7 +144,6 @@ TRAINING_RULES = (
         "micro-batch size 1, or unfused RoPE",
         "the command: add --no-rope-fusion, or set --micro-batch-size to 1",
         "the fused kernel takes one row of positions",
-        in_flags=False,
     ),
 )
 

@@ -213,7 +213,7 @@ def test_unsupported_flags_are_refused_before_megatron_looks_at_them():
 )
 def test_flags_are_refused(flags, what):
     from regate_megatron import ReGateConfig, ReGateError
-    from regate_megatron.integrations.megatron_lm import check_flags
+    from regate_megatron.integrations.flags import check_flags
 
     config = ReGateConfig(score="student")
     check_flags(MODEL, config)

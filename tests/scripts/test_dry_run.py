@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import ROOT
-from tests.scripts.checkouts import LIMIT_S, parameters
+from tests.scripts.checkouts import LIMIT_S, flags_of, parameters
 
 pytestmark = pytest.mark.parametrize("checkout", parameters())
 LLAMA = """--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 --group-query-attention
@@ -23,6 +23,17 @@ LLAMA = """--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-atte
  --recompute-num-layers 1 --save /no/folder --load /no/folder --save-interval 500 --eval-interval 1000 --eval-iters 10
  --tensorboard-dir /no/folder --attention-dropout 0 --hidden-dropout 0 --regate --regate-teacher-load /no/teacher
  --regate-trace /no/trace""".split()
+
+WRITE_DATA = """
+import sys
+sys.dont_write_bytecode = True
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+builder = IndexedDatasetBuilder(sys.argv[1] + ".bin")
+for start in range(200):
+    builder.add_document(torch.arange(start % 20, start % 20 + 90), [90])
+builder.finalize(sys.argv[1] + ".idx")
+"""
 
 
 def _tried(command: list[str], **variables: str) -> str:
@@ -58,3 +69,27 @@ def test_a_recipe_passes_its_dry_run(checkout, recipe, precision):
     )
     assert "ReGATE on LLaVAModel" in said and f"{layout} DP1 on gloo ranks" in said
     assert ("FP8 to the precision beside it" in said) == (precision == "fp8")
+
+
+def test_nothing_is_written_beside_the_data_or_into_the_checkout(checkout, tmp_path):
+    """Index files go to the run's temporary folder, also where the line names another; progress has its folder."""
+    data, cache = tmp_path / "data", tmp_path / "indices"
+    data.mkdir()
+    subprocess.run(
+        [sys.executable, "-c", WRITE_DATA, str(data / "text_document")],
+        env={**os.environ, "PYTHONPATH": str(checkout.path)},
+        check=True,
+        timeout=LIMIT_S,
+    )
+    before = {folder: _files(folder) for folder in (data, checkout.path)}
+    flags = [*flags_of("pretrain_gpt.py", "one"), "--regate", "--regate-score", "student", "--log-progress"]
+    flags = [flag for flag in flags if flag != "--mock-data"]
+    flags += ["--data-path", str(data / "text_document"), "--data-cache-path", str(cache), "--save", "/no/folder"]
+    command = [sys.executable, "-m", "regate_megatron", "dry-run", "--nproc", "1", checkout.script("pretrain_gpt.py")]
+    said = _tried([*command, *flags, "--save-interval", "5", "--train-iters", "9"])
+    assert "mock data" not in said and not cache.exists()
+    assert {folder: _files(folder) for folder in before} == before
+
+
+def _files(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))

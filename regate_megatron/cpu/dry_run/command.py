@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import re
@@ -14,66 +15,94 @@ from typing import Any
 
 import torch
 
-from regate_megatron import __main__ as launcher
-from regate_megatron import compat
-from regate_megatron import config as settings
+from regate_megatron import compat, launch
 from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig
 from regate_megatron.cpu import emulation
 from regate_megatron.cpu.dry_run import cluster as checks
-from regate_megatron.cpu.dry_run.flags import small_flags
+from regate_megatron.cpu.dry_run.flags import small_flags, small_values
 from regate_megatron.cpu.dry_run.line import LaunchLine, parse_line
-from regate_megatron.cpu.dry_run.shrink import TRAIN_STEPS, data_parallel_size, dense_group
+from regate_megatron.cpu.dry_run.shrink import (
+    TRAIN_STEPS,
+    data_parallel_size,
+    dense_group,
+    least_ranks,
+    smaller_layouts,
+    weights_gb,
+)
 from regate_megatron.cpu.emulation import forked
-from regate_megatron.errors import one_line_refusals, refuse
+from regate_megatron.cpu.emulation.arguments import options_of_megatron, without
+from regate_megatron.errors import ReGateError, one_line_refusals, refuse
 
 _GB_PER_RANK = 0.3  # a fork of this process, its small model, and the queue it forks to save checkpoints: measured 0.2
+_SECONDS_TO_START, _SECONDS_PER_RANK = 15.0, 8.0  # measured: 32 ranks on two cores 143 s
 _NOT_CHECKED = "GPU kernels and memory, NCCL, FP8 arithmetic, speed, the values of your data"
 
 
 def main(words: list[str]) -> None:
-    """Run the command; exits with 1 and one line when the line would not run."""
+    """Run the command; exits with 1 and one line per refusal when the line would not run."""
     with one_line_refusals():
         line = parse_line(words)
-        config = settings.parse_command_line(line.flags)
+        sys.dont_write_bytecode = True  # nothing is written but to the temporary folder
         emulation.set_environment()
-        sys.path[:0] = launcher.folders_of(line.script)
+        launch.use_checkout_of(line.script)
+        compat.require_megatron()
         emulation.install()
-        cluster = checks.validate(line)
-        if config is not None:
-            checks.check_regate(line, config)
-        replicas = _replicas(line, cluster)
-        with tempfile.TemporaryDirectory(prefix="regate-dry-run-") as folder:
-            flags, said = small_flags(line, cluster, config, replicas=replicas, folder=Path(folder))
-            print(f"[dry run] the flags pass at {line.num_ranks} ranks; now {_layout(cluster, replicas)}", flush=True)
-            output = _run(line, flags, dense_group(cluster) * replicas, Path(folder))
-        _report(line, cluster, config, replicas, said, output)
+        cluster, config = checks.check(line)
+        asked, (line, cluster, replicas) = cluster, _fitting(line, cluster)
+        num_ranks = dense_group(cluster) * replicas
+        with tempfile.TemporaryDirectory(prefix="regate-dry-run-") as name:
+            folder = Path(name)
+            emulation.compile_helpers(folder)
+            flags, said = small_flags(line, cluster, config, replicas=replicas, folder=folder)
+            print(f"[dry run] Megatron's flags pass at {asked.world_size} ranks: {_layout(asked)}")
+            if cluster is not asked:
+                said.insert(0, f"{_layout(asked)} -> {_layout(cluster)}: the same kinds, as far as this machine goes")
+                print(f"[dry run] too large for here; in its place {_layout(cluster)}, the same kinds of parallelism")
+            print(
+                f"[dry run] now {_layout(cluster, replicas)}: {num_ranks} ranks on {os.cpu_count()} cores, "
+                f"about {_seconds(num_ranks):.0f} s; the script parses its own flags there",
+                flush=True,
+            )
+            output = _run(line, flags, num_ranks, folder)
+        _report(line, asked, cluster, config, replicas, said, output)
 
 
-def _replicas(line: LaunchLine, cluster: Any) -> int:
-    """How many data-parallel replicas to run here.
+def _seconds(num_ranks: int) -> float:
+    """How long so many ranks take here, roughly."""
+    return _SECONDS_TO_START + _SECONDS_PER_RANK * num_ranks / min(os.cpu_count() or 1, num_ranks)
+
+
+def _fitting(line: LaunchLine, cluster: Any) -> tuple[LaunchLine, Any, int]:
+    """The line, its namespace and the data-parallel replicas to run here: as asked for, or where that is too large the
+    largest layout of the same kinds.
 
     Raises:
-        ReGateError: not even the fewest fit.
+        ReGateError: not even the smallest fits.
     """
-    free = _available_gb()
-    fit = int(free / _GB_PER_RANK) if free < math.inf else cluster.world_size
-    replicas = data_parallel_size(cluster, min(fit, line.max_ranks or fit))
+    limit = _most_ranks(line, cluster)
+    replicas = data_parallel_size(cluster, limit)
     if replicas is not None:
-        return replicas
-    fewest = data_parallel_size(cluster, cluster.world_size) * dense_group(cluster)
-    if fit < fewest:
-        raise refuse(
-            "dry-run",
-            given=f"a layout of at least {fewest} ranks and {free:.1f} GB of free memory",
-            allowed=f"{_GB_PER_RANK} GB per rank",
-            change="the machine, or try a smaller tensor or pipeline size here",
-        )
+        return line, cluster, replicas
+    for sizes, num_ranks in smaller_layouts(cluster):
+        flags = without(line.flags, sizes, options_of_megatron())
+        flags += [str(word) for size in sizes.items() for word in size]
+        smaller = dataclasses.replace(line, flags=flags, num_ranks=num_ranks)
+        with contextlib.suppress(ReGateError):
+            return _fitting(smaller, checks.validate(smaller))
     raise refuse(
         "dry-run",
-        given=f"a layout of at least {fewest} ranks and --max-ranks {line.max_ranks}",
-        allowed="a layout that fits into that many",
-        change="--max-ranks, or try a smaller tensor or pipeline size here",
+        given=f"a layout of at least {least_ranks(cluster)} ranks and room for {limit} here",
+        allowed=f"--max-ranks, {_GB_PER_RANK} GB of free memory per rank ({_available_gb():.1f} GB), and --timeout",
+        change="these, or try a smaller tensor or pipeline size here",
     )
+
+
+def _most_ranks(line: LaunchLine, cluster: Any) -> int:
+    """How many ranks memory, time and the command leave room for."""
+    gb = _GB_PER_RANK + weights_gb(small_values(line, cluster), cluster)
+    cores = os.cpu_count() or 1
+    in_time = int((line.timeout_s - _SECONDS_TO_START) * cores / _SECONDS_PER_RANK)
+    return min(int(min(_available_gb() / gb, 1e9)), max(in_time, 1), line.max_ranks or 10**9)
 
 
 def _available_gb() -> float:
@@ -95,7 +124,7 @@ def _run(line: LaunchLine, flags: list[str], num_ranks: int, folder: Path) -> st
     def work() -> None:
         torch.set_num_threads(1)
         tempfile.tempdir = None  # TMPDIR has changed
-        launcher.main(["--cpu", line.script, *flags])
+        launch.run_script([line.script, *flags], on_cpu=True)
 
     log, env = folder / "log", {"OMP_NUM_THREADS": "1", "TMPDIR": folder}
     ended = forked.run(num_ranks, work, log=log, timeout_s=line.timeout_s, env=env)
@@ -129,7 +158,13 @@ def _reason(output: str, ended: forked.Ended, timeout_s: float) -> str:
 
 
 def _report(
-    line: LaunchLine, cluster: Any, config: ReGateConfig | None, replicas: int, said: list[str], output: str
+    line: LaunchLine,
+    asked: Any,
+    cluster: Any,
+    config: ReGateConfig | None,
+    replicas: int,
+    said: list[str],
+    output: str,
 ) -> None:
     """Check what the run printed and print the summary.
 
@@ -150,8 +185,8 @@ def _report(
             raise _failed(line, f"a run without {what}", output)
     attached = re.findall(r"^\[regate\] attached to (.*?):", output, re.M)
     lines = [
-        f"line        {Path(line.script).name} at {line.num_ranks} ranks: {_layout(cluster)}",
-        f"checked     Megatron accepts the flags at {line.num_ranks} ranks ({compat.versions()})",
+        f"line        {Path(line.script).name} at {asked.world_size} ranks: {_layout(asked)}",
+        f"checked     Megatron accepts the flags at {asked.world_size} ranks ({compat.versions()})",
         f"            {_layout(cluster, replicas)} ran {TRAIN_STEPS} steps: {', '.join(done)}",
     ]
     if attached:

@@ -11,6 +11,7 @@ from typing import Any
 from regate_megatron.config import ReGateConfig
 from regate_megatron.cpu.dry_run import shrink
 from regate_megatron.cpu.dry_run.line import LaunchLine
+from regate_megatron.cpu.emulation.arguments import PRECISION, take_out, what_goes, without
 
 SMALL_VOCABULARY = 127  # padded to 128; some versions count an end of document too
 _MULTIMODAL = ("--img-h", "--img-w", "--patch-dim", "--dataloader-seq-length")
@@ -27,27 +28,6 @@ def parser_of_megatron() -> argparse.ArgumentParser:
     return add_arguments(arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
 
 
-def without(flags: list[str], names: tuple[str, ...], *, and_longer: bool = True) -> list[str]:
-    """``flags`` less the options ``names`` and their values; of Megatron's also those that begin so, if ``and_longer``.
-
-    Options Megatron does not know are the script's own: their values are the words up to the next option.
-    """
-    known = parser_of_megatron()._option_string_actions
-    kept, index = [], 0
-    while index < len(flags):
-        name, _, value = flags[index].partition("=")
-        end = index + 1
-        if name.startswith("--"):
-            nargs = known[name].nargs if name in known else "*"
-            most = {None: 1, "?": 1, "*": len(flags), "+": len(flags)}.get(nargs, nargs)
-            while not value and most and end < len(flags) and not flags[end].startswith("--"):
-                end, most = end + 1, most - 1
-        goes = name in names or (and_longer and name in known and name.startswith(names))
-        kept += [] if goes else flags[index:end]
-        index = end
-    return kept
-
-
 def small_flags(
     line: LaunchLine, cluster: Any, config: ReGateConfig | None, *, replicas: int, folder: Path
 ) -> tuple[list[str], list[str]]:
@@ -59,19 +39,15 @@ def small_flags(
         folder: a temporary folder for everything the run writes.
     """
     known = parser_of_megatron()._option_string_actions
-    is_multimodal = "vlm" in Path(line.script).name or not line.options.isdisjoint(_MULTIMODAL[:2])
+    small = _shrunk(line, cluster, config, replicas)
     fp8 = _fp8_multiple(line)
-    small = shrink.shrink(
-        cluster,
-        replicas=replicas,
-        dense_layers=config.dense_layers + config.dense_last_layers if config else 0,
-        is_multimodal=is_multimodal,
-        fp8_multiple=fp8,
-    )
     cluster_replicas = cluster.world_size // shrink.dense_group(cluster)
     if replicas != cluster_replicas:
         small.said.insert(0, f"data-parallel-size {cluster_replicas} -> {replicas}")
-    flags = without(line.flags, tuple(" ".join(shrink.DROPPED).split()))
+    flags, went = take_out(line.flags, what_goes() | PRECISION, known)
+    small.said += [f"{', '.join(dict.fromkeys(names))} taken out: {why}" for why, names in went.items()]
+    names = " ".join(shrink.DROPPED).split()
+    flags = without(flags, [*names, *(f"{name}*" for name in names)], known)
     flags = _data(flags, line.flags, small.said)
     values = {name: value for name, value in small.values.items() if name in known or name in _MULTIMODAL}
     values |= {"--train-iters": shrink.TRAIN_STEPS, "--eval-iters": 1, "--eval-interval": shrink.TRAIN_STEPS}
@@ -80,14 +56,32 @@ def small_flags(
         values |= _regate(config, fp8)
         small.said.append(f"schedule to {shrink.TRAIN_STEPS} steps, the last two sparse" + _ratio(config))
     values |= {name: folder / place for name, place in _FOLDERS.items() if name in line.options}
+    if "--data-cache-path" in known:  # index files go beside the data otherwise
+        values["--data-cache-path"] = folder / "data-cache"
     if "--save" in values:
+        values["--save"].mkdir()  # core 0.17 writes its progress before it makes the folder
         values["--save-interval"] = shrink.TRAIN_STEPS
-    flags = without(flags, tuple(values), and_longer=False)
+    flags = without(flags, values, known)
     for name, value in values.items():
         flags += [name, *str(value).split()]
     if fp8 > 1:
         small.said.append(f"FP8 to the precision beside it; lengths stay multiples of {fp8}")
     return flags, small.said
+
+
+def small_values(line: LaunchLine, cluster: Any) -> dict[str, Any]:
+    """The sizes of the small model, for an estimate of its weight."""
+    return _shrunk(line, cluster, None, 1).values
+
+
+def _shrunk(line: LaunchLine, cluster: Any, config: ReGateConfig | None, replicas: int) -> shrink.Shrunk:
+    return shrink.shrink(
+        cluster,
+        replicas=replicas,
+        dense_layers=config.dense_layers + config.dense_last_layers if config else 0,
+        is_multimodal="vlm" in Path(line.script).name or not line.options.isdisjoint(_MULTIMODAL[:2]),
+        fp8_multiple=_fp8_multiple(line),
+    )
 
 
 def _fp8_multiple(line: LaunchLine) -> int:
@@ -128,7 +122,9 @@ def _data(flags: list[str], given: list[str], said: list[str]) -> list[str]:
     if paths and not missing and not options.mock_data:
         return flags
     said.append("data and tokenizer to mock data" + (f" ({missing[0]} is not here)" if missing else ""))
-    flags = without(flags, tuple(shrink.REPLACED_WITH_DATA.split()))
+    names = shrink.REPLACED_WITH_DATA.split()
+    replaced = [*names, *(f"{name}*" for name in names)]
+    flags = without(flags, replaced, parser_of_megatron()._option_string_actions)
     mock = f"--mock-data --tokenizer-type NullTokenizer --vocab-size {SMALL_VOCABULARY} --split 90,5,5"
     return [*flags, *mock.split()]
 

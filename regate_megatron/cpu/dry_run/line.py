@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,18 +52,34 @@ def parse_line(words: list[str]) -> LaunchLine:
     except (argparse.ArgumentError, SystemExit) as error:
         raise refuse("dry-run", given=error, allowed=USAGE, change="the command") from None
     line, num_ranks = own.line, own.nproc
-    if line and Path(line[0]).name == "torchrun":
-        line, ranks_of_line = _torchrun(line[1:])
+    after = _after_python(line)
+    torch_launcher = after[:2] in (["-m", "torch.distributed.run"], ["-m", "torch.distributed.launch"])
+    if torch_launcher or (line and Path(line[0]).name == "torchrun"):
+        line, ranks_of_line = _torchrun(after[2:] if torch_launcher else line[1:])
         num_ranks = num_ranks or ranks_of_line
+    line = _after_python(line)
     line = line[2:] if line[:2] == ["-m", "regate_megatron"] else line
     line = line[1:] if line[:1] == ["--cpu"] else line
     if not line or not Path(line[0]).is_file():
-        raise refuse("dry-run", given=line[0] if line else "no script", allowed=USAGE, change="the script's path")
+        script = next((word for word in line[1:] if word.endswith(".py")), "SCRIPT")
+        is_path = not line or line[0].endswith(".py")
+        change = "the script's path" if is_path else f"it to: dry-run --nproc N {script} <its flags>"
+        raise refuse("dry-run", given=line[0] if line else "no script", allowed=USAGE, change=change)
     if num_ranks is None or num_ranks < 1:
         raise refuse(
             "dry-run", given=f"{num_ranks} ranks", allowed="1 or more", change="--nproc to the cluster's ranks"
         )
     return LaunchLine(line[0], line[1:], num_ranks, own.max_ranks, own.timeout)
+
+
+def _after_python(words: list[str]) -> list[str]:
+    """The words after ``python`` and its switches that take no value; the words themselves where no python begins."""
+    if not words or not re.fullmatch(r"python[\d.]*", Path(words[0]).name):
+        return words
+    rest = words[1:]
+    while rest and re.fullmatch(r"-[bBdEiIOqsSuvx]+", rest[0]):
+        rest = rest[1:]
+    return rest
 
 
 def _torchrun(words: list[str]) -> tuple[list[str], int | None]:

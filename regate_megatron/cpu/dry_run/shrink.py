@@ -9,6 +9,7 @@ validated namespace of the line as given, so all that must divide there does.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +21,8 @@ DROPPED = (
     "--train-samples --train-iters --lr-warmup --lr-decay --lr-wsd --rampup-batch-size --step-batch-size --exit-",
     "--save --load --pretrained-checkpoint --finetune --async-save --use-persistent-ckpt --non-persistent",
     "--use-checkpoint-args --exit-on-missing --ckpt-convert --data-cache-path --eval- --full-validation --log-interval",
-    "--tensorboard-dir --wandb --profile --inprocess --log-straggler --num-workers --fp8 --fp4 --enable-one-logger",
-    "--one-logger --nccl --distributed-timeout --check-weight --rerun-mode --first-last-layers-bf16 --num-layers-at-",
+    "--tensorboard-dir --wandb --profile --inprocess --log-straggler --num-workers --enable-one-logger",
+    "--one-logger --nccl --distributed-timeout --check-weight --rerun-mode",
     "--iterations-to-skip --regate-dense-from",
 )
 DATA = "--data-path --train-data-path --valid-data-path --test-data-path --data-args-path --per-split-data-args-path"
@@ -55,24 +56,56 @@ def dense_group(cluster: Any) -> int:
     return cluster.tensor_model_parallel_size * cluster.pipeline_model_parallel_size * cluster.context_parallel_size
 
 
+def least_ranks(cluster: Any) -> int:
+    """What the number of ranks must be a multiple of."""
+    tensor = cluster.tensor_model_parallel_size
+    expert_tensor = getattr(cluster, "expert_tensor_parallel_size", None) or tensor
+    experts = cluster.expert_model_parallel_size * expert_tensor
+    stage = math.lcm(tensor * cluster.context_parallel_size, experts)
+    instances = getattr(cluster, "num_distributed_optimizer_instances", 1) or 1
+    return math.lcm(stage, tensor * cluster.context_parallel_size * instances) * cluster.pipeline_model_parallel_size
+
+
 def data_parallel_size(cluster: Any, limit: int) -> int | None:
     """The replicas to run here: the fewest the layout allows (expert parallelism spans several), two of small ones.
 
     Returns None where not even the fewest possible fit into ``limit`` ranks.
     """
-    group, on_cluster = dense_group(cluster), cluster.world_size // dense_group(cluster)
-    experts = cluster.expert_model_parallel_size * (
-        getattr(cluster, "expert_tensor_parallel_size", None) or cluster.tensor_model_parallel_size
-    )
-    per_stage = cluster.tensor_model_parallel_size * cluster.context_parallel_size
-    instances = getattr(cluster, "num_distributed_optimizer_instances", 1) or 1
-    possible = [
-        size
-        for size in range(1, on_cluster + 1)
-        if (per_stage * size) % experts == 0 and size % instances == 0 and size * group <= limit
-    ]
-    two_are_few = 2 in possible and 2 * group <= FEW_RANKS
-    return 2 if two_are_few else possible[0] if possible else None
+    group = dense_group(cluster)
+    fewest = least_ranks(cluster) // group
+    two_are_few = fewest == 1 and cluster.world_size >= 2 * group and 2 * group <= min(limit, FEW_RANKS)
+    return 2 if two_are_few else fewest if fewest * group <= limit else None
+
+
+def smaller_layouts(cluster: Any) -> Iterator[tuple[dict[str, Any], int]]:
+    """Layouts of the same kinds with fewer ranks, the largest size made smaller first: flags, and the ranks then.
+
+    Every size stays two at least. Whether Megatron accepts one is for its own validation to say.
+    """
+    listed = any(getattr(cluster, name, None) for name in LAYER_LISTS)
+    kinds = {
+        "pipeline-model": (cluster.pipeline_model_parallel_size, not listed),
+        "tensor-model": (cluster.tensor_model_parallel_size, True),
+        "context": (cluster.context_parallel_size, not getattr(cluster, "hierarchical_context_parallel_sizes", None)),
+        "expert-model": (cluster.expert_model_parallel_size, True),
+    }
+    for kind, (size, can_change) in sorted(kinds.items(), key=lambda item: -item[1][0]):
+        factor = next((n for n in range(2, size) if size % n == 0), None)
+        if factor is None or not can_change:
+            continue
+        flags = {f"--{kind}-parallel-size": size // factor}
+        per_chunk = getattr(cluster, "num_layers_per_virtual_pipeline_stage", None)
+        if kind == "pipeline-model" and per_chunk:
+            flags["--num-layers-per-virtual-pipeline-stage"] = per_chunk * factor  # as many virtual stages as before
+        yield flags, cluster.world_size // (1 if kind == "expert-model" else factor)
+
+
+def weights_gb(values: dict[str, Any], cluster: Any) -> float:
+    """What the small model's weights, gradients and optimizer take on a rank, in 10^9 bytes."""
+    hidden, layers = values["--hidden-size"], values.get("--num-layers", cluster.num_layers)
+    experts = values.get("--num-experts", getattr(cluster, "num_experts", None) or 0)
+    per_layer = 12 * hidden**2 + 3 * hidden**2 * experts / cluster.expert_model_parallel_size
+    return 24 * per_layer * -(-layers // cluster.pipeline_model_parallel_size) / 1e9
 
 
 def shrink(cluster: Any, *, replicas: int, dense_layers: int, is_multimodal: bool, fp8_multiple: int) -> Shrunk:
@@ -179,6 +212,10 @@ def _lengths(small: Shrunk, cluster: Any, is_multimodal: bool, fp8_multiple: int
         small.put("--seq-length", min(length, cluster.seq_length), cluster.seq_length)
         small.put("--max-position-embeddings", small.values["--seq-length"])
     small.put("--make-vocab-size-divisible-by", 16)
+    if getattr(cluster, "fp16", False):  # the scaler begins far too high and skips steps until it has come down
+        small.put("--initial-loss-scale", max(1.0, getattr(cluster, "min_loss_scale", 1.0)))
+        if getattr(cluster, "loss_scale", None):
+            small.put("--loss-scale", 1.0, cluster.loss_scale)
 
 
 def _batch(small: Shrunk, cluster: Any, replicas: int) -> None:

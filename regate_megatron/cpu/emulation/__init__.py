@@ -37,6 +37,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 _INSTALLED = False
 # What is said on every machine without a GPU or Transformer Engine: beginnings of messages, as plain text.
@@ -117,6 +118,17 @@ def adjust_arguments(argv: list[str]) -> list[str]:
     from regate_megatron.cpu.emulation.arguments import adjust_arguments as adjust
 
     return adjust(argv)
+
+
+def compile_helpers(folder: Path) -> None:
+    """Make Megatron's dataset helpers importable here and in forked ranks, built in ``folder`` where they are missing.
+
+    Raises:
+        RuntimeError: they cannot be built; the text says why and what to do.
+    """
+    from regate_megatron.cpu.emulation import megatron_core
+
+    megatron_core.compile_helpers(folder)
 
 
 def _silence() -> None:

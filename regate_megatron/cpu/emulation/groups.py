@@ -1,5 +1,7 @@
-"""Every process group is gloo. Patched: ``init_process_group``, ``new_group``, ``all_to_all_single``, ``all_gather`` and
-``reduce_scatter`` of ``torch.distributed``, and ``ProcessGroupGloo.__init__``.
+"""Every process group is gloo.
+
+Patched: ``init_process_group``, ``new_group``, ``all_to_all_single``, ``all_gather`` and ``reduce_scatter`` of
+``torch.distributed``, and ``ProcessGroupGloo.__init__``.
 """
 
 from __future__ import annotations

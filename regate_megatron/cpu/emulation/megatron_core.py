@@ -203,11 +203,14 @@ def _patch_argument_help() -> None:
         ArgumentGroupFactory._get_field_docstrings = field_docstrings
 
 
-def compile_helpers() -> None:
+def compile_helpers(folder: pathlib.Path | None = None) -> None:
     """Make Megatron's C++ dataset helpers importable: nothing to do in a wheel, compiled once in a checkout.
 
     Megatron's own Makefile asks whatever ``python3`` comes first on PATH; this asks the running Python. Several ranks
     may call it at once: each compiles aside and renames.
+
+    Args:
+        folder: where to build them, for this process and those it forks; None: in the checkout.
 
     Raises:
         RuntimeError: the helpers are missing and cannot be built; the text says why and what to do.
@@ -217,12 +220,15 @@ def compile_helpers() -> None:
         return
     except ImportError:
         pass
-    folder = pathlib.Path(importlib.import_module("megatron.core.datasets").__file__).parent
-    if not os.access(folder, os.W_OK):
+    datasets = importlib.import_module("megatron.core.datasets")
+    source = pathlib.Path(datasets.__file__).parent
+    if folder is not None:
+        datasets.__path__.append(str(folder))
+    elif not os.access(source, os.W_OK):
         raise RuntimeError(
-            f"Megatron's dataset helpers are not compiled and {folder} is not writable: compile them there"
+            f"Megatron's dataset helpers are not compiled and {source} is not writable: compile them there"
         )
-    _build(folder / "helpers.cpp", folder / f"helpers_cpp{sysconfig.get_config_var('EXT_SUFFIX')}")
+    _build(source / "helpers.cpp", (folder or source) / f"helpers_cpp{sysconfig.get_config_var('EXT_SUFFIX')}")
     importlib.invalidate_caches()
     importlib.import_module(HELPERS)
 
