@@ -70,7 +70,7 @@ TRAINING_RULES = (
         flag("budget"),
         _several_lengths,
         "uniform where replicas share experts by allgather",
-        "--moe-token-dispatcher-type to alltoall, or it to uniform",
+        "--moe-token-dispatcher-type to alltoall, or --regate-budget to uniform",
         "allgather takes equally many tokens of every rank",
     ),
     Rule(
