@@ -171,7 +171,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def _planner(size: int, budget: str, records: Records) -> Planner:
     planner = Planner(ReGateConfig(score="student", budget=budget), Simulated.of(size), multiple=16)
-    planner.difficulty.records = records
+    planner.learned.adopt(records, planner.learned.prior)
     return planner
 
 

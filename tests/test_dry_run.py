@@ -294,7 +294,7 @@ def test_what_is_right_on_a_gpu_is_not_blamed(flags):
             [
                 "--regate-keep-ratio: given 7.0",
                 "--regate-seed: given -1",
-                "multi-token prediction: .* change the command: leave out --mtp-num-layers",
+                "multi-token prediction: .* change the command: leave --mtp-num-layers out",
                 "CUDA graphs",
                 "--skip-train",
             ],

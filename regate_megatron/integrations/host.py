@@ -84,6 +84,8 @@ def report(
     interval = interval or session.take_interval()
     total = reduce_counters(session.totals, session.topology)
     say(log_line(iteration, session.phase, interval, total, flops=flops))
+    if advice := session.advice(interval, total):
+        say(advice)
     values = ratios(interval) | ({} if flops is None else {"regate/flops": flops})
     if tensorboard:
         for name, value in values.items():

@@ -44,6 +44,10 @@ class Counters:
     sparse_positions_achievable: int = 0  # and by it, had the step the least max/mean that it allows
     layer_squares_dense: int = 0
     layer_squares_run: int = 0
+    targets_scored: int = 0  # by the student's own losses; of them
+    targets_known: int = 0  # those with a difficulty of their own, not the prior's
+    references_asked: int = 0  # samples whose reference losses were wanted; of them
+    references_found: int = 0  # those that the teacher did not have to compute
     planning_us: int = _most()
     teacher_us: int = _most()
 
@@ -82,6 +86,10 @@ def count_step(step: Step, *, num_layers: int, dense_layers: int) -> Counters:
     if balance is not None:
         counters.sparse_positions, counters.sparse_positions_slowest = balance.own, balance.slowest
         counters.sparse_positions_achievable = round((balance.achievable or 0) * balance.mean)
+    counters.references_asked, counters.references_found = step.num_asked, step.num_found
+    for is_known_X in step.is_known or ():
+        counters.targets_scored += len(is_known_X)
+        counters.targets_known += int(is_known_X.sum())
     for index, one in enumerate(step.facts):
         targets = kept = one.num_targets
         if plan.is_sparse:
@@ -139,6 +147,8 @@ def ratios(counters: Counters) -> dict[str, float]:
         "regate/max-mean-positions": counters.sparse_positions_slowest / counters.sparse_positions
         if counters.sparse_positions
         else 1.0,
+        "regate/targets-with-history": counters.targets_known / max(counters.targets_scored, 1),
+        "regate/references-found": counters.references_found / max(counters.references_asked, 1),
         "regate/sparse-steps": counters.sparse_steps / steps,
         "regate/fallback-steps": float(counters.fallback_steps),
         "regate/planning-ms-per-step": counters.planning_us / 1000 / steps,
@@ -157,11 +167,21 @@ def log_line(iteration: int, phase: str, interval: Counters, total: Counters, *,
         f" | positions run {interval.positions_run}/{interval.positions_dense} ({share['regate/positions-run']:.1%})"
         f" | dense-equivalent {share['regate/dense-equivalent']:.1%}"
         f" (all steps {ratios(total)['regate/dense-equivalent']:.1%})"
-        f"{work}{_balance(interval)}"
+        f"{work}{_balance(interval)}{_history(interval)}"
         f" | per step: planning {share['regate/planning-ms-per-step']:.1f} ms,"
         f" teacher {share['regate/teacher-ms-per-step']:.1f} ms"
         f"{fallback}"
     )
+
+
+def _history(interval: Counters) -> str:
+    """How much of what the scores need was known already."""
+    share, text = ratios(interval), ""
+    if interval.targets_scored:
+        text += f" | targets with history {share['regate/targets-with-history']:.1%}"
+    if interval.references_asked:
+        text += f" | reference losses found {share['regate/references-found']:.1%}"
+    return text
 
 
 def _balance(interval: Counters) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regate_megatron.batches import MicrobatchFacts
 from regate_megatron.config import ReGateConfig
-from regate_megatron.memory.difficulty import DifficultyStore, TokenPrior
+from regate_megatron.memory.learned import Learned
 from regate_megatron.method import masks, selection
 from regate_megatron.method.budget import Alignment, align_up
 from regate_megatron.method.candidates import Candidates, Sort
@@ -32,15 +32,15 @@ class Planner:
         segment_multiple: alignment of the segments of packed rows that the layout needs.
 
     Attributes:
+        learned: what outlives steps.
         sorts: the sorts of candidates; targets come first.
     """
 
     def __init__(self, config: ReGateConfig, topology: Topology, multiple: int, segment_multiple: int = 1) -> None:
         self.config, self.topology = config, topology
         self.multiple, self.segment_multiple = multiple, segment_multiple
-        self.difficulty = DifficultyStore(config.ema_decay, topology, config.difficulty_memory * 1e9)
-        self.prior = TokenPrior(config.ema_decay)
-        self.sorts: tuple[CandidateSort, ...] = (Targets(config, self.difficulty, self.prior),)
+        self.learned = Learned(config.ema_decay, topology, config.difficulty_memory * 1e9)
+        self.sorts: tuple[CandidateSort, ...] = (Targets(config, self.learned),)
 
     def plan(self, step: Step) -> None:
         """Plan a sparse step: fills its scores, plan, fallback and balance. All planners call this, over their group.
@@ -49,7 +49,7 @@ class Planner:
         plan stays dense, on all ranks.
         """
         facts, sorts = step.facts, [sort for sort in self.sorts if sort.keep_ratio(step.number) < 1.0]
-        scores = [sort.score(step.number, facts, step.reference) for sort in sorts]
+        scores = [sort.score(step) for sort in sorts]
         if isinstance(sorts[0], Targets):
             step.scores = scores[0].split([one.num_targets for one in facts])
         finite = all(bool(score_X.isfinite().all()) for score_X in scores)
@@ -87,19 +87,20 @@ class Planner:
         Args:
             losses: per microbatch float [B, S], on the CPU.
         """
-        losses_M, losses_N, facts = [], [], step.facts
+        losses_N, facts = [], step.facts
         for index, (one, loss_BS) in enumerate(zip(facts, losses, strict=True)):
             loss_X = masks.take(loss_BS.float(), one.is_target_BS)
             if step.plan.is_sparse:
                 kept_X = masks.take(step.plan.microbatches[index].kept_mask(), one.is_target_BS)
                 loss_X = loss_X.masked_fill(~kept_X, torch.nan)
-            losses_M.append(loss_X)
             losses_N += loss_X.split(one.num_target_N.tolist())
-        self.difficulty.update(torch.cat([one.difficulty_key_N2 for one in facts]), losses_N, step.number)
-        if not step.plan.is_sparse:  # of a sparse step the losses would be biased to hard tokens
-            label_X, loss_X = torch.cat([one.label_X for one in facts]), torch.cat(losses_M).double()
-            finite_X = loss_X.isfinite()
-            self.prior.update(label_X[finite_X], loss_X[finite_X], self.topology)
+        self.learned.take_in(
+            torch.cat([one.difficulty_key_N2 for one in facts]),
+            losses_N,
+            torch.cat([one.label_X for one in facts]),
+            step=step.number,
+            is_dense=not step.plan.is_sparse,
+        )
 
     def _always(self, facts: MicrobatchFacts, candidates: Sequence[Tensor]) -> Tensor:
         """What is real and no candidate, or as much of it as targets can read; bool [B, S]."""

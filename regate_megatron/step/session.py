@@ -15,7 +15,7 @@ from typing import Any
 
 from regate_megatron import compat
 from regate_megatron.batches import BatchAdapter, MicrobatchFacts
-from regate_megatron.config import ReGateConfig
+from regate_megatron.config import ReGateConfig, flag
 from regate_megatron.decoder import Hooks, gather_context, to_host
 from regate_megatron.errors import ReGateError, refuse
 from regate_megatron.method.plan import StepPlan
@@ -29,6 +29,8 @@ from regate_megatron.step.trace import Trace
 from regate_megatron.support import Setting, check_support, hints
 from regate_megatron.support.alignment import length_alignment, segment_alignment
 from regate_megatron.teacher import ReferenceLosses, TeacherSource, open_reference
+
+_FEW = 0.01  # of the targets: as good as none has a history
 
 
 class Session:
@@ -62,7 +64,7 @@ class Session:
         self.counts_own_steps = True
         self.adapter, self.teacher_source = adapter, teacher
         self._phase: Phase = "warmup"
-        self._interval = Counters()
+        self._interval, self._is_advised = Counters(), False
         self._args, self._is_prepared = args, False
         transformer = self.language_models[0].config
         self.planner = self.trace = None
@@ -146,13 +148,35 @@ class Session:
         self.work = interval
         return interval
 
+    def advice(self, interval: Counters, total: Counters) -> str | None:
+        """What to do where no sample ever comes back, said once; after two cycles' worth of sparse steps at the earliest.
+
+        Args:
+            interval, total: reduced counters.
+        """
+        is_early = total.sparse_steps < 2 * self.config.cycle_steps
+        if self._is_advised or is_early or not interval.targets_scored:
+            return None
+        if total.targets_known >= _FEW * total.targets_scored:
+            self._is_advised = True
+            return None
+        if interval.targets_known >= _FEW * interval.targets_scored:
+            return None
+        self._is_advised = True
+        return (
+            f"[regate] only {interval.targets_known / interval.targets_scored:.1%} of the targets have a history:"
+            " no sample comes back as it was, so the score knows tokens, not samples. In a first epoch that is so. In a"
+            " later one the data change: windows cut anew (GPTDataset cuts others every epoch) or augmented pictures."
+            f" Then take {flag('score')} reference, a dataset that keeps its samples, or {flag('sample_key')} text"
+        )
+
     def describe(self) -> str:
         """What is attached where, one line per hook."""
         lines = [f"regate on data-parallel rank {self.topology.dp_rank}" + (", planner" if self.planner else "")]
         lines += self.hooks.describe()
         lines += hints(Setting(self.language_models, self.config, self._args))
         if self.planner:
-            lines.append(self.planner.difficulty.describe())
+            lines.append(self.planner.learned.describe())
         if self.reference is not None:
             lines.append(self.reference.describe())
         return "\n".join(lines)
@@ -236,7 +260,10 @@ class Session:
                     self._check_lengths(step.facts)
                 if step.elides and self.reference:
                     with step.enter("reference"):
+                        before = self.reference.num_found, self.reference.num_computed
                         stage.wish = self.reference.look_up(step.facts)
+                        step.num_found = self.reference.num_found - before[0]
+                        step.num_asked = step.num_found + self.reference.num_computed - before[1]
         if step.elides and self.reference:
             with step.enter("reference"):
                 step.reference = self.reference.fetch(arguments["micro_batch_size"], anyone_misses=stage.anyone_wishes)

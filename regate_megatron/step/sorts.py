@@ -7,7 +7,6 @@ Shapes: B rows, S positions, G groups, X candidates of a microbatch or of the st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -15,9 +14,10 @@ from torch import Tensor
 
 from regate_megatron.batches import MicrobatchFacts
 from regate_megatron.config import ReGateConfig
-from regate_megatron.memory.difficulty import DifficultyStore, TokenPrior
+from regate_megatron.memory.learned import Learned
 from regate_megatron.method.schedule import keep_ratio_of
 from regate_megatron.method.scores import SCORES, Signals
+from regate_megatron.step.step import Step
 
 
 class CandidateSort(Protocol):
@@ -35,7 +35,7 @@ class CandidateSort(Protocol):
         """Per group the number of candidates, the row it is planned in, the fewest that run; int64 [G]."""
         ...
 
-    def score(self, number: int, facts: Sequence[MicrobatchFacts], reference: Sequence[Tensor] | None) -> Tensor:
+    def score(self, step: Step) -> Tensor:
         """The score of every candidate of the step, microbatch by microbatch; float64 [X]. All planners call this."""
         ...
 
@@ -46,8 +46,8 @@ class Targets:
     A group is a sample; or, where a packed row counts as one, the row.
     """
 
-    def __init__(self, config: ReGateConfig, difficulty: DifficultyStore, prior: TokenPrior) -> None:
-        self.config, self.difficulty, self.prior = config, difficulty, prior
+    def __init__(self, config: ReGateConfig, learned: Learned) -> None:
+        self.config, self.learned = config, learned
 
     def keep_ratio(self, number: int) -> float:
         """See :class:`CandidateSort`."""
@@ -64,23 +64,23 @@ class Targets:
             return count_R, torch.arange(len(count_R)), None
         return facts.num_target_N, facts.planned_row_N, None
 
-    def score(self, number: int, facts: Sequence[MicrobatchFacts], reference: Sequence[Tensor] | None) -> Tensor:
-        """See :class:`CandidateSort`; communicates where difficulty is asked for."""
+    def score(self, step: Step) -> Tensor:
+        """See :class:`CandidateSort`; communicates where difficulty is asked for, and notes which targets have one."""
+        facts, row = step.facts, SCORES[self.config.score]
         key_N2 = torch.cat([one.difficulty_key_N2 for one in facts])
         num_target_N = torch.cat([one.num_target_N for one in facts])
-        row = SCORES[self.config.score]
         difficulty_X = None
         if row.needs_difficulty:
-            prior_X = self.prior.look_up(torch.cat([one.label_X for one in facts]))
-            known_X = torch.cat(self.difficulty.fetch(key_N2, num_target_N, number)).double()
-            difficulty_X = torch.where(known_X.isnan(), prior_X, known_X)
+            label_X = torch.cat([one.label_X for one in facts])
+            difficulty_X, is_known_X = self.learned.look_up(key_N2, num_target_N, label_X, step.number)
+            step.is_known = is_known_X.split([one.num_targets for one in facts])
         signals = Signals(
             difficulty_X=difficulty_X,
-            reference_X=torch.cat(list(reference)).double() if row.needs_reference else None,
+            reference_X=torch.cat(list(step.reference)).double() if row.needs_reference else None,
             reference_weight=self.config.reference_weight,
             fusion=self.config.fusion,
             keys=lambda: (key_N2.repeat_interleave(num_target_N, dim=0), torch.cat([one.place_X for one in facts])),
             seed=self.config.seed,
-            step=number,
+            step=step.number,
         )
         return row.of(signals)

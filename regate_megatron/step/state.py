@@ -94,10 +94,10 @@ class StateSave:
                 self._fail(fault)
         agree_on_error(self._error, self.topology)
         if session.planner:
-            self._store = session.planner.difficulty.records
-            self._records = self._store.snapshot()
+            self._learned = session.planner.learned
+            self._records = self._learned.snapshot()
             if self.topology.dp_rank == 0:
-                prior = session.planner.prior
+                prior = self._learned.prior
                 self._mean_V = prior.mean_V.masked_fill(~prior.is_seen_V, math.nan).numpy()
                 self._content["prior"] = {"overall": prior.overall, "any_seen": prior.any_seen}
 
@@ -120,7 +120,7 @@ class StateSave:
         if self._thread is not None:
             self._thread.join()
         if self._records is not None:
-            self._store.release()
+            self._learned.release()
             files = self._gather_facts()
             if self.topology.dp_rank == 0 and self._error is None:
                 try:
@@ -194,7 +194,7 @@ def load_state(session: Session, folder: Path) -> str:
     agree_on_error(error, session.topology)
     said = _continue_teaching(session, folder, manifest.get("teacher"))
     if session.planner:
-        session.planner.difficulty.records, session.planner.prior = learned
+        session.planner.learned.adopt(*learned)
     names = {field.name for field in dataclasses.fields(Counters)}
     totals = Counters(**{name: count for name, count in manifest["totals"].items() if name in names})
     totals = totals if session.topology.dp_rank == 0 else Counters()  # they are summed over replicas
@@ -245,7 +245,7 @@ def has_state(folder: Path, topology: Topology) -> bool:
 def _read(folder: Path, manifest: dict[str, Any], session: Session) -> tuple[Records, TokenPrior]:
     rank, size = session.topology.dp_rank, session.topology.dp_size
     files = [FileFacts(**facts) for facts in manifest["difficulty"]]
-    records = Records(session.planner.difficulty.records.limit_bytes)
+    records = session.planner.learned.empty_records()
     for index in files_to_read(rank, size, len(files)):
         path = folder / records_name(index)
         for saved in read_records(path, files[index], lambda key_N2: key_N2[:, 0] % size == rank):

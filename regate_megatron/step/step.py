@@ -51,6 +51,9 @@ class Step:
         reference: per sample the teacher's losses of its targets, float32 [T], on planners of a sparse step with a
             teacher.
         scores: per microbatch the scores of its targets, float64 [X], on planners of a sparse step.
+        is_known: per microbatch which of its targets have a difficulty of their own, bool [X], on planners of a sparse
+            step whose score needs it.
+        num_asked, num_found: samples whose reference losses were looked up, and of them found, on planners.
         plan: what runs; dense until planned.
         fallback: whether a score that is no number made a sparse step run dense.
         balance: how positions are spread over ranks, on planners of a sparse step.
@@ -66,6 +69,9 @@ class Step:
     facts: list[MicrobatchFacts] | None = None
     reference: Sequence[Tensor] | None = None
     scores: Sequence[Tensor] | None = None
+    is_known: Sequence[Tensor] | None = None
+    num_asked: int = 0
+    num_found: int = 0
     plan: StepPlan = field(init=False)
     fallback: bool = False
     balance: Balance | None = None

@@ -106,7 +106,6 @@ def fingerprint_is_of_the_weights_alone(case: dict, folder: Path) -> dict:
     model = build(dict(case, model="llava"))[0]
     models, _ = train(dict(case, model="llava"))
     topology = session_of(models).topology
-    detach(models)
     in_memory = fingerprint_of_model([model.language_model], topology)
     save_language_model([model.language_model], folder / "teacher")
     whole = folder / "whole"
@@ -121,6 +120,7 @@ def fingerprint_is_of_the_weights_alone(case: dict, folder: Path) -> dict:
         for parameter in model.language_model.parameters():
             parameter.view(-1)[-1] += 1
     assert fingerprint_of_model([model.language_model], topology) != in_memory
+    detach(models)
     return {"weights": in_memory}
 
 

@@ -62,8 +62,8 @@ def attached(case: dict = GPT, **options):
 
 def values_of(session) -> torch.Tensor:
     """All that a session's store holds, in the order it came in; float16."""
-    snapshot = session.planner.difficulty.records.snapshot()
-    session.planner.difficulty.records.release()
+    snapshot = session.planner.learned.snapshot()
+    session.planner.learned.release()
     return torch.cat([torch.from_numpy(piece.copy()) for piece in snapshot.values])
 
 
@@ -89,7 +89,9 @@ def skipped_step_teaches_nothing() -> None:
     session.counts_own_steps = False
     run(GPT, models, schedule, Step())
     session.finish(counted=False)
-    assert len(session.planner.difficulty) == 0 and not session.planner.prior.any_seen and session.totals.steps == 0
+    assert (
+        len(session.planner.learned) == 0 and not session.planner.learned.prior.any_seen and session.totals.steps == 0
+    )
 
 
 def non_finite_reference_runs_dense_and_is_counted() -> None:
@@ -391,7 +393,7 @@ def difficulty_is_found_by_the_key_a_user_names() -> None:
             run(LLAVA, models, step, Step())
         keys = torch.cat([one.difficulty_key_N2 for one in session.step.facts])
         counts = torch.cat([one.num_target_N for one in session.step.facts])
-        values = torch.cat(session.planner.difficulty.fetch(keys, counts, 2))
+        values = torch.cat(session.planner.learned.difficulty.fetch(keys, counts, 2))
         assert bool(values.isfinite().all() if known else values.isnan().all()), how
     models, _, schedule = attached(LLAVA, score="student", sample_key="sample_id")
     refused("without the key 'sample_id'", lambda: run(LLAVA, models, schedule, Step()))
@@ -542,7 +544,7 @@ def another_length_than_planned_is_refused() -> None:
     read = session.adapter.read
 
     class Longer:
-        elide = session.adapter.elide
+        keys, elide = session.adapter.keys, session.adapter.elide
 
         @staticmethod
         def read(batch):

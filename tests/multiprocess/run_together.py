@@ -55,8 +55,8 @@ def faults(session) -> dict:
     places = {
         "peek on a planner": ([0], sessions, "_pull", data_ends, "data"),
         "peek on a rank that is no planner": ([1], sessions, "_pull", fail, "rank 1 " + word),
-        "read": ([2], session.adapter, "read", fail, "rank 2 " + word),
-        "read on both planners": ([0, 2], session.adapter, "read", fail, "rank 0 " + word),
+        "read": ([2], type(session.adapter), "read", fail, "rank 2 " + word),
+        "read on both planners": ([0, 2], type(session.adapter), "read", fail, "rank 0 " + word),
         "before the planners' first exchange": ([2], planner, "plan", fail, "rank 2 " + word),
         "between their exchanges": ([0], planner, "_candidates", fail, "rank 0 " + word),
         "before the last exchange": ([2], planner, "_with_room_for_segments", fail, "rank 2 " + word),
@@ -83,7 +83,7 @@ def patched(place, name, value):
 def fault(session, ranks, place, name, value):
     rank = dist.get_rank()
     if place is None and rank in ranks:
-        place, name, value = (sessions, "_pull", fail) if rank == 1 else (session.adapter, "read", fail)
+        place, name, value = (sessions, "_pull", fail) if rank == 1 else (type(session.adapter), "read", fail)
     if rank not in ranks:
         yield
     else:

@@ -1,0 +1,80 @@
+"""What a run learns of its data: the difficulty of each sample's targets, and the prior of targets never seen.
+
+One object per planner, which outlives steps; saved state takes it out and puts it back whole.
+
+Shapes: N samples of this rank in a step, X their targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from regate_megatron.memory.difficulty import DifficultyStore, TokenPrior
+from regate_megatron.memory.records import Records, RecordsSnapshot
+from regate_megatron.ranks.topology import Topology
+
+
+class Learned:
+    """Difficulty and prior on one planner.
+
+    Args:
+        decay: of both running averages.
+        limit_bytes: host memory of the difficulty on each planner.
+    """
+
+    def __init__(self, decay: float, topology: Topology, limit_bytes: float) -> None:
+        self.decay, self.topology = decay, topology
+        self.difficulty = DifficultyStore(decay, topology, limit_bytes)
+        self.prior = TokenPrior(decay)
+
+    def __len__(self) -> int:
+        return len(self.difficulty)
+
+    def look_up(self, key_N2: Tensor, num_target_N: Tensor, label_X: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """The difficulty of every target, float64 [X], and whether it is its own, bool [X]; else it is the prior's.
+
+        All planners call this, over their group.
+        """
+        prior_X = self.prior.look_up(label_X)
+        own_X = torch.cat(self.difficulty.fetch(key_N2, num_target_N, step)).double()
+        is_known_X = ~own_X.isnan()
+        return torch.where(is_known_X, own_X, prior_X), is_known_X
+
+    def take_in(
+        self, key_N2: Tensor, losses_N: Sequence[Tensor], label_X: Tensor, *, step: int, is_dense: bool
+    ) -> None:
+        """Learn from a step that counted; all planners call this, over their group.
+
+        Args:
+            losses_N: per sample float32 [T], NaN where a target did not run.
+            label_X: labels of all targets, in the same order.
+            is_dense: whether all targets ran; else the prior learns nothing, as what ran was hard.
+        """
+        self.difficulty.update(key_N2, losses_N, step)
+        if is_dense:
+            loss_X = torch.cat(list(losses_N)).double()
+            is_finite_X = loss_X.isfinite()
+            self.prior.update(label_X[is_finite_X], loss_X[is_finite_X], self.topology)
+
+    def snapshot(self) -> RecordsSnapshot:
+        """The difficulty as it is now, to be written while training goes on, until :meth:`release`."""
+        return self.difficulty.records.snapshot()
+
+    def release(self) -> None:
+        """A snapshot is in use no more."""
+        self.difficulty.records.release()
+
+    def adopt(self, records: Records, prior: TokenPrior) -> None:
+        """Go on with what was learned before."""
+        self.difficulty.records, self.prior = records, prior
+
+    def empty_records(self) -> Records:
+        """Records with this planner's bound, to be filled and adopted."""
+        return Records(self.difficulty.records.limit_bytes)
+
+    def describe(self) -> str:
+        """One line."""
+        return self.difficulty.describe()
