@@ -38,6 +38,11 @@ class NamedSamples:
     adapter: BatchAdapter
     key: str
 
+    @property
+    def keys(self) -> str:
+        """See :class:`BatchAdapter`."""
+        return self.adapter.keys if self.key == BY_TEXT else f"{self.adapter.keys}, {self.key}"
+
     def read(self, batch: dict[str, Any]) -> MicrobatchFacts:
         """See :meth:`BatchAdapter.read`.
 

@@ -149,7 +149,7 @@ class Session:
         return interval
 
     def advice(self, interval: Counters, total: Counters) -> str | None:
-        """What to do where no sample ever comes back, said once; after two cycles' worth of sparse steps at the earliest.
+        """What to do where no sample ever comes back, said once, two cycles in at the earliest.
 
         Args:
             interval, total: reduced counters.

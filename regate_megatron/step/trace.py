@@ -61,7 +61,6 @@ class Trace:
                 "kept_length": microbatch.length // joined if microbatch else one.planned_length,
                 "plan_hash": plan_hash,
                 "targets_with_history": int(step.is_known[index].sum()) if step.is_known is not None else None,
-                "references_found": step.num_found / step.num_asked if step.num_asked else None,
                 "rows": self._rows(one, microbatch, step.scores[index].tolist() if step.scores is not None else ()),
             }
             self._file.write(json.dumps(record) + "\n")

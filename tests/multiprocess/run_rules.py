@@ -92,7 +92,7 @@ def refused_attach_leaves_no_group(case: dict) -> None:
 
 
 def data_that_end_early_are_told_on_every_rank(case: dict, how: str) -> None:
-    """Only the last rank runs out, in its second microbatch."""
+    """Only the last rank runs out, in its last microbatch."""
     models, schedule = build(case), wrap_forward_backward(get_forward_backward_func())
     attach(models, config())
     own = batches(case)
@@ -100,11 +100,11 @@ def data_that_end_early_are_told_on_every_rank(case: dict, how: str) -> None:
     is_short = dist.get_rank() == dist.get_world_size() - 1
 
     def generator() -> Iterator[dict]:
-        source = iter(own[: 1 if is_short else number])
+        source = iter(own[: number - is_short])
         for _ in range(number):
             yield dict(next(source))  # Python makes a RuntimeError of it
 
-    plain = iter([dict(one) for one in own[: 1 if is_short else number]])
+    plain = iter([dict(one) for one in own[: number - is_short]])
     arguments = {
         "forward_step_func": Step(),
         "data_iterator": generator() if how == "generator" else plain,
@@ -114,7 +114,9 @@ def data_that_end_early_are_told_on_every_rank(case: dict, how: str) -> None:
         "micro_batch_size": 2,
         "forward_only": False,
     }
-    words = f"data iterator: given the end of its data after 1 of {number} microbatches; allowed all {number} "
+    words = (
+        f"data iterator: given the end of its data after {number - 1} of {number} microbatches; allowed all {number} "
+    )
     refused(words, lambda: schedule(**arguments))
     detach(models)
 
@@ -132,7 +134,7 @@ def negative_labels_train_and_a_ratio_of_one_leaves_them_alone(case: dict) -> No
     assert all(torch.equal(a, b) for a, b in zip(before.loss_masks, after.loss_masks, strict=True))
     for (name, a), (_, b) in zip(plain[0].named_parameters(), ours[0].named_parameters(), strict=True):
         assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad), name
-    session_of(ours).commit()
+    session_of(ours).finish()
     detach(ours)
 
 
