@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import traceback
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ def check(names: Sequence[str], functions: Mapping[str, Any]) -> None:
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     for name in names:
+        for variable in [one for one in os.environ if one.startswith("NVTE_")]:  # Megatron's, of the model before
+            del os.environ[variable]
         try:
             functions[name]()
             print(f"holds: {name}", flush=True)
