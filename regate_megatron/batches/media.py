@@ -21,7 +21,7 @@ from torch import Tensor
 VALUES = 64
 """About how many values of what lies under a position are looked at: rules that read pixels are to be cheap."""
 
-_MOST_LEAD = 16  # class tokens of the towers that Megatron has: 1, 5, 8, 16
+_LEADS = (0, 1, 5, 8, 16, 32)  # class tokens of the towers that Megatron has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,9 @@ def image_grid(num_positions: int, height: int, width: int) -> tuple[int, int, i
         num_positions: visual positions of an image.
         height, width: of the image in pixels.
     """
-    for lead in range(min(_MOST_LEAD + 1, num_positions)):
+    for lead in _LEADS:
+        if lead >= num_positions:
+            break
         area, rest = divmod(height * width, num_positions - lead)
         side = math.isqrt(area)
         if not rest and side and side * side == area and not height % side and not width % side:

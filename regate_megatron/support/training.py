@@ -46,6 +46,11 @@ def _packed_rows(setting: Setting) -> Any:
     return None
 
 
+def _no_pictures(setting: Setting) -> Any:
+    ratio = setting.config.visual_keep_ratio
+    return None if ratio == 1.0 or setting.is_multimodal else f"{ratio:g} for a language model by itself"
+
+
 def _adapters_in_teacher(setting: Setting) -> Any:
     takes_student = setting.config.needs_teacher and setting.config.teacher_load == STUDENT_AS_TEACHER
     return "student, which has adapters" if takes_student and setting.arg("peft") else None
@@ -68,6 +73,14 @@ TRAINING_RULES = (
         "uniform with pipeline stages or expert parallelism",
         "it to uniform",
         "pipeline shapes and expert exchanges need one length",
+    ),
+    Rule(
+        flag("visual_keep_ratio"),
+        _no_pictures,
+        "less than 1 where the model reads images or video",
+        "it to 1, or the model",
+        "there is no visual position to leave out",
+        in_flags=False,
     ),
     Rule("FP4", field("fp4"), "bf16 or FP8 in this version", "the precision flags", "lengths are not aligned for it"),
     Rule(

@@ -17,6 +17,7 @@ FACTS = SimpleNamespace(
     is_target_BS=torch.tensor([[False, True, True, True]]),
     num_targets=3,
     is_context_BS=torch.tensor([[True, False, False, False]]),
+    is_visual_BS=torch.tensor([[True, False, False, False]]),
     sample_BS=None,
 )
 SPARSE = StepPlan(3, (MicrobatchPlan.of(torch.tensor([[True, False, True, False]]), 3),))  # one slot of fill
@@ -78,6 +79,7 @@ def test_packed_rows_count_the_squares_of_their_segments():
     facts = SimpleNamespace(
         is_target_BS=FACTS.is_target_BS,
         num_targets=3,
+        is_visual_BS=FACTS.is_visual_BS,
         sample_BS=torch.tensor([[0, 0, 1, 1]]),
         segment_length_N=torch.tensor([2, 2]),
     )
