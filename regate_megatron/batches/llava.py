@@ -140,9 +140,11 @@ class LLaVABatches:
         """One medium per placeholder; of an image that the model cuts off, the first positions are left, or none."""
         last_I = masks.take(place_BN, is_image_BN)
         missing_I = (last_I + 1 - self.max_length).clamp_min(0)
-        row_I, images = torch.where(is_image_BN)[0], self._images(batch)
+        row_I, images = torch.where(is_image_BN)[0], self._given_images(batch)
         media = {"sample_I": row_I, "count_I": (self.image_length - missing_I).clamp_min(0)}
-        grid = image_grid(self.image_length, *images.shape[-2:]) if images is not None and images.dim() == 4 else None
+        grid = (
+            image_grid(self.image_length, *images.shape[-2:]) if images is not None and len(images.shape) == 4 else None
+        )
         if grid is None:
             return Media(**media)
         lead, *cells = grid
@@ -150,12 +152,17 @@ class LLaVABatches:
             **media,
             grid_I3=torch.tensor([[1, *cells]]).expand(len(row_I), -1),
             lead=lead,
-            pixels=lambda image: cells_of_image(images[image], *cells),
+            pixels=lambda image: cells_of_image(to_cpu(images[image]), *cells),
         )
 
+    @classmethod
+    def _images(cls, batch: dict[str, Any]) -> Tensor | None:
+        given = cls._given_images(batch)
+        return None if given is None else to_cpu(given)
+
     @staticmethod
-    def _images(batch: dict[str, Any]) -> Tensor | None:
-        return next((to_cpu(batch[key]) for key in _IMAGE_KEYS if batch.get(key) is not None), None)
+    def _given_images(batch: dict[str, Any]) -> Any:
+        return next((batch[key] for key in _IMAGE_KEYS if batch.get(key) is not None), None)
 
     def _position_ids(self, batch: dict[str, Any], token_BN: Tensor, is_image_BN: Tensor, length: int) -> Tensor:
         """The position id of the text entry each merged position belongs to (an image's are its placeholder's)."""

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from regate_megatron.batches import MicrobatchFacts
 from regate_megatron.batches.media import Media
-from regate_megatron.config import ReGateConfig
+from regate_megatron.config import ReGateConfig, flag
+from regate_megatron.errors import refuse
 from regate_megatron.memory.difficulty import DifficultyStore, TokenPrior
 from regate_megatron.method import masks
 from regate_megatron.method.chance import uniform_in_0_1
@@ -125,18 +126,21 @@ class Visual:
         """See :class:`CandidateSort`; no communication.
 
         Raises:
-            ValueError: the rule needs grids or pixels that a batch does not have.
+            ReGateError: the rule needs grids or pixels that a batch does not have.
         """
         row = VISUAL_SCORES[self.config.visual_score]
         chosen = [self._is_candidate_V(one) for one in facts]
         media = [one.media for one in facts]
         for one, is_candidate_V in zip(media, chosen, strict=True):
-            for needed, given, what in (
-                (row.needs_grid, one.grid_I3, "images cut into square cells"),
-                (row.needs_pixels, one.pixels, "batches that bring pixels"),
-            ):
-                if needed and given is None and bool(is_candidate_V.any()):
-                    raise ValueError(f"visual score {self.config.visual_score}, which needs {what}")
+            missing = "no square cells" if row.needs_grid and one.grid_I3 is None else None
+            missing = "no pixels in the batch" if row.needs_pixels and one.pixels is None else missing
+            if missing and bool(is_candidate_V.any()):
+                raise refuse(
+                    flag("visual_score"),
+                    given=f"{self.config.visual_score} for pictures with {missing}",
+                    allowed="random, or pictures that the tower cuts into square cells, with their pixels",
+                    change="it to random",
+                )
         before = np.cumsum([0, *(len(one.count_I) for one in media)])
         place_V = [masks.take(*pair) for pair in zip((one.place_V for one in media), chosen, strict=True)]
         medium_V = [masks.take(*pair) for pair in zip((one.medium_V for one in media), chosen, strict=True)]

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regate_megatron import ReGateConfig
+from regate_megatron import ReGateConfig, ReGateError
 from regate_megatron.batches import MicrobatchFacts
 from regate_megatron.batches.media import Media
 from regate_megatron.method.budget import Alignment, align_up
@@ -260,12 +260,16 @@ def test_a_step_without_pictures_runs_all_that_is_real():
     assert _plan(_facts("cctt..", "cctttt"), visual_keep_ratio=0.25) == ["xxxx..", "xxxxxx"]
 
 
-@pytest.mark.parametrize(("score", "words"), [("even", "square cells"), ("static", "square"), ("detail", "square")])
-def test_a_rule_says_what_it_needs(score, words):
-    with pytest.raises(ValueError, match=f"visual score {score}, which needs .*{words}"):
+@pytest.mark.parametrize("score", ["even", "static", "detail"])
+def test_a_rule_that_lacks_what_it_needs_is_refused_in_one_line(score):
+    needs_pixels = score != "even"
+    line = (
+        rf"^regate: --regate-visual-score: given {score} for pictures with %s; allowed random, .*; change it to random$"
+    )
+    with pytest.raises(ReGateError, match=line % ("no pixels in the batch" if needs_pixels else "no square cells")):
         _plan(_facts("vvvvctt"), visual_keep_ratio=0.5, visual_score=score)
-    if score != "even":
-        with pytest.raises(ValueError, match="which needs batches that bring pixels"):
+    if needs_pixels:
+        with pytest.raises(ReGateError, match=line % "no pixels in the batch"):
             _plan(_facts("vvvvctt", grids=[(1, 2, 2)]), visual_keep_ratio=0.5, visual_score=score)
     assert _plan(_facts("cctt"), visual_keep_ratio=0.5, visual_score=score) == ["xxxx"]
 
