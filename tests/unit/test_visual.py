@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regate_megatron import ReGateConfig, ReGateError
@@ -35,8 +35,8 @@ def rows_of_both(draw):
     rows = []
     for _ in range(draw(st.integers(1, 4))):
         score = st.sampled_from([0.0, 1.0, 1.0, 2.0, 3.0])
-        targets = [draw(st.lists(score, max_size=4))]
-        media = [(draw(st.lists(score, max_size=5)), draw(st.integers(0, 3))) for _ in range(draw(st.integers(0, 2)))]
+        targets = [draw(st.lists(score, max_size=6))]
+        media = [(draw(st.lists(score, max_size=7)), draw(st.integers(0, 3))) for _ in range(draw(st.integers(0, 2)))]
         rows.append((draw(st.integers(0, 3)), targets, media))
     return rows
 
@@ -109,6 +109,7 @@ def _oracle(targets, media, p: float, r: float, num_keep: int, of_ask: bool):
     ]
 
 
+@settings(max_examples=300)  # splits differ only where floors are not half of what is asked
 @given(
     rows=rows_of_both(),
     p=st.sampled_from([0.25, 0.5, 1.0]),
