@@ -68,6 +68,15 @@ def test_the_report_of_balance_on_a_few_ranks(tmp_path, rows):
     assert results["mixed-instruct"][4]["uniform"]["max/mean"] == 1
 
 
+def test_ranks_are_balanced_where_visual_positions_are_left_out_too(tmp_path):
+    mixes = ["--mixes", "documents", "video", "--visual-keep-ratio", "0.25"]  # by targets alone documents are not
+    options = ["--ranks", "8", "--rank-steps", "16", "--rows", "4", "--out", str(tmp_path / "balance.json")]
+    for by_ranks in balance.main([*mixes, *options], lambda _: None).values():
+        assert by_ranks[8]["balanced"]["max/mean"] <= 1.02
+        assert by_ranks[8]["per-sample"]["kept"] == pytest.approx(0.27, abs=0.06)
+        assert by_ranks[8]["uniform"]["slowest"] < 0.6
+
+
 def test_work_of_a_layer_is_linear_in_the_mlp_and_quadratic_in_attention():
     linear, square = 3 * 2 * 100, 3 * 4 * 8  # forward and backward; 100 weights, hidden 8
     assert layer_work(rows=2, positions=10, hidden=8, weights=100) == 2 * (10 * linear + 10**2 * square)
