@@ -95,6 +95,14 @@ def visual_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def visual_fragments(part: dict[str, Any]) -> dict[str, str]:
+    """What the page on visual positions shows of its part."""
+    names = [row["visual_score"] + (" beside targets" if row["keep_ratio"] < 1 else "") for row in part["planning"]]
+    milliseconds = [f"{row['ms']['median']:.0f}" for row in part["planning"]]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|", f"| {' | '.join(milliseconds)} |"]
+    return {"bench-visual": visual_table(part["rows"]), "bench-visual-planning": "\n".join(lines)}
+
+
 def machine_line(results: dict[str, Any]) -> str:
     """What it ran on, in a sentence."""
     one = results["machine"]
@@ -110,8 +118,8 @@ def fragments(results: dict[str, Any]) -> dict[str, str]:
     """What stands between the markers of a page, by their name."""
     head, interval = results["headline"], results["headline_interval"]["conv"]
     of = results["headline_setting"]
-    rows = next((part["rows"] for part in results["parts"] if part["part"] == "visual"), None)
-    return ({} if rows is None else {"bench-visual": visual_table(rows)}) | {
+    visual = next((part for part in results["parts"] if part["part"] == "visual"), None)
+    return (visual_fragments(visual) if visual else {}) | {
         "bench-machine": machine_line(results),
         "bench-table": markdown_table(results["parts"]),
         "bench-steps": step_table(next(part for part in results["parts"] if part["part"] == "step_time")["rows"]),

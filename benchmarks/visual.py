@@ -16,6 +16,8 @@ Times are CPU seconds on one thread; figures are medians over rounds of the rati
 * **speedup**: plain step / sparse step, all of it. **Of a cycle**: the same over 128 steps of which 16 are dense.
 * **conv**: (1 - sparse/dense decoder time) / (1 - sparse/dense decoder work), as in step_time.py.
 * **kept visual**: visual positions that run / visual positions. **Saved**: bytes that autograd keeps for backward.
+* **planning alone**: CPU milliseconds of a step's plan on the host, 32 rows of 4,096 visual positions (16 frames), 64
+  of prompt and 128 of answer, per rule; pixels as Qwen2.5-VL has them: 4,704 values under a position, all rows alike.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import models
-from benchmarks.measuring import Clock, figure, rounds_within, run_part, spread
+from benchmarks.measuring import Clock, cpu_seconds, figure, rounds_within, run_part, spread
 from benchmarks.memory import SavedBytes
 from benchmarks.models import Size
 from benchmarks.stepping import ReGATERunner, Runner, Step
@@ -165,11 +167,59 @@ def figures_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return lines
 
 
+def measure_planning(num_rows: int, visual: int, rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds of a plan per rule where all targets run, and of one rule beside targets ranked by chance."""
+    import torch
+
+    from regate_megatron import ReGateConfig
+    from regate_megatron.batches import MicrobatchFacts
+    from regate_megatron.batches.media import Media, some_of_each
+    from regate_megatron.method.visual_scores import VISUAL_SCORES
+    from regate_megatron.ranks.topology import Topology
+    from regate_megatron.step import step as steps
+    from regate_megatron.step.planner import Planner
+
+    patches, (frames, side) = torch.randn(visual, 4704), (16, int((visual // 16) ** 0.5))
+    place_1S = torch.arange(visual + 192)[None]
+    is_visual_1S, is_target_1S = place_1S < visual, place_1S >= visual + 64
+
+    def facts(row: int) -> MicrobatchFacts:
+        key_12 = torch.tensor([[row, 2 * row + 1]])
+        media = Media(
+            sample_I=torch.tensor([0]),
+            count_I=torch.tensor([visual]),
+            grid_I3=torch.tensor([[frames, side, side]]),
+            pixels=lambda _: some_of_each(patches),
+        )
+        return MicrobatchFacts(
+            is_target_BS=is_target_1S,
+            is_context_BS=~is_target_1S,
+            is_visual_BS=is_visual_1S,
+            media=media,
+            token_BS=place_1S,
+            position_id_BS=place_1S,
+            label_BS=place_1S,
+            reference_key_N2=key_12,
+            difficulty_key_N2=key_12,
+        )
+
+    found = []
+    for name, keep_ratio in [*((name, 1.0) for name in VISUAL_SCORES), ("random", 0.5)]:
+        config = ReGateConfig(score="random", keep_ratio=keep_ratio, visual_keep_ratio=0.2, visual_score=name)
+        planner, times = Planner(config, Topology(0, 1, True, 0, 1, None, None, None), multiple=1), []
+        for number in range(rounds + 1):
+            step = steps.Step(number, "sparse", elides=True, facts=[facts(row) for row in range(num_rows)])
+            times.append(1000 * cpu_seconds(lambda step=step, planner=planner: planner.plan(step)))
+        found.append({"visual_score": name, "keep_ratio": keep_ratio, "ms": spread(times[1:])})
+    return found
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Both scenes."""
     models.start()
     scenes = QUICK if options.quick else SCENES
     seconds = options.seconds or (2 if options.quick else 220)
+    planning = measure_planning(2, 256, 3) if options.quick else measure_planning(32, 4096, 9)
     rows = []
     for scene in scenes:
         gc.collect()  # the models of the scene before
@@ -177,7 +227,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     (head,) = (row for row in rows if (row["rows"], row["left_out"]) == HEADLINE)
     visual = {"speedup": head["speedup"]["median"], "conv": head["conv"]["median"]}
     visual["kept_visual"] = round(head["kept_visual"], 5)
-    return {"figures": figures_of(rows), "visual": visual, "rows": rows}
+    figures = figures_of(rows)
+    for row in planning:
+        setting = f"planning alone, {row['visual_score']}" + (" beside targets" if row["keep_ratio"] < 1 else "")
+        figures.append(figure(setting, "plan", row["ms"], "ms"))
+    return {"figures": figures, "visual": visual, "rows": rows, "planning": planning}
 
 
 if __name__ == "__main__":
