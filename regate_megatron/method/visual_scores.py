@@ -15,15 +15,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-if TYPE_CHECKING:  # the table is read where torch is not installed, too
+if TYPE_CHECKING:  # the table is read where neither torch nor numpy is installed, too
+    import numpy as np
     from torch import Tensor
 
 # 2^64 times the powers of 1/g, where g^(d+1) = g + 1 in d dimensions: their multiples, summed over the axes of a grid,
 # fill the unit interval evenly (Roberts' R sequences).
-_PLANE = np.array([0xC13FA9A902A6328F, 0x91E10DA5C79E7B1C], np.uint64)
-_SPACE = np.array([0xD1B54A32D192ED03, 0xABC98388FB8FAC02, 0x8CB92BA72F3D8DD7], np.uint64)
+_PLANE = (0xC13FA9A902A6328F, 0x91E10DA5C79E7B1C)
+_SPACE = (0xD1B54A32D192ED03, 0xABC98388FB8FAC02, 0x8CB92BA72F3D8DD7)
 FIRST_FRAME = 3.0
 """Above every cosine distance."""
 
@@ -79,12 +78,14 @@ def _even(signals: VisualSignals) -> np.ndarray:
 
     In whole numbers, which wrap alike on every machine.
     """
+    import numpy as np
+
     grid_X3 = signals.grid_I3[signals.medium_X]
     _, height_X, width_X = grid_X3.T
     frame_X, in_frame_X = np.divmod(signals.place_X, height_X * width_X)
     place_X3 = np.stack([frame_X, *np.divmod(in_frame_X, width_X)], axis=1).astype(np.uint64)
-    flat_X = (place_X3[:, 1:] * _PLANE).sum(axis=1, dtype=np.uint64)
-    deep_X = (place_X3 * _SPACE).sum(axis=1, dtype=np.uint64)
+    flat_X = (place_X3[:, 1:] * np.array(_PLANE, np.uint64)).sum(axis=1, dtype=np.uint64)
+    deep_X = (place_X3 * np.array(_SPACE, np.uint64)).sum(axis=1, dtype=np.uint64)
     offset_I = (signals.chance() * 2.0**53).astype(np.uint64) << np.uint64(11)
     state_X = np.where(grid_X3[:, 0] == 1, flat_X, deep_X) + offset_I[signals.medium_X]
     return (state_X >> np.uint64(11)).astype(np.float64) / 2.0**53
@@ -92,6 +93,8 @@ def _even(signals: VisualSignals) -> np.ndarray:
 
 def _by_medium(signals: VisualSignals, of: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
     """``of(pixels, grid)`` [N] of every medium with candidates, at their places."""
+    import numpy as np
+
     score_X, count_I = np.empty(len(signals.medium_X)), np.bincount(signals.medium_X, minlength=len(signals.grid_I3))
     end = 0
     for medium, count in enumerate(count_I.tolist()):
@@ -104,6 +107,7 @@ def _by_medium(signals: VisualSignals, of: Callable[[np.ndarray, np.ndarray], np
 
 def _static(signals: VisualSignals) -> np.ndarray:
     """1 − cosine with the same place one frame earlier; the first frame comes first. Images: ``even``."""
+    import numpy as np
 
     def changes(pixel_ND: np.ndarray, grid_3: np.ndarray) -> np.ndarray:
         frame_TND = pixel_ND.reshape(grid_3[0], -1, pixel_ND.shape[1])
