@@ -8,6 +8,7 @@ from typing import Any
 from regate_megatron.batches.facts import BatchAdapter, MicrobatchFacts
 from regate_megatron.batches.gpt import GPTBatches
 from regate_megatron.batches.llava import LLaVABatches
+from regate_megatron.batches.media import Media
 from regate_megatron.batches.multimodal import MultimodalBatches
 from regate_megatron.batches.qwen_vl import QwenVLBatches
 from regate_megatron.errors import refuse
@@ -16,6 +17,7 @@ __all__ = [
     "BatchAdapter",
     "GPTBatches",
     "LLaVABatches",
+    "Media",
     "MicrobatchFacts",
     "MultimodalBatches",
     "QwenVLBatches",

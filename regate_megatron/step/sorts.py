@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regate_megatron.batches import MicrobatchFacts
-from regate_megatron.batches.media import Media
+from regate_megatron.batches import Media, MicrobatchFacts
 from regate_megatron.config import ReGateConfig, flag
 from regate_megatron.errors import refuse
 from regate_megatron.memory.difficulty import DifficultyStore, TokenPrior
