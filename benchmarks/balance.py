@@ -10,9 +10,10 @@ exchange between ranks is simulated. Per mix, number of ranks and budget:
 * **max/mean**: positions run by the slowest rank of a step over the mean rank, alignment and fill included; over steps
   the sums of both are compared, since every step waits for its slowest rank.
 * **achievable**: the least max/mean that contexts and row lengths allow (of `balanced`).
-* **kept**: targets that run ÷ targets. **positions**: positions run ÷ positions of the dense step. **slowest**: the
-  slowest rank's positions ÷ its positions in the dense step's slowest rank: what the step time follows.
-* **fill**: slots that hold neither context nor a kept target ÷ positions run.
+* **kept**: candidates that run ÷ candidates: targets, and with ``--visual-keep-ratio`` visual positions, too.
+  **positions**: positions run ÷ positions of the dense step. **slowest**: the slowest rank's positions ÷ its
+  positions in the dense step's slowest rank: what the step time follows.
+* **fill**: slots that hold neither context nor a kept candidate ÷ positions run.
 * **lengths**: distinct lengths that occurred.
 
 `dense` runs every position. `assigned` is a study: every row at its own per-sample length, rows dealt to ranks by it.
@@ -129,7 +130,8 @@ def measure(mix: Mix, num_ranks: int, steps: int, options: argparse.Namespace, e
     choice = {"alignment": Alignment(options.layout_multiple, extra)}
     for _ in range(steps):
         drawn = [[draw_row(mix, rng) for _ in range(options.rows)] for _ in range(num_ranks)]
-        ranks = [make_rows(mix, rows, rng, options.keep_ratio, options.micro_batch_size) for rows in drawn]
+        ratios = (options.keep_ratio, options.micro_batch_size, options.visual_keep_ratio)
+        ranks = [make_rows(mix, rows, rng, *ratios) for rows in drawn]
         dense = [_spread(rows.dense_M, rows) for rows in ranks]
         count(tallies["dense"], ranks, dense, [len(rows.score_X) for rows in ranks], 0)
         for kind in BUDGETS:
@@ -200,6 +202,7 @@ def main(argv: list[str] | None = None, report: Callable[[str], None] = print) -
     parser.add_argument("--rows", type=int, default=8, help="rows per rank and step")
     parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--keep-ratio", type=float, default=0.5)
+    parser.add_argument("--visual-keep-ratio", type=float, default=1.0, help="of every image; 1: they all run")
     parser.add_argument("--layout-multiple", type=int, default=16, help="what the layout needs: TP 8 with CP 8, say")
     parser.add_argument("--length-multiple", type=int, default=None, help="as --regate-length-multiple")
     parser.add_argument("--mixes", nargs="+", choices=list(MIXES), default=list(MIXES))

@@ -28,6 +28,7 @@ class Size:
     Attributes:
         rows, length: B and S.
         image: visual positions of a LLaVA row; 0 for GPT.
+        frames: pictures that these are of.
         prompt: text positions without loss.
     """
 
@@ -40,6 +41,7 @@ class Size:
     heads: int = 4
     vocab: int = VOCAB
     vision_layers: int = 2
+    frames: int = 1
 
     @property
     def kind(self) -> str:
@@ -49,7 +51,7 @@ class Size:
     @property
     def patches(self) -> tuple[int, int]:
         """Height and width of an image in patches."""
-        return 8, self.image // 8
+        return 8, self.image // self.frames // 8
 
 
 def start() -> None:
@@ -190,14 +192,15 @@ def mean_loss(output: Any, loss_mask: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def make_batch(size: Size, seed: int) -> dict[str, Any]:
-    """Random tokens; a LLaVA row starts with its image, the next ``prompt`` positions have no loss."""
+    """Random tokens; a LLaVA row starts with its images, the next ``prompt`` positions have no loss."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    length = size.length - size.image + 1 if size.image else size.length  # the placeholder is one token
+    frames = size.frames if size.image else 0
+    length = size.length - size.image + frames  # a placeholder is one token
     token_BS = torch.randint(0, size.vocab, (size.rows, length + 1), generator=generator)
     loss_mask_BS = torch.ones(size.rows, length)
-    loss_mask_BS[:, : size.prompt + bool(size.image)] = 0
+    loss_mask_BS[:, : size.prompt + frames] = 0
     batch = {
         "tokens": token_BS[:, :-1].contiguous(),
         "labels": token_BS[:, 1:].contiguous(),
@@ -207,7 +210,7 @@ def make_batch(size: Size, seed: int) -> dict[str, Any]:
     if size.image:
         from megatron.core.models.multimodal.llava_model import DEFAULT_IMAGE_TOKEN_INDEX
 
-        batch["tokens"][:, 0] = DEFAULT_IMAGE_TOKEN_INDEX
+        batch["tokens"][:, :frames] = DEFAULT_IMAGE_TOKEN_INDEX
         height, width = size.patches
-        batch["image"] = torch.randn(size.rows, 3, 14 * height, 14 * width, generator=generator)
+        batch["image"] = torch.randn(size.rows * frames, 3, 14 * height, 14 * width, generator=generator)
     return batch

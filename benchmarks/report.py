@@ -73,6 +73,36 @@ def step_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def visual_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The part on visual positions alone, a row per setting."""
+    head = ("rows", "targets", "visual", "decoder work", "decoder time", "conv", "step", "cycle", "tower", "saved")
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        low, high = row["speedup"]["quartiles"]
+        texts = (
+            f"{row['rows']}, {row['length']}",
+            f"{row['keep_ratio']:g}",
+            f"{row['visual_keep_ratio']:g}",
+            f"{row['decoder_work_share']:.1%}",
+            f"{row['decoder_time_share']['median']:.1%}",
+            f"{row['conv']['median']:.2f}",
+            f"{row['speedup']['median']:.2f} times as fast ({low:.2f} to {high:.2f})",
+            f"{row['cycle_speedup']['median']:.2f}",
+            f"{row['tower_work_share_sparse']:.0%}",
+            f"{row['saved_share']:.0%}",
+        )
+        lines.append("| " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def visual_fragments(part: dict[str, Any]) -> dict[str, str]:
+    """What the page on visual positions shows of its part."""
+    names = [row["visual_score"] + (" beside targets" if row["keep_ratio"] < 1 else "") for row in part["planning"]]
+    milliseconds = [f"{row['ms']['median']:.0f}" for row in part["planning"]]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|", f"| {' | '.join(milliseconds)} |"]
+    return {"bench-visual": visual_table(part["rows"]), "bench-visual-planning": "\n".join(lines)}
+
+
 def machine_line(results: dict[str, Any]) -> str:
     """What it ran on, in a sentence."""
     one = results["machine"]
@@ -88,7 +118,8 @@ def fragments(results: dict[str, Any]) -> dict[str, str]:
     """What stands between the markers of a page, by their name."""
     head, interval = results["headline"], results["headline_interval"]["conv"]
     of = results["headline_setting"]
-    return {
+    visual = next((part for part in results["parts"] if part["part"] == "visual"), None)
+    return (visual_fragments(visual) if visual else {}) | {
         "bench-machine": machine_line(results),
         "bench-table": markdown_table(results["parts"]),
         "bench-steps": step_table(next(part for part in results["parts"] if part["part"] == "step_time")["rows"]),

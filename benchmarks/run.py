@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.measuring import OUT, write_json  # noqa: E402
 from benchmarks.report import fragments, machine_line, text_table, write_between_markers  # noqa: E402
 
-PARTS = ("step_time", "alternatives", "planning", "slowest_rank", "teacher", "memory")
+PARTS = ("step_time", "visual", "alternatives", "planning", "slowest_rank", "teacher", "memory")
 HEADLINE_PART = "step_time"
 _LIMIT_S = 900  # of one part; a hung one is killed
 
@@ -57,6 +57,8 @@ def collect(folder: Path) -> dict[str, Any]:
     head = next((part for part in parts if part["part"] == HEADLINE_PART), {})
     keys = ("headline", "headline_setting", "headline_interval")
     results = {key: head[key] for key in keys if key in head}
+    for part in parts:
+        results |= {"visual": part["visual"]} if part["part"] == "visual" else {}
     results |= {"machine": parts[0]["machine"], "commit": commit()}
     results["seconds"] = round(sum(part["seconds"] for part in parts), 1)
     results["quick"] = any(part["quick"] for part in parts)
@@ -84,7 +86,7 @@ def write_docs(results: dict[str, Any], picture: Path) -> None:
     if picture.is_file():
         (ROOT / "docs" / "benchmarks.png").write_bytes(picture.read_bytes())
         texts["bench-picture"] = "![all parts](benchmarks.png)"
-    for page in (ROOT / "docs" / "benchmarks.md", ROOT / "README.md"):
+    for page in (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "visual.md", ROOT / "README.md"):
         print(f"{page.relative_to(ROOT)}: {', '.join(write_between_markers(page, texts)) or 'no markers'}")
 
 

@@ -74,10 +74,11 @@ MIXES = {
 
 @dataclass(frozen=True)
 class Sample:
-    """Context positions and targets of one sample."""
+    """Context positions and targets of one sample; ``visual``: how many of the context each of its images holds."""
 
     context: int
     targets: int
+    visual: tuple[int, ...] = ()
 
 
 def draw_sample(mix: Mix, rng: np.random.Generator) -> Sample:
@@ -87,7 +88,9 @@ def draw_sample(mix: Mix, rng: np.random.Generator) -> Sample:
     text = int(np.clip(rng.lognormal(np.log(kind.prompt), 0.6), 1, mix.length))
     answer = int(np.clip(rng.lognormal(np.log(kind.answer), kind.spread), 1, mix.length))
     context = min(images * kind.image_length + text, mix.length - 1)
-    return Sample(context, min(answer, mix.length - context))
+    ends = [min(number * kind.image_length, context) for number in range(images + 1)]
+    visual = tuple(end - start for start, end in zip(ends, ends[1:], strict=False) if end > start)
+    return Sample(context, min(answer, mix.length - context), visual)
 
 
 def draw_row(mix: Mix, rng: np.random.Generator) -> list[Sample]:
@@ -103,9 +106,14 @@ def draw_row(mix: Mix, rng: np.random.Generator) -> list[Sample]:
 
 
 def make_rows(
-    mix: Mix, samples: list[list[Sample]], rng: np.random.Generator, keep_ratio: float, micro_batch_size: int = 1
+    mix: Mix,
+    samples: list[list[Sample]],
+    rng: np.random.Generator,
+    keep_ratio: float,
+    micro_batch_size: int = 1,
+    visual_keep_ratio: float = 1.0,
 ) -> Candidates:
-    """A rank's rows with scores: gamma-distributed losses, some samples harder than others."""
+    """A rank's rows with scores: gamma-distributed losses, some samples harder than others; visual ones by chance."""
     length_R = torch.tensor([sum(s.context + s.targets for s in row) for row in samples])
     if mix.layout != "own":
         length_R = torch.full_like(length_R, mix.length)
@@ -116,16 +124,24 @@ def make_rows(
         "key_M": torch.from_numpy(rng.integers(-(2**63), 2**63 - 1, num_micro)),
         "score_X": torch.from_numpy(rng.gamma(1.2, 1.2, len(hardness)) * hardness),
     }
+    always_R = torch.tensor([sum(s.context for s in row) for row in samples])
+    sorts = [
+        Sort(
+            count_G=torch.tensor(targets),
+            row_G=torch.tensor([index for index, row in enumerate(samples) for _ in row]),
+            keep_ratio=keep_ratio,
+            score_X=scores["score_X"],
+        )
+    ]
+    if visual_keep_ratio < 1.0:
+        images = [(index, count) for index, row in enumerate(samples) for s in row for count in s.visual]
+        row_G, count_G = torch.tensor(images, dtype=torch.int64).view(-1, 2).unbind(dim=1)
+        always_R.index_add_(0, row_G, -count_G)
+        score_X = torch.from_numpy(rng.random(int(count_G.sum())))
+        sorts.append(Sort(count_G=count_G, row_G=row_G, keep_ratio=visual_keep_ratio, score_X=score_X))
     return Candidates(
-        always_R=torch.tensor([sum(s.context for s in row) for row in samples]),
+        always_R=always_R,
         dense_M=length_R.view(num_micro, -1).amax(dim=1),
         key_M=scores["key_M"],
-        sorts=(
-            Sort(
-                count_G=torch.tensor(targets),
-                row_G=torch.tensor([index for index, row in enumerate(samples) for _ in row]),
-                keep_ratio=keep_ratio,
-                score_X=scores["score_X"],
-            ),
-        ),
+        sorts=tuple(sorts),
     )

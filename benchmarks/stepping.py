@@ -27,6 +27,7 @@ class Step:
         total, decoder, planning: what they took.
         length: positions a row ran after the dense layers.
         kept_share: targets that ran ÷ targets.
+        kept_visual: visual positions that ran ÷ visual positions.
     """
 
     total: Clock
@@ -34,6 +35,7 @@ class Step:
     length: int
     planning: Clock = field(default_factory=lambda: Clock(0.0, 0.0))
     kept_share: float = 1.0
+    kept_visual: float = 1.0
 
 
 class DecoderTimer:
@@ -138,6 +140,7 @@ class ReGATERunner(Runner):
             planning=total - self._inside,
             length=counters.positions_run * self.size.length // counters.positions_dense,
             kept_share=counters.targets_kept / counters.targets_total,
+            kept_visual=counters.visual_kept / max(counters.visual_total, 1),
         )
 
     def _timed(self, schedule: Callable[..., Any]) -> Callable[..., Any]:

@@ -39,7 +39,8 @@ class Work:
         self._vision = 0.0
         if size.image:
             layers = model.vision_model.decoder.layers
-            self._vision = sum(layer_work(size.rows, size.image, size.hidden, layer_weights(one)) for one in layers)
+            rows, patches = size.rows * size.frames, size.image // size.frames
+            self._vision = sum(layer_work(rows, patches, size.hidden, layer_weights(one)) for one in layers)
             projector = layer_weights(model.vision_projection)
             self._vision += _FORWARD_AND_BACKWARD * 2 * size.rows * size.image * projector
 
@@ -51,6 +52,11 @@ class Work:
             return layer_work(size.rows, positions, size.hidden, self._weights)
 
         return dense_layers * one(size.length) + (size.layers - dense_layers) * one(length)
+
+    @property
+    def vision(self) -> float:
+        """The vision tower and its projector."""
+        return self._vision
 
     def step(self, length: int, dense_layers: int) -> float:
         """Decoder, LM head and vision tower."""

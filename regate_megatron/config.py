@@ -14,6 +14,7 @@ from typing import Any
 from regate_megatron.errors import ReGateError, refuse
 from regate_megatron.method.schedule import Schedule, keep_ratio_of
 from regate_megatron.method.scores import SCORES
+from regate_megatron.method.visual_scores import VISUAL_SCORES
 
 FUSIONS = ("sum", "convex")
 BUDGETS = ("uniform", "balanced", "per-sample")
@@ -43,6 +44,18 @@ class ReGateConfig:
     )
     keep_ratio_steps: int | None = _option(
         None, "iterations after the warm-up in which the keep ratio goes to its end", metavar="N"
+    )
+    visual_keep_ratio: float = _option(
+        1.0,
+        "share r of the visual positions of each image or clip that run in sparse steps, in (0, 1]; 1: all; with "
+        "a keep ratio of 1 beside it no teacher is needed",
+        metavar="R",
+    )
+    visual_score: str = _option(
+        "random",
+        "what ranks the visual positions: "
+        + ", ".join(f"{name} = {row.formula}" for name, row in VISUAL_SCORES.items()),
+        tuple(VISUAL_SCORES),
     )
     dense_layers: int = _option(
         1,
@@ -110,6 +123,7 @@ class ReGateConfig:
 
     def __post_init__(self) -> None:
         self._check_number("keep_ratio", "a finite number in (0, 1]", lambda v: 0 < v <= 1, "0.5")
+        self._check_number("visual_keep_ratio", "a finite number in (0, 1]", lambda v: 0 < v <= 1, "0.25")
         self._check_number("ema_decay", "a finite number in [0, 1)", lambda v: 0 <= v < 1, "0.9")
         top = 1.0 if self.fusion == "convex" else math.inf
         allowed = "a finite number in [0, 1]" if self.fusion == "convex" else "a finite number of 0 or more"
@@ -178,22 +192,28 @@ class ReGateConfig:
         return Schedule(self.warmup_steps, self.cycle_steps, self.dense_steps, self.dense_from, self.keep_ratio_steps)
 
     @property
+    def ranks_targets(self) -> bool:
+        """Whether targets are scored: not where visual positions alone are left out."""
+        return min(self.keep_ratio, self.keep_ratio_end or 1.0) < 1.0 or self.visual_keep_ratio == 1.0
+
+    @property
     def needs_teacher(self) -> bool:
-        """Whether the score uses the reference loss."""
-        return SCORES[self.score].needs_reference
+        """Whether the score of targets uses the reference loss."""
+        return self.ranks_targets and SCORES[self.score].needs_reference
 
     @property
     def elides(self) -> bool:
         """Whether any step can be shorter than the dense one."""
-        return min(self.keep_ratio, self.keep_ratio_end or 1.0) < 1.0
+        return min(self.keep_ratio, self.keep_ratio_end or 1.0, self.visual_keep_ratio) < 1.0
 
     def elides_in(self, step: int) -> bool:
         """Whether a sparse step ``step`` leaves anything out."""
-        return keep_ratio_of(step, self.keep_ratio, self.keep_ratio_end, self.schedule) < 1.0
+        of_targets = keep_ratio_of(step, self.keep_ratio, self.keep_ratio_end, self.schedule)
+        return min(of_targets, self.visual_keep_ratio) < 1.0
 
     @property
     def unused(self) -> list[str]:
-        """Flags that were given and mean nothing, as the score needs no teacher."""
+        """Flags that were given and mean nothing, as no teacher is needed."""
         of_teacher = ("teacher_load", "reference_cache", "teacher_offload")
         return [] if self.needs_teacher else [flag(name) for name in of_teacher if getattr(self, name)]
 
@@ -212,8 +232,8 @@ class ReGateConfig:
 
     @property
     def learns(self) -> bool:
-        """Whether the score uses the student's own losses."""
-        return SCORES[self.score].needs_difficulty
+        """Whether the score of targets uses the student's own losses."""
+        return self.ranks_targets and SCORES[self.score].needs_difficulty
 
     def _check_number(self, name: str, allowed: str, ok: Any, example: str, integer: bool = False) -> None:
         value = getattr(self, name)

@@ -62,7 +62,8 @@ def test_benchmarks_leave_one_table_one_picture_and_their_headline(tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["headline"]) == {"conv", "planning_share", "speedup", "kept_share"}
     assert results["headline"]["kept_share"] == pytest.approx(0.5, abs=0.02)
-    assert len(results["parts"]) == 6 and all(part["part"].replace("_", " ") in output for part in results["parts"])
+    assert set(results["visual"]) == {"speedup", "conv", "kept_visual"}
+    assert len(results["parts"]) == 7 and all(part["part"].replace("_", " ") in output for part in results["parts"])
     assert (tmp_path / "bench.png").stat().st_size > 10_000
     published = subprocess.run(
         [sys.executable, "benchmarks/run.py", "--write-docs", "--out", str(tmp_path)],

@@ -81,6 +81,10 @@ REFUSED = {
         {"config": {"budget": "per-sample"}, "model": {"num_moe_experts": 4, "expert_tensor_parallel_size": 2}},
         "given per-sample with allgather dispatch over several replicas",
     ),
+    "visual positions of a text model": (
+        {"config": {"visual_keep_ratio": 0.25}},
+        "given 0.25 for a language model by itself",
+    ),
     "Mamba layers": ({"pattern": "M*-M*-"}, "given Mamba"),
     "layers of two kinds that carry state": ({"pattern": "GD|-E"}, "given sparse attention, gated delta net"),
     "more dense layers than the first segment": (

@@ -8,6 +8,7 @@ from regate_megatron.batches.facts import BatchAdapter, MicrobatchFacts
 from regate_megatron.batches.families import FAMILIES, Family, adapter_for
 from regate_megatron.batches.gpt import GPTBatches
 from regate_megatron.batches.llava import LLaVABatches
+from regate_megatron.batches.media import Media
 from regate_megatron.batches.multimodal import MultimodalBatches
 from regate_megatron.batches.qwen_vl import QwenVLBatches
 from regate_megatron.batches.sample_key import NamedSamples
@@ -18,6 +19,7 @@ __all__ = [
     "Family",
     "GPTBatches",
     "LLaVABatches",
+    "Media",
     "MicrobatchFacts",
     "MultimodalBatches",
     "NamedSamples",

@@ -7,7 +7,7 @@ microbatch (B of them, unless rows are packed), X targets of the microbatch, row
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -16,7 +16,9 @@ import torch
 import xxhash
 from torch import Tensor
 
+from regate_megatron.batches.media import Media
 from regate_megatron.method import masks
+from regate_megatron.method.selection import read_by_targets
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class MicrobatchFacts:
             [B, S]. None: every row is one sample.
         joins_rows: the samples are rows of one length that only the layout lays one after the other: they are planned
             as rows, as in every other layout.
+        media: the images and clips that the visual positions belong to.
+        has_visual_loss_BS: visual positions that carry a loss of their own and therefore always run; bool [B, S]. None:
+            there are none.
     """
 
     is_target_BS: Tensor
@@ -51,6 +56,8 @@ class MicrobatchFacts:
     difficulty_key_N2: Tensor
     sample_BS: Tensor | None = None
     joins_rows: bool = False
+    media: Media = field(default_factory=Media.none)
+    has_visual_loss_BS: Tensor | None = None
 
     @property
     def dense_length(self) -> int:
@@ -91,6 +98,14 @@ class MicrobatchFacts:
     def planned_length(self) -> int:
         """The dense length of rows as they are planned."""
         return self.dense_length // self.num_samples if self.joins_rows else self.dense_length
+
+    @cached_property
+    def is_read_BS(self) -> Tensor:
+        """Up to the last position with a loss of each sample: no loss depends on what follows; bool [B, S]."""
+        has_loss_BS = self.is_target_BS
+        if self.has_visual_loss_BS is not None:
+            has_loss_BS = has_loss_BS | self.has_visual_loss_BS
+        return read_by_targets(has_loss_BS, self.sample_BS)
 
     def count_by_row(self, where_BS: Tensor) -> Tensor:
         """How many positions are marked in each row as it is planned; int64."""

@@ -26,6 +26,7 @@ from regate_megatron.batches.facts import (
     unusual_positions,
     without_loss,
 )
+from regate_megatron.batches.media import Media, cells_of_image, image_grid
 from regate_megatron.method import masks
 from regate_megatron.method.budget import align_up
 
@@ -100,6 +101,7 @@ class LLaVABatches:
             merged = {name: value.reshape(1, -1) for name, value in merged.items()}
         return MicrobatchFacts(
             **merged,
+            media=self._media(batch, is_image_BN, place_BN),
             sample_BS=sample_BS,
             joins_rows=sample_BS is not None,
             reference_key_N2=content_keys(text_rows),
@@ -142,9 +144,33 @@ class LLaVABatches:
         if images is not None and len(images) != count:
             raise ValueError(f"{len(images)} images for {count} placeholders {self.image_token}")
 
+    def _media(self, batch: dict[str, Any], is_image_BN: Tensor, place_BN: Tensor) -> Media:
+        """One medium per placeholder; of an image that the model cuts off, the first positions are left, or none."""
+        last_I = masks.take(place_BN, is_image_BN)
+        missing_I = (last_I + 1 - self.max_length).clamp_min(0)
+        row_I, images = torch.where(is_image_BN)[0], self._given_images(batch)
+        media = {"sample_I": row_I, "count_I": (self.image_length - missing_I).clamp_min(0)}
+        grid = (
+            image_grid(self.image_length, *images.shape[-2:]) if images is not None and len(images.shape) == 4 else None
+        )
+        if grid is None:
+            return Media(**media)
+        lead, *cells = grid
+        return Media(
+            **media,
+            grid_I3=torch.tensor([[1, *cells]]).expand(len(row_I), -1),
+            lead=lead,
+            pixels=lambda image: cells_of_image(to_cpu(images[image]), *cells),
+        )
+
+    @classmethod
+    def _images(cls, batch: dict[str, Any]) -> Tensor | None:
+        given = cls._given_images(batch)
+        return None if given is None else to_cpu(given)
+
     @staticmethod
-    def _images(batch: dict[str, Any]) -> Tensor | None:
-        return next((to_cpu(batch[key]) for key in _IMAGE_KEYS if batch.get(key) is not None), None)
+    def _given_images(batch: dict[str, Any]) -> Any:
+        return next((batch[key] for key in _IMAGE_KEYS if batch.get(key) is not None), None)
 
     def _position_ids(self, batch: dict[str, Any], token_BN: Tensor, is_image_BN: Tensor, length: int) -> Tensor:
         """The position id of the text entry each merged position belongs to (an image's are its placeholder's)."""

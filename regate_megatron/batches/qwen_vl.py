@@ -11,7 +11,7 @@ Shapes: B rows, S positions, I images (or videos) of the microbatch in the order
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from regate_megatron.batches.facts import (
     unusual_positions,
     without_loss,
 )
+from regate_megatron.batches.media import Media, some_of_each
 from regate_megatron.method import masks
 
 _KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
@@ -59,13 +60,16 @@ class QwenVLBatches:
         token_BS, label_BS = self._tokens(batch), to_cpu(batch["labels"]).long()
         is_visual_BS = (token_BS == self.image_token) | (token_BS == self.video_token)
         is_target_BS, has_loss_BS = targets_of(batch["loss_mask"], label_BS)
-        is_target_BS &= ~is_visual_BS
+        is_target_BS, has_visual_loss_BS = is_target_BS & ~is_visual_BS, has_loss_BS & is_visual_BS
         is_padding_BS = self._padding(batch, token_BS, has_loss_BS) & ~is_visual_BS & ~has_loss_BS
-        text_rows, picture_rows = self._content(batch, token_BS, label_BS, is_target_BS, is_padding_BS)
+        found = self._found(batch, token_BS)
+        text_rows, picture_rows = self._content(token_BS, label_BS, is_target_BS, is_padding_BS, found)
         return MicrobatchFacts(
             is_target_BS=is_target_BS,
             is_context_BS=~is_target_BS & ~is_padding_BS,
             is_visual_BS=is_visual_BS,
+            media=self._media(found),
+            has_visual_loss_BS=has_visual_loss_BS,
             token_BS=token_BS,
             position_id_BS=self._position_ids(batch, token_BS),
             label_BS=label_BS,
@@ -104,12 +108,7 @@ class QwenVLBatches:
         return position_3BS.permute(1, 2, 0).long()
 
     def _content(
-        self,
-        batch: dict[str, Any],
-        token_BS: Tensor,
-        label_BS: Tensor,
-        is_target_BS: Tensor,
-        is_padding_BS: Tensor,
+        self, token_BS: Tensor, label_BS: Tensor, is_target_BS: Tensor, is_padding_BS: Tensor, found: Sequence[_Medium]
     ) -> tuple[list[list[np.ndarray]], list[list[np.ndarray]]]:
         """Per row what the reference key is made of (ids, labels, grids), and the pixels the difficulty key adds."""
         is_content_BS = before_last_target(is_target_BS, ~is_padding_BS)
@@ -120,23 +119,35 @@ class QwenVLBatches:
             for token_S, label_S, real_S in rows
         ]
         picture_rows: list[list[np.ndarray]] = [[] for _ in text_rows]
-        visual = _visual_inputs(batch)
-        for token, (pixel_name, grid_name) in zip((self.image_token, self.video_token), _KINDS, strict=True):
-            pixels, grid_I3 = visual.get(pixel_name), visual.get(grid_name)
-            count_B = (token_BS == token).sum(dim=1)
-            if pixels is None or grid_I3 is None:
-                if bool(count_B.any()):
-                    raise ValueError(f"placeholders {token} without {pixel_name}")
-                continue
-            for row, image, patches in self._images(count_B, grid_I3, pixels):
-                text_rows[row].append(grid_I3[image].numpy())
-                if token == self.video_token and "second_per_grid_ts" in visual:  # spaces the frames' positions
-                    text_rows[row].append(visual["second_per_grid_ts"][image : image + 1].double().numpy())
-                picture_rows[row].append(patches.contiguous().view(torch.uint8).reshape(-1).numpy())
+        for one in found:
+            text_rows[one.row].append(one.grid_3.numpy())
+            if one.second_1 is not None:  # spaces the frames' positions
+                text_rows[one.row].append(one.second_1.double().numpy())
+            picture_rows[one.row].append(one.pixels.contiguous().view(torch.uint8).reshape(-1).numpy())
         return text_rows, picture_rows
 
-    def _images(self, count_B: Tensor, grid_I3: Tensor, pixels: Tensor) -> list[tuple[int, int, Tensor]]:
-        """(row, image, its patches) for every image: rows take images in order until their placeholders are used."""
+    def _found(self, batch: dict[str, Any], token_BS: Tensor) -> list[_Medium]:
+        """Images, then videos, each in the order of their placeholders.
+
+        Raises:
+            ValueError: placeholders, grids and pixels do not fit together.
+        """
+        found, visual = [], _visual_inputs(batch)
+        for token, (pixel_name, grid_name) in zip((self.image_token, self.video_token), _KINDS, strict=True):
+            pixels, grid_I3 = visual.get(pixel_name), visual.get(grid_name)
+            if pixels is None or grid_I3 is None:
+                if bool((token_BS == token).any()):
+                    raise ValueError(f"placeholders {token} without {pixel_name}")
+                continue
+            seconds = visual.get("second_per_grid_ts") if token == self.video_token else None
+            found += self._of_kind(token_BS == token, grid_I3, pixels, seconds)
+        return found
+
+    def _of_kind(
+        self, is_placeholder_BS: Tensor, grid_I3: Tensor, pixels: Tensor, seconds: Tensor | None
+    ) -> list[_Medium]:
+        """Rows take images in order until their placeholders are used."""
+        count_B, place_P = is_placeholder_BS.sum(dim=1), torch.where(is_placeholder_BS.flatten())[0]
         patches_I = grid_I3.prod(dim=-1)
         last_token_I = (patches_I // self.merge_size**2).cumsum(0)
         last_token_B = count_B.cumsum(0)
@@ -146,8 +157,47 @@ class QwenVLBatches:
                 f"{len(pixels)} patches in grids of {patches_I.tolist()} for rows of {count_B.tolist()} placeholders"
             )
         row_I = torch.searchsorted(last_token_B, last_token_I).tolist()
-        pieces = pixels.split(patches_I.tolist())
-        return [(row, image, piece) for image, (row, piece) in enumerate(zip(row_I, pieces, strict=True))]
+        place_I = place_P[last_token_I - 1].tolist()
+        return [
+            _Medium(row, place, grid_I3[image], piece, None if seconds is None else seconds[image : image + 1])
+            for image, (row, place, piece) in enumerate(
+                zip(row_I, place_I, pixels.split(patches_I.tolist()), strict=True)
+            )
+        ]
+
+    def _media(self, found: Sequence[_Medium]) -> Media:
+        """Images and videos in the order in which they lie in the rows."""
+        if not found:
+            return Media.none()
+        in_order, cells = sorted(found, key=lambda one: one.place), self.merge_size**2
+        grid_I3 = torch.stack([one.grid_3 for one in in_order]).long()
+        grid_I3[:, 1:] //= self.merge_size
+        return Media(
+            sample_I=torch.tensor([one.row for one in in_order]),
+            count_I=grid_I3.prod(dim=1),
+            grid_I3=grid_I3,
+            # patches that become one position lie one after the other
+            pixels=lambda medium: some_of_each(in_order[medium].pixels.unflatten(0, (-1, cells)).flatten(1)),
+        )
+
+
+@dataclass(frozen=True)
+class _Medium:
+    """An image or video.
+
+    Attributes:
+        row: it lies in.
+        place: of its last placeholder in the rows laid one after the other.
+        grid_3: frames, height and width in patches, not merged.
+        pixels: its patches [t·h·w, width].
+        second_1: seconds between its frames, where the batch says it.
+    """
+
+    row: int
+    place: int
+    grid_3: Tensor
+    pixels: Tensor
+    second_1: Tensor | None = None
 
 
 def _gaps(real_S: Tensor) -> list[np.ndarray]:

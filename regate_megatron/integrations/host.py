@@ -109,7 +109,7 @@ def _attached_line(session: Session) -> str:
         layout += f" {name}{size}" if size > 1 else ""
     last = f" and the last {config.dense_last_layers}" if config.dense_last_layers else ""
     parts = [
-        f"score {config.score}, keep {_ratio(config)} of the targets",
+        *_kept_of(config),
         f"dense layers {config.dense_layers}{last} of {transformer.num_layers}",
         f"budget {config.budget}",
         f"warm-up {config.warmup_steps}, then {config.dense_steps} of {config.cycle_steps} steps dense"
@@ -118,6 +118,15 @@ def _attached_line(session: Session) -> str:
         compat.versions(),
     ]
     return f"[regate] attached to {type(session.models[0]).__name__} ({layout}): " + "; ".join(parts)
+
+
+def _kept_of(config: ReGateConfig) -> list[str]:
+    """What ranks which positions, and how many of them run."""
+    targets = f"score {config.score}, keep {_ratio(config)} of the targets" if config.ranks_targets else "all targets"
+    if config.visual_keep_ratio == 1.0:
+        return [targets]
+    visual = f"visual score {config.visual_score}, keep {config.visual_keep_ratio:g} of the visual positions"
+    return [targets, visual]
 
 
 def _ratio(config: ReGateConfig) -> str:

@@ -46,12 +46,13 @@ def install(config: ReGateConfig) -> None:
     from megatron.training import training
 
     if not config.enabled or config.reference_cache is None or not config.needs_teacher:
-        given = "no directory" if config.reference_cache is None else f"{flag('score')} {config.score}"
+        given = f"{flag('score')} {config.score}" if config.ranks_targets else f"{flag('keep_ratio')} 1"
+        given = "no directory" if config.reference_cache is None else given
         given = given if config.enabled else "settings that say off"
         error = refuse(
             flag("reference_cache"),
             given=given,
-            allowed="a directory, and a score that needs the teacher",
+            allowed="a directory, and targets ranked by a score that needs the teacher",
             change="the command",
         )
         error.everywhere = True

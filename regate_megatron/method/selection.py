@@ -87,34 +87,35 @@ def select(candidates: Candidates, *, kind: str, alignment: Alignment, all_gathe
 
 def rank_candidates(candidates: Candidates, first_G: Tensor) -> Ranking:
     """The order in which each row keeps its candidates: the best ``first_G`` of each group come first, then others."""
-    score_X = candidates.score_X
+    score_X, row_X, group_X = candidates.score_X, candidates.row_X, candidates.group_X
     if len(candidates.sorts) == 1:
-        return Ranking(rank_targets(score_X, candidates.row_X, candidates.group_X, first_G), score_X)
-    row_X, group_X, sort_G = candidates.row_X.numpy(), candidates.group_X.numpy(), candidates.sort_G.numpy()
-    sort_X, key_X = sort_G[group_X], _descending(score_X.numpy())
-    by_group_X = np.lexsort((key_X, group_X))  # ties go to the lower position
-    place_X = _places(by_group_X, candidates.count_G.numpy())
-    is_other_X = place_X >= first_G.numpy()[group_X]
-    # Others of one sort in one row, the best first, go from floor to ask and from there to all.
-    kind_G = candidates.row_G.numpy() * len(candidates.sorts) + sort_G
-    num_kinds = len(candidates.always_R) * len(candidates.sorts)
+        return Ranking(rank_targets(score_X, row_X, group_X, first_G), score_X)
+    num_sorts, num_rows = len(candidates.sorts), len(candidates.always_R)
+    kind_G = candidates.row_G * num_sorts + candidates.sort_G  # one sort in one row
+    kind_X = kind_G[group_X].numpy()
 
-    def in_all(value_G: Tensor) -> np.ndarray:
-        return np.bincount(kind_G, weights=value_G.numpy(), minlength=num_kinds).astype(np.int64)
+    def in_kind(value_G: Tensor) -> np.ndarray:
+        weights = value_G.numpy()
+        return np.bincount(kind_G.numpy(), weights=weights, minlength=num_rows * num_sorts).astype(np.int64)
 
-    first_Y, ask_Y, all_Y = in_all(first_G), in_all(candidates.ask_G), in_all(candidates.count_G)
-    kind_X = kind_G[group_X]
-    number_X = _places(np.lexsort((key_X, is_other_X, kind_X)), all_Y) + 1 - first_Y[kind_X]
+    first_Y, ask_Y, all_Y = in_kind(first_G), in_kind(candidates.ask_G), in_kind(candidates.count_G)
+    # From floor to ask and from there to all, the best first; those before the floor have gone no way.
+    place_X = rank_targets(score_X, torch.from_numpy(kind_X), group_X, first_G).numpy()
+    number_X = place_X + 1 - first_Y[kind_X]
     to_ask_X, to_all_X = (ask_Y - first_Y)[kind_X], (all_Y - ask_Y)[kind_X]
     way_X = np.where(
         number_X <= to_ask_X,
-        number_X / np.maximum(to_ask_X, 1),
+        number_X.clip(0) / np.maximum(to_ask_X, 1),
         1 + (number_X - to_ask_X) / np.maximum(to_all_X, 1),
     )
-    way_X = np.where(is_other_X, way_X, 0.0)
-    order_X = np.lexsort((number_X, sort_X, way_X, row_X))
-    rank_X = _places(order_X, np.bincount(row_X, minlength=len(candidates.always_R)))
-    return Ranking(torch.from_numpy(rank_X), torch.from_numpy(-way_X))
+    in_order_X = np.empty_like(way_X)  # each kind from its best on, so that a row is a few rising runs
+    slot_X = (all_Y.cumsum() - all_Y)[kind_X] + place_X
+    in_order_X[slot_X] = way_X
+    rank_X, end = np.empty_like(slot_X), 0
+    for count in all_Y.reshape(num_rows, num_sorts).sum(axis=1).tolist():
+        own, end = slice(end, end + count), end + count
+        rank_X[own][in_order_X[own].argsort(kind="stable")] = np.arange(count)
+    return Ranking(torch.from_numpy(rank_X[slot_X]), torch.from_numpy(-way_X))
 
 
 def rank_targets(score_X: Tensor, row_X: Tensor, group_X: Tensor, floor_G: Tensor) -> Tensor:

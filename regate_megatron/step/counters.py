@@ -1,6 +1,7 @@
 """Counts of what ran, and the log line.
 
-Every number counts the same everywhere: *targets* are positions with loss; *kept* are targets that ran in a step;
+Every number counts the same everywhere: *targets* are positions with loss; *visual* positions hold a part of an image
+or clip; *kept* are those that ran in a step;
 *positions* are what a row runs after the first dense layers, fill included; *dense-equivalent* is the share of decoder
 layer-positions that ran, dense layers included, against running every position in every layer; *max/mean* compares
 the positions that data-parallel ranks ran in sparse steps, step by step: every step waits for the slowest rank. Fill is
@@ -35,6 +36,8 @@ class Counters:
     fallback_steps: int = _most()
     targets_total: int = 0
     targets_kept: int = 0
+    visual_total: int = 0
+    visual_kept: int = 0
     positions_dense: int = 0
     positions_run: int = 0
     layer_positions_dense: int = 0
@@ -92,8 +95,10 @@ def count_step(step: Step, *, num_layers: int, dense_layers: int) -> Counters:
         counters.targets_known += int(is_known_X.sum())
     for index, one in enumerate(step.facts):
         targets = kept = one.num_targets
+        visual = kept_visual = int(one.is_visual_BS.sum())
         if plan.is_sparse:
-            kept = int((plan.microbatches[index].kept_mask() & one.is_target_BS).sum())
+            kept_BS = plan.microbatches[index].kept_mask()
+            kept, kept_visual = int((kept_BS & one.is_target_BS).sum()), int((kept_BS & one.is_visual_BS).sum())
         elif one.sample_BS is None:
             rows, dense = one.is_target_BS.shape
             counters.add_lengths(rows, dense, dense, num_layers, 0)
@@ -102,6 +107,8 @@ def count_step(step: Step, *, num_layers: int, dense_layers: int) -> Counters:
                 counters.add_lengths(1, dense, dense, num_layers, 0)
         counters.targets_total += targets
         counters.targets_kept += kept
+        counters.visual_total += visual
+        counters.visual_kept += kept_visual
     counters.add(count_plan(plan, num_layers=num_layers, dense_layers=dense_layers))
     return counters
 
@@ -138,10 +145,12 @@ def reduce_counters(counters: Counters, topology: Topology) -> Counters:
 
 
 def ratios(counters: Counters) -> dict[str, float]:
-    """What the log line, TensorBoard and W&B show, under ``regate/``."""
+    """What the log line, TensorBoard and W&B show, under ``regate/``; of visual positions only where there are any."""
     steps = max(counters.steps, 1)
+    visual = {"regate/visual-kept": counters.visual_kept / counters.visual_total} if counters.visual_total else {}
     return {
         "regate/targets-kept": counters.targets_kept / max(counters.targets_total, 1),
+        **visual,
         "regate/positions-run": counters.positions_run / max(counters.positions_dense, 1),
         "regate/dense-equivalent": counters.layer_positions_run / max(counters.layer_positions_dense, 1),
         "regate/max-mean-positions": counters.sparse_positions_slowest / counters.sparse_positions
@@ -161,9 +170,13 @@ def log_line(iteration: int, phase: str, interval: Counters, total: Counters, *,
     share = ratios(interval)
     fallback = f" | {interval.fallback_steps} steps ran dense (non-finite)" if interval.fallback_steps else ""
     work = "" if flops is None else f" | FLOPs {flops:.1%} of dense"
+    visual = ""
+    if interval.visual_total:
+        visual = f" | visual kept {interval.visual_kept}/{interval.visual_total} ({share['regate/visual-kept']:.1%})"
     return (
         f"[regate] iteration {iteration} | {phase} ({interval.sparse_steps}/{interval.steps} steps sparse)"
         f" | targets kept {interval.targets_kept}/{interval.targets_total} ({share['regate/targets-kept']:.1%})"
+        f"{visual}"
         f" | positions run {interval.positions_run}/{interval.positions_dense} ({share['regate/positions-run']:.1%})"
         f" | dense-equivalent {share['regate/dense-equivalent']:.1%}"
         f" (all steps {ratios(total)['regate/dense-equivalent']:.1%})"

@@ -18,7 +18,7 @@ from regate_megatron.method.budget import Alignment, align_up
 from regate_megatron.method.candidates import Candidates, Sort
 from regate_megatron.method.plan import MicrobatchPlan, Packing, StepPlan
 from regate_megatron.ranks.topology import Topology
-from regate_megatron.step.sorts import CandidateSort, Targets
+from regate_megatron.step.sorts import CandidateSort, Targets, Visual
 from regate_megatron.step.step import Balance, Step
 
 
@@ -40,7 +40,7 @@ class Planner:
         self.config, self.topology = config, topology
         self.multiple, self.segment_multiple = multiple, segment_multiple
         self.learned = Learned(config.ema_decay, topology, config.difficulty_memory * 1e9)
-        self.sorts: tuple[CandidateSort, ...] = (Targets(config, self.learned),)
+        self.sorts: tuple[CandidateSort, ...] = (Targets(config, self.learned), Visual(config))
 
     def plan(self, step: Step) -> None:
         """Plan a sparse step: fills its scores, plan, fallback and balance. All planners call this, over their group.
@@ -109,7 +109,7 @@ class Planner:
             always_BS = always_BS & ~is_candidate_BS
         if self.config.context == "all":
             return always_BS
-        return always_BS & selection.read_by_targets(facts.is_target_BS, facts.sample_BS)
+        return always_BS & facts.is_read_BS
 
     def _candidates(
         self,

@@ -49,6 +49,11 @@ def _packed_rows(setting: Setting) -> Any:
     return None
 
 
+def _no_pictures(setting: Setting) -> Any:
+    ratio = setting.config.visual_keep_ratio
+    return None if ratio == 1.0 or setting.is_multimodal else f"{ratio:g} for a language model by itself"
+
+
 def _adapters_in_teacher(setting: Setting) -> Any:
     takes_student = setting.config.needs_teacher and setting.config.teacher_load == STUDENT_AS_TEACHER
     return "student, which has adapters" if takes_student and setting.arg("peft") else None
@@ -79,6 +84,14 @@ TRAINING_RULES = (
         "bf16 or FP8 in this version",
         "the command: leave --fp4-format out",
         "lengths are not aligned for it",
+    ),
+    Rule(
+        flag("visual_keep_ratio"),
+        _no_pictures,
+        "less than 1 where the model reads images or video",
+        "--regate-visual-keep-ratio to 1, or the model",
+        "there is no visual position to leave out",
+        in_flags=False,
     ),
     Rule(
         "attention masks per document with a teacher",

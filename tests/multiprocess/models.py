@@ -37,7 +37,7 @@ from tests.multiprocess.cores import flat_rows, forget_router_metrics, own_part
 
 LAYERS, HIDDEN, VOCAB, TEXT, GLOBAL_ROWS = 4, 32, 64, 24, 8
 IMAGE, PATCH = 16, 8
-VISUAL = (IMAGE // PATCH) ** 2
+VISUAL = (IMAGE // PATCH) ** 2  # positions of a picture, unless a case has larger ones ("side", in pixels)
 
 
 def build(case: dict) -> list[torch.nn.Module]:
@@ -104,7 +104,8 @@ def merged_length(case: dict) -> int:
     if case["model"] != "llava":
         return TEXT
     cp = case.get("cp", 1)
-    return align_up(TEXT - 1 + VISUAL, (2 * cp if cp > 1 else 1) * (case["tp"] if case.get("sp") else 1))
+    visual = (case.get("side", IMAGE) // PATCH) ** 2
+    return align_up(TEXT - 1 + visual, (2 * cp if cp > 1 else 1) * (case["tp"] if case.get("sp") else 1))
 
 
 def recompute(method: str | None) -> dict:
@@ -173,8 +174,8 @@ def _llava(config, case, first, last, _):
         post_process=last,
         add_encoder=first,
         add_decoder=True,
-        img_h=IMAGE,
-        img_w=IMAGE,
+        img_h=case.get("side", IMAGE),
+        img_w=case.get("side", IMAGE),
         patch_dim=PATCH,
     )
 
@@ -203,7 +204,8 @@ def batches(case: dict) -> list[dict]:
     mask[3], mask[3, 5] = 0, 1
     for row, end in ((1, 9), (3, 11), (4, 15)):  # padded: a row's context sets the least length of all
         tokens[row, end:], mask[row, end - 1 :] = 0, 0
-    image = torch.randn(GLOBAL_ROWS, 3, IMAGE, IMAGE, generator=generator)
+    side = case.get("side", IMAGE)
+    image = torch.randn(GLOBAL_ROWS, 3, side, side, generator=generator)
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     own, num_rows = [], case.get("rows", 2)
     for start in range(rank * num_rows, GLOBAL_ROWS, size * num_rows):

@@ -40,7 +40,14 @@ def train(case: dict, *, with_regate: bool) -> tuple[list, list[torch.Tensor]]:
     schedule = get_forward_backward_func()
     if with_regate:
         config = ReGateConfig(
-            keep_ratio=1.0, warmup_steps=2, cycle_steps=4, dense_steps=1, teacher_load="student", score="regate"
+            keep_ratio=1.0,
+            visual_keep_ratio=1.0,
+            visual_score="static",
+            warmup_steps=2,
+            cycle_steps=4,
+            dense_steps=1,
+            teacher_load="student",
+            score="regate",
         )
         attach(models, config, pad_token=0)
         schedule = wrap_forward_backward(schedule)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from regate_megatron.batches import GPTBatches, LLaVABatches, NamedSamples
 from regate_megatron.batches.facts import key_hex
+from regate_megatron.batches.media import cells_of_image, image_grid
 
 IMAGE = -200
 
@@ -208,6 +209,10 @@ def _check_against_the_model(llava_model, batch: dict, adapter: LLaVABatches, el
     assert bool(facts.is_context_BS[(loss_mask > 0) & (labels < 0)].all())  # a loss without a label: it runs
     assert torch.equal(facts.label_BS[facts.is_target_BS], labels[facts.is_target_BS])
     assert torch.equal(facts.is_visual_BS, embeddings < 0)
+    media, number_V = facts.media, -1 - embeddings[embeddings < 0]
+    assert torch.equal(media.medium_V, number_V.long() // adapter.image_length)
+    assert torch.equal(media.place_V + media.lead, number_V.long() % adapter.image_length)
+    assert torch.equal(media.sample_I[media.medium_V], torch.where(embeddings < 0)[0])
     is_text = embeddings > 0
     assert torch.equal(facts.token_BS[is_text], embeddings[is_text].long() - 1000)
     # Every position is a target, context or padding; nothing the model leaves empty is context.
@@ -279,6 +284,45 @@ def test_the_merged_positions_of_one_row_by_hand():
     assert facts.is_target_BS.tolist() == [[True, False, False, False, False, True, True]]
     assert facts.label_BS[facts.is_target_BS].tolist() == [6, 8, 9]
     assert facts.is_context_BS.tolist() == [[False, True, True, True, True, False, False]]
+
+
+def test_cells_of_a_picture_are_the_pixels_under_its_visual_positions():
+    batch = _llava(([V, 5, V, 6], [0, 1, 1]))
+    batch["image"] = torch.arange(2 * 3 * 4 * 6, dtype=torch.float32).view(2, 3, 4, 6)
+    media = LLaVABatches(6, IMAGE, 64, False).read(batch).media
+    assert media.lead == 0 and media.grid_I3.tolist() == [[1, 2, 3]] * 2
+    second = media.pixels(1)
+    assert second.shape == (6, 12) and second[0, :4].tolist() == [72, 73, 78, 79]  # first channel of the first cell
+    assert second[5, :4].tolist() == [88, 89, 94, 95] and second[0, 4] == 96
+    with_class_token = LLaVABatches(7, IMAGE, 64, False).read(batch).media
+    assert with_class_token.lead == 1 and with_class_token.grid_I3.tolist() == [[1, 2, 3]] * 2
+    assert with_class_token.place_V.tolist() == [*range(-1, 6)] * 2
+
+
+@pytest.mark.parametrize(
+    ("positions", "height", "width", "found"),
+    [
+        (576, 336, 336, (0, 24, 24)),
+        (577, 336, 336, (1, 24, 24)),  # CLIP with its class token
+        (256, 448, 448, (0, 16, 16)),  # pixel shuffle: cells of 28
+        (264, 256, 256, (8, 16, 16)),  # RADIO
+        (32, 16, 32, (0, 4, 8)),
+        (3, 2, 2, None),
+        (1, 14, 28, None),
+    ],
+)
+def test_the_grid_of_a_picture_follows_from_its_size_and_positions(positions, height, width, found):
+    assert image_grid(positions, height, width) == found
+
+
+def test_large_cells_are_looked_at_here_and_there():
+    cells = cells_of_image(torch.randn(3, 56, 28), 2, 1)
+    assert cells.shape == (2, 3 * 4 * 4)
+
+
+def test_pictures_whose_cells_cannot_be_told_have_no_grid():
+    media = LLaVABatches(3, IMAGE, 64, False).read(_llava(PICTURE)).media
+    assert media.grid_I3 is None and media.pixels is None and media.count_I.tolist() == [3]
 
 
 def test_under_pipeline_parallelism_every_row_has_the_full_length_and_its_end_is_padding():

@@ -211,6 +211,47 @@ def test_loss_at_a_visual_position_stays_context():
     assert not facts.is_target_BS[0, 2] and facts.is_context_BS[0, 2]
 
 
+def _both_kinds() -> dict:
+    """A video of two frames and a picture in one row, a picture in the next; each patch holds its number."""
+    rows = [
+        [7, *[VIDEO_TOKEN] * 4, 8, PICTURE_TOKEN, PICTURE_TOKEN, 9, 6],
+        [PICTURE_TOKEN, PICTURE_TOKEN, 7, 8, 5, 4, 3, 2, 1, 1],
+    ]
+    masks = [[0, 0, 0, 0, 0, 1, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1, 1, 1, 1, 0]]
+    numbers = torch.arange(16.0)[:, None].expand(-1, 6)
+    return _qwen(
+        rows,
+        masks,
+        pixel_values=numbers,
+        image_grid_thw=_grid(TWO_BY_FOUR, TWO_BY_FOUR),
+        pixel_values_videos=100 + numbers,
+        video_grid_thw=_grid((2, 2, 4)),
+    )
+
+
+def test_qwen_media_are_images_and_videos_in_the_order_of_their_positions_with_merged_grids():
+    media = QWEN.read(_both_kinds()).media
+    assert media.grid_I3.tolist() == [[2, 1, 2], [1, 1, 2], [1, 1, 2]]
+    assert media.count_I.tolist() == [4, 2, 2] and media.sample_I.tolist() == [0, 0, 1] and media.lead == 0
+    assert media.place_V.tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
+    # four patches of six values under each position
+    assert [sorted(set(place.tolist())) for place in media.pixels(0)] == [
+        [100 + 4 * n + k for k in range(4)] for n in range(4)
+    ]
+    assert media.pixels(1)[0].tolist() == [n for n in range(4) for _ in range(6)]
+    assert set(media.pixels(2)[1].tolist()) == {12, 13, 14, 15}
+
+
+def test_qwen_visual_position_with_a_loss_is_told():
+    facts = QWEN.read(_both_kinds())
+    assert torch.where(facts.has_visual_loss_BS) == (torch.tensor([0]), torch.tensor([7]))
+
+
+def test_qwen_text_has_no_media():
+    media = QWEN.read(_qwen([[7, 8, 9, 5]], [[0, 1, 1, 0]])).media
+    assert len(media.count_I) == len(media.medium_V) == 0
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import balance, report
+from benchmarks import balance, report, run
 from benchmarks.assigned import assign
 from benchmarks.measuring import figure, median_interval, spread
 from benchmarks.models import Size
@@ -66,6 +66,15 @@ def test_the_report_of_balance_on_a_few_ranks(tmp_path, rows):
         assert 0.25 <= min(found["uniform"]["kept"], found["balanced"]["kept"])
         assert name in lines[0]
     assert results["mixed-instruct"][4]["uniform"]["max/mean"] == 1
+
+
+def test_ranks_are_balanced_where_visual_positions_are_left_out_too(tmp_path):
+    mixes = ["--mixes", "documents", "video", "--visual-keep-ratio", "0.25"]  # by targets alone documents are not
+    options = ["--ranks", "8", "--rank-steps", "16", "--rows", "4", "--out", str(tmp_path / "balance.json")]
+    for by_ranks in balance.main([*mixes, *options], lambda _: None).values():
+        assert by_ranks[8]["balanced"]["max/mean"] <= 1.02
+        assert by_ranks[8]["per-sample"]["kept"] == pytest.approx(0.27, abs=0.06)
+        assert by_ranks[8]["uniform"]["slowest"] < 0.6
 
 
 def test_work_of_a_layer_is_linear_in_the_mlp_and_quadratic_in_attention():
@@ -132,6 +141,39 @@ def test_one_table_has_a_row_per_figure_with_its_median_and_quartiles():
     assert lines[2] == "| step time | GPT, keep 0.5 | conv | 1.000 (0.900 to 1.100) | 3 | >= 0.95 | work 59 % |"
     assert lines[3].startswith("|  | control | time ratio | 1.500 |")
     assert "62.50%" in lines[4]
+
+
+def _visual_part() -> dict:
+    shares = {"decoder_time_share": 0.2, "conv": 1.0, "speedup": 3.5, "cycle_speedup": 2.7}
+    measured = {name: spread([value] * 3) for name, value in shares.items()}
+    setting = {"rows": "video-like", "length": 2240, "keep_ratio": 0.5, "visual_keep_ratio": 0.2}
+    row = {**setting, **measured, "decoder_work_share": 0.21, "tower_work_share_sparse": 0.25, "saved_share": 0.3}
+    planning = [
+        {"visual_score": name, "keep_ratio": ratio, "ms": spread([30.0])}
+        for name, ratio in (("even", 1), ("random", 0.5))
+    ]
+    visual = {"speedup": 3.5, "conv": 1.0, "kept_visual": 0.21}
+    return {"part": "visual", "figures": [], "rows": [row], "planning": planning, "visual": visual}
+
+
+def test_the_page_on_visual_positions_is_filled_from_its_part():
+    results = _results()
+    results["parts"].append(_visual_part())
+    texts = report.fragments(results)
+    row = (
+        "| video-like, 2240 | 0.5 | 0.2 | 21.0% | 20.0% | 1.00 | 3.50 times as fast (3.50 to 3.50) | 2.70 | 25% | 30% |"
+    )
+    assert texts["bench-visual"].splitlines()[2] == row
+    assert texts["bench-visual-planning"].splitlines()[::2] == ["| even | random beside targets |", "| 30 | 30 |"]
+
+
+def test_results_tell_the_visual_headline_beside_the_other(tmp_path):
+    step_time = _results()["parts"][0] | {"headline": {"conv": 1.0}}
+    for part in (step_time, _visual_part()):
+        part |= {"machine": {}, "seconds": 1.0, "quick": False}
+        (tmp_path / f"{part['part']}.json").write_text(json.dumps(part))
+    found = run.collect(tmp_path)
+    assert found["visual"] == {"speedup": 3.5, "conv": 1.0, "kept_visual": 0.21} and found["headline"] == {"conv": 1.0}
 
 
 def test_only_what_stands_between_markers_is_written(tmp_path):

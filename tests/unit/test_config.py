@@ -15,6 +15,7 @@ from regate_megatron.config import (
     PACKED_RATIOS,
     SCORES,
     TEACHER_VISUAL,
+    VISUAL_SCORES,
     add_arguments,
     flag,
     parse,
@@ -25,6 +26,8 @@ FLAGS = {  # a change here breaks users' scripts
     "--regate-keep-ratio": 0.5,
     "--regate-keep-ratio-end": None,
     "--regate-keep-ratio-steps": None,
+    "--regate-visual-keep-ratio": 1.0,
+    "--regate-visual-score": "random",
     "--regate-dense-layers": 1,
     "--regate-dense-last-layers": 0,
     "--regate-warmup-steps": 100,
@@ -54,6 +57,7 @@ CHOICES = {
     "fusion": ("sum", "convex"),
     "score": ("regate", "student", "reference", "excess", "gain", "random"),
     "budget": ("uniform", "balanced", "per-sample"),
+    "visual_score": ("random", "even", "static", "detail"),
     "packed_ratio": ("row", "sample"),
     "context": ("all", "read"),
     "teacher_visual": ("drop", "pad"),
@@ -63,7 +67,11 @@ NOT_FINITE = (float("nan"), float("inf"), -float("inf"))
 
 FROM_ZERO = ("dense_layers", "dense_last_layers", "warmup_steps", "dense_steps", "seed")
 OUT_OF_RANGE = [
-    *(("keep_ratio", value) for value in (0, 0.0, -0.1, 1.0000001, 2, True, "0.5", None, *NOT_FINITE)),
+    *(
+        (name, value)
+        for name in ("keep_ratio", "visual_keep_ratio")
+        for value in (0, 0.0, -0.1, 1.0000001, 2, True, "0.5", None, *NOT_FINITE)
+    ),
     *(("ema_decay", value) for value in (-0.01, 1, 1.0, 1.5, False, "0.9", None, *NOT_FINITE)),
     *(("reference_weight", value) for value in (-0.01, -1, True, "0.5", None, *NOT_FINITE)),
     *((name, value) for name in FROM_ZERO for value in (-1, 1.0, True, "1")),
@@ -175,6 +183,20 @@ def test_a_ratio_of_one_elides_only_if_it_falls():
     assert ReGateConfig(keep_ratio=0.9, keep_ratio_end=1.0, keep_ratio_steps=9).elides
 
 
+def test_visual_positions_alone_need_no_teacher_and_no_difficulty():
+    alone = ReGateConfig(keep_ratio=1.0, visual_keep_ratio=0.25)
+    assert alone.elides and alone.elides_in(5) and not alone.needs_teacher and not alone.learns
+    alone.require_teacher()
+    assert dataclasses.replace(alone, teacher_load="student").unused == ["--regate-teacher-load"]
+    both = ReGateConfig(keep_ratio=1.0, keep_ratio_end=0.5, keep_ratio_steps=9, visual_keep_ratio=0.25)
+    assert both.needs_teacher and both.learns and both.elides_in(0)
+
+
+def test_nothing_is_left_out_where_both_ratios_are_one():
+    config = ReGateConfig(keep_ratio=1.0, visual_keep_ratio=1.0)
+    assert not config.elides and not config.elides_in(10**6)
+
+
 def test_a_cool_down_cannot_begin_in_the_warm_up():
     with pytest.raises(ReGateError) as refusal:
         ReGateConfig(warmup_steps=7, dense_from=7)
@@ -182,7 +204,13 @@ def test_a_cool_down_cannot_begin_in_the_warm_up():
 
 
 def test_the_choices_are_the_documented_ones_and_a_refusal_lists_them_all():
-    of_code = {"fusion": FUSIONS, "score": tuple(SCORES), "budget": BUDGETS, "teacher_visual": TEACHER_VISUAL}
+    of_code = {
+        "visual_score": tuple(VISUAL_SCORES),
+        "fusion": FUSIONS,
+        "score": tuple(SCORES),
+        "budget": BUDGETS,
+        "teacher_visual": TEACHER_VISUAL,
+    }
     assert of_code | {"packed_ratio": PACKED_RATIOS, "context": CONTEXTS} == CHOICES
     for name, choices in CHOICES.items():
         for choice in choices:
@@ -245,6 +273,8 @@ def test_flags_give_the_config_they_spell():
         "keep_ratio": 0.25,
         "keep_ratio_end": 0.75,
         "keep_ratio_steps": 1000,
+        "visual_keep_ratio": 0.125,
+        "visual_score": "static",
         "dense_layers": 0,
         "dense_last_layers": 2,
         "warmup_steps": 3,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from regate_megatron.batches import MicrobatchFacts
@@ -17,6 +18,7 @@ FACTS = SimpleNamespace(
     is_target_BS=torch.tensor([[False, True, True, True]]),
     num_targets=3,
     is_context_BS=torch.tensor([[True, False, False, False]]),
+    is_visual_BS=torch.tensor([[True, False, False, False]]),
     sample_BS=None,
 )
 SPARSE = StepPlan(3, (MicrobatchPlan.of(torch.tensor([[True, False, True, False]]), 3),))  # one slot of fill
@@ -45,6 +47,22 @@ def test_fill_is_run_and_not_kept():
     assert (counters.targets_total, counters.targets_kept) == (3, 1)
     assert (counters.positions_dense, counters.positions_run) == (4, 3)
     assert ratios(counters)["regate/dense-equivalent"] == (4 + 3 * 3) / 16
+
+
+def test_visual_positions_are_told_where_there_are_any():
+    facts = SimpleNamespace(
+        is_target_BS=torch.tensor([[False, False, False, True]]),
+        num_targets=1,
+        is_visual_BS=torch.tensor([[True, True, True, False]]),
+        sample_BS=None,
+    )
+    plan = StepPlan(3, (MicrobatchPlan.of(torch.tensor([[False, True, False, True]]), 3),))
+    sparse, dense = _counted(facts, plan), _counted(facts, StepPlan(4))
+    assert (sparse.visual_total, sparse.visual_kept, dense.visual_kept) == (3, 1, 3)
+    assert ratios(sparse)["regate/visual-kept"] == pytest.approx(1 / 3)
+    assert "| visual kept 4/6 (66.7%) |" in log_line(4, "sparse", _interval(sparse, dense), Counters())
+    text = _counted(SimpleNamespace(**vars(FACTS) | {"is_visual_BS": torch.zeros(1, 4, dtype=torch.bool)}), SPARSE)
+    assert "visual" not in log_line(4, "sparse", text, Counters()) and "regate/visual-kept" not in ratios(text)
 
 
 def test_max_mean_compares_the_slowest_rank_of_every_step():
@@ -78,6 +96,7 @@ def test_packed_rows_count_the_squares_of_their_segments():
     facts = SimpleNamespace(
         is_target_BS=FACTS.is_target_BS,
         num_targets=3,
+        is_visual_BS=FACTS.is_visual_BS,
         sample_BS=torch.tensor([[0, 0, 1, 1]]),
         segment_length_N=torch.tensor([2, 2]),
     )

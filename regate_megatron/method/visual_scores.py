@@ -1,0 +1,151 @@
+"""What ranks the visual positions: one row of :data:`VISUAL_SCORES` per rule. Flags, checks and pages follow from it.
+
+Of two positions of an image or clip the one with the larger score is kept first; ties go to the earlier place. Rules
+look at content keys, places and pixels alone, so that every layout ranks alike, and at nothing that a model computed:
+a plan is made before the step.
+
+*A picture that does not move* has no earlier frame: what compares frames falls back to ``even`` there.
+
+Shapes: X candidates of a step, I images and clips (media), N places of a grid, D values under a place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the table is read where neither torch nor numpy is installed, too
+    import numpy as np
+    from torch import Tensor
+
+# 2^64 times the powers of 1/g, where g^(d+1) = g + 1 in d dimensions: their multiples, summed over the axes of a grid,
+# fill the unit interval evenly (Roberts' R sequences).
+_PLANE = (0xC13FA9A902A6328F, 0x91E10DA5C79E7B1C)
+_SPACE = (0xD1B54A32D192ED03, 0xABC98388FB8FAC02, 0x8CB92BA72F3D8DD7)
+FIRST_FRAME = 3.0
+"""Above every cosine distance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualSignals:
+    """What scores are made of, for every candidate of a step.
+
+    Attributes:
+        medium_X: the medium of each candidate, counted over the step; int64, ascending.
+        place_X: its place in the grid of that; int64.
+        grid_I3: frames, height and width of each medium; int64.
+        pixels: gives what lies under every place of medium i; float [N, D].
+        keys: gives the content key of each candidate's sample, int64 [X, 2], and its place in that, int64 [X].
+        chance: a number in [0, 1) for each medium that changes with the step; float64 [I].
+    """
+
+    medium_X: np.ndarray
+    place_X: np.ndarray
+    grid_I3: np.ndarray
+    pixels: Callable[[int], np.ndarray]
+    keys: Callable[[], tuple[Tensor, Tensor]]
+    chance: Callable[[], np.ndarray]
+    seed: int
+    step: int
+
+
+@dataclass(frozen=True)
+class VisualScore:
+    """One row of the table.
+
+    Attributes:
+        formula: for people.
+        of: the score of every candidate, float64 [X], finite.
+        needs_grid: whether the grids must be known.
+        needs_pixels: whether it reads pixels.
+    """
+
+    formula: str
+    of: Callable[[VisualSignals], np.ndarray]
+    needs_grid: bool = False
+    needs_pixels: bool = False
+
+
+def _random(signals: VisualSignals) -> np.ndarray:
+    from regate_megatron.method.chance import uniform_in_0_1  # needs torch, which reading the table must not
+
+    return uniform_in_0_1(*signals.keys(), seed=signals.seed, step=signals.step).numpy()
+
+
+def _even(signals: VisualSignals) -> np.ndarray:
+    """A lattice over each grid, moved by chance: any number of the best are spread evenly, each place is as likely.
+
+    In whole numbers, which wrap alike on every machine.
+    """
+    import numpy as np
+
+    grid_X3 = signals.grid_I3[signals.medium_X]
+    _, height_X, width_X = grid_X3.T
+    frame_X, in_frame_X = np.divmod(signals.place_X, height_X * width_X)
+    place_X3 = np.stack([frame_X, *np.divmod(in_frame_X, width_X)], axis=1).astype(np.uint64)
+    flat_X = (place_X3[:, 1:] * np.array(_PLANE, np.uint64)).sum(axis=1, dtype=np.uint64)
+    deep_X = (place_X3 * np.array(_SPACE, np.uint64)).sum(axis=1, dtype=np.uint64)
+    offset_I = (signals.chance() * 2.0**53).astype(np.uint64) << np.uint64(11)
+    state_X = np.where(grid_X3[:, 0] == 1, flat_X, deep_X) + offset_I[signals.medium_X]
+    return (state_X >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+def _by_medium(signals: VisualSignals, of: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    """``of(pixels, grid)`` [N] of every medium with candidates, at their places."""
+    import numpy as np
+
+    score_X, count_I = np.empty(len(signals.medium_X)), np.bincount(signals.medium_X, minlength=len(signals.grid_I3))
+    end = 0
+    for medium, count in enumerate(count_I.tolist()):
+        own, end = slice(end, end + count), end + count
+        if count:
+            pixel_ND = signals.pixels(medium).astype(np.float64)
+            score_X[own] = of(pixel_ND, signals.grid_I3[medium])[signals.place_X[own]]
+    return score_X
+
+
+def _static(signals: VisualSignals) -> np.ndarray:
+    """1 − cosine with the same place one frame earlier; the first frame comes first. Images: ``even``."""
+    import numpy as np
+
+    def changes(pixel_ND: np.ndarray, grid_3: np.ndarray) -> np.ndarray:
+        frame_TND = pixel_ND.reshape(grid_3[0], -1, pixel_ND.shape[1])
+        norm_TN = np.sqrt((frame_TND**2).sum(axis=-1))
+        dot_TN = (frame_TND[1:] * frame_TND[:-1]).sum(axis=-1)
+        norms_TN = norm_TN[1:] * norm_TN[:-1]
+        alike_TN = norm_TN[1:] == norm_TN[:-1]  # where one of them is all zero
+        cosine_TN = np.divide(dot_TN, norms_TN, out=alike_TN.astype(np.float64), where=norms_TN > 0)
+        return np.concatenate([np.full(norm_TN.shape[1], FIRST_FRAME), 1.0 - cosine_TN.ravel()])
+
+    moves_X = signals.grid_I3[signals.medium_X, 0] > 1
+    if not moves_X.any():
+        return _even(signals)
+    moving = _only(signals, moves_X)
+    score_X = np.empty(len(moves_X))
+    score_X[moves_X] = _by_medium(moving, changes)
+    if not moves_X.all():
+        score_X[~moves_X] = _even(_only(signals, ~moves_X))
+    return score_X
+
+
+def _detail(signals: VisualSignals) -> np.ndarray:
+    return _by_medium(signals, lambda pixel_ND, _: pixel_ND.std(axis=1))
+
+
+def _only(signals: VisualSignals, where_X: np.ndarray) -> VisualSignals:
+    """The same for some of the candidates; for rules that ask for no keys."""
+    return replace(signals, medium_X=signals.medium_X[where_X], place_X=signals.place_X[where_X])
+
+
+VISUAL_SCORES: dict[str, VisualScore] = {
+    "random": VisualScore("chance", _random),
+    "even": VisualScore("a lattice over the picture, moved by chance", _even, needs_grid=True),
+    "static": VisualScore(
+        "1 - cosine with the same place one frame earlier, the first frame first; images: even",
+        _static,
+        needs_grid=True,
+        needs_pixels=True,
+    ),
+    "detail": VisualScore("standard deviation of the pixels", _detail, needs_grid=True, needs_pixels=True),
+}
