@@ -51,7 +51,7 @@ def install(config: ReGateConfig) -> None:
             flag("reference_cache"),
             given=given,
             allowed="a directory, and a score that needs the teacher",
-            change="the command",
+            change=f"the command: give {flag('reference_cache')} a folder, and {flag('score')} such a score",
         )
         error.everywhere = True
         raise error
