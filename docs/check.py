@@ -21,7 +21,9 @@ from regate_megatron.support import RULES  # noqa: E402
 
 README_WORDS = 1300
 FLAGS = {flag(field.name) for field in dataclasses.fields(ReGateConfig)}
-ROOMS = "benchmarks|docs|examples(?!/multimodal)|patches|regate_megatron|scripts|tests|tools"  # that one is Megatron-LM's
+ROOMS = (
+    "benchmarks|docs|examples(?!/multimodal)|patches|regate_megatron|scripts|tests|tools"  # that one is Megatron-LM's
+)
 
 
 def flag_table() -> str:
@@ -40,7 +42,8 @@ def score_table() -> str:
     lines = ["| score | formula | a teacher? | learns from the student's losses? |", "|---|---|---|---|"]
     for name, row in SCORES.items():
         needs = ("yes" if one else "no" for one in (row.needs_reference, row.needs_difficulty))
-        lines.append(f"| `{name}` | {row.formula} | {' | '.join(needs)} |")
+        formula = row.formula.replace("|", chr(92) + "|")
+        lines.append(f"| `{name}` | {formula} | {' | '.join(needs)} |")
     return "\n".join(lines)
 
 

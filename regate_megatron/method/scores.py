@@ -1,4 +1,4 @@
-"""What ranks the targets: one row of :data:`SCORES` per score. Flags, checks and help texts follow from the table.
+"""The scores that rank targets: one row of :data:`SCORES` each. Flags, checks, help and docs follow from the table.
 
 Of two targets the one with the larger score is kept first. Losses are negative log-likelihoods in nats.
 

@@ -1,4 +1,4 @@
-"""ReGATE on one rank: runs training steps from end to end, and keeps what outlives them.
+"""ReGATE on one rank: runs training steps from end to end, and keeps what lasts longer than a step.
 
 Phase from the step number → each rank that has data pulls exactly this step's microbatches → the planner reads them,
 the teacher scores what is new, the planner selects → the plan reaches every rank of the replica and its hash is
