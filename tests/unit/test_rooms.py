@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,3 +77,10 @@ def test_no_files_form_a_circle():
     while free := {file for file, to in left.items() if not to & left.keys()}:
         left = {file: to for file, to in left.items() if file not in free}
     assert sorted(str(file.relative_to(PACKAGE)) for file in left) == []
+
+
+def test_the_page_lists_the_rooms_in_this_order():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    table = page.partition("| room | what it knows |")[2].partition("\n\n")[0]
+    listed = [set(re.findall(r"`(\w+)`", line.split("|")[1])) for line in table.splitlines()[2:]]
+    assert listed == [set(floor) for floor in FLOORS[: len(listed)]] and len(listed) == len(FLOORS) - 2
