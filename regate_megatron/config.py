@@ -162,10 +162,12 @@ class ReGateConfig:
     seed: int = _option(1234, "seed of the score 'random'", metavar="N")
 
     def __post_init__(self) -> None:
-        self._check_number("keep_ratio", "a finite number in (0, 1]", lambda v: 0 < v <= 1, "0.5")
-        self._check_number("ema_decay", "a finite number in [0, 1)", lambda v: 0 <= v < 1, "0.9")
+        self._check_number("keep_ratio", "a number above 0, at most 1", lambda v: 0 < v <= 1, "0.5")
+        self._check_number("ema_decay", "a number of 0 or more, below 1", lambda v: 0 <= v < 1, "0.9")
         top = 1.0 if self.fusion == "convex" else math.inf
-        allowed = "a finite number in [0, 1]" if self.fusion == "convex" else "a finite number of 0 or more"
+        allowed = (
+            f"a number from 0 to 1 with {flag('fusion')} convex" if self.fusion == "convex" else "a number of 0 or more"
+        )
         self._check_number("reference_weight", allowed, lambda v: 0 <= v <= top, "0.5")
         for name in ("dense_layers", "dense_last_layers", "warmup_steps", "dense_steps"):
             self._check_number(name, "an integer of 0 or more", lambda v: v >= 0, "1", True)
@@ -173,7 +175,7 @@ class ReGateConfig:
         if self.length_multiple is not None:
             self._check_number("length_multiple", "an integer of 1 or more", lambda v: v >= 1, "64", True)
         self._check_number("seed", "an integer of 0 or more, below 2**63", lambda v: 0 <= v < 2**63, "1234", True)
-        self._check_number("difficulty_memory", "a finite number above 0 (10^9 bytes)", lambda v: v > 0, "4")
+        self._check_number("difficulty_memory", "a number above 0 (of 10^9 bytes)", lambda v: v > 0, "4")
         for field in dataclasses.fields(self):
             choices = field.metadata["choices"]
             if choices and getattr(self, field.name) not in choices:
@@ -192,7 +194,7 @@ class ReGateConfig:
 
     def _check_moving_ratio(self) -> None:
         if self.keep_ratio_end is not None:
-            allowed = "none, or a finite number in (0, 1]"
+            allowed = "none, or a number above 0, at most 1"
             self._check_number("keep_ratio_end", allowed, lambda v: 0 < v <= 1, "0.5")
         if self.keep_ratio_steps is not None:
             allowed = "none, or an integer of 1 or more"

@@ -38,8 +38,8 @@ class Session:
         step: the step that ran last and is neither counted nor forgotten; None between steps.
         steps_done: steps done before the next one.
         totals: counts of this rank since the run began.
-        work: the lengths that a FLOP count asked for now should speak of.
-        counts_own_steps: whether a step counts as soon as the next one begins; False where a host says it.
+        work: the lengths that Megatron's FLOP count, when asked now, has to count.
+        counts_own_steps: whether a step counts as soon as the next one begins; False where a host says whether it did.
     """
 
     def __init__(
