@@ -183,7 +183,7 @@ class ReGateConfig:
         if self.dense_steps > self.cycle_steps:
             raise self._refuse(
                 "dense_steps",
-                f"0 to {self.cycle_steps}, the cycle",
+                f"0 to {self.cycle_steps}, the length of a cycle",
                 f"it to {min(16, self.cycle_steps)} or raise {flag('cycle_steps')}",
             )
         self._check_moving_ratio()
