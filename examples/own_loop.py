@@ -6,6 +6,9 @@
 
 The three lines a loop needs are marked (1) to (3); everything else is what such a loop has anyway. Here: a GPTModel on
 two pipeline stages, DDP, Adam, and rows of which the first third is a prompt (loss mask 0). It prints a line per step.
+
+Where Megatron-LM's model builders make the model (``megatron/training/models``, since 0.18), ``attach`` goes into the
+model config's ``pre_wrap_hooks`` instead: ``config.pre_wrap_hooks.append(lambda chunks: attach(chunks, settings))``.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from regate_megatron import config as settings
-from regate_megatron import launch
+from regate_megatron.cpu import launch
 
 
 def main(argv: list[str], install: Callable[[settings.ReGateConfig], None] | None = None) -> None:

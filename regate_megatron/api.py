@@ -59,7 +59,7 @@ def attach(
         return model_chunks
     chunks = list(model_chunks)
     if any(hasattr(compat.unwrap(chunk), _SESSION) for chunk in chunks):
-        raise refuse("attach", given="a model that has ReGATE already", allowed="one attach", change="detach first")
+        raise refuse("attach", given="a model that has ReGATE already", allowed="one attach", change="it: detach first")
     topology = build_topology()
     try:
         with topology.together("attach"):
@@ -196,5 +196,7 @@ def load_state(model_chunks: list[Any], folder: str | Path) -> str:
 def _session_for(model_chunks: list[Any], verb: str) -> Session:
     session = session_of(model_chunks)
     if session is None:
-        raise refuse(verb, given="a model without ReGATE", allowed="attached chunks", change="attach first")
+        raise refuse(
+            verb, given="a model without ReGATE", allowed="model chunks that attach returned", change="it: attach first"
+        )
     return session

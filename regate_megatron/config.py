@@ -24,6 +24,13 @@ SAMPLE_KEYS = ("content", "text")
 TEACHER_VISUAL = ("drop", "pad")
 STUDENT_AS_TEACHER = "student"
 
+WORDS = (
+    "ReGATE: reference-guided adaptive token elision. In a dense step every token runs through the decoder; in a "
+    "sparse step some answer tokens are left out. An answer token (or target) is one with a loss. The student is the "
+    "model that is trained, the teacher a frozen language model that sees the text alone."
+)
+"""What the help texts take for known."""
+
 
 def _option(default: Any, help_text: str, choices: Sequence[str] | None = None, metavar: str | None = None) -> Any:
     return dataclasses.field(default=default, metadata={"help": help_text, "choices": choices, "metavar": metavar})
@@ -37,96 +44,152 @@ class ReGateConfig:
         ReGateError: a value is out of its range; one line with what was given, what is allowed, what to change.
     """
 
-    enabled: bool = _option(True, "train with ReGATE token elision")
-    keep_ratio: float = _option(0.5, "share p of the target tokens that stay active in sparse steps, in (0, 1]")
+    enabled: bool = _option(True, "train with ReGATE: in sparse steps easy answer tokens are left out of the decoder")
+    keep_ratio: float = _option(
+        0.5,
+        "share of the answer tokens that runs in a sparse step: above 0, at most 1; 1 leaves nothing out",
+        metavar="P",
+    )
     keep_ratio_end: float | None = _option(
-        None, "ratio that the keep ratio goes to, up or down, cycle by cycle; none: it stays", metavar="R"
+        None,
+        "let the keep ratio move from P to R, up or down, a little with every cycle; needs the next flag too; none: it "
+        "stays P",
+        metavar="R",
     )
     keep_ratio_steps: int | None = _option(
-        None, "iterations after the warm-up in which the keep ratio goes to its end", metavar="N"
+        None, "iterations from the end of the warm-up until the keep ratio has moved from P to R", metavar="N"
     )
     visual_keep_ratio: float = _option(
         1.0,
-        "share r of the visual positions of each image or clip that run in sparse steps, in (0, 1]; 1: all; with "
-        "a keep ratio of 1 beside it no teacher is needed",
-        metavar="R",
+        "share of the visual tokens of each image or video that runs in a sparse step: above 0, at most 1; 1 leaves "
+        "none out; with --regate-keep-ratio 1 beside it no teacher is needed",
+        metavar="P",
     )
     visual_score: str = _option(
         "random",
-        "what ranks the visual positions: "
-        + ", ".join(f"{name} = {row.formula}" for name, row in VISUAL_SCORES.items()),
+        "which visual tokens run in sparse steps, those with the highest score; "
+        + ", ".join(f"{name}: {row.formula}" for name, row in VISUAL_SCORES.items()),
         tuple(VISUAL_SCORES),
     )
     dense_layers: int = _option(
         1,
-        "number of first decoder layers that see every token; 0 is the paper's method; "
-        "a HybridModel counts attention and MLP apart",
-    )
-    dense_last_layers: int = _option(
-        0, "number of last decoder layers that see every token again; no pipeline stages then"
-    )
-    warmup_steps: int = _option(100, "iterations at the start that run dense")
-    cycle_steps: int = _option(128, "iterations per cycle after the warm-up (C)")
-    dense_steps: int = _option(16, "dense iterations at the head of each cycle (F); they refresh every difficulty")
-    dense_from: int | None = _option(
-        None,
-        "iterations after the first N all run dense: a cool-down before evaluation; N = train iterations - cool-down",
+        "the first N decoder layers run every token in sparse steps too; 0 is the paper's method; in a HybridModel "
+        "attention and MLP are layers of their own",
         metavar="N",
     )
-    ema_decay: float = _option(0.9, "decay beta of the running average of the student's loss, in [0, 1)")
-    reference_weight: float = _option(0.5, "weight lambda of the reference loss; 0 or more, at most 1 when convex")
-    fusion: str = _option("sum", "m + lambda*ref (sum) or (1-lambda)*m + lambda*ref (convex)", FUSIONS)
+    dense_last_layers: int = _option(
+        0, "the last N decoder layers run every token again; not with pipeline parallelism", metavar="N"
+    )
+    warmup_steps: int = _option(100, "the first N iterations of training are dense", metavar="N")
+    cycle_steps: int = _option(
+        128, "after the warm-up, iterations come in cycles of N: first dense ones, then sparse ones", metavar="N"
+    )
+    dense_steps: int = _option(
+        16,
+        "the first N iterations of each cycle are dense: the student's loss on every answer token is seen again",
+        metavar="N",
+    )
+    dense_from: int | None = _option(
+        None,
+        "all iterations after the first N are dense, so that training ends on full rows, as evaluation has them; none: "
+        "cycles go on to the end",
+        metavar="N",
+    )
+    ema_decay: float = _option(
+        0.9,
+        "how slowly m, the running average of the student's loss on an answer token, changes: m = B*m + (1-B)*loss; "
+        "0 or more, below 1",
+        metavar="B",
+    )
+    reference_weight: float = _option(
+        0.5,
+        "weight of the teacher's loss in the score 'regate': 0 or more; with --regate-fusion convex at most 1",
+        metavar="L",
+    )
+    fusion: str = _option(
+        "sum",
+        "how the score 'regate' is made of m, the student's average loss, and ref, the teacher's loss; sum: m + L*ref, "
+        "convex: (1-L)*m + L*ref, L the reference weight",
+        FUSIONS,
+    )
     score: str = _option(
         "regate",
-        "what ranks the targets: " + ", ".join(f"{name} = {row.formula}" for name, row in SCORES.items()),
+        "which answer tokens run in sparse steps, those with the highest score; "
+        + ", ".join(f"{name}: {row.formula}" for name, row in SCORES.items())
+        + "; m is the student's average loss on the token, ref the teacher's loss",
         tuple(SCORES),
     )
     budget: str = _option(
-        "uniform", "how many positions a row keeps: one length for all, equal totals per rank, own share", BUDGETS
+        "uniform",
+        "how long rows are in a sparse step; uniform: all rows of all ranks alike, balanced: every data-parallel rank "
+        "runs the same total, per-sample: every sample keeps exactly its share, and ranks differ",
+        BUDGETS,
     )
     length_multiple: int | None = _option(
         None,
-        "kept lengths are a multiple of this, beside what the layout needs; none: of the largest power of two up to "
-        "1/32 of the dense length, so that few lengths occur",
+        "lengths of shortened rows are rounded up to a multiple of N, so that few different ones occur; none: N is the "
+        "largest power of two up to 1/32 of the full length; what parallelism or FP8 need is seen to without this",
         metavar="N",
     )
     packed_ratio: str = _option(
-        "sample", "what has its own share and floor in a packed row: each of its samples, or the row", PACKED_RATIOS
+        "sample",
+        "what the keep ratio is a share of where a row holds several packed samples; sample: of the answer tokens of "
+        "each sample, row: of all answer tokens of the row",
+        PACKED_RATIOS,
     )
     context: str = _option(
-        "all", "context that runs: all of a row, or what its targets can read (up to its last one)", CONTEXTS
+        "all",
+        "which other tokens run (prompt, images); all: all of them, read: those before the last answer token of their "
+        "sample, as no answer token can read the rest",
+        CONTEXTS,
     )
     teacher_load: str | None = _option(
-        None, "Megatron torch_dist checkpoint of the frozen text-only teacher, or 'student'", metavar="DIR|student"
+        None,
+        "the teacher: a folder with a Megatron torch_dist checkpoint of the language model the student started from, "
+        "or 'student' for the student's own language model as it is when training starts",
+        metavar="DIR|student",
     )
     teacher_visual: str = _option(
-        "drop", "visual positions in the teacher's input: left out, or placeholders", TEACHER_VISUAL
+        "drop",
+        "what the teacher, which sees no images, reads in their place; drop: nothing, its rows are shorter, pad: one "
+        "pad token per position",
+        TEACHER_VISUAL,
     )
-    reference_cache: str | None = _option(None, "directory that keeps reference losses between runs", metavar="DIR")
-    teacher_offload: bool = _option(False, "keep the teacher's weights in host memory between uses")
+    reference_cache: str | None = _option(
+        None,
+        "keep the teacher's losses in folder DIR for later runs; a run that finds all it needs there builds no teacher",
+        metavar="DIR",
+    )
+    teacher_offload: bool = _option(False, "keep the teacher's weights in host memory while it does not run")
     sample_key: str = _option(
         "content",
-        "what finds a sample's difficulty again: its content (text and pictures), its text alone (pictures may be "
-        "augmented), or an id of the batch's own, by the name of its key",
+        "how a sample is recognised when it comes again, so that its answer tokens keep their average losses; content: "
+        "by its text and pictures, text: by its text alone (for augmented pictures), NAME: by the id under that key of "
+        "the batch",
         metavar="{content,text}|NAME",
     )
     difficulty_memory: float = _option(
         4.0,
-        "host memory for difficulty, per data-parallel rank, in 10^9 bytes; the least recently seen go",
+        "host memory for the student's average losses, in GB (10^9 bytes) per data-parallel replica; when it is full, "
+        "the samples seen longest ago are forgotten",
         metavar="GB",
     )
-    reset_difficulty: bool = _option(False, "resume without the difficulty in the checkpoint, which starts empty")
-    trace: str | None = _option(
-        None, "directory for one JSON line per microbatch: what was kept and why", metavar="DIR"
+    reset_difficulty: bool = _option(
+        False, "resume without the student's average losses that the checkpoint holds: start to learn them anew"
     )
-    seed: int = _option(1234, "seed of the random score", metavar="N")
+    trace: str | None = _option(
+        None, "write one JSON line per microbatch into folder DIR: which tokens ran, with all scores", metavar="DIR"
+    )
+    seed: int = _option(1234, "seed of the score 'random'", metavar="N")
 
     def __post_init__(self) -> None:
-        self._check_number("keep_ratio", "a finite number in (0, 1]", lambda v: 0 < v <= 1, "0.5")
-        self._check_number("visual_keep_ratio", "a finite number in (0, 1]", lambda v: 0 < v <= 1, "0.25")
-        self._check_number("ema_decay", "a finite number in [0, 1)", lambda v: 0 <= v < 1, "0.9")
+        self._check_number("keep_ratio", "a number above 0, at most 1", lambda v: 0 < v <= 1, "0.5")
+        self._check_number("visual_keep_ratio", "a number above 0, at most 1", lambda v: 0 < v <= 1, "0.25")
+        self._check_number("ema_decay", "a number of 0 or more, below 1", lambda v: 0 <= v < 1, "0.9")
         top = 1.0 if self.fusion == "convex" else math.inf
-        allowed = "a finite number in [0, 1]" if self.fusion == "convex" else "a finite number of 0 or more"
+        allowed = (
+            f"a number from 0 to 1 with {flag('fusion')} convex" if self.fusion == "convex" else "a number of 0 or more"
+        )
         self._check_number("reference_weight", allowed, lambda v: 0 <= v <= top, "0.5")
         for name in ("dense_layers", "dense_last_layers", "warmup_steps", "dense_steps"):
             self._check_number(name, "an integer of 0 or more", lambda v: v >= 0, "1", True)
@@ -134,7 +197,7 @@ class ReGateConfig:
         if self.length_multiple is not None:
             self._check_number("length_multiple", "an integer of 1 or more", lambda v: v >= 1, "64", True)
         self._check_number("seed", "an integer of 0 or more, below 2**63", lambda v: 0 <= v < 2**63, "1234", True)
-        self._check_number("difficulty_memory", "a finite number above 0 (10^9 bytes)", lambda v: v > 0, "4")
+        self._check_number("difficulty_memory", "a number above 0 (of 10^9 bytes)", lambda v: v > 0, "4")
         if not isinstance(self.sample_key, str) or not self.sample_key.strip():
             raise self._refuse("sample_key", f"{', '.join(SAMPLE_KEYS)}, or a key of the batch", "it to content")
         for field in dataclasses.fields(self):
@@ -144,7 +207,7 @@ class ReGateConfig:
         if self.dense_steps > self.cycle_steps:
             raise self._refuse(
                 "dense_steps",
-                f"0 to {self.cycle_steps}, the cycle",
+                f"0 to {self.cycle_steps}, the length of a cycle",
                 f"it to {min(16, self.cycle_steps)} or raise {flag('cycle_steps')}",
             )
         self._check_moving_ratio()
@@ -176,14 +239,15 @@ class ReGateConfig:
 
     def _check_moving_ratio(self) -> None:
         if self.keep_ratio_end is not None:
-            allowed = "none, or a finite number in (0, 1]"
+            allowed = "none, or a number above 0, at most 1"
             self._check_number("keep_ratio_end", allowed, lambda v: 0 < v <= 1, "0.5")
         if self.keep_ratio_steps is not None:
             allowed = "none, or an integer of 1 or more"
             self._check_number("keep_ratio_steps", allowed, lambda v: v >= 1, "1000", True)
         if (self.keep_ratio_end is None) != (self.keep_ratio_steps is None):
             given, missing = sorted(("keep_ratio_end", "keep_ratio_steps"), key=lambda n: getattr(self, n) is None)
-            change = f"it to where the ratio shall go or get there, or leave {flag(given)} out"
+            needed = "the ratio to move to" if missing == "keep_ratio_end" else "a number of iterations"
+            change = f"it to {needed}, or leave {flag(given)} out"
             raise self._refuse(missing, f"a value beside {flag(given)} {getattr(self, given)}", change)
 
     @property
@@ -284,17 +348,24 @@ def flag(name: str) -> str:
     return "--regate" if name == "enabled" else "--regate-" + name.replace("_", "-")
 
 
+def shown_default(field: dataclasses.Field) -> str:
+    """The default of a field, for help texts and tables."""
+    if isinstance(field.default, bool):
+        return "off"  # ``enabled`` is on in Python; as a flag it is off until given
+    return "none" if field.default is None else str(field.default)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add every flag of ReGATE to ``parser``, with the defaults of :class:`ReGateConfig`; returns the parser.
 
     Ranges and choices are left to :class:`ReGateConfig`, so that every refusal has one form.
     """
-    group = parser.add_argument_group(title="regate", description="reference-guided adaptive token elision")
+    group = parser.add_argument_group(title="regate", description=WORDS)
     types = {"int": int, "float": float, "str": str, "str | None": str, "int | None": int, "float | None": float}
     for field in dataclasses.fields(ReGateConfig):
         help_text = field.metadata["help"].replace("%", "%%")
         if isinstance(field.default, bool):
-            default = "" if field.name == "enabled" else " (default: %(default)s)"
+            default = "" if field.name == "enabled" else f" (default: {shown_default(field)})"
             group.add_argument(flag(field.name), action="store_true", help=help_text + default)
             continue
         choices, metavar = field.metadata["choices"], field.metadata["metavar"]
@@ -303,7 +374,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             type=types[str(field.type)],
             default=field.default,
             metavar="{" + ",".join(choices) + "}" if choices else metavar,
-            help=f"{help_text} (default: {field.default})",
+            help=f"{help_text} (default: {shown_default(field)})",
         )
     return parser
 
@@ -320,7 +391,7 @@ def parse(argv: Sequence[str]) -> ReGateConfig | None:
         args, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         name = error.argument_name or "command line"
-        raise refuse(name, given=error.message, allowed="one value of its kind, see --help", change="it") from None
+        raise refuse(name, given=error.message, allowed="a value as --help describes it", change="the value") from None
     unknown = [word for word in rest if word.startswith("--regate")]
     if unknown:
         known = ", ".join(flag(field.name) for field in dataclasses.fields(ReGateConfig))

@@ -336,9 +336,9 @@ def test_an_older_megatron_is_one_line_in_every_command(tmp_path):
 
 def test_the_dry_run_imports_no_launcher():
     """Arrows one way: ``__main__`` imports the dry run and what both share."""
-    files = [*(ROOT / "regate_megatron/cpu").rglob("*.py"), ROOT / "regate_megatron/launch.py"]
+    files = [*(ROOT / "regate_megatron/cpu").rglob("*.py"), ROOT / "regate_megatron/cpu/launch.py"]
     assert [
         file for file in files if "__main__ import" in file.read_text() or "import __main__" in file.read_text()
     ] == []
-    shared = (ROOT / "regate_megatron/launch.py").read_text()
+    shared = (ROOT / "regate_megatron/cpu/launch.py").read_text()
     assert "dry_run" not in shared

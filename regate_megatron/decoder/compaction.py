@@ -152,7 +152,7 @@ def check_length(what: str, found: int, planned: int) -> None:
             what,
             given=f"{found} positions where the batch was read as {planned}",
             allowed="the merged rows of pretrain_gpt.py and pretrain_vlm.py",
-            change="the batch adapter, or train without --regate",
+            change="the batches to that layout, or train without --regate",
         )
 
 

@@ -52,8 +52,8 @@ def install(config: ReGateConfig) -> None:
         error = refuse(
             flag("reference_cache"),
             given=given,
-            allowed="a directory, and targets ranked by a score that needs the teacher",
-            change="the command",
+            allowed="a directory, and answer tokens ranked by a score that needs the teacher",
+            change=f"the command: give {flag('reference_cache')} a folder, and {flag('score')} such a score",
         )
         error.everywhere = True
         raise error

@@ -1,1 +1,1 @@
-"""Pure method: which steps are sparse, how targets are scored, how many run, and which. No Megatron, no ranks."""
+"""The method: which steps are sparse, what may be left out, by which score, how much runs. No Megatron, no ranks."""

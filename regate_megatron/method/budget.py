@@ -27,7 +27,8 @@ AllGather = Callable[[Tensor], Tensor]
 """``f(values)``: stack an int64 vector of the planner of every data-parallel rank; [k] -> [D, k]."""
 
 LENGTHS = 32
-"""The step is the largest power of two up to 1/32 of the dense length: at most 64 lengths, 32 for a power of two."""
+"""Lengths go in steps of the largest power of two up to 1/32 of the dense length: 32 of them where that is a power of
+two, at most 64 elsewhere."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Numbers that look random and depend on what they are for alone: every rank and every layout draws the same."""
+"""Pseudo-random numbers made from seed, step and content alone: every rank, in every layout, draws the same ones."""
 
 import torch
 from torch import Tensor

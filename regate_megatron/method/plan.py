@@ -106,7 +106,7 @@ class MicrobatchPlan:
         return mask_BS.scatter_add_(1, self.keep_idx_BK, self.is_kept_BK.byte()).bool()
 
     def _knowing(self, kept_BS: Tensor) -> MicrobatchPlan:
-        """The same plan, which need not find its mask out again."""
+        """The same plan, with its mask remembered: it is not computed again from the slots."""
         vars(self)["_kept_BS"] = kept_BS
         return self
 

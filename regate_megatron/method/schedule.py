@@ -1,6 +1,7 @@
 """Which phase an iteration is in, and its keep ratio. Pure.
 
-METHOD: a global warm-up, then cycles of dense and sparse iterations. Ours besides: a dense end, a ratio that moves.
+The paper has a warm-up, then cycles of dense and sparse iterations. Ours in addition: a dense end, and a keep ratio
+that moves.
 """
 
 from dataclasses import dataclass
@@ -14,14 +15,15 @@ _DECIMALS = 4  # of a moving ratio: no more than the budget can tell apart, and 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Numbers of iterations; see the flags of the same names.
+    """The schedule, in numbers of iterations; all but the last are flags of the same names.
 
     Attributes:
-        warmup_steps: dense at the start.
-        cycle_steps: of a cycle after the warm-up,
-        dense_steps: of them dense at its head.
-        dense_from: all iterations after this many are dense; None: no dense end.
-        ratio_steps: in which a moving keep ratio gets to its end, after the warm-up; None: it does not move.
+        warmup_steps: dense iterations at the start.
+        cycle_steps: iterations of a cycle; cycles follow the warm-up.
+        dense_steps: how many iterations at the start of each cycle are dense.
+        dense_from: all iterations after this many are dense; None: cycles go on to the end.
+        ratio_steps: iterations after the warm-up over which the keep ratio moves (``--regate-keep-ratio-steps``); None:
+            it does not move.
     """
 
     warmup_steps: int
@@ -34,9 +36,8 @@ class Schedule:
 def phase_of(step: int, schedule: Schedule) -> Phase:
     """The phase of training step ``step`` (0-based: the number of steps done before it).
 
-    The warm-up is "warmup"; then every cycle begins with steps that are "dense" and goes on "sparse". Once
-    ``dense_from`` steps are done, all that follow are "dense". A function of the step alone, so that a resumed run
-    continues where it stopped.
+    First "warmup"; then cycles, each of "dense" steps followed by "sparse" ones; once ``dense_from`` steps are done,
+    "dense" to the end. It depends on the step alone, so that a resumed run continues where it stopped.
     """
     if step < schedule.warmup_steps:
         return "warmup"
@@ -48,9 +49,9 @@ def phase_of(step: int, schedule: Schedule) -> Phase:
 def keep_ratio_of(step: int, start: float, end: float | None, schedule: Schedule) -> float:
     """The keep ratio of training step ``step``, counted as :func:`phase_of` does.
 
-    It goes from ``start`` to ``end`` in a straight line over the ``ratio_steps`` steps after the warm-up and stays
-    there; without an end it does not move. A cycle has the ratio of its first step, so that few lengths occur; between
-    the ends it has four decimals, exactly, so that all ranks agree.
+    It moves from ``start`` to ``end`` in a straight line over the ``ratio_steps`` steps after the warm-up and stays
+    there; without an end it does not move. All steps of a cycle have the ratio of its first one, so that few lengths
+    occur. Between the ends it is rounded to four decimals, exactly, so that all ranks agree.
     """
     if end is None:
         return start

@@ -1,4 +1,4 @@
-"""What ranks the targets: one row of :data:`SCORES` per score. Flags, checks and help texts follow from the table.
+"""The scores that rank targets: one row of :data:`SCORES` each. Flags, checks, help and docs follow from the table.
 
 Of two targets the one with the larger score is kept first. Losses are negative log-likelihoods in nats.
 
@@ -43,7 +43,7 @@ class Score:
     """One row of the table.
 
     Attributes:
-        formula: for people.
+        formula: for people; m, ref and L (λ) are those of :class:`Signals`.
         of: the score of every target, float64 [X].
         needs_reference: whether a teacher must give reference losses.
         needs_difficulty: whether the student's own losses are learned.
@@ -68,20 +68,20 @@ def _chance(signals: Signals) -> Tensor:
 
 
 SCORES: dict[str, Score] = {
-    "regate": Score("difficulty + lambda * reference", _fused, needs_reference=True, needs_difficulty=True),
-    "student": Score("difficulty", lambda signals: signals.difficulty_X, needs_difficulty=True),
-    "reference": Score("reference", lambda signals: signals.reference_X, needs_reference=True),
+    "regate": Score("m + L*ref", _fused, needs_reference=True, needs_difficulty=True),
+    "student": Score("m", lambda signals: signals.difficulty_X, needs_difficulty=True),
+    "reference": Score("ref", lambda signals: signals.reference_X, needs_reference=True),
     "excess": Score(
-        "difficulty - reference",
+        "m - ref",
         lambda signals: signals.difficulty_X - signals.reference_X,
         needs_reference=True,
         needs_difficulty=True,
     ),
     "gain": Score(
-        "reference - difficulty",
+        "ref - m",
         lambda signals: signals.reference_X - signals.difficulty_X,
         needs_reference=True,
         needs_difficulty=True,
     ),
-    "random": Score("chance", _chance),
+    "random": Score("a random number", _chance),
 }

@@ -1,4 +1,4 @@
-"""Scores and lengths to kept positions. Torch and numpy; every function is exact and the same on every rank.
+"""From scores and lengths to kept positions. Torch and numpy; every function gives the same on every rank, exactly.
 
 **The rule.** A row that keeps k candidates of one sort keeps the best-scored set of k that holds the floor of each of
 its groups: the floor's best of each group, then the best of all others. *It is optimal*: where an allowed set lacks one
@@ -70,7 +70,7 @@ def select(candidates: Candidates, *, kind: str, alignment: Alignment, all_gathe
         alignment: what lengths are a multiple of.
         all_gather: see :data:`~regate_megatron.method.budget.AllGather`.
     """
-    # what is each group's own
+    # how many of each group come before all others
     first_G = candidates.ask_G if kind == "per-sample" else candidates.floor_G
     ranking, achievable = rank_candidates(candidates, first_G), None
     if kind == "per-sample":

@@ -147,4 +147,4 @@ def _gone(fault: Exception) -> ReGateError | None:
     if not isinstance(fault, RuntimeError) or not any(words in str(fault) for words in _GLOO_SAYS):
         return None
     given = "no answer from another rank, which has stopped"
-    return refuse("ranks", given=given, allowed="every rank in every step", change="what the line of that rank says")
+    return refuse("ranks", given=given, allowed="all ranks in every step", change="what that rank's own line says")

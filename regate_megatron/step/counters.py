@@ -23,7 +23,7 @@ from regate_megatron.step.step import Step
 
 
 def _most() -> Any:
-    """A count of which ranks do not have shares: over them it is the largest that counts."""
+    """A count that is not summed over ranks: the largest is taken."""
     return dataclasses.field(default=0, metadata={"over_ranks": "max"})
 
 
@@ -42,9 +42,9 @@ class Counters:
     positions_run: int = 0
     layer_positions_dense: int = 0
     layer_positions_run: int = 0
-    sparse_positions: int = 0  # run in sparse steps: by this rank,
-    sparse_positions_slowest: int = 0  # by the slowest rank of each step,
-    sparse_positions_achievable: int = 0  # and by it, had the step the least max/mean that it allows
+    sparse_positions: int = 0  # that this rank ran in sparse steps,
+    sparse_positions_slowest: int = 0  # that the slowest rank of each step ran,
+    sparse_positions_achievable: int = 0  # that it would have run at the least max/mean that the step's rows allow
     layer_squares_dense: int = 0
     layer_squares_run: int = 0
     targets_scored: int = 0  # by the student's own losses; of them
@@ -168,7 +168,9 @@ def ratios(counters: Counters) -> dict[str, float]:
 def log_line(iteration: int, phase: str, interval: Counters, total: Counters, *, flops: float | None = None) -> str:
     """One line for one log interval; ``flops``: the share of dense FLOPs that ran, where the framework counts them."""
     share = ratios(interval)
-    fallback = f" | {interval.fallback_steps} steps ran dense (non-finite)" if interval.fallback_steps else ""
+    fallback = (
+        f" | {interval.fallback_steps} steps ran dense (a score was not finite)" if interval.fallback_steps else ""
+    )
     work = "" if flops is None else f" | FLOPs {flops:.1%} of dense"
     visual = ""
     if interval.visual_total:
@@ -198,9 +200,9 @@ def _history(interval: Counters) -> str:
 
 
 def _balance(interval: Counters) -> str:
-    """max/mean positions over data-parallel ranks, and beside it what was achievable if that is not balanced either."""
+    """max/mean positions over data-parallel ranks, and beside it the least that this data allows, if above 1.02."""
     if not interval.sparse_positions:
         return ""
     text = f" | max/mean over ranks {ratios(interval)['regate/max-mean-positions']:.3f}"
     achievable = interval.sparse_positions_achievable / interval.sparse_positions
-    return text + (f" (achievable {achievable:.3f})" if achievable > 1.02 else "")
+    return text + (f" (at best {achievable:.3f})" if achievable > 1.02 else "")

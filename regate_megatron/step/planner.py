@@ -103,7 +103,7 @@ class Planner:
         )
 
     def _always(self, facts: MicrobatchFacts, candidates: Sequence[Tensor]) -> Tensor:
-        """What is real and no candidate, or as much of it as targets can read; bool [B, S]."""
+        """What is no padding and no candidate; with ``context="read"`` only what targets can read; bool [B, S]."""
         always_BS = facts.is_context_BS | facts.is_target_BS
         for is_candidate_BS in candidates:
             always_BS = always_BS & ~is_candidate_BS

@@ -1,4 +1,4 @@
-"""ReGATE on one rank: runs training steps from end to end, and keeps what outlives them.
+"""ReGATE on one rank: runs training steps from end to end, and keeps what lasts longer than a step.
 
 Phase from the step number → each rank that has data pulls exactly this step's microbatches → the planner reads them,
 the teacher scores what is new, the planner selects → the plan reaches every rank of the replica and its hash is
@@ -40,8 +40,8 @@ class Session:
         step: the step that ran last and is neither counted nor forgotten; None between steps.
         steps_done: steps done before the next one.
         totals: counts of this rank since the run began.
-        work: the lengths that a FLOP count asked for now should speak of.
-        counts_own_steps: whether a step counts as soon as the next one begins; False where a host says it.
+        work: the lengths that Megatron's FLOP count, when asked now, has to count.
+        counts_own_steps: whether a step counts as soon as the next one begins; False where a host says whether it did.
     """
 
     def __init__(

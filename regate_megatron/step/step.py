@@ -44,7 +44,7 @@ class Step:
     Attributes:
         number: steps done before it.
         phase: what the schedule says.
-        elides: whether the schedule asks for a short run.
+        elides: whether the schedule asks to leave something out.
         stage: the stage it is in.
         batches: per data iterator this step's microbatches, or None where this rank has none.
         facts: per microbatch, on planners; None elsewhere.

@@ -44,7 +44,7 @@ class Trace:
         self.continues = False
 
     def write(self, step: Step) -> None:
-        """Write one step, as Megatron counts it: from 1. Rows that only the layout joins are as in other layouts."""
+        """Write one step, counted from 1 as Megatron does. Rows that context parallelism joined are written apart."""
         if self._file is None:  # opened late: a run from the start begins the file anew, a resumed one goes on in it
             self._file = self._path.open("a" if self.continues else "w", buffering=1)
         plan_hash = step.plan.digest()

@@ -84,7 +84,7 @@ def test_nan_on_one_replica_makes_the_step_dense_on_all_and_leaves_the_store_fin
     for records in _trace(tmp_path).values():
         assert {one["iteration"] for one in records if one["fallback"]} == {5}
         assert all(one["kept_length"] == 32 for one in records if one["fallback"])
-    assert run.output.count("| 1 steps ran dense (non-finite)") == 1
+    assert run.output.count("| 1 steps ran dense (a score was not finite)") == 1
     values_N32 = _values(_state(tmp_path, STEPS)).reshape(-1, 32)  # every position is a target
     assert len(values_N32) and not np.isinf(values_N32).any()
     assert np.isnan(values_N32[:, [3, 7]]).all() and np.isfinite(values_N32[:, 8]).any()

@@ -41,7 +41,7 @@ def test_precomputed_cache_trains_without_a_teacher(teacher, tmp_path):
 
     trained = _train(2, *REGATE, *cache)
     assert len(_losses(trained.output)) == 6 and "sparse (1/1 steps sparse)" in trained.output
-    assert "built when a loss is missing" in trained.output and BUILT not in trained.output
+    assert "built when the cache lacks a loss" in trained.output and BUILT not in trained.output
 
     note.write_text(json.dumps({"iteration": 4, "samples": 32}))  # as if stopped there
     for file in (tmp_path / "cache" / "losses").iterdir():

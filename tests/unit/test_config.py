@@ -255,7 +255,7 @@ def test_the_help_names_every_flag_and_its_default():
     text = " ".join(add_arguments(argparse.ArgumentParser()).format_help().split())
     for name, default in FLAGS.items():
         assert name in text
-        assert default is False or f"(default: {default})" in text
+        assert default is False or f"(default: {'none' if default is None else default})" in text
 
 
 def test_without_the_flag_there_is_no_config():

@@ -75,7 +75,7 @@ def test_max_mean_compares_the_slowest_rank_of_every_step():
 
 def test_what_was_achievable_stands_beside_it_where_that_is_not_balanced():
     ranks = _interval(_step(100, 150, 125.0, 1.2), _step(150, 150, 125.0, 1.2))
-    assert "| max/mean over ranks 1.200 (achievable 1.200) |" in log_line(4, "sparse", ranks, Counters())
+    assert "| max/mean over ranks 1.200 (at best 1.200) |" in log_line(4, "sparse", ranks, Counters())
     ranks = _interval(_step(100, 102, 101.0, 1.0), _step(102, 102, 101.0, 1.0))
     assert "| max/mean over ranks 1.010 |" in log_line(4, "sparse", ranks, Counters())
 

@@ -380,8 +380,12 @@ def test_random_visual_scores_change_with_step_and_key_and_not_with_neighbours()
     facts = _facts("cvvvvvvvvvct", "vvvvvvvvvcct")
     alone = _facts("cvvvvvvvvvct")
     visual = Visual(ReGateConfig(visual_keep_ratio=0.5))
-    score_X = visual.score(5, [facts], None)
-    assert torch.equal(score_X[:9], visual.score(5, [alone], None))
-    assert not torch.equal(score_X, visual.score(6, [facts], None))
-    assert torch.equal(visual.score(5, [alone, facts], None), torch.cat([score_X[:9], score_X]))
+
+    def score(number, *facts):
+        return visual.score(Step(number, "sparse", elides=True, facts=list(facts)))
+
+    score_X = score(5, facts)
+    assert torch.equal(score_X[:9], score(5, alone))
+    assert not torch.equal(score_X, score(6, facts))
+    assert torch.equal(score(5, alone, facts), torch.cat([score_X[:9], score_X]))
     assert len(set(score_X.tolist())) == 18

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from regate_megatron import compat, launch
+from regate_megatron import compat
 from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig
-from regate_megatron.cpu import emulation
+from regate_megatron.cpu import emulation, launch
 from regate_megatron.cpu.dry_run import cluster as checks
 from regate_megatron.cpu.dry_run.flags import small_flags, small_values
 from regate_megatron.cpu.dry_run.line import LaunchLine, parse_line
