@@ -17,11 +17,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from regate_megatron import config as settings
+from regate_megatron import flags
+from regate_megatron.config import ReGateConfig
 from regate_megatron.cpu import launch
 
 
-def main(argv: list[str], install: Callable[[settings.ReGateConfig], None] | None = None) -> None:
+def main(argv: list[str], install: Callable[[ReGateConfig], None] | None = None) -> None:
     """Do what ``argv`` asks; exits with 1 and one line per refusal.
 
     Args:
@@ -47,7 +48,7 @@ def main(argv: list[str], install: Callable[[settings.ReGateConfig], None] | Non
 
 def _help() -> str:
     parser = argparse.ArgumentParser(prog="regate_megatron", usage=argparse.SUPPRESS, add_help=False)
-    return f"{__doc__.strip()}\n\n{settings.add_arguments(parser).format_help()}"
+    return f"{__doc__.strip()}\n\n{flags.add_arguments(parser).format_help()}"
 
 
 if __name__ == "__main__":

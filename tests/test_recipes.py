@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from regate_megatron.config import parse_command_line
 from regate_megatron.cpu.dry_run.line import parse_line
+from regate_megatron.flags import parse_command_line
 from tests.launch import ROOT
 
 RECIPES = ROOT / "examples/recipes"

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from regate_megatron import compat
-from regate_megatron.config import ReGateConfig, add_arguments, parse_command_line
+from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import ReGateError
+from regate_megatron.flags import add_arguments, parse_command_line
 from regate_megatron.integrations.patching import is_patched, patch
 from regate_megatron.support import refusals, setting_of_flags
 

@@ -16,10 +16,9 @@ from regate_megatron.config import (
     SCORES,
     TEACHER_VISUAL,
     VISUAL_SCORES,
-    add_arguments,
     flag,
-    parse,
 )
+from regate_megatron.flags import add_arguments, parse
 
 FLAGS = {  # a change here breaks users' scripts
     "--regate": False,

@@ -108,7 +108,7 @@ def test_the_first_piece_of_a_word_that_needs_the_picture_has_its_kind(adds_spac
 def test_every_arm_is_a_command_line_that_regate_takes(tmp_path):
     import run
 
-    from regate_megatron.config import parse_command_line
+    from regate_megatron.flags import parse_command_line
 
     arms = tomllib.loads((FOLDER / "arms.toml").read_text())
     for file in sorted((FOLDER / "configs").glob("*.toml")):

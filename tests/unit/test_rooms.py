@@ -16,6 +16,7 @@ FLOORS = (
     ("compat",),
     ("method", "ranks"),
     ("config", "batches", "memory"),
+    ("flags",),
     ("support",),
     ("decoder",),
     ("teacher",),

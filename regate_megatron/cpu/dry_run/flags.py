@@ -23,7 +23,7 @@ def parser_of_megatron() -> argparse.ArgumentParser:
     """Megatron's own parser, with our flags."""
     from megatron.training import arguments
 
-    from regate_megatron.config import add_arguments
+    from regate_megatron.flags import add_arguments
 
     return add_arguments(arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
 
