@@ -75,13 +75,14 @@ def start() -> None:
 def _keep_memory() -> None:
     """Have freed memory kept for what is allocated next, as a GPU's caching allocator does.
 
-    Else the C library gives every large array back to the system, and a quarter of a step is page faults.
+    Else the C library gives every large array back to the system, and a quarter of a step is page faults: more of a
+    dense step, whose arrays are larger.
     """
-    trim_threshold, mmap_threshold = -1, -3  # names of mallopt
+    trim_threshold, most_mmaps = -1, -4  # names of mallopt; a threshold of size for mmap would end at 32 MB
     with contextlib.suppress(OSError, AttributeError):  # another C library
         library = ctypes.CDLL(None)
-        library.mallopt(trim_threshold, 2**31 - 1)
-        library.mallopt(mmap_threshold, 32 << 20)
+        library.mallopt(trim_threshold, -1)  # never
+        library.mallopt(most_mmaps, 0)
 
 
 def build(size: Size) -> Any:

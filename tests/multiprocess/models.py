@@ -34,6 +34,7 @@ from megatron.core.transformer.spec_utils import get_submodules
 from regate_megatron.compat import unwrap
 from regate_megatron.method.budget import align_up
 from tests.multiprocess.cores import flat_rows, forget_router_metrics, own_part
+from tests.multiprocess.qwen_like import QwenLike, put_media
 
 LAYERS, HIDDEN, VOCAB, TEXT, GLOBAL_ROWS = 4, 32, 64, 24, 8
 IMAGE, PATCH = 16, 8
@@ -70,7 +71,7 @@ def build(case: dict) -> list[torch.nn.Module]:
         )
         for name, value in case.get("set", {}).items():  # what Megatron's scripts set on a finished config
             setattr(config, name, value)
-        make = {"llava": _llava, "hybrid": _hybrid}.get(case["model"], _gpt)
+        make = {"llava": _llava, "hybrid": _hybrid, "qwen": _qwen}.get(case["model"], _gpt)
         chunks.append(make(config, case, first, last, vp_stage if virtual else None))
     for chunk in chunks:
         chunk.model_type = ModelType.encoder_or_decoder  # Megatron's get_model sets it
@@ -137,6 +138,10 @@ def _hybrid(config, case, first, last, vp_stage):
     from tests.multiprocess.hybrid import hybrid_model  # core 0.17 has no such model
 
     return hybrid_model(config, {"vocab": VOCAB, "length": TEXT, **case}, first, last, vp_stage)
+
+
+def _qwen(config, case, first, last, vp_stage):
+    return QwenLike(_gpt(config, {"positions": "mrope", **case}, first, last, vp_stage))
 
 
 def _llava(config, case, first, last, _):
@@ -231,6 +236,8 @@ def batches(case: dict) -> list[dict]:
             is_marked = (batch["loss_mask"] == 0) & (torch.arange(TEXT) % 3 == 0) & (torch.arange(TEXT) < 12)
             batch["labels"].masked_fill_(is_marked, -100)
             batch["loss_mask"].masked_fill_(is_marked, 1)
+        if case["model"] == "qwen":
+            put_media(batch, start)
         if case.get("packed"):
             pack(batch, start)
         if case.get("ragged"):  # rows of two lengths, by global row

@@ -19,6 +19,12 @@ def _both(name: str, **options) -> dict:
     return _visual(name, **{"keep_ratio": 0.5, **options})
 
 
+def _qwen(name: str, **options) -> dict:
+    """A clip of three frames and a picture in every row, with mRoPE; a visual position carries a loss."""
+    settings = {"model": "qwen", "visual_keep": 0.25, "visual_score": "static", "config": {"mrope_section": [2, 1, 1]}}
+    return case(name, **{**settings, **options})
+
+
 MOE = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_router_load_balancing_type": "none"}
 ONE_RANK = [
     *(_visual(f"visual-n{n}{by}", dense_layers=n, multiple=m) for n in (0, 1) for by, m in (("", 1), ("-by4", 4))),
@@ -30,6 +36,9 @@ ONE_RANK = [
     _both("both-last1", dense_last=1),
     _both("both-learned-positions", positions="learned_absolute"),
     _both("both-moe", config=MOE),
+    *(_qwen(f"qwen-n{n}", dense_layers=n) for n in (0, 1)),
+    _qwen("qwen-alone", keep_ratio=1.0),
+    _qwen("qwen-read-per-sample", context="read", budget="per-sample", recompute="uniform"),
 ]
 TWO_RANKS = [
     *(_visual(f"visual-n{n}-by4@{name}", dense_layers=n, multiple=4, **layout)
@@ -47,6 +56,9 @@ TWO_RANKS = [
     _both("both-balanced@dp2", budget="balanced"),
     _visual("visual-even@tp2", visual_score="even", tp=2),
     _both("both-moe@ep2", config=MOE, ep=2),
+    *(_qwen(f"qwen-n{n}@tp2", dense_layers=n, tp=2) for n in (0, 1)),
+    _qwen("qwen-n1@pp2", pp=2),
+    _qwen("qwen-alone@dp2", keep_ratio=1.0),
 ]  # fmt: skip
 
 
