@@ -78,11 +78,11 @@ def _measure_mix(name: str, mix: Any, size: Size, ranks: int, seconds: float, ro
     for index in rounds_within(rounds, seconds, name=name):
         rng = np.random.default_rng(index)
         drawn = [[draw_row(mix, rng) for _ in range(MICROBATCHES)] for _ in range(ranks)]
-        own = [make_rows(mix, samples, rng) for samples in drawn]
+        own = [make_rows(mix, samples, rng, 0.5) for samples in drawn]
         jobs: dict[str, list[list[Any]]] = {"dense": [[None] * MICROBATCHES for _ in own]}
         kept = {"dense": sum(len(rows.score_X) for rows in own)}
         for budget in BUDGETS:
-            chosen = over_ranks(own, kind=budget, keep_ratio=0.5, alignment=Alignment())
+            chosen = over_ranks(own, kind=budget, alignment=Alignment())
             jobs[budget] = [_plans(size, rows, one) for rows, one in zip(own, chosen, strict=True)]
             kept[budget] = sum(int(one.is_kept_X.sum()) for one in chosen)
         for budget, plans in jobs.items():
@@ -110,10 +110,10 @@ def _plans(size: Size, rows: Any, chosen: Any) -> list[Any]:
 
     from regate_megatron.method.plan import MicrobatchPlan
 
-    row_X = rows.row_G.repeat_interleave(rows.num_target_G)
+    row_X = rows.row_X
     plans = []
     for row, length in enumerate(chosen.length_M.tolist()):
-        context, is_kept_T = int(rows.num_context_R[row]), chosen.is_kept_X[row_X == row]
+        context, is_kept_T = int(rows.always_R[row]), chosen.is_kept_X[row_X == row]
         kept_1S = torch.zeros(1, size.length, dtype=torch.bool)
         kept_1S[0, :context] = True
         kept_1S[0, context : context + len(is_kept_T)] = is_kept_T
