@@ -16,7 +16,7 @@ def test_without_regate_nothing_is_wrapped(trainings):
 def test_keep_ratio_1_trains_bit_for_bit_as_without(trainings):
     everything, totals = trainings["all kept"], trainings["all kept"]["totals"]
     assert everything["losses"] == trainings["plain"]["losses"]
-    assert totals["targets_kept"] == totals["targets_total"] and totals["teacher_ms"] == 0
+    assert totals["targets_kept"] == totals["targets_total"] and totals["teacher_us"] == 0
 
 
 def test_every_step_counts_once_and_sparse_steps_follow_the_warm_up(trainings):
