@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -19,6 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 ITERATION = re.compile(r"iteration +(\d+)/ *\d+ .*elapsed time per iteration \(ms\): ([\d.]+)")
 LOSS = re.compile(r"lm loss: ([\dE.+-]+)")
 TAIL = 30
+
+
+RUNNING: set[subprocess.Popen] = set()
 
 
 class CommandError(RuntimeError):
@@ -34,19 +38,28 @@ def torchrun(num_processes: int, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *where, *arguments]
 
 
-def run_command(command: list[str], log: Path, *, title: str, iterations: int = 0) -> float:
+def run_command(
+    command: list[str], log: Path, *, title: str, iterations: int = 0, variables: Mapping[str, str] | None = None
+) -> float:
     """Run `command`; returns the seconds Megatron counted for its training steps.
 
     Args:
         log: file for all it prints.
         iterations: training steps to expect in it, 0 for a program that has none.
+        variables: of its environment, beside one thread per process.
 
     Raises:
         CommandError: it failed.
     """
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment()
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment() | dict(variables or {}),
     )
+    RUNNING.add(process)
     tail: deque[str] = deque(maxlen=TAIL)
     try:
         with log.open("w") as file:
@@ -57,11 +70,18 @@ def run_command(command: list[str], log: Path, *, title: str, iterations: int = 
         if process.poll() is None:  # interrupted: torchrun ends its workers
             process.send_signal(signal.SIGTERM)
             process.wait()
+        RUNNING.discard(process)
     if code:
         raise CommandError(
             f"{title} failed with exit code {code}; the end of {os.path.relpath(log)}:\n" + "".join(tail)
         )
     return seconds
+
+
+def stop_all() -> None:
+    """End every command that other threads still wait for."""
+    for process in list(RUNNING):
+        process.send_signal(signal.SIGTERM)  # torchrun ends its workers
 
 
 def follow(lines: TextIO, file: TextIO, tail: deque[str], title: str, iterations: int) -> float:
