@@ -83,6 +83,7 @@ class Experiment:
     def __init__(self, config: dict, out: Path, wrap: str = "") -> None:
         self.config, self.train, self.out, self.wrap = config, config["train"], out, shlex.split(wrap)
         self.environment = config["environment"]
+        self.start_environment = self.environment | config.get("start_environment", {})
         self.logs = out / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
 
@@ -124,17 +125,18 @@ class Experiment:
         text += f" --vision-kind {judged}"
         align = f"{self.train['align']} --train-iters {self.train['align_most_iterations']} --seed {seed}"
         align += f" --stop-at {judged}:{self.train['align_accuracy']} --eval-interval {self.train['align_interval']}"
-        settings = fingerprint(self.flags, text, align, self.about, self.environment, sources())
+        settings = fingerprint(self.flags, text, align, self.about, self.start_environment, sources())
         if is_done(target, settings):
             return target
         aside = fresh(target.with_suffix(".incomplete"))
         flags = f"--stage text {text} --load {self.language_model / 'megatron'} {LOAD} --eval-interval 1000"
         flags += f" --save-llava {aside / 'built'} --eval-log {aside / 'text.jsonl'}"
-        self.megatron(f"text-{seed}", flags, self.data, self.train["text_iterations"])
+        self.megatron(f"text-{seed}", flags, self.data, self.train["text_iterations"], self.start_environment)
         flags = f"--stage llava {align} --load {aside / 'built'} {LOAD}"
         flags += f" --save {aside / 'llava'} --save-interval 100000 --no-save-optim --no-save-rng"
         flags += f" --eval-log {aside / 'align.jsonl'}"
-        self.megatron(f"align-{seed}", flags, self.data / "align", self.train["align_most_iterations"])
+        most = self.train["align_most_iterations"]
+        self.megatron(f"align-{seed}", flags, self.data / "align", most, self.start_environment)
         tool = [sys.executable, str(ROOT / "tools" / "extract_teacher.py")]
         command = [*tool, "--source", str(aside / "built"), "--target", str(aside / "teacher")]
         run_command(command, self.logs / f"teacher-{seed}.log", title=f"teacher {seed}")
@@ -145,7 +147,7 @@ class Experiment:
         about |= {
             "weights": end["weights"],
             "data": self.about["content"],
-            "environment": self.environment,
+            "environment": self.start_environment,
             **machine(),
         }
         (aside / "about.json").write_text(json.dumps(about, indent=1))
@@ -190,16 +192,13 @@ class Experiment:
         (aside / "about.json").write_text(json.dumps(about, indent=1))
         finish(aside, target, settings)
 
-    def megatron(
-        self, title: str, flags: str, data: Path, iterations: int, variables: dict[str, str] | None = None
-    ) -> float:
+    def megatron(self, title: str, flags: str, data: Path, iterations: int, variables: dict[str, str]) -> float:
         """Run train.py; returns the seconds of its training steps."""
         length = self.about["align_length" if data.name == "align" else "text_length"]
         interval = self.train["eval_interval" if data.name != "align" else "align_interval"]
         flags = f"--seq-length {length} --log-interval {interval} --repeatable {flags}"
         launcher = ["-m", "regate_megatron", *([] if has_gpu() else ["--cpu"]), str(TRAIN), "--demo-data", str(data)]
         command = [*self.wrap, *torchrun(self.config["ranks"], *launcher, *self.flags, *flags.split())]
-        variables = variables or self.environment
         return run_command(command, self.logs / f"{title}.log", title=title, iterations=iterations, variables=variables)
 
     def runs(self, names: list[str], num_seeds: int) -> list[Run]:
