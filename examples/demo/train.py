@@ -117,7 +117,7 @@ def save_llava(language_model: GPTModel, folder: str) -> None:
     model.language_model.load_state_dict(language_model.state_dict())
     if args.vision_until:
         wanted = {"until": args.vision_until, "most": args.vision_steps, "kind": args.vision_kind, "seed": args.seed}
-        steps, recall = tower.teach(model.vision_model, Path(args.demo_data), **wanted)
+        steps, recall = tower.teach(model.vision_model, Path(args.vision_data or args.demo_data), **wanted)
         if args.eval_log and torch.distributed.get_rank() == 0:
             append(args.eval_log, {"vision_steps": steps, "vision_recall": recall})
     save_checkpoint(1, [model], None, None, 0)
@@ -283,6 +283,7 @@ def add_demo_args(parser):
     group.add_argument("--save-llava", metavar="DIR", help="where --stage text saves the start of --stage llava")
     group.add_argument("--vision-num-layers", type=int, default=1)
     group.add_argument("--vision-until", type=float, metavar="SHARE", help="recall that ends tower.py's start")
+    group.add_argument("--vision-data", metavar="DIR", help="its pictures and words (default: those of --demo-data)")
     group.add_argument("--vision-steps", type=int, default=2000, help="the most steps of it")
     group.add_argument("--vision-kind", type=int, metavar="KIND", help="whose recall, by needs_image (default: all)")
     group.add_argument("--stop-at", type=kind_and_share, metavar="KIND:SHARE", help="held-out accuracy that ends it")
