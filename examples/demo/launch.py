@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -58,6 +59,7 @@ def run_command(
         text=True,
         errors="replace",
         env=environment() | dict(variables or {}),
+        start_new_session=True,  # a group of its own, so that all of it can be ended
     )
     RUNNING.add(process)
     tail: deque[str] = deque(maxlen=TAIL)
@@ -67,8 +69,8 @@ def run_command(
             seconds = follow(process.stdout, file, tail, title, iterations)
         code = process.wait()
     finally:
-        if process.poll() is None:  # interrupted: torchrun ends its workers
-            process.send_signal(signal.SIGTERM)
+        if process.poll() is None:  # interrupted
+            stop(process)
             process.wait()
         RUNNING.discard(process)
     if code:
@@ -81,7 +83,13 @@ def run_command(
 def stop_all() -> None:
     """End every command that other threads still wait for."""
     for process in list(RUNNING):
-        process.send_signal(signal.SIGTERM)  # torchrun ends its workers
+        stop(process)
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a command and what it has started; torchrun ends its workers, which have sessions of their own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
 
 
 def follow(lines: TextIO, file: TextIO, tail: deque[str], title: str, iterations: int) -> float:

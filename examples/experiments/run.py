@@ -130,10 +130,8 @@ class Experiment:
             return target
         aside = fresh(target.with_suffix(".incomplete"))
         flags = f"--stage text {text} --load {self.language_model / 'megatron'} {LOAD} --eval-interval 1000"
-        flags += (
-            f" --save-llava {aside / 'built'} --eval-log {aside / 'text.jsonl'}"
+        flags += f" --save-llava {aside / 'built'} --eval-log {aside / 'text.jsonl'}"
         flags += f" --vision-data {self.data / 'align'}"  # more pictures
-        )
         self.megatron(f"text-{seed}", flags, self.data, self.train["text_iterations"], self.start_environment)
         flags = f"--stage llava {align} --load {aside / 'built'} {LOAD}"
         flags += f" --save {aside / 'llava'} --save-interval 100000 --no-save-optim --no-save-rng"
