@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import sys
+import threading
+import time
 import tomllib
 import types
 from pathlib import Path
@@ -272,6 +275,31 @@ def test_a_seed_whose_start_fails_runs_no_arm():
     with pytest.raises(CommandError, match="given 61"):
         run.run_all(Failing(), [run.Run("a", 1, "", 1, False, {}), run.Run("b", 1, "", 1, False, {})], 2)
     assert not happened
+
+
+def test_an_interrupted_command_ends_with_what_it_started(tmp_path):
+    import launch
+
+    ended = []
+
+    def run():
+        with pytest.raises(launch.CommandError):
+            launch.run_command(
+                ["bash", "-c", "sleep 60 & echo child $!; wait; true"], tmp_path / "log", title="wrapped"
+            )
+        ended.append(True)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    for _ in range(200):
+        if (tmp_path / "log").exists() and (found := re.search(r"^child (\d+)", (tmp_path / "log").read_text(), re.M)):
+            break
+        time.sleep(0.05)
+    launch.stop_all()
+    thread.join(timeout=20)
+    assert ended
+    status = Path(f"/proc/{found[1]}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
 
 
 class _Tower(torch.nn.Module):
