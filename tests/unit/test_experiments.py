@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 import sys
@@ -194,6 +195,44 @@ def test_runs_of_other_starts_are_no_pair():
     dense = [_run(1, (200, 20, 0.5), start="another"), _run(2, (200, 20, 0.5))]
     ours = [_run(1, (100, 12, 0.8)), _run(2, (100, 12, 0.8))]
     assert results.summarise("regate", "ReGATE", ours, dense, [])["against_dense"] == {2: pytest.approx(0.3)}
+
+
+def test_the_report_says_which_start_and_weights_every_figure_is_of(tmp_path):
+    import results
+
+    out, docs = tmp_path / "out", tmp_path / "docs"
+    (out / "data").mkdir(parents=True)
+    docs.mkdir()
+    arrays = {"tokens": np.ones((4, 3), np.int32), "loss_mask": np.ones((4, 2), np.uint8)}
+    np.savez(out / "data" / "train.npz", **arrays, needs_image=np.ones((4, 2), np.uint8))
+    for arm, seed, accuracy in (("dense", 1, 0.5), ("random", 1, 0.25), ("dense", 2, 0.75)):
+        folder = out / "runs" / f"{arm}-{seed}"
+        folder.mkdir(parents=True)
+        (folder / "settings").write_text("")
+        (folder / "log.txt").write_text("$ train.py --global-batch-size 2\n")
+        about = {"arm": arm, "seed": seed, "iterations": 2, "fresh": False, "start": f"start{seed}"}
+        (folder / "about.json").write_text(json.dumps(about))
+        point = {"iteration": 2, "eval_loss": 1.0, "image_word_accuracy": accuracy, "all_word_accuracy": 0.5}
+        point |= {"cpu_seconds": 3.0, "weights": f"end-{arm}-{seed}", "accuracy_by_kind": [0.1, 0.2, 0.3, 0.4]}
+        (folder / "heldout.jsonl").write_text(json.dumps(point) + "\n")
+    start = {"vision_steps": 225, "vision_recall": 0.81, "align_iterations": 140, "align_object": 0.62}
+    for seed in (1, 2):
+        (out / "starts" / str(seed)).mkdir(parents=True)
+        (out / "starts" / str(seed) / "about.json").write_text(json.dumps(start | {"weights": f"start{seed}"}))
+    page = "before\n<!-- starts -->\nold\n<!-- /starts -->\nbetween\n<!-- results -->\n<!-- /results -->\nafter\n"
+    (docs / "learning.md").write_text(page)
+    results.write(out, docs)
+    found = (docs / "learning.md").read_text()
+    assert "old" not in found and [word in found for word in ("before\n", "\nbetween\n", "\nafter\n")] == [True] * 3
+    assert "| 2 | 225 | 81.0 | 140 | 62.0 | `start2` |" in found
+    (random,) = (line for line in found.splitlines() if line.startswith("| random elision"))
+    assert "| 1 | 100% | 100% | 100% | 25.0 | -25.0 | – |" in random
+    head, *lines = (docs / "learning_results.csv").read_text().splitlines()
+    assert head.endswith("start,weights") and len(lines) == 3
+    assert {tuple(line.split(",")[-2:]) for line in lines} == {
+        (f"start{seed}", f"end-{arm}-{seed}") for arm, seed in (("dense", 1), ("random", 1), ("dense", 2))
+    }
+    assert all((docs / f"learning_{name}").stat().st_size > 5000 for name in results.PICTURES)
 
 
 @pytest.mark.parametrize(("positions", "patch"), [(16, 12), (144, 4), (36, 8)])
