@@ -125,14 +125,21 @@ class Experiment:
         text += f" --vision-kind {judged}"
         align = f"{self.train['align']} --train-iters {self.train['align_most_iterations']} --seed {seed}"
         align += f" --stop-at {judged}:{self.train['align_accuracy']} --eval-interval {self.train['align_interval']}"
-        settings = fingerprint(self.flags, text, align, self.about, self.start_environment, sources())
+        first = fingerprint(self.flags, text, self.about, self.start_environment, sources())
+        settings = fingerprint(first, align)
         if is_done(target, settings):
             return target
-        aside = fresh(target.with_suffix(".incomplete"))
-        flags = f"--stage text {text} --load {self.language_model / 'megatron'} {LOAD} --eval-interval 1000"
-        flags += f" --save-llava {aside / 'built'} --eval-log {aside / 'text.jsonl'}"
-        flags += f" --vision-data {self.data / 'align'}"  # more pictures
-        self.megatron(f"text-{seed}", flags, self.data, self.train["text_iterations"], self.start_environment)
+        aside = target.with_suffix(".incomplete")
+        if not is_done(aside / "built", first):  # else an interrupted start has come this far
+            fresh(aside)
+            flags = f"--stage text {text} --load {self.language_model / 'megatron'} {LOAD} --eval-interval 1000"
+            flags += f" --save-llava {aside / 'built'} --eval-log {aside / 'text.jsonl'}"
+            flags += f" --vision-data {self.data / 'align'}"  # more pictures
+            self.megatron(f"text-{seed}", flags, self.data, self.train["text_iterations"], self.start_environment)
+            (aside / "built" / "settings").write_text(first)
+        for name in ("llava", "teacher"):
+            shutil.rmtree(aside / name, ignore_errors=True)
+        (aside / "align.jsonl").unlink(missing_ok=True)
         flags = f"--stage llava {align} --load {aside / 'built'} {LOAD}"
         flags += f" --save {aside / 'llava'} --save-interval 100000 --no-save-optim --no-save-rng"
         flags += f" --eval-log {aside / 'align.jsonl'}"
