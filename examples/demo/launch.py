@@ -75,7 +75,7 @@ def run_command(
         RUNNING.discard(process)
     if code:
         raise CommandError(
-            f"{title} failed with exit code {code}; the end of {os.path.relpath(log)}:\n" + "".join(tail)
+            f"{title} failed with exit code {code}; the end of {os.path.relpath(log)}:\n" + "".join(tail).rstrip()
         )
     return seconds
 

@@ -59,7 +59,7 @@ def all_arms(summary: list[dict], file: Path) -> None:
             text, place = f"{one['targets']:.0%} of the targets", ("axes fraction", "data")
             axes[1].annotate(text, (1.01, row), xycoords=place, va="center", fontsize=9, color=FAINT)
     axes[0].set_yticks(range(len(summary)), [one["title"] for one in reversed(summary)])
-    axes[0].set_xlabel("held-out accuracy at the end, words that need the picture, % (dots: seeds, bar: mean)")
+    axes[0].set_xlabel("held-out accuracy at the end, % (dots: seeds, bar: mean)")
     axes[1].set_xlabel("points against the dense run of the same start")
     axes[1].axvline(0, color=FAINT, linewidth=1)
     for axis in axes:
