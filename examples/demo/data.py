@@ -92,7 +92,7 @@ TEMPLATES = (
 
 @dataclass(frozen=True)
 class Emoji:
-    """One drawing with what is known about it; `art` is an RGBA picture of CELL x CELL pixels."""
+    """One drawing with what is known about it; `art` is a square RGBA picture that fills a cell."""
 
     name: str
     group: str
@@ -136,8 +136,8 @@ def dominant_colour(rgba: np.ndarray) -> str:
     return count.most_common(1)[0][0] if count else "black"
 
 
-def load_emoji() -> list[Emoji]:
-    """Rasterise the drawings and look up their names."""
+def load_emoji(cell: int = CELL) -> list[Emoji]:
+    """Rasterise the drawings for cells of that many pixels and look up their names."""
     import emoji
     import resvg_py
     from PIL import Image, ImageOps
@@ -148,9 +148,9 @@ def load_emoji() -> list[Emoji]:
         for subgroup, characters in subgroups.items():
             for char in characters:
                 svg = str(folder / f"{ord(char):X}.svg")
-                png = resvg_py.svg_to_bytes(svg_path=svg, width=4 * CELL, height=4 * CELL, skip_system_fonts=True)
+                png = resvg_py.svg_to_bytes(svg_path=svg, width=4 * cell, height=4 * cell, skip_system_fonts=True)
                 art = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-                art = ImageOps.pad(art.crop(art.getchannel("A").getbbox()), (CELL, CELL))  # fills its cell
+                art = ImageOps.pad(art.crop(art.getchannel("A").getbbox()), (cell, cell))  # fills its cell
                 entry = emoji.EMOJI_DATA.get(char) or emoji.EMOJI_DATA[char + "\ufe0f"]
                 name = entry["en"].strip(":").replace("_", " ").removeprefix("red ")  # the colour is measured
                 result.append(Emoji(name, group, subgroup, dominant_colour(np.asarray(art)), art))
@@ -208,18 +208,22 @@ def without_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
     return text, spans
 
 
-def paint(scene: Scene, emoji: list[Emoji], rng: random.Random) -> np.ndarray:
-    """Returns the picture [IMAGE_SIZE, IMAGE_SIZE, 3] uint8; every copy is shifted, scaled and mirrored by itself."""
+def paint(scene: Scene, emoji: list[Emoji], rng: random.Random, size: int = IMAGE_SIZE) -> np.ndarray:
+    """Returns the picture [size, size, 3] uint8; every copy is shifted, scaled and mirrored by itself.
+
+    `emoji` must be loaded for cells of half that size.
+    """
     from PIL import Image, ImageOps
 
-    canvas = Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), GROUNDS[scene.ground])
+    side = size // 2
+    canvas = Image.new("RGB", (size, size), GROUNDS[scene.ground])
     for index, cells in scene.parts:
         for cell in cells:
-            size = rng.randint(CELL - 3, CELL)
-            art = emoji[index].art.resize((size, size), Image.Resampling.BILINEAR)
+            drawn = rng.randint(side - side // 8, side)
+            art = emoji[index].art.resize((drawn, drawn), Image.Resampling.BILINEAR)
             art = ImageOps.mirror(art) if rng.random() < 0.5 else art
-            room = CELL - size
-            x, y = cell % 2 * CELL + rng.randint(0, room), cell // 2 * CELL + rng.randint(0, room)
+            room = side - drawn
+            x, y = cell % 2 * side + rng.randint(0, room), cell // 2 * side + rng.randint(0, room)
             canvas.paste(art, (x, y), art)
     return np.asarray(canvas)
 

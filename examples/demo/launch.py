@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -19,6 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 ITERATION = re.compile(r"iteration +(\d+)/ *\d+ .*elapsed time per iteration \(ms\): ([\d.]+)")
 LOSS = re.compile(r"lm loss: ([\dE.+-]+)")
 TAIL = 30
+
+
+RUNNING: set[subprocess.Popen] = set()
 
 
 class CommandError(RuntimeError):
@@ -34,19 +39,29 @@ def torchrun(num_processes: int, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *where, *arguments]
 
 
-def run_command(command: list[str], log: Path, *, title: str, iterations: int = 0) -> float:
+def run_command(
+    command: list[str], log: Path, *, title: str, iterations: int = 0, variables: Mapping[str, str] | None = None
+) -> float:
     """Run `command`; returns the seconds Megatron counted for its training steps.
 
     Args:
         log: file for all it prints.
         iterations: training steps to expect in it, 0 for a program that has none.
+        variables: of its environment, beside one thread per process.
 
     Raises:
         CommandError: it failed.
     """
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment()
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment() | dict(variables or {}),
+        start_new_session=True,  # a group of its own, so that all of it can be ended
     )
+    RUNNING.add(process)
     tail: deque[str] = deque(maxlen=TAIL)
     try:
         with log.open("w") as file:
@@ -54,14 +69,27 @@ def run_command(command: list[str], log: Path, *, title: str, iterations: int = 
             seconds = follow(process.stdout, file, tail, title, iterations)
         code = process.wait()
     finally:
-        if process.poll() is None:  # interrupted: torchrun ends its workers
-            process.send_signal(signal.SIGTERM)
+        if process.poll() is None:  # interrupted
+            stop(process)
             process.wait()
+        RUNNING.discard(process)
     if code:
         raise CommandError(
-            f"{title} failed with exit code {code}; the end of {os.path.relpath(log)}:\n" + "".join(tail)
+            f"{title} failed with exit code {code}; the end of {os.path.relpath(log)}:\n" + "".join(tail).rstrip()
         )
     return seconds
+
+
+def stop_all() -> None:
+    """End every command that other threads still wait for."""
+    for process in list(RUNNING):
+        stop(process)
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a command and what it has started; torchrun ends its workers, which have sessions of their own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
 
 
 def follow(lines: TextIO, file: TextIO, tail: deque[str], title: str, iterations: int) -> float:

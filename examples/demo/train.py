@@ -15,13 +15,17 @@ the evaluation. Every evaluation of the training loop also writes one JSON line 
 image_word_accuracy (labels that need the picture; where `needs_image` tells several kinds apart, also
 accuracy_by_kind, from kind 1 up) and all_word_accuracy (all targets), all on held-out samples and teacher-forced: each
 token is predicted from the true ones before it; and cpu_seconds, what this process has spent on training so far,
-evaluations left out. `--eval-losses FILE` keeps the last evaluation's loss of every token, as `losses` and `labels`
+evaluations left out; and weights, a hash of rank 0's, so that two runs can be told to be one bit by bit.
+`--stop-at KIND:SHARE` ends the training once the held-out accuracy of a kind is there, and fails when it never is.
+`--eval-losses FILE` keeps the last evaluation's loss of every token, as `losses` and `labels`
 [N, S] in the order of the held-out file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
 import time
 from copy import deepcopy
 from functools import partial
@@ -111,8 +115,11 @@ def save_llava(language_model: GPTModel, folder: str) -> None:
     torch.manual_seed(args.seed)  # whatever the training drew
     model = model_provider([])
     model.language_model.load_state_dict(language_model.state_dict())
-    if args.vision_steps:
-        tower.teach(model.vision_model, Path(args.demo_data), steps=args.vision_steps, seed=args.seed)
+    if args.vision_until:
+        wanted = {"until": args.vision_until, "most": args.vision_steps, "kind": args.vision_kind, "seed": args.seed}
+        steps, recall = tower.teach(model.vision_model, Path(args.vision_data or args.demo_data), **wanted)
+        if args.eval_log and torch.distributed.get_rank() == 0:
+            append(args.eval_log, {"vision_steps": steps, "vision_recall": recall})
     save_checkpoint(1, [model], None, None, 0)
 
 
@@ -149,11 +156,27 @@ def loss_func(loss_mask: torch.Tensor, losses: torch.Tensor):
     return loss, num_tokens, {"lm loss": torch.cat([loss.clone().detach().view(1), num_tokens.view(1)])}
 
 
+def append(file: str, found: dict) -> None:
+    """One JSON line more."""
+    with open(file, "a") as log:
+        log.write(json.dumps(found) + "\n")
+
+
+def weights_hash(chunks: list[torch.nn.Module]) -> str:
+    """Sixteen digits that stand for the bits of this rank's weights."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        for name, weight in sorted(chunk.named_parameters()):
+            digest.update(name.encode() + weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 class HeldOut:
     """Sums over one evaluation; `write` is the `non_loss_data_func` that ends every evaluation on all ranks."""
 
     def __init__(self):
         self.sums, self.written = self.zeros(), -1
+        self.by_kind: dict[int, float] = {}
         self.rows: list[torch.Tensor] = []
         self.cpu_seconds, self.since = 0.0, None
 
@@ -184,7 +207,7 @@ class HeldOut:
         self.rows.append(torch.stack((losses, labels.float())))
         return loss_func(mask, losses)
 
-    def write(self, _model) -> None:
+    def write(self, chunks: list[torch.nn.Module]) -> None:
         args = get_args()
         sums, self.sums, rows, self.rows = self.sums, self.zeros(), self.rows, []
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
@@ -200,17 +223,25 @@ class HeldOut:
             "image_word_accuracy": float(kind_hits.sum() / num_kind.sum()),
             "all_word_accuracy": hits / num_targets,
             "cpu_seconds": round(self.cpu_seconds, 2),
+            "weights": weights_hash(chunks),
         }
         if num_kind[1:].any():
             found["accuracy_by_kind"] = [round(float(h / n), 5) for h, n in zip(kind_hits, num_kind, strict=True) if n]
-        line = json.dumps(found)
-        print_rank_last(f"held-out: {line}")
+        print_rank_last(f"held-out: {json.dumps(found)}")
         if args.eval_losses:
             self.write_losses(rows, args.eval_losses)
         if args.eval_log and torch.distributed.get_rank() == 0:
-            with open(args.eval_log, "a") as file:
-                file.write(line + "\n")
+            append(args.eval_log, found)
+        self.by_kind = {k: float(h / n) for k, (h, n) in enumerate(zip(kind_hits, num_kind, strict=True), 1) if n}
+        if self.has_arrived:
+            args.train_iters = iteration  # where Megatron's loop ends
         self.clock(is_training=True)  # the next step reads and plans its batch before the model is called
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether the last evaluation was good enough for --stop-at; the same on all ranks."""
+        stop_at = get_args().stop_at
+        return stop_at is not None and self.by_kind.get(stop_at[0], 0.0) >= stop_at[1]
 
     def write_losses(self, rows: list[torch.Tensor], file: str) -> None:
         """Rank 0 writes all rows of an evaluation; `rows` holds [2, B, S] per microbatch, losses and labels."""
@@ -239,15 +270,24 @@ def forward_step(held_out: HeldOut, data_iterator, model):
     return output[:, -tokens.shape[1] :].contiguous(), partial(held_out.loss_func, batch)
 
 
+def kind_and_share(text: str) -> tuple[int, float]:
+    """`3:0.8` as numbers."""
+    kind, share = text.split(":")
+    return int(kind), float(share)
+
+
 def add_demo_args(parser):
     group = parser.add_argument_group(title="demo")
     group.add_argument("--stage", choices=["text", "llava"], required=True)
     group.add_argument("--demo-data", required=True, metavar="DIR", help="folder written by data.py")
     group.add_argument("--save-llava", metavar="DIR", help="where --stage text saves the start of --stage llava")
     group.add_argument("--vision-num-layers", type=int, default=1)
-    group.add_argument(
-        "--vision-steps", type=int, default=0, help="steps that give the vision tower a start (tower.py)"
-    )
+    group.add_argument("--vision-until", type=float, metavar="SHARE", help="recall that ends tower.py's start")
+    group.add_argument("--vision-data", metavar="DIR", help="its pictures and words (default: those of --demo-data)")
+    group.add_argument("--vision-steps", type=int, default=2000, help="the most steps of it")
+    group.add_argument("--vision-kind", type=int, metavar="KIND", help="whose recall, by needs_image (default: all)")
+    group.add_argument("--stop-at", type=kind_and_share, metavar="KIND:SHARE", help="held-out accuracy that ends it")
+    group.add_argument("--repeatable", action="store_true", help="torch's deterministic algorithms where it has them")
     group.add_argument("--eval-log", metavar="FILE", help="append one JSON line per evaluation")
     group.add_argument("--eval-losses", metavar="FILE", help="write the last evaluation's loss of every token")
     return parser
@@ -255,6 +295,9 @@ def add_demo_args(parser):
 
 if __name__ == "__main__":
     args = parse_and_validate_args(extra_args_provider=add_demo_args)
+    if args.repeatable:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
     if args.save or args.save_llava:
         get_write_results_queue("fork")  # saving makes one by spawn otherwise, and all is imported once more per rank
     held_out, built = HeldOut(), []
@@ -266,8 +309,18 @@ if __name__ == "__main__":
         partial(model_provider, built),
         non_loss_data_func=held_out.write,
     )
+    if args.stop_at and not held_out.has_arrived:
+        kind, share = args.stop_at
+        sys.exit(
+            f"held-out accuracy of kind {kind}: given {held_out.by_kind.get(kind, 0.0):.1%} after {args.train_iters} "
+            f"iterations with seed {args.seed}; allowed {share:.1%} or more; "
+            "change --train-iters, --stop-at or the seed"
+        )
     if args.stage == "text" and args.save_llava:
-        save_llava(built[0], args.save_llava)
+        try:
+            save_llava(built[0], args.save_llava)
+        except tower.NotLearned as error:
+            sys.exit(str(error))
     # A gloo thread that still releases a tensor while Python shuts down would abort the process.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -59,9 +59,15 @@ def encode(tokenizer: Tokenizer, sample: tuple, bos: int, eos: int) -> tuple[lis
     return prompt + coded.ids + [eos], [0] * len(prompt) + [1] * (len(coded.ids) + 1), [0] * len(prompt) + kinds + [0]
 
 
-def prepare(out: Path, language_model: Path, *, num_train: int, num_heldout: int, fresh_factor: int, seed: int) -> Path:
-    """Write all files into `out` unless they are there; a failed run leaves nothing. Returns `out`."""
+def prepare(
+    out: Path, language_model: Path, *, num_train: int, num_heldout: int, fresh_factor: int, size: int, seed: int
+) -> Path:
+    """Write all files into `out` unless they are there; a failed run leaves nothing. Returns `out`.
+
+    `size`: the pictures' height and width in pixels, an even number.
+    """
     wanted = {"num_train": num_train, "num_heldout": num_heldout, "fresh_factor": fresh_factor, "seed": seed}
+    wanted["size"] = size
     wanted["language_model"] = language_model.name
     sources = (Path(__file__), DEMO / "data.py")
     wanted["source"] = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
@@ -69,7 +75,7 @@ def prepare(out: Path, language_model: Path, *, num_train: int, num_heldout: int
         return out
     with scenes.written_aside(out) as aside:
         rng = random.Random(seed)
-        emoji = scenes.load_emoji()
+        emoji = scenes.load_emoji(size // 2)
         drawn: dict[tuple, scenes.Scene] = {}
         while len(drawn) < fresh_factor * num_train + num_heldout:
             scene = scenes.draw_scene(emoji, rng)
@@ -81,7 +87,7 @@ def prepare(out: Path, language_model: Path, *, num_train: int, num_heldout: int
         short = [encode(tokenizer, short_caption(scene, emoji), *special) for scene in drawn.values()]
         vocabulary = sorted(set(special).union(*(tokens for tokens, _, _ in long + short)))
         pictures = tqdm(drawn.values(), desc="painting pictures", unit="picture", mininterval=1, disable=None)
-        images = np.stack([scenes.paint(scene, emoji, rng) for scene in pictures])
+        images = np.stack([scenes.paint(scene, emoji, rng, size) for scene in pictures])
         heldout, train, rest = slice(num_heldout), slice(num_heldout, num_heldout + num_train), slice(num_heldout, None)
         (aside / "fresh").mkdir()
         (aside / "align").mkdir()
@@ -101,6 +107,7 @@ def prepare(out: Path, language_model: Path, *, num_train: int, num_heldout: int
             "targets_per_sample": round(float(target.sum(1).mean()), 2),
             "kinds": KINDS,
             "share_of_targets_by_kind": shares,
+            "content": hashlib.sha256(images.tobytes() + long[0].tobytes()).hexdigest()[:16],
         }
         (aside / "about.json").write_text(json.dumps(about, indent=1))
     return out

@@ -47,19 +47,23 @@ def against_targets(arms: dict[str, list[dict]], named: dict, file: Path) -> Non
 
 
 def all_arms(summary: list[dict], file: Path) -> None:
-    """One line per arm: every seed's accuracy at the end, and the mean."""
-    figure, axis = plt.subplots(figsize=(10, 0.42 * len(summary) + 1.3), dpi=150)
+    """One line per arm: every seed's accuracy at the end and the mean; beside it, seed by seed, against dense."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 0.42 * len(summary) + 1.3), dpi=150, sharey=True)
     for row, one in enumerate(reversed(summary)):
         colour = STYLE.get(one["arm"], ("#009E73", ""))[0]
-        values = [100 * value for value in one["image_word_accuracy_by_seed"].values()]
-        axis.plot(values, [row] * len(values), "o", color=colour, alpha=0.45, markersize=6, markeredgewidth=0)
-        axis.plot(100 * one["image_word_accuracy"], row, "|", color=colour, markersize=16, markeredgewidth=2.5)
+        for axis, by_seed in zip(axes, (one["image_word_accuracy_by_seed"], one["against_dense"]), strict=True):
+            if values := [100 * value for value in by_seed.values()]:
+                axis.plot(values, [row] * len(values), "o", color=colour, alpha=0.45, markersize=6, markeredgewidth=0)
+                axis.plot(np.mean(values), row, "|", color=colour, markersize=16, markeredgewidth=2.5)
         if one["targets"] is not None:
-            text = f"{one['targets']:.0%} of the targets"
-            axis.annotate(text, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=9, color=FAINT)
-    axis.set_yticks(range(len(summary)), [one["title"] for one in reversed(summary)])
-    axis.set_xlabel("held-out accuracy at the end, words that need the picture, % (dots: seeds, bar: mean)")
-    axis.grid(axis="x", color="#e6e9ed", linewidth=0.8)
-    figure.tight_layout(rect=(0, 0, 0.98, 1))
+            text, place = f"{one['targets']:.0%} of the targets", ("axes fraction", "data")
+            axes[1].annotate(text, (1.01, row), xycoords=place, va="center", fontsize=9, color=FAINT)
+    axes[0].set_yticks(range(len(summary)), [one["title"] for one in reversed(summary)])
+    axes[0].set_xlabel("held-out accuracy at the end, % (dots: seeds, bar: mean)")
+    axes[1].set_xlabel("points against the dense run of the same start")
+    axes[1].axvline(0, color=FAINT, linewidth=1)
+    for axis in axes:
+        axis.grid(axis="x", color="#e6e9ed", linewidth=0.8)
+    figure.tight_layout(rect=(0, 0, 0.99, 1))
     figure.savefig(file)
     plt.close(figure)

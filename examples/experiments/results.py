@@ -7,6 +7,9 @@ What is counted: *targets processed* are answer tokens with loss that were not e
 training steps after ReGATE's own count, in dense steps (a run of 240 dense steps is 240), without the teacher; *time*
 is the CPU seconds of the training process, teacher and planning included, evaluations left out. Accuracies are of dense
 evaluations on held-out pictures, teacher-forced, on the first piece of each word that needs the picture.
+
+Arms are compared in pairs: the difference of two runs of one seed that began with the very same weights, then its mean
+and its standard deviation over the seeds. How good a start was, which differs from seed to seed, so falls out.
 """
 
 from __future__ import annotations
@@ -31,7 +34,6 @@ LINE = re.compile(
     r".*?planning (?P<planning>[\d.]+) ms, teacher (?P<teacher>[\d.]+) ms"
 )
 STEP = re.compile(r"iteration +(\d+)/ *\d+ .*elapsed time per iteration \(ms\): ([\d.]+)")
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
 PICTURES = ("accuracy_against_targets.png", "arms.png")
 
 
@@ -49,7 +51,10 @@ def write(out: Path, docs: Path | None = None) -> None:
     grouped = {name: [run for run in runs if run["arm"] == name] for name in arms}
     grouped = {name: found for name, found in grouped.items() if found}
     write_csv(runs, out / "results.csv")
-    summary = [summarise(name, arms[name]["title"], found, grouped.get("dense", [])) for name, found in grouped.items()]
+    summary = []
+    for name, found in grouped.items():
+        dense, random = (grouped.get(arms[name].get(twin, twin), []) for twin in ("dense", "random"))
+        summary.append(summarise(name, arms[name]["title"], found, dense, random))
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     lines = table(summary)
     (out / "summary.md").write_text("\n".join(lines) + "\n")
@@ -60,7 +65,7 @@ def write(out: Path, docs: Path | None = None) -> None:
     print("\n".join(lines))
     print(f"{out / 'results.csv'}, {out / 'summary.json'}, {', '.join(str(out / name) for name in PICTURES)}")
     if docs is not None:
-        write_docs(out, docs, lines)
+        write_docs(out, docs, {"results": lines, "starts": starts_table(out / "starts")})
 
 
 def read_run(folder: Path, data: Path) -> dict:
@@ -106,15 +111,16 @@ def write_csv(runs: list[dict], file: Path) -> None:
     names += ("cpu_seconds", "image_word_accuracy", "all_word_accuracy")
     with file.open("w", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["arm", "seed", *names, "count", "colour", "object", "place"])
+        writer.writerow(["arm", "seed", *names, "count", "colour", "object", "place", "start", "weights"])
         for run in runs:
             for point in run["curve"]:
                 values = [round(point[name], 5) if isinstance(point[name], float) else point[name] for name in names]
-                writer.writerow([run["arm"], run["seed"], *values, *point.get("accuracy_by_kind", [])])
+                row = [run["arm"], run["seed"], *values, *point["accuracy_by_kind"], run["start"], point["weights"]]
+                writer.writerow(row)
 
 
-def summarise(name: str, title: str, runs: list[dict], dense: list[dict]) -> dict:
-    """One arm's line of the table; what is compared with dense is compared seed by seed."""
+def summarise(name: str, title: str, runs: list[dict], dense: list[dict], random: list[dict]) -> dict:
+    """One arm's line of the table; `dense` and `random` are the runs that it is compared with, seed by seed."""
     ends = [run["curve"][-1] for run in runs]
     entry = {"arm": name, "title": title, "seeds": len(runs), "iterations": runs[0]["iterations"]}
     for key in ("image_word_accuracy", "all_word_accuracy", "eval_loss"):
@@ -123,34 +129,53 @@ def summarise(name: str, title: str, runs: list[dict], dense: list[dict]) -> dic
         entry[f"{key}_deviation"] = statistics.stdev(values) if len(values) > 1 else None
         entry[f"{key}_by_seed"] = {run["seed"]: end[key] for run, end in zip(runs, ends, strict=True)}
     entry["by_kind"] = np.mean([end["accuracy_by_kind"] for end in ends], axis=0).round(4).tolist()
-    by_seed = {run["seed"]: run["curve"] for run in dense}
     shares = defaultdict(list)
-    for run, end in zip(runs, ends, strict=True):
-        if (curve := by_seed.get(run["seed"])) is None:
-            continue
+    for run, twin in pairs(runs, dense):
+        end, curve = run["curve"][-1], twin["curve"]
         shares["targets"].append(end["targets_processed"] / curve[-1]["targets_processed"])
         shares["compute"].append(end["compute"] / curve[-1]["compute"])
         shares["time"].append(end["cpu_seconds"] / curve[-1]["cpu_seconds"])
         best = max(point["image_word_accuracy"] for point in curve)
         reached = [point for point in run["curve"] if point["image_word_accuracy"] >= best]
         shares["peak"].append(reached[0]["targets_processed"] / curve[-1]["targets_processed"] if reached else None)
-        shares["gain"].append(end["image_word_accuracy"] - curve[-1]["image_word_accuracy"])
-    for key in ("targets", "compute", "time", "gain"):
+    for key in ("targets", "compute", "time"):
         entry[key] = statistics.mean(shares[key]) if shares[key] else None
     entry["targets_at_dense_peak"] = shares["peak"]
+    for key, twins in (("against_dense", dense), ("against_random", random)):
+        entry[key] = {run["seed"]: gain(run, twin) for run, twin in pairs(runs, twins) if run is not twin}
     return entry
+
+
+def pairs(runs: list[dict], twins: list[dict]) -> list[tuple[dict, dict]]:
+    """Runs of one seed that began with the same weights."""
+    by_start = {(twin["seed"], twin["start"]): twin for twin in twins}
+    found = [(run, by_start.get((run["seed"], run["start"]))) for run in runs]
+    return [(run, twin) for run, twin in found if twin is not None]
+
+
+def gain(run: dict, twin: dict) -> float:
+    """How much more of the words that need the picture are right at the end."""
+    return run["curve"][-1]["image_word_accuracy"] - twin["curve"][-1]["image_word_accuracy"]
+
+
+def difference(by_seed: dict[int, float]) -> str:
+    """Points, mean ± standard deviation over seeds, and in how many seeds the arm was ahead."""
+    values = [100 * value for value in by_seed.values()]
+    if len(values) < 2:
+        return f"{values[0]:+.1f}" if values else "–"
+    ahead = sum(value > 0 for value in values)
+    return f"{statistics.mean(values):+.1f} ± {statistics.stdev(values):.1f} ({ahead} of {len(values)})"
 
 
 def table(summary: list[dict]) -> list[str]:
     """Markdown."""
     names = ("arm", "seeds", "targets", "compute", "time", "words that need the picture", "against dense")
-    names += ("count / colour / object / place", "all words", "loss")
+    names += ("against random", "count / colour / object / place", "all words", "loss")
     head = " | ".join(names)
     lines = [f"| {head} |", "|" + "---|" * (head.count("|") + 1)]
     for one in summary:
         deviation = one["image_word_accuracy_deviation"]
         spread = f" ± {100 * deviation:.1f}" if deviation is not None else ""
-        gain = "–" if one["gain"] is None or one["arm"] == "dense" else f"{100 * one['gain']:+.1f}"
         share = ["–" if one[key] is None else f"{one[key]:.0%}" for key in ("targets", "compute", "time")]
         kinds = " / ".join(f"{100 * value:.0f}" for value in one["by_kind"])
         cells = [
@@ -158,18 +183,34 @@ def table(summary: list[dict]) -> list[str]:
             str(one["seeds"]),
             *share,
             f"{100 * one['image_word_accuracy']:.1f}{spread}",
-            gain,
+            difference(one["against_dense"]),
+            difference(one["against_random"]),
             kinds,
         ]
         lines.append(f"| {' | '.join(cells)} | {100 * one['all_word_accuracy']:.1f} | {one['eval_loss']:.3f} |")
     return lines
 
 
-def write_docs(out: Path, docs: Path, lines: list[str]) -> None:
-    """Put the table between the markers of learning.md, and pictures and results.csv beside it."""
+def starts_table(folder: Path) -> list[str]:
+    """Markdown: how every seed's start came to be."""
+    head = "seed | steps of the tower | objects it names | iterations of short captions | object words right | weights"
+    lines = [f"| {head} |", "|" + "---|" * (head.count("|") + 1)]
+    for file in sorted(folder.glob("[0-9]*/about.json"), key=lambda file: int(file.parent.name)):
+        one = json.loads(file.read_text())
+        cells = (file.parent.name, one["vision_steps"], f"{100 * one['vision_recall']:.1f}", one["align_iterations"])
+        lines.append(f"| {' | '.join(map(str, cells))} | {100 * one['align_object']:.1f} | `{one['weights']}` |")
+    return lines
+
+
+def write_docs(out: Path, docs: Path, tables: dict[str, list[str]]) -> None:
+    """Put the tables between their markers in learning.md, and pictures and results.csv beside it."""
     page = docs / "learning.md"
-    before, rest = page.read_text().split(BEGIN)
-    page.write_text(before + "\n".join([BEGIN, *lines, END]) + rest.split(END)[1])
+    text = page.read_text()
+    for name, lines in tables.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, rest = text.split(begin)
+        text = before + "\n".join([begin, *lines, end]) + rest.split(end)[1]
+    page.write_text(text)
     for name in PICTURES:
         shutil.copy(out / name, docs / f"learning_{name}")
     shutil.copy(out / "results.csv", docs / "learning_results.csv")

@@ -1,10 +1,15 @@
-"""examples/experiments: weights rewritten from llama2.c's file, kinds of words, arms, and how results are compared."""
+"""examples/experiments: weights rewritten from llama2.c's file, words, arms, starts, and how results are compared."""
 
 from __future__ import annotations
 
+import json
+import re
 import struct
 import sys
+import threading
+import time
 import tomllib
+import types
 from pathlib import Path
 
 import numpy as np
@@ -118,26 +123,278 @@ def test_every_arm_is_a_command_line_that_regate_takes(tmp_path):
             assert (config is None) == bool(arms[one.arm].get("plain")), one.arm
             if config:
                 assert config.needs_teacher == ("{teacher}" in one.flags), one.arm
+        for arm in arms.values():
+            assert {arm.get("dense", "dense"), arm.get("random", "random")} <= arms.keys()
 
 
-def test_an_arm_is_compared_with_dense_seed_by_seed():
+def test_an_arm_sets_any_field_of_the_config():
+    import run
+
+    from regate_megatron.config import ReGateConfig, parse_command_line
+
+    values = {"iterations": 180, "nine_tenths": 162}
+    other = {
+        "keep_ratio": 0.3, "keep_ratio_end": 0.7, "keep_ratio_steps": "{iterations}", "dense_layers": 2,
+        "dense_last_layers": 1, "warmup_steps": 7, "cycle_steps": 9, "dense_steps": 3, "dense_from": "{nine_tenths}",
+        "ema_decay": 0.5, "reference_weight": 0.25, "fusion": "convex", "score": "reference", "budget": "balanced",
+        "length_multiple": 8, "packed_ratio": "row", "context": "read", "teacher_load": "student",
+        "teacher_visual": "pad", "reference_cache": "cache", "teacher_offload": True, "difficulty_memory": 1.0,
+        "reset_difficulty": True, "trace": "trace", "seed": 5,
+    }  # fmt: skip
+    found = parse_command_line(run.regate_flags("one", other, values))
+    assert found == ReGateConfig(**(other | {"keep_ratio_steps": 180, "dense_from": 162}))
+    assert parse_command_line(run.regate_flags("one", {"teacher_offload": False, "score": "random"}, values)) == (
+        ReGateConfig(score="random")
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"keep_ration": 0.3}, "keep_ration"), ({"keep_ratio": 1.5}, "--regate-keep-ratio"), ({"score": "luck"}, "luck")],
+)
+def test_an_arm_with_a_wrong_field_is_refused_by_name(settings, said):
+    import run
+    from launch import CommandError
+
+    with pytest.raises(CommandError) as refused:
+        run.regate_flags("mine", settings, {"iterations": 1, "nine_tenths": 1})
+    message = str(refused.value)
+    assert "\n" not in message and all(word in message for word in ("mine", said, "given", "allowed", "change"))
+
+
+def _curve(*points):
+    names = ("targets_processed", "compute", "image_word_accuracy")
+    rest = {"all_word_accuracy": 0.5, "eval_loss": 1.0, "accuracy_by_kind": [0.5]}
+    return [dict(zip(names, point, strict=True)) | rest | {"cpu_seconds": 3 + point[1]} for point in points]
+
+
+def _run(seed, *points, start="one"):
+    return {"seed": seed, "start": f"{start} {seed}", "iterations": 2, "curve": _curve(*points)}
+
+
+def test_an_arm_is_compared_with_dense_and_random_seed_by_seed():
     import results
 
-    def curve(*points):
-        names = ("targets_processed", "compute", "image_word_accuracy")
-        rest = {"all_word_accuracy": 0.5, "eval_loss": 1.0, "accuracy_by_kind": [0.5]}
-        return [dict(zip(names, point, strict=True)) | rest | {"cpu_seconds": 3 + point[1]} for point in points]
-
-    dense = [
-        {"seed": 1, "iterations": 2, "curve": curve((100, 10, 0.6), (200, 20, 0.5))},
-        {"seed": 2, "iterations": 2, "curve": curve((100, 10, 0.3), (200, 20, 0.7))},
-    ]
-    ours = [
-        {"seed": 1, "iterations": 2, "curve": curve((50, 6, 0.6), (100, 12, 0.8))},
-        {"seed": 2, "iterations": 2, "curve": curve((60, 6, 0.6), (120, 12, 0.6))},
-    ]
-    found = results.summarise("regate", "ReGATE", ours, dense)
+    dense = [_run(1, (100, 10, 0.6), (200, 20, 0.5)), _run(2, (100, 10, 0.3), (200, 20, 0.7))]
+    ours = [_run(1, (50, 6, 0.6), (100, 12, 0.8)), _run(2, (60, 6, 0.6), (120, 12, 0.6))]
+    random = [_run(2, (60, 6, 0.1), (120, 12, 0.25))]
+    found = results.summarise("regate", "ReGATE", ours, dense, random)
     assert found["targets"] == pytest.approx(0.55) and found["compute"] == pytest.approx(0.6)
     assert found["time"] == pytest.approx(15 / 23)
-    assert found["gain"] == pytest.approx((0.3 - 0.1) / 2)
+    assert found["against_dense"] == {1: pytest.approx(0.3), 2: pytest.approx(-0.1)}
+    assert found["against_random"] == {2: pytest.approx(0.35)}
     assert found["targets_at_dense_peak"] == [0.25, None]
+    (_, _, row) = results.table([found])
+    assert "| +10.0 ± 28.3 (1 of 2) | +35.0 |" in row
+    assert results.summarise("dense", "dense", dense, dense, random)["against_dense"] == {}
+
+
+def test_runs_of_other_starts_are_no_pair():
+    import results
+
+    dense = [_run(1, (200, 20, 0.5), start="another"), _run(2, (200, 20, 0.5))]
+    ours = [_run(1, (100, 12, 0.8)), _run(2, (100, 12, 0.8))]
+    assert results.summarise("regate", "ReGATE", ours, dense, [])["against_dense"] == {2: pytest.approx(0.3)}
+
+
+def test_the_report_says_which_start_and_weights_every_figure_is_of(tmp_path):
+    import results
+
+    out, docs = tmp_path / "out", tmp_path / "docs"
+    (out / "data").mkdir(parents=True)
+    docs.mkdir()
+    arrays = {"tokens": np.ones((4, 3), np.int32), "loss_mask": np.ones((4, 2), np.uint8)}
+    np.savez(out / "data" / "train.npz", **arrays, needs_image=np.ones((4, 2), np.uint8))
+    for arm, seed, accuracy in (("dense", 1, 0.5), ("random", 1, 0.25), ("dense", 2, 0.75)):
+        folder = out / "runs" / f"{arm}-{seed}"
+        folder.mkdir(parents=True)
+        (folder / "settings").write_text("")
+        (folder / "log.txt").write_text("$ train.py --global-batch-size 2\n")
+        about = {"arm": arm, "seed": seed, "iterations": 2, "fresh": False, "start": f"start{seed}"}
+        (folder / "about.json").write_text(json.dumps(about))
+        point = {"iteration": 2, "eval_loss": 1.0, "image_word_accuracy": accuracy, "all_word_accuracy": 0.5}
+        point |= {"cpu_seconds": 3.0, "weights": f"end-{arm}-{seed}", "accuracy_by_kind": [0.1, 0.2, 0.3, 0.4]}
+        (folder / "heldout.jsonl").write_text(json.dumps(point) + "\n")
+    start = {"vision_steps": 225, "vision_recall": 0.81, "align_iterations": 140, "align_object": 0.62}
+    for seed in (1, 2):
+        (out / "starts" / str(seed)).mkdir(parents=True)
+        (out / "starts" / str(seed) / "about.json").write_text(json.dumps(start | {"weights": f"start{seed}"}))
+    page = "before\n<!-- starts -->\nold\n<!-- /starts -->\nbetween\n<!-- results -->\n<!-- /results -->\nafter\n"
+    (docs / "learning.md").write_text(page)
+    results.write(out, docs)
+    found = (docs / "learning.md").read_text()
+    assert "old" not in found and [word in found for word in ("before\n", "\nbetween\n", "\nafter\n")] == [True] * 3
+    assert "| 2 | 225 | 81.0 | 140 | 62.0 | `start2` |" in found
+    (random,) = (line for line in found.splitlines() if line.startswith("| random elision"))
+    assert "| 1 | 100% | 100% | 100% | 25.0 | -25.0 | – |" in random
+    head, *lines = (docs / "learning_results.csv").read_text().splitlines()
+    assert head.endswith("start,weights") and len(lines) == 3
+    assert {tuple(line.split(",")[-2:]) for line in lines} == {
+        (f"start{seed}", f"end-{arm}-{seed}") for arm, seed in (("dense", 1), ("random", 1), ("dense", 2))
+    }
+    assert all((docs / f"learning_{name}").stat().st_size > 5000 for name in results.PICTURES)
+
+
+@pytest.mark.parametrize(("positions", "patch"), [(16, 12), (144, 4), (36, 8)])
+def test_pictures_are_cut_into_the_positions_asked_for(positions, patch):
+    import run
+
+    assert run.patch_of(size=48, positions=positions) == patch
+
+
+@pytest.mark.parametrize(("size", "positions"), [(48, 100), (48, 15), (50, 16), (45, 9), (48, 0)])
+def test_pictures_that_cannot_be_cut_so_are_refused(size, positions):
+    import run
+    from launch import CommandError
+
+    with pytest.raises(CommandError, match=f"given {positions} for pictures of {size} pixels; allowed .*change"):
+        run.patch_of(size=size, positions=positions)
+
+
+def test_pictures_of_any_size_show_the_same_scene():
+    import random
+
+    import data
+
+    small, large = (data.load_emoji(cell)[:1] for cell in (24, 48))
+    assert large[0].art.size == (48, 48) and large[0].name == small[0].name
+    scene = data.Scene(parts=((0, (0, 3)),), ground="blue", template=0)
+    picture = data.paint(scene, large, random.Random(1), 96)
+    assert picture.shape == (96, 96, 3) and data.paint(scene, small, random.Random(1)).shape == (48, 48, 3)
+    ground = np.array(data.GROUNDS["blue"])
+    assert (picture[:48, 48:] == ground).all() and (picture[48:, :48] == ground).all()
+    assert (picture[:48, :48] != ground).any() and (picture[48:, 48:] != ground).any()
+
+
+def test_a_second_experiment_in_one_folder_is_refused(tmp_path):
+    import run
+    from launch import CommandError
+
+    with run.held(tmp_path):
+        with pytest.raises(CommandError, match="given .* another experiment is at work.*allowed.*change --out"):
+            with run.held(tmp_path):
+                pass
+    with run.held(tmp_path):
+        pass
+
+
+def test_a_start_is_made_once_and_before_the_arms_of_its_seed():
+    import run
+
+    happened = []
+
+    class Recorded:
+        def start(self, seed):
+            happened.append(("start", seed))
+
+        def run(self, one):
+            assert ("start", one.seed) in happened
+            happened.append((one.arm, one.seed))
+
+    runs = [run.Run(arm, seed, "", 1, False, {}) for seed in (1, 2, 3) for arm in ("a", "b")]
+    run.run_all(Recorded(), runs, 2)
+    assert sorted(happened) == sorted(
+        [("start", seed) for seed in (1, 2, 3)] + [(arm, seed) for seed in (1, 2, 3) for arm in "ab"]
+    )
+
+
+def test_a_seed_whose_start_fails_runs_no_arm():
+    import run
+    from launch import CommandError
+
+    happened = []
+
+    class Failing:
+        def start(self, seed):
+            raise CommandError("vision tower: given 61.0%")
+
+        def run(self, one):
+            happened.append(one)
+
+    with pytest.raises(CommandError, match="given 61"):
+        run.run_all(Failing(), [run.Run("a", 1, "", 1, False, {}), run.Run("b", 1, "", 1, False, {})], 2)
+    assert not happened
+
+
+def test_an_interrupted_command_ends_with_what_it_started(tmp_path):
+    import launch
+
+    ended = []
+
+    def run():
+        with pytest.raises(launch.CommandError):
+            launch.run_command(
+                ["bash", "-c", "sleep 60 & echo child $!; wait; true"], tmp_path / "log", title="wrapped"
+            )
+        ended.append(True)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    for _ in range(200):
+        if (tmp_path / "log").exists() and (found := re.search(r"^child (\d+)", (tmp_path / "log").read_text(), re.M)):
+            break
+        time.sleep(0.05)
+    launch.stop_all()
+    thread.join(timeout=20)
+    assert ended
+    status = Path(f"/proc/{found[1]}/stat")
+    assert not status.exists() or status.read_text().split()[2] == "Z"
+
+
+class _Tower(torch.nn.Module):
+    """A vision tower of one patch: enough to tell four plain colours."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = types.SimpleNamespace(hidden_size=8)
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(3, 8)
+
+    def forward(self, pictures):
+        return torch.tanh(self.layer(pictures.mean(dim=(2, 3))))[:, None]
+
+
+@pytest.fixture
+def coloured(tmp_path):
+    """Pictures of one colour each; its word, 1 to 4, is of kind 3, beside a word of kind 1 that nothing tells."""
+    rng = np.random.default_rng(0)
+    colours = np.array([(250, 40, 40), (40, 250, 40), (40, 40, 250), (250, 250, 40)])
+    for part, count in (("train", 64), ("heldout", 32)):
+        words = rng.integers(0, 4, count)
+        tokens = np.stack((np.zeros(count), 1 + words, 5 + rng.integers(0, 3, count)), axis=1).astype(np.int32)
+        needs = np.tile(np.array([3, 1], np.uint8), (count, 1))
+        images = np.broadcast_to(colours[words][:, None, None], (count, 4, 4, 3)).astype(np.uint8)
+        np.savez(
+            tmp_path / f"{part}.npz", images=images, tokens=tokens, loss_mask=np.ones_like(needs), needs_image=needs
+        )
+    return tmp_path
+
+
+def test_a_tower_learns_until_it_names_the_held_out_words_and_repeats(coloured):
+    import tower
+
+    first, second = _Tower(), _Tower()
+    wanted = {"until": 0.99, "most": 2000, "kind": 3, "seed": 1, "every": 10, "lr": 1e-2}
+    steps, recall = tower.teach(first, coloured, **wanted)
+    assert recall >= 0.99 and 10 <= steps < 2000
+    assert tower.teach(second, coloured, **wanted) == (steps, recall)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in first.parameters())
+
+
+def test_a_tower_that_does_not_get_there_says_how_far_it_came(coloured):
+    import tower
+
+    with pytest.raises(tower.NotLearned) as refused:
+        tower.teach(_Tower(), coloured, until=0.99, most=30, kind=1, seed=7, every=10)
+    assert all(
+        word in str(refused.value) for word in ("given", "after 30 steps with seed 7", "allowed 99.0%", "change")
+    )
+
+
+def test_recall_counts_the_wanted_words_among_the_best():
+    import tower
+
+    logits = torch.tensor([[5.0, 4.0, 3.0, 2.0], [1.0, 2.0, 3.0, 4.0]])
+    wanted = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    assert tower.recall_of(logits, wanted) == pytest.approx(2 / 3)
