@@ -1,4 +1,4 @@
-"""The trace: one JSON line per microbatch, of what was kept and why."""
+"""The trace: one JSON line per microbatch, of what was kept and why; and a line per step of what was known before."""
 
 from __future__ import annotations
 
@@ -36,11 +36,15 @@ def check_trace_folder(directory: str) -> None:
 
 
 class Trace:
-    """``DIR/dp00000.jsonl``: one JSON object per microbatch of this data-parallel rank; planners only."""
+    """``DIR/dp00000.jsonl``: one JSON object per microbatch of this data-parallel rank; planners only.
+
+    Beside it ``dp00000.history.csv``, a line per scored step: targets with a history, reference losses found.
+    """
 
     def __init__(self, directory: str, dp_rank: int) -> None:
         self._dp_rank, self._path = dp_rank, Path(directory) / f"dp{dp_rank:05d}.jsonl"
         self._file: TextIO | None = None
+        self._history: TextIO | None = None
         self.continues = False
 
     def write(self, step: Step) -> None:
@@ -60,10 +64,23 @@ class Trace:
                 "dense_length": one.planned_length,
                 "kept_length": microbatch.length // joined if microbatch else one.planned_length,
                 "plan_hash": plan_hash,
-                "targets_with_history": int(step.is_known[index].sum()) if step.is_known is not None else None,
                 "rows": self._rows(one, microbatch, step.scores[index].tolist() if step.scores is not None else ()),
             }
             self._file.write(json.dumps(record) + "\n")
+
+        self._write_history(step)
+
+    def _write_history(self, step: Step) -> None:
+        """A line beside, of steps that were scored: how much of what the score needs was known already."""
+        if step.is_known is None and not step.num_asked:
+            return
+        known = [int(is_known_X.sum()) for is_known_X in step.is_known or ()]
+        targets = sum(one.num_targets for one in step.facts)
+        if self._history is None:
+            self._history = self._path.with_suffix(".history.csv").open("a" if self.continues else "w", buffering=1)
+            if not self._history.tell():
+                self._history.write("iteration,targets,targets_with_history,references_asked,references_found\n")
+        self._history.write(f"{step.number + 1},{targets},{sum(known)},{step.num_asked},{step.num_found}\n")
 
     @staticmethod
     def _rows(one: MicrobatchFacts, microbatch: MicrobatchPlan | None, scores: Sequence[float]) -> list[dict[str, Any]]:
@@ -94,5 +111,6 @@ class Trace:
 
     def close(self) -> None:
         """Close the file."""
-        if self._file is not None:
-            self._file.close()
+        for file in (self._file, self._history):
+            if file is not None:
+                file.close()

@@ -18,7 +18,9 @@ from tests.launch import ROOT
 
 def test_setup_says_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(packages, "IMPORTS", ("import json", "import no_such_package"))
-    options = SimpleNamespace(out=tmp_path, part="setup", only=None, budget_seconds=60, cpu_rehearsal=True, commit=None)
+    options = SimpleNamespace(
+        out=tmp_path, part="setup", only=None, budget_seconds=600, cpu_rehearsal=True, commit=None
+    )
     assert packages.run(options) == 1
     found = json.loads((tmp_path / "setup.json").read_text())["measurements"]
     assert [(one["name"], one["holds"]) for one in found[:2]] == [

@@ -133,3 +133,24 @@ def test_rows_that_context_parallelism_joins_are_traced_as_rows(tmp_path):
         records.append({name: value for name, value in record.items() if name not in ("plan_hash", "dp_rank")})
     assert records[0] == records[1]
     assert records[1]["rows"][1]["kept"] == [0, 1, 3] and records[1]["kept_length"] == 3
+
+
+def test_what_was_known_before_a_step_is_a_line_of_its_own(tmp_path):
+    facts = _facts(torch.tensor([[False, True, True, True], [False, False, True, True]]))
+    trace, known = Trace(str(tmp_path), 0), torch.tensor([True, False, True, True, False])
+    for number, fields in enumerate(({}, {"is_known": [known], "num_asked": 2, "num_found": 1}, {"num_asked": 2})):
+        trace.write(Step(number, "sparse", elides=True, facts=[facts], **fields))
+    trace.close()
+    assert (tmp_path / "dp00000.history.csv").read_text().splitlines() == [
+        "iteration,targets,targets_with_history,references_asked,references_found",
+        "2,5,3,2,1",
+        "3,5,0,2,0",
+    ]
+
+
+def test_the_log_line_says_how_much_was_known():
+    counters = Counters(steps=1, targets_scored=8, targets_known=2, references_asked=4, references_found=3)
+    assert "| targets with history 25.0% | reference losses found 75.0% |" in log_line(
+        4, "sparse", counters, Counters()
+    )
+    assert "history" not in log_line(4, "dense", Counters(steps=1), Counters())
