@@ -109,7 +109,16 @@ def test_trace_has_the_documented_shape(sparse):
         }
         assert record["dense_length"] == 32 and len(record["rows"]) == 2 and not record["fallback"]
         for row in record["rows"]:
-            assert set(row) == {"sample_key", "num_context", "num_targets", "num_kept_targets", "kept", "scores"}
+            assert set(row) == {
+                "sample_key",
+                "num_context",
+                "num_targets",
+                "num_kept_targets",
+                "num_visual",
+                "num_kept_visual",
+                "kept",
+                "scores",
+            }
             assert len(row["kept"]) == row["num_context"] + row["num_kept_targets"] <= record["kept_length"]
             if record["phase"] == "sparse":
                 kept = set(row["kept"])
@@ -218,7 +227,7 @@ def test_flags_are_refused(flags, what):
     config, model = (
         ReGateConfig(score="student"),
         [*MODEL, "--micro-batch-size", "1"],
-    )  # of several rows RoPE is unfused
+    )
     check_flags(model, config)
     with pytest.raises(ReGateError, match=f"^regate: {what}: given .*; allowed .*; change .*") as refusal:
         check_flags([*model, *flags], config)
