@@ -26,7 +26,7 @@ from regate_megatron.step.planner import Planner
 from regate_megatron.step.sharing import share_plan
 from regate_megatron.step.step import Step
 from regate_megatron.step.trace import Trace
-from regate_megatron.support import Setting, check_support, hints
+from regate_megatron.support import HostRun, Setting, check_support, hints
 from regate_megatron.support.alignment import length_alignment, segment_alignment
 from regate_megatron.teacher import ReferenceLosses, TeacherSource, open_reference
 
@@ -49,7 +49,7 @@ class Session:
         models: Sequence[Any],
         config: ReGateConfig,
         topology: Topology,
-        args: Any,
+        run: HostRun,
         adapter: BatchAdapter,
         teacher: TeacherSource | None = None,
     ) -> None:
@@ -65,7 +65,7 @@ class Session:
         self.adapter, self.teacher_source = adapter, teacher
         self._phase: Phase = "warmup"
         self._interval, self._is_advised = Counters(), False
-        self._args, self._is_prepared = args, False
+        self._run_of_host, self._is_prepared = run, False
         transformer = self.language_models[0].config
         self.planner = self.trace = None
         if topology.is_planner:
@@ -108,7 +108,7 @@ class Session:
         if self._is_prepared:
             return
         is_multimodal = self.language_models[0] is not self.models[0]
-        setting = Setting(self.language_models, self.config, self._args, micro_batch_size, is_multimodal)
+        setting = Setting(self.language_models, self.config, self._run_of_host, micro_batch_size, is_multimodal)
         supported, reason = check_support(setting)
         if not supported:
             raise ReGateError(reason, everywhere=True)
@@ -174,7 +174,7 @@ class Session:
         """What is attached where, one line per hook."""
         lines = [f"regate on data-parallel rank {self.topology.dp_rank}" + (", planner" if self.planner else "")]
         lines += self.hooks.describe()
-        lines += hints(Setting(self.language_models, self.config, self._args))
+        lines += hints(Setting(self.language_models, self.config, self._run_of_host))
         if self.planner:
             lines.append(self.planner.learned.describe())
         if self.reference is not None:
