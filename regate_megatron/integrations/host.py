@@ -142,7 +142,7 @@ def _keep_teacher(session: Session, run: HostRun) -> None:
         return
     target, resumed = run.save / TEACHER_FOLDER, teacher_of_resumed_run(run)
     if resumed is None or resumed.resolve() != target.resolve():
-        save_language_model(session.reference.require_teacher().chunks, target, session.topology.world_group)
+        save_language_model(session.reference.require_teacher().chunks, target, session.topology)
 
 
 def _known_int(tokenizer: Any, name: str) -> int | None:

@@ -28,9 +28,10 @@ from typing import Any
 import torch.distributed as dist
 
 from regate_megatron.errors import refuse
-from regate_megatron.ranks.topology import agree_on_error
+from regate_megatron.memory.state import StateSave, has_state
+from regate_megatron.memory.state_files import STATE_FOLDER
 from regate_megatron.step.session import Session
-from regate_megatron.step.state import STATE_FOLDER, StateSave, has_state, load_state
+from regate_megatron.step.state import begin_save, load_state
 from regate_megatron.support import HostRun
 from regate_megatron.teacher.weights import saved_arguments
 
@@ -124,7 +125,7 @@ class CheckpointState:
             for left in folder.glob(_ASIDE + "*"):  # of a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
         self._cleaned.add(folder)
-        save = StateSave(self._sessions[0], folder / f"{_ASIDE}{iteration:07d}", iteration)
+        save = begin_save(self._sessions[0], folder / f"{_ASIDE}{iteration:07d}", iteration)
         return _Staged(save, _iteration_folder(folder, iteration) / STATE_FOLDER, is_async)
 
 
@@ -174,17 +175,14 @@ def _check_plain(iteration: Path, session: Session) -> None:
 
     Megatron's legacy format keeps its arguments in a pickle, which is not read here.
     """
-    error = None
-    if dist.get_rank() == 0 and iteration.is_dir() and getattr(saved_arguments(iteration), "regate", False):
-        error = str(
-            refuse(
+    with session.topology.together("saved difficulty", allowed="a checkpoint that can be read"):
+        if dist.get_rank() == 0 and iteration.is_dir() and getattr(saved_arguments(iteration), "regate", False):
+            raise refuse(
                 "saved difficulty",
                 given=f"{iteration} of a run with --regate, without its folder {STATE_FOLDER}",
                 allowed="the complete checkpoint as it was saved",
                 change="the copy, or add --regate-reset-difficulty to start with empty difficulty",
             )
-        )
-    agree_on_error(error, session.topology)
 
 
 def _iteration_folder(root: Path, iteration: int) -> Path:

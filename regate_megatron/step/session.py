@@ -18,6 +18,7 @@ from regate_megatron.batches import BatchAdapter, MicrobatchFacts
 from regate_megatron.config import ReGateConfig, flag
 from regate_megatron.decoder import Hooks, gather_context, to_host
 from regate_megatron.errors import ReGateError, refuse
+from regate_megatron.memory.learned import Learned
 from regate_megatron.method.plan import StepPlan
 from regate_megatron.method.schedule import Phase, phase_of
 from regate_megatron.ranks.topology import Topology
@@ -133,6 +134,11 @@ class Session:
             self.trace.continues = True
 
     @property
+    def learned(self) -> Learned | None:
+        """What this rank's planner has learned of the data; None on ranks that are no planner."""
+        return self.planner.learned if self.planner else None
+
+    @property
     def phase(self) -> Phase:
         """The phase of the step that began last."""
         return self._phase
@@ -176,7 +182,7 @@ class Session:
         lines += self.hooks.describe()
         lines += hints(Setting(self.language_models, self.config, self._run_of_host))
         if self.planner:
-            lines.append(self.planner.learned.describe())
+            lines.append(self.learned.describe())
         if self.reference is not None:
             lines.append(self.reference.describe())
         return "\n".join(lines)

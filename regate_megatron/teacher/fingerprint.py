@@ -27,7 +27,7 @@ import xxhash
 from torch import Tensor
 
 from regate_megatron.errors import refuse
-from regate_megatron.ranks.topology import Topology, agree_on_error
+from regate_megatron.ranks.topology import Topology
 from regate_megatron.teacher.cache_files import write_aside
 from regate_megatron.teacher.weights import LanguageModelCheckpoint, canonical_name
 
@@ -69,22 +69,20 @@ def fingerprint_of_checkpoint(checkpoint: LanguageModelCheckpoint, cache: Path, 
 
 def _add_up(pieces: Iterable[_Piece], topology: Topology, source: str = "the model") -> str:
     """Sum of all ranks' pieces, with the names, shapes and types of all tensors; 32 hexadecimal digits."""
-    sums, tensors, error = [0, 0], {}, None
-    try:
-        for name, shape, offset, values in pieces:
-            tensors[name] = [list(shape), str(values.dtype).removeprefix("torch.")]
-            for lane, part in enumerate(sums_of(name, shape, offset, values)):
-                sums[lane] += part
-    except Exception as fault:  # damaged files raise whatever they like
-        error = str(
-            refuse(
+    sums, tensors = [0, 0], {}
+    with topology.together("checkpoint"):
+        try:
+            for name, shape, offset, values in pieces:
+                tensors[name] = [list(shape), str(values.dtype).removeprefix("torch.")]
+                for lane, part in enumerate(sums_of(name, shape, offset, values)):
+                    sums[lane] += part
+        except Exception as fault:  # damaged files raise whatever they like
+            raise refuse(
                 "checkpoint",
                 given=f"{source}, whose data cannot be read ({type(fault).__name__})",
                 allowed="a complete checkpoint",
                 change="to one saved or copied in full",
-            )
-        )
-    agree_on_error(error, topology)
+            ) from fault
     parts: list = [None] * dist.get_world_size()
     dist.all_gather_object(parts, (sums, tensors), group=topology.world_group)
     tensors = {name: found for _, part in parts for name, found in part.items()}
