@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from regate_megatron.memory.difficulty import TokenPrior
 from regate_megatron.memory.learned import Learned
@@ -101,7 +100,7 @@ class StateSave:
         self._facts = self._prior_facts = _NOTHING
         self._content = dataclasses.asdict(progress)
         with topology.together(**_SAVING):
-            if dist.get_rank() == 0:
+            if topology.is_planner and topology.dp_rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
         self._learned = learned

@@ -144,7 +144,7 @@ def settings_of(config: Any, model: Any, rotary: Any) -> dict[str, Any]:
 
 
 def write_own(folder: Path, model: Any) -> None:
-    """Write into a checkpoint what :func:`stated_settings` reads; one rank calls this."""
+    """Write into a checkpoint what :func:`.stated.stated_settings` reads; one rank calls this."""
     rotary = getattr(model, "rotary_pos_emb", None)
     stated = counting(model.config) | {"position_embedding_type": model.position_embedding_type}
     stated |= {PATTERN: pattern_of(model)}

@@ -53,7 +53,7 @@ class LanguageModelCheckpoint:
         path: the folder of the iteration.
         prefix: what its keys start with: "" for a GPT, "language_model." for a LLaVA.
         shapes: global shape of every tensor of the language model, by key without prefix.
-        stated: what it says of the model's settings, see :func:`settings.stated_settings`; None: nothing.
+        stated: what it says of the model's settings, see :func:`.stated.stated_settings`; None: nothing.
     """
 
     path: Path
