@@ -110,9 +110,10 @@ class Session:
             return
         is_multimodal = self.language_models[0] is not self.models[0]
         setting = Setting(self.language_models, self.config, self._run_of_host, micro_batch_size, is_multimodal)
-        supported, reason = check_support(setting)
-        if not supported:
-            raise ReGateError(reason, everywhere=True)
+        with self.topology.together("attach"):
+            supported, reason = check_support(setting)
+            if not supported:
+                raise ReGateError(reason)
         self.open_teacher()
         self._is_prepared = True
 

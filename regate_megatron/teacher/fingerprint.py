@@ -55,15 +55,19 @@ def fingerprint_of_checkpoint(checkpoint: LanguageModelCheckpoint, cache: Path, 
     Raises:
         ReGateError: a data file is damaged or missing; on every rank.
     """
-    known, note = [None], _note_of(checkpoint, cache)
-    if dist.get_rank() == 0:
-        known = [_read_note(note)]
+    known: list = [None]
+    with topology.together("checkpoint", allowed="a complete checkpoint", change="to one saved or copied in full"):
+        note = _note_of(checkpoint, cache)
+        if dist.get_rank() == 0:
+            known = [_read_note(note)]
     dist.broadcast_object_list(known, src=0, group=topology.world_group)
     if known[0] is None:
         known = [_add_up(_pieces_of_checkpoint(checkpoint), topology, str(checkpoint.path))]
-        if dist.get_rank() == 0:
-            note.parent.mkdir(parents=True, exist_ok=True)
-            write_aside(note, json.dumps({"checkpoint": str(checkpoint.path), "weights": known[0]}).encode())
+        form = {"allowed": "a folder that can be written", "change": f"the permissions of {note.parent}"}
+        with topology.together("reference cache", **form):
+            if dist.get_rank() == 0:
+                note.parent.mkdir(parents=True, exist_ok=True)
+                write_aside(note, json.dumps({"checkpoint": str(checkpoint.path), "weights": known[0]}).encode())
     return known[0]
 
 
