@@ -19,7 +19,7 @@ from regate_megatron.step.session import Session
 from regate_megatron.step.state import load_state as load_session
 from regate_megatron.step.state import save_state as save_session
 from regate_megatron.step.trace import check_trace_folder
-from regate_megatron.support import Setting, check_support
+from regate_megatron.support import HostRun, Setting, check_support
 from regate_megatron.teacher import TeacherSource
 from regate_megatron.teacher.source import find_teacher
 
@@ -31,7 +31,7 @@ def attach(
     config: ReGateConfig,
     teacher: Any = None,
     *,
-    args: Any = None,
+    run: HostRun | None = None,
     pad_token: int | None = None,
     vocab_size: int | None = None,
     tokenizer_hash: str | None = None,
@@ -47,7 +47,7 @@ def attach(
         config: the settings.
         teacher: a frozen language model sharded like the student (its chunk, or the list of its chunks), in place of
             ``config.teacher_load``.
-        args: the framework's namespace, for checks and defaults.
+        run: what the host tells of its run, where one does, for checks and defaults.
         pad_token: the tokenizer's pad id, for ``teacher_visual="pad"`` and batches without a loss mask.
         vocab_size: the student tokenizer's true size, to check the teacher's against.
         tokenizer_hash: a hash of the student's tokenizer, to tell whose reference losses a cache holds.
@@ -60,10 +60,11 @@ def attach(
     chunks = list(model_chunks)
     if any(hasattr(compat.unwrap(chunk), _SESSION) for chunk in chunks):
         raise refuse("attach", given="a model that has ReGATE already", allowed="one attach", change="it: detach first")
+    run = run or HostRun()
     topology = build_topology()
     try:
         with topology.together("attach"):
-            session = _checked_session(chunks, config, topology, args, pad_token, vocab_size, tokenizer_hash, teacher)
+            session = _checked_session(chunks, config, topology, run, pad_token, vocab_size, tokenizer_hash, teacher)
     except BaseException:
         topology.close()
         raise
@@ -77,7 +78,7 @@ def _checked_session(
     chunks: list[Any],
     config: ReGateConfig,
     topology: Topology,
-    args: Any,
+    run: HostRun,
     pad_token: int | None,
     vocab_size: int | None,
     tokenizer_hash: str | None,
@@ -90,8 +91,8 @@ def _checked_session(
     """
     models = [compat.unwrap(chunk) for chunk in chunks]
     language_models = [compat.language_model_of(model) for model in models]
-    adapter = adapter_for(models[0], pad_token, args, config.sample_key)
-    setting = Setting(language_models, config, args, is_multimodal=language_models[0] is not models[0])
+    adapter = adapter_for(models[0], pad_token, run.flags, config.sample_key)
+    setting = Setting(language_models, config, run, is_multimodal=language_models[0] is not models[0])
     supported, reason = check_support(setting)
     if not supported:
         raise ReGateError(reason)
@@ -99,11 +100,11 @@ def _checked_session(
     if config.needs_teacher:
         if teacher is None:
             config.require_teacher()
-            checkpoint = find_teacher(language_models, config, args, pad_token=pad_token, vocab_size=vocab_size)
+            checkpoint = find_teacher(language_models, config, run, pad_token=pad_token, vocab_size=vocab_size)
         source = TeacherSource(teacher, checkpoint, pad_token, tokenizer_hash)
     if config.trace:
         check_trace_folder(config.trace)
-    return Session(chunks, config, topology, args, adapter, source)
+    return Session(chunks, config, topology, run, adapter, source)
 
 
 def session_of(model_chunks: Any) -> Session | None:

@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from regate_megatron import compat, support
 from regate_megatron.config import ReGateConfig, flag
+from regate_megatron.integrations.flags import run_of
 from regate_megatron.support import RULES, Setting, check_support, hints
 from regate_megatron.support.setting import Fields, flag_of
 
@@ -41,7 +42,9 @@ def _setting(config: dict | None = None, model: dict | None = None, args: dict |
     gpt.hybrid_layer_pattern = pattern
     settings = ReGateConfig(**{"score": "student", **(config or {})})
     chunks, rows = [chunk.get("model_class", gpt)], chunk.get("micro_batch_size", 1)
-    return Setting(chunks, settings, Namespace(**(args or {})), rows, chunk.get("is_multimodal", False))
+    flags = Namespace(**{"load": None, "save": None, "async_save": False, "micro_batch_size": rows, **(args or {})})
+    run = run_of(flags, has_adapters=chunk.get("has_adapters", False))
+    return Setting(chunks, settings, run, rows, chunk.get("is_multimodal", False))
 
 
 def _other_model():
@@ -181,7 +184,7 @@ REFUSED = {
     ),
     "hybrid context parallelism": ({"args": {"hybrid_context_parallel": True}}, "given --hybrid-context-parallel"),
     "adapters in the student as teacher": (
-        {"config": {"score": "regate", "teacher_load": "student"}, "args": {"peft": "lora"}},
+        {"config": {"score": "regate", "teacher_load": "student"}, "has_adapters": True},
         "given student, which has adapters",
     ),
     "loss scaled per turn": ({"args": {"use_loss_scaling": True}}, "given --use-loss-scaling"),

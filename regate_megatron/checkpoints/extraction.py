@@ -23,7 +23,7 @@ from regate_megatron.checkpoints.text_model import TextModel, open_text_model
 from regate_megatron.checkpoints.to_megatron import alone_config
 from regate_megatron.checkpoints.torch_dist import COMMON_FILE, RELEASE, Piece, TorchDistReader, write_torch_dist
 from regate_megatron.errors import refuse
-from regate_megatron.teacher.settings import SETTINGS_FILES
+from regate_megatron.teacher.stated import SETTINGS_FILES
 from regate_megatron.teacher.weights import EMBEDDING, LANGUAGE_MODEL_PREFIX
 
 _COMMON_STATE = "common_state/"  # an object inside the checkpoint since megatron-core 0.19, before that a file

@@ -11,7 +11,7 @@ from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import ReGateError
 from regate_megatron.flags import add_arguments, parse_command_line
 from regate_megatron.integrations.patching import is_patched, patch
-from regate_megatron.support import refusals, setting_of_flags
+from regate_megatron.support import HostRun, folder_or_none, refusals, setting_of_flags
 
 
 def add_flags() -> None:
@@ -53,6 +53,25 @@ def check_flags(flags: Sequence[str], config: ReGateConfig, script: str = "") ->
         raise ReGateError("\n".join(found), everywhere=True)
 
 
+def run_of(args: Any, **others: Any) -> HostRun:
+    """What Megatron-LM's namespace tells of its run, parsed or already validated; ``others`` it does not tell."""
+    fsdp = [name for name in ("use_megatron_fsdp", "use_torch_fsdp2") if getattr(args, name, False)]
+    told = {
+        "iteration": getattr(args, "iteration", 0),
+        "micro_batch_size": args.micro_batch_size or 1,
+        "load": folder_or_none(args.load),
+        "save": folder_or_none(args.save),
+        "async_save": bool(args.async_save),
+        "keeps_non_persistent": getattr(args, "non_persistent_ckpt_type", None) == "global",
+        "non_persistent_folder": folder_or_none(getattr(args, "non_persistent_global_ckpt_dir", None)),
+        "tokenizer_model": getattr(args, "tokenizer_model", None),
+        "fsdp": "--" + fsdp[0].replace("_", "-") if fsdp else None,
+        "document_masks": "--reset-attention-mask" if getattr(args, "reset_attention_mask", False) else None,
+        "flags": args,
+    }
+    return HostRun(**told | others)
+
+
 def _unsupported(flags: Sequence[str], config: ReGateConfig, script: str) -> list[str]:
     from megatron.training import arguments
 
@@ -61,7 +80,7 @@ def _unsupported(flags: Sequence[str], config: ReGateConfig, script: str) -> lis
         args, _ = arguments.add_megatron_arguments(parser).parse_known_args(list(flags))
     except (argparse.ArgumentError, SystemExit):
         return []  # Megatron's own parser will say what is wrong
-    return refusals(setting_of_flags(args, config, script), lambda rule: rule.in_flags)
+    return refusals(setting_of_flags(run_of(args), config, script), lambda rule: rule.in_flags)
 
 
 def _with_our_flags(inner: Callable[..., Any]) -> Callable[..., Any]:

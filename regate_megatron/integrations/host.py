@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -14,22 +13,15 @@ from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig
 from regate_megatron.integrations.megatron_checkpoints import restore
 from regate_megatron.step.counters import Counters, log_line, ratios, reduce_counters
 from regate_megatron.step.session import Session
-from regate_megatron.support import Setting, hints
+from regate_megatron.support import HostRun, Setting, hints
 from regate_megatron.teacher.source import TEACHER_FOLDER, hash_of_tokenizer, teacher_of_resumed_run
 from regate_megatron.teacher.weights import save_language_model
 
 
-def begin(
-    model: list[Any], config: ReGateConfig, options: Any, tokenizer: Any, *, pad_token: int | None = None
-) -> Session | None:
+def begin(model: list[Any], config: ReGateConfig, run: HostRun) -> Session | None:
     """Attach to a model whose weights are loaded, restore what a resumed run had learned, and say so.
 
     All ranks call this, in step, before the first step.
-
-    Args:
-        options: Megatron-LM's namespace, or one with its names; ``iteration`` steps are done.
-        tokenizer: the student's.
-        pad_token: its pad id, where it does not tell it itself.
 
     Returns:
         the session; None where the settings say off.
@@ -40,21 +32,21 @@ def begin(
     attach(
         model,
         config,
-        args=options,
-        pad_token=_known_int(tokenizer, "pad") if pad_token is None else pad_token,
-        vocab_size=_known_int(tokenizer, "vocab_size"),
-        tokenizer_hash=hash_of_tokenizer(tokenizer, options) if config.reference_cache else None,
+        run=run,
+        pad_token=_known_int(run.tokenizer, "pad") if run.pad_token is None else run.pad_token,
+        vocab_size=_known_int(run.tokenizer, "vocab_size"),
+        tokenizer_hash=hash_of_tokenizer(run.tokenizer, run.tokenizer_model) if config.reference_cache else None,
     )
     session = session_of(model)
     if session is None:
         return None
     session.counts_own_steps = False
-    session.prepare(options.micro_batch_size)
-    if line := restore(session, options):
+    session.prepare(run.micro_batch_size)
+    if line := restore(session, run):
         _say_once(line)
-    _keep_teacher(session, options)
+    _keep_teacher(session, run)
     _say_once(_attached_line(session))
-    for line in hints(Setting(session.language_models, config, options)):
+    for line in hints(Setting(session.language_models, config, run)):
         _say_once(f"[regate] {line}")
     return session
 
@@ -144,13 +136,13 @@ def _teacher_of(session: Session) -> str:
     return f"teacher {session.config.teacher_load} ({reads}{waits})"
 
 
-def _keep_teacher(session: Session, options: Any) -> None:
+def _keep_teacher(session: Session, run: HostRun) -> None:
     """Save a teacher taken from the student beside the checkpoints, so that a resumed run has the same one."""
-    if session.config.teacher_load != STUDENT_AS_TEACHER or not session.config.needs_teacher or not options.save:
+    if session.config.teacher_load != STUDENT_AS_TEACHER or not session.config.needs_teacher or run.save is None:
         return
-    target, resumed = Path(options.save) / TEACHER_FOLDER, teacher_of_resumed_run(options)
+    target, resumed = run.save / TEACHER_FOLDER, teacher_of_resumed_run(run)
     if resumed is None or resumed.resolve() != target.resolve():
-        save_language_model(session.reference.require_teacher().chunks, target, session.topology.world_group)
+        save_language_model(session.reference.require_teacher().chunks, target, session.topology)
 
 
 def _known_int(tokenizer: Any, name: str) -> int | None:

@@ -10,8 +10,6 @@ the three of :mod:`.megatron_checkpoints`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from megatron.bridge.training import checkpointing
@@ -25,6 +23,7 @@ from regate_megatron.errors import one_line_refusals
 from regate_megatron.integrations import host
 from regate_megatron.integrations.megatron_checkpoints import CheckpointState
 from regate_megatron.integrations.patching import patch, unpatch
+from regate_megatron.support import HostRun, folder_or_none
 from regate_megatron.support.bridge import check_settings
 
 
@@ -38,7 +37,7 @@ def install(config: ReGateConfig, *, pad_token: int | None = None) -> Callback:
     callback = _ReGateCallback(config, pad_token)
     if not config.enabled:
         return callback
-    state = CheckpointState(callback.sessions, lambda one: (one["state"].cfg.checkpoint, one["state"].train_state.step))
+    state = CheckpointState(callback.sessions, lambda given: _run_of(given["state"]))
     in_loop = {"get_forward_backward_func": _wrap_schedule_of}
     rooms = (loop, in_loop, loop.train), (checkpointing, state.wrappers, checkpointing.DefaultCheckpointManager.save)
     patch(*rooms, allowed="Megatron-Bridge 0.6")
@@ -63,8 +62,8 @@ class _ReGateCallback(Callback):
     def on_train_start(self, context: CallbackContext) -> None:
         if not self.config.enabled:
             return
-        options, tokenizer = _options(context.state), context.state.tokenizer
-        session = host.begin(context.model, self.config, options, tokenizer, pad_token=self.pad_token)
+        check_settings(context.state.cfg)
+        session = host.begin(context.model, self.config, _run_of(context.state, self.pad_token))
         self.sessions[:] = [session] if session else []
 
     def on_train_step_start(self, context: CallbackContext) -> None:
@@ -85,14 +84,25 @@ class _ReGateCallback(Callback):
         uninstall()
 
 
-def _options(state: Any) -> SimpleNamespace:
-    """Bridge's settings under Megatron-LM's names; refuses packed batches and groups of Bridge's own, on every rank."""
+def _run_of(state: Any, pad_token: int | None = None) -> HostRun:
+    """What Bridge's settings tell of its run."""
     cfg = state.cfg
-    check_settings(cfg)
-    options = SimpleNamespace(**vars(cfg.checkpoint), iteration=state.train_state.step, peft=cfg.peft)
-    if options.load and Path(options.load).name.startswith("iter_"):  # Bridge takes an iteration's folder as well
-        options.load = str(Path(options.load).parent)
-    options.micro_batch_size, options.tokenizer_model = cfg.train.micro_batch_size, cfg.tokenizer.tokenizer_model
-    options.use_megatron_fsdp, options.use_torch_fsdp2 = cfg.dist.use_megatron_fsdp, cfg.dist.use_torch_fsdp2
-    options.reset_attention_mask = getattr(cfg.dataset, "reset_attention_mask", False)
-    return options
+    saving, load = cfg.checkpoint, folder_or_none(cfg.checkpoint.load)
+    if load is not None and load.name.startswith("iter_"):  # Bridge takes an iteration's folder as well
+        load = load.parent
+    fsdp = [name for name in ("use_megatron_fsdp", "use_torch_fsdp2") if getattr(cfg.dist, name)]
+    return HostRun(
+        iteration=state.train_state.step,
+        micro_batch_size=cfg.train.micro_batch_size,
+        load=load,
+        save=folder_or_none(saving.save),
+        async_save=bool(saving.async_save),
+        keeps_non_persistent=saving.non_persistent_ckpt_type == "global",
+        non_persistent_folder=folder_or_none(saving.non_persistent_global_ckpt_dir),
+        tokenizer=state.tokenizer,
+        tokenizer_model=cfg.tokenizer.tokenizer_model,
+        pad_token=pad_token,
+        has_adapters=cfg.peft is not None,
+        fsdp=f"dist.{fsdp[0]}" if fsdp else None,
+        document_masks="dataset.reset_attention_mask" if getattr(cfg.dataset, "reset_attention_mask", False) else None,
+    )

@@ -28,9 +28,11 @@ from typing import Any
 import torch.distributed as dist
 
 from regate_megatron.errors import refuse
-from regate_megatron.ranks.topology import agree_on_error
+from regate_megatron.memory.state import StateSave, has_state
+from regate_megatron.memory.state_files import STATE_FOLDER
 from regate_megatron.step.session import Session
-from regate_megatron.step.state import STATE_FOLDER, StateSave, has_state, load_state
+from regate_megatron.step.state import begin_save, load_state
+from regate_megatron.support import HostRun
 from regate_megatron.teacher.weights import saved_arguments
 
 _ASIDE = "regate_incomplete_"
@@ -42,11 +44,10 @@ class CheckpointState:
 
     Args:
         sessions: the session, once there is one.
-        host: from the arguments of a call of ``save_checkpoint``, Megatron-LM's namespace (or one with its names for
-            saving) and the iteration.
+        host: from the arguments of a call of ``save_checkpoint``, what the host tells of its run.
     """
 
-    def __init__(self, sessions: list[Session], host: Callable[[Mapping[str, Any]], tuple[Any, int]]) -> None:
+    def __init__(self, sessions: list[Session], host: Callable[[Mapping[str, Any]], HostRun]) -> None:
         self._sessions, self._host = sessions, host
         self._staged: _Staged | None = None
         self._cleaned: set[Path] = set()
@@ -66,15 +67,15 @@ class CheckpointState:
 
         def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind(*args, **kwargs).arguments
-            options, iteration = self._host(given)
+            run = self._host(given)
             for session in self._sessions:
                 session.flush()
-            folder = _save_folder(options, is_non_persistent=given.get("non_persistent_ckpt", False))
+            folder = _save_folder(run, is_non_persistent=given.get("non_persistent_ckpt", False))
             if folder is None and dist.get_rank() == 0:
                 print("[regate] difficulty is not saved in local (non-persistent) checkpoints", flush=True)
             if folder is None or not self._sessions or given.get("release"):
                 return inner(*args, **kwargs)
-            staged = self._staged = self._stage(folder, iteration, is_async=bool(options.async_save))
+            staged = self._staged = self._stage(folder, run.iteration, is_async=run.async_save)
             if not staged.is_async:
                 staged.save.write()
                 staged.save.finish()
@@ -124,7 +125,7 @@ class CheckpointState:
             for left in folder.glob(_ASIDE + "*"):  # of a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
         self._cleaned.add(folder)
-        save = StateSave(self._sessions[0], folder / f"{_ASIDE}{iteration:07d}", iteration)
+        save = begin_save(self._sessions[0], folder / f"{_ASIDE}{iteration:07d}", iteration)
         return _Staged(save, _iteration_folder(folder, iteration) / STATE_FOLDER, is_async)
 
 
@@ -138,34 +139,31 @@ class _Staged:
         self.save.publish(self.target)
 
 
-def restore(session: Session, options: Any) -> str | None:
+def restore(session: Session, run: HostRun) -> str | None:
     """Continue from the state in the checkpoint the host has loaded; returns a line to print, None for a new run.
 
     All ranks call this, once weights are loaded.
 
-    Args:
-        options: Megatron-LM's namespace, or one with its names for loading; ``iteration`` steps are done.
-
     Raises:
         ReGateError: the saved state is damaged, or missing from a checkpoint of a ReGATE run; on every rank.
     """
-    if not options.iteration:
+    if not run.iteration:
         return None
     reset = session.config.reset_difficulty
-    folder = None if reset else _find_state(session, options)
+    folder = None if reset else _find_state(session, run)
     if folder is not None:
         what = load_state(session, folder)
     else:
         what = "difficulty starts empty (" + ("--regate-reset-difficulty)" if reset else "the checkpoint holds none)")
         what += "; dense steps come first" if session.config.learns else ""
-        session.resume(options.iteration)
-    return f"[regate] resumed at iteration {options.iteration}: {what}"
+        session.resume(run.iteration)
+    return f"[regate] resumed at iteration {run.iteration}: {what}"
 
 
-def _find_state(session: Session, options: Any) -> Path | None:
-    roots = [getattr(options, "load", None), _non_persistent_root(options, getattr(options, "load", None))]
-    for root in dict.fromkeys(root for root in roots if root):
-        folder = _iteration_folder(Path(root), options.iteration) / STATE_FOLDER
+def _find_state(session: Session, run: HostRun) -> Path | None:
+    roots = [run.load, _non_persistent_root(run, run.load)]
+    for root in dict.fromkeys(root for root in roots if root is not None):
+        folder = _iteration_folder(root, run.iteration) / STATE_FOLDER
         if has_state(folder, session.topology):
             return folder
         _check_plain(folder.parent, session)
@@ -177,17 +175,14 @@ def _check_plain(iteration: Path, session: Session) -> None:
 
     Megatron's legacy format keeps its arguments in a pickle, which is not read here.
     """
-    error = None
-    if dist.get_rank() == 0 and iteration.is_dir() and getattr(saved_arguments(iteration), "regate", False):
-        error = str(
-            refuse(
+    with session.topology.together("saved difficulty", allowed="a checkpoint that can be read"):
+        if dist.get_rank() == 0 and iteration.is_dir() and getattr(saved_arguments(iteration), "regate", False):
+            raise refuse(
                 "saved difficulty",
                 given=f"{iteration} of a run with --regate, without its folder {STATE_FOLDER}",
                 allowed="the complete checkpoint as it was saved",
                 change="the copy, or add --regate-reset-difficulty to start with empty difficulty",
             )
-        )
-    agree_on_error(error, session.topology)
 
 
 def _iteration_folder(root: Path, iteration: int) -> Path:
@@ -195,16 +190,12 @@ def _iteration_folder(root: Path, iteration: int) -> Path:
     return root / f"iter_{iteration:07d}"
 
 
-def _save_folder(options: Any, *, is_non_persistent: bool) -> Path | None:
+def _save_folder(run: HostRun, *, is_non_persistent: bool) -> Path | None:
     """Where this save puts its iterations; None where every node keeps its own."""
-    if not is_non_persistent:
-        return Path(options.save)
-    root = _non_persistent_root(options, options.save)
-    return None if root is None else Path(root)
+    return _non_persistent_root(run, run.save) if is_non_persistent else run.save
 
 
-def _non_persistent_root(options: Any, beside: str | None) -> str | None:
-    if getattr(options, "non_persistent_ckpt_type", None) != "global":
+def _non_persistent_root(run: HostRun, beside: Path | None) -> Path | None:
+    if not run.keeps_non_persistent:
         return None
-    given = getattr(options, "non_persistent_global_ckpt_dir", None)
-    return given or (str(Path(beside) / _NON_PERSISTENT) if beside else None)
+    return run.non_persistent_folder or (beside / _NON_PERSISTENT if beside else None)

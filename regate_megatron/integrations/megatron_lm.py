@@ -25,7 +25,7 @@ from regate_megatron.api import wrap_forward_backward
 from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import one_line_refusals, one_line_refusals_from_now_on
 from regate_megatron.integrations import host
-from regate_megatron.integrations.flags import add_flags, read_flags
+from regate_megatron.integrations.flags import add_flags, read_flags, run_of
 from regate_megatron.integrations.flops import share_of_dense
 from regate_megatron.integrations.megatron_checkpoints import CheckpointState
 from regate_megatron.integrations.patching import patch, unpatch
@@ -43,7 +43,8 @@ def install(config: ReGateConfig) -> None:
     if not config.enabled:
         return
     sessions: list[Session] = []
-    in_checkpointing = CheckpointState(sessions, lambda given: (get_args(), given["iteration"])).wrappers
+    saves = CheckpointState(sessions, lambda given: run_of(get_args(), iteration=given["iteration"]))
+    in_checkpointing = saves.wrappers
     in_training = {
         "setup_model_and_optimizer": lambda inner: _attach_after(inner, config, sessions),
         "get_forward_backward_func": _wrap_schedule_of,
@@ -83,7 +84,7 @@ def _attach_after(inner: Callable[..., Any], config: ReGateConfig, sessions: lis
         from megatron.training import get_args, get_tokenizer
 
         result = inner(*args, **kwargs)
-        session = host.begin(result[0], config, get_args(), get_tokenizer())
+        session = host.begin(result[0], config, run_of(get_args(), tokenizer=get_tokenizer()))
         sessions[:] = [session]
         return result
 

@@ -122,10 +122,12 @@ def _score_instead(inner: Callable[..., Any], note: Path) -> Callable[..., Any]:
             if stage.anyone_wishes:
                 with topology.together("writing reference losses"):
                     session.flush()  # on all planners, before the note says so
-                if dist.get_rank() == 0:
-                    note.parent.mkdir(exist_ok=True)
-                    state = {"iteration": iteration, "samples": options.consumed_train_samples}
-                    write_aside(note, json.dumps(state).encode())
+                form = {"allowed": "a folder that can be written", "change": f"the permissions of {note.parent}"}
+                with topology.together("noting progress", **form):
+                    if dist.get_rank() == 0:
+                        note.parent.mkdir(exist_ok=True)
+                        state = {"iteration": iteration, "samples": options.consumed_train_samples}
+                        write_aside(note, json.dumps(state).encode())
                 written = time.monotonic()
         bar.close()
         _say_what_was_done(session)

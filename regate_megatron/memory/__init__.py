@@ -1,1 +1,1 @@
-"""What is remembered between steps, on the host: records by key, difficulty, the files they are saved in."""
+"""What is remembered between steps, on the host: records by key, difficulty, and the state that is saved of a run."""

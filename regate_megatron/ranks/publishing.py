@@ -9,11 +9,14 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from regate_megatron.errors import ReGateError, refuse
+from regate_megatron.errors import refuse
+
+if TYPE_CHECKING:
+    from regate_megatron.ranks.topology import Topology
 
 _MARK = ".regate-incomplete"
 
@@ -57,15 +60,14 @@ def claimed(aside: Path, what: str) -> Iterator[Path]:
 
 
 @contextmanager
-def filled_by_all_ranks(target: Path, what: str, group: Any = None) -> Iterator[Path]:
-    """A folder that ranks fill together; it takes the place of ``target`` at the end. All ranks of ``group`` call this.
+def filled_by_all_ranks(target: Path, what: str, topology: Topology) -> Iterator[Path]:
+    """A folder that ranks fill together; it takes the place of ``target`` at the end. All ranks call this, in step.
 
     Rank 0 claims ``TARGET.incomplete`` and renames what was filled in it; the others hear whether it could.
 
     Args:
         target: the folder to be made, on a file system that all ranks see.
         what: to name in a refusal.
-        group: all ranks, over which rank 0 tells; the default group when None.
 
     Yields:
         the folder to fill.
@@ -75,32 +77,18 @@ def filled_by_all_ranks(target: Path, what: str, group: Any = None) -> Iterator[
     """
     aside = target.with_name(target.name + ".incomplete")
     inside = aside / target.name  # apart from the mark: a saver may want its folder empty
+    form = {"allowed": "a folder that can be written", "change": "the path or its permissions"}
     with ExitStack() as claim:
-        with _told_by_rank_0(aside, what, group):
+        with topology.together(what, **form):
             if dist.get_rank() == 0:
                 claim.enter_context(claimed(aside, what))
                 inside.mkdir()
         yield inside
-        dist.barrier(group=group)  # all have written
-        with _told_by_rank_0(target, what, group):
+        with topology.together(what):
+            pass  # all have written
+        with topology.together(what, **form):
             if dist.get_rank() == 0:
                 replace_folder(inside, target)
-
-
-@contextmanager
-def _told_by_rank_0(path: Path, what: str, group: Any) -> Iterator[None]:
-    """What rank 0 cannot do in the block is raised on every rank."""
-    line = [None]
-    try:
-        yield
-    except ReGateError as error:
-        line = [str(error)]
-    except OSError as error:
-        form = {"allowed": "a folder that can be written", "change": "the path or its permissions"}
-        line = [str(refuse(what, given=f"{path}: {error.strerror or error}", **form))]
-    dist.broadcast_object_list(line, src=0, group=group)
-    if line[0]:
-        raise ReGateError(line[0], everywhere=True)
 
 
 def replace_folder(aside: Path, target: Path) -> None:

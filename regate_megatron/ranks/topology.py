@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from regate_megatron.errors import ReGateError
 from regate_megatron.ranks.together import Together
 
 
@@ -96,14 +95,6 @@ class Topology:
         dist.all_to_all_single(received_Xx, values_Xx.contiguous(), *sizes, group=self.planner_group)
         return received_Xx, receive_D
 
-    def agree(self, error: str | None, wish: bool = False) -> bool:
-        """Whether any rank has a wish, once none has an error; all ranks call this."""
-        with self.together("ranks") as stage:
-            stage.wish = wish
-            if error:
-                raise ReGateError(error)
-        return stage.anyone_wishes
-
     def all_reduce_replica(self, values: Tensor, op: str) -> Tensor:
         """Reduce a CPU tensor over this replica's ranks ("min" or "max"); all of them call this."""
         if self.replica_size > 1:
@@ -165,8 +156,21 @@ def build_topology() -> Topology:
     )
 
 
-def agree_on_error(error: str | None, topology: Topology) -> None:
-    """Stop all ranks when any of them met ``error``; all ranks call this."""
-    with topology.together("ranks"):
-        if error:
-            raise ReGateError(error)
+def whole_world(group: Any = None) -> Topology:
+    """A place in which all ranks are one replica and rank 0 plans, for what is no matter of replicas. Any rank.
+
+    Args:
+        group: all ranks, able to carry messages on the host; the default group when None.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return Topology(
+        dp_rank=0,
+        dp_size=1,
+        is_planner=rank == 0,
+        planner_rank=0,
+        replica_size=size,
+        replica_group=group,
+        planner_group=None,
+        world_group=group,
+        sees_losses=False,
+    )

@@ -18,6 +18,7 @@ from regate_megatron.batches import BatchAdapter, MicrobatchFacts
 from regate_megatron.config import ReGateConfig, flag
 from regate_megatron.decoder import Hooks, gather_context, to_host
 from regate_megatron.errors import ReGateError, refuse
+from regate_megatron.memory.learned import Learned
 from regate_megatron.method.plan import StepPlan
 from regate_megatron.method.schedule import Phase, phase_of
 from regate_megatron.ranks.topology import Topology
@@ -26,7 +27,7 @@ from regate_megatron.step.planner import Planner
 from regate_megatron.step.sharing import share_plan
 from regate_megatron.step.step import Step
 from regate_megatron.step.trace import Trace
-from regate_megatron.support import Setting, check_support, hints
+from regate_megatron.support import HostRun, Setting, check_support, hints
 from regate_megatron.support.alignment import length_alignment, segment_alignment
 from regate_megatron.teacher import ReferenceLosses, TeacherSource, open_reference
 
@@ -49,7 +50,7 @@ class Session:
         models: Sequence[Any],
         config: ReGateConfig,
         topology: Topology,
-        args: Any,
+        run: HostRun,
         adapter: BatchAdapter,
         teacher: TeacherSource | None = None,
     ) -> None:
@@ -65,7 +66,7 @@ class Session:
         self.adapter, self.teacher_source = adapter, teacher
         self._phase: Phase = "warmup"
         self._interval, self._is_advised = Counters(), False
-        self._args, self._is_prepared = args, False
+        self._run_of_host, self._is_prepared = run, False
         transformer = self.language_models[0].config
         self.planner = self.trace = None
         if topology.is_planner:
@@ -108,10 +109,11 @@ class Session:
         if self._is_prepared:
             return
         is_multimodal = self.language_models[0] is not self.models[0]
-        setting = Setting(self.language_models, self.config, self._args, micro_batch_size, is_multimodal)
-        supported, reason = check_support(setting)
-        if not supported:
-            raise ReGateError(reason, everywhere=True)
+        setting = Setting(self.language_models, self.config, self._run_of_host, micro_batch_size, is_multimodal)
+        with self.topology.together("attach"):
+            supported, reason = check_support(setting)
+            if not supported:
+                raise ReGateError(reason)
         self.open_teacher()
         self._is_prepared = True
 
@@ -131,6 +133,11 @@ class Session:
         self.steps_done, self.dense_until, self.totals = steps_done, dense_until, totals
         if self.trace:
             self.trace.continues = True
+
+    @property
+    def learned(self) -> Learned | None:
+        """What this rank's planner has learned of the data; None on ranks that are no planner."""
+        return self.planner.learned if self.planner else None
 
     @property
     def phase(self) -> Phase:
@@ -174,9 +181,9 @@ class Session:
         """What is attached where, one line per hook."""
         lines = [f"regate on data-parallel rank {self.topology.dp_rank}" + (", planner" if self.planner else "")]
         lines += self.hooks.describe()
-        lines += hints(Setting(self.language_models, self.config, self._args))
+        lines += hints(Setting(self.language_models, self.config, self._run_of_host))
         if self.planner:
-            lines.append(self.planner.learned.describe())
+            lines.append(self.learned.describe())
         if self.reference is not None:
             lines.append(self.reference.describe())
         return "\n".join(lines)

@@ -11,10 +11,21 @@ from collections.abc import Callable
 
 from regate_megatron.errors import refuse
 from regate_megatron.support.decoder import DECODER_RULES
+from regate_megatron.support.host_run import HostRun, folder_or_none
 from regate_megatron.support.setting import Rule, Setting, setting_of_flags
 from regate_megatron.support.training import TRAINING_RULES, hints
 
-__all__ = ["RULES", "Rule", "Setting", "check_support", "hints", "refusals", "setting_of_flags"]
+__all__ = [
+    "RULES",
+    "HostRun",
+    "Rule",
+    "Setting",
+    "check_support",
+    "folder_or_none",
+    "hints",
+    "refusals",
+    "setting_of_flags",
+]
 
 RULES = (*DECODER_RULES, *TRAINING_RULES)
 

@@ -38,7 +38,7 @@ def _model_class(setting: Setting) -> Any:
 
 
 def _pattern_flag(setting: Setting) -> str:
-    old = setting.arg("hybrid_override_pattern") and not setting.arg("hybrid_layer_pattern")
+    old = setting.megatron_flag("hybrid_override_pattern") and not setting.megatron_flag("hybrid_layer_pattern")
     return f"the layer pattern ({'--hybrid-override-pattern' if old else '--hybrid-layer-pattern'})"
 
 

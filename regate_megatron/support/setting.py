@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from regate_megatron.config import ReGateConfig
+from regate_megatron.support.host_run import HostRun
 
 
 class Part(NamedTuple):
@@ -27,7 +28,7 @@ class Setting:
     Attributes:
         chunks: this rank's language-model chunks, unwrapped.
         config: ReGATE's settings.
-        args: the framework's namespace; None outside Megatron-LM.
+        run: what the host tells of its run.
         micro_batch_size: rows per microbatch; known for sure at the first step only.
         is_multimodal: whether the language model is part of a larger model.
         part: the module whose config the rules read instead of the model's.
@@ -35,7 +36,7 @@ class Setting:
 
     chunks: list[Any]
     config: ReGateConfig
-    args: Any = None
+    run: HostRun = HostRun()
     micro_batch_size: int = 1
     is_multimodal: bool = False
     part: Part | None = None
@@ -50,9 +51,9 @@ class Setting:
         """The layer pattern of a HybridModel; None for a GPTModel."""
         return getattr(self.chunks[0], "hybrid_layer_pattern", None)
 
-    def arg(self, name: str, default: Any = None) -> Any:
-        """An argument of the framework, ``default`` where it has none."""
-        return getattr(self.args, name, default)
+    def megatron_flag(self, name: str) -> Any:
+        """A flag of Megatron-LM; None where it has no such flag, and in other hosts."""
+        return getattr(self.run.flags, name, None)
 
     def modules(self) -> Iterator[tuple[str, Any]]:
         """Every module of the language model with its name; none where there are only flags."""
@@ -164,13 +165,14 @@ class _FlagsAsModel:
         return getattr(self._args, name if hasattr(self._args, name) else self._OTHER_NAMES.get(name, name))
 
 
-def setting_of_flags(args: Any, config: ReGateConfig, script: str = "") -> Setting:
+def setting_of_flags(run: HostRun, config: ReGateConfig, script: str = "") -> Setting:
     """What Megatron's flags alone tell, before a model is built; for the rules that are ``in_flags``.
 
     Args:
-        args: parsed, not yet validated by Megatron.
+        run: made of flags that are parsed, not yet validated by Megatron.
         script: its path. Megatron's examples/multimodal never fuse RoPE, whatever the flags say.
     """
+    args = run.flags
     is_rope = args.position_embedding_type == "rope" or getattr(args, "use_rotary_position_embeddings", False)
     fuses = args.apply_rope_fusion and is_rope and Path(script).parent.name != "multimodal"
     pattern = getattr(args, "hybrid_layer_pattern", None) or getattr(args, "hybrid_override_pattern", None)
@@ -179,4 +181,4 @@ def setting_of_flags(args: Any, config: ReGateConfig, script: str = "") -> Setti
         position_embedding_type=args.position_embedding_type,
         hybrid_layer_pattern=pattern,
     )
-    return Setting([chunk], config, args, args.micro_batch_size or 1)
+    return Setting([chunk], config, run, run.micro_batch_size)

@@ -31,9 +31,9 @@ _OLD_CUDA_GRAPHS = Fields("enable_cuda_graph", "external_cuda_graph")
 
 def _packed_rows(setting: Setting) -> Any:
     """Forms of packing that cannot be exact, or that Megatron itself cannot run."""
-    names = [name for name in _PACKING_FLAGS if setting.arg(name)]
+    names = [name for name in _PACKING_FLAGS if setting.megatron_flag(name)]
     packs = flag_of(names[0]) if names else None
-    if setting.arg("hybrid_context_parallel"):
+    if setting.megatron_flag("hybrid_context_parallel"):
         return Found("--hybrid-context-parallel", leave_out(setting, "hybrid_context_parallel"))
     if packs is None:
         return None
@@ -56,12 +56,11 @@ def _no_pictures(setting: Setting) -> Any:
 
 def _adapters_in_teacher(setting: Setting) -> Any:
     takes_student = setting.config.needs_teacher and setting.config.teacher_load == STUDENT_AS_TEACHER
-    return "student, which has adapters" if takes_student and setting.arg("peft") else None
+    return "student, which has adapters" if takes_student and setting.run.has_adapters else None
 
 
 def _fsdp(setting: Setting) -> Any:
-    names = ("use_megatron_fsdp", "use_torch_fsdp2")
-    found = next((flag_of(name) for name in names if setting.arg(name)), None)
+    found = setting.run.fsdp
     return Found(found, f"the command: leave {found} out") if found else None
 
 
@@ -95,7 +94,7 @@ TRAINING_RULES = (
     ),
     Rule(
         "attention masks per document with a teacher",
-        lambda s: "--reset-attention-mask" if s.config.needs_teacher and s.arg("reset_attention_mask") else None,
+        lambda s: s.run.document_masks if s.config.needs_teacher else None,
         "rows read as a whole, or a score without teacher (student, random)",
         "the command: leave --reset-attention-mask out",
         "the teacher would read across documents",
@@ -139,7 +138,7 @@ TRAINING_RULES = (
     ),
     Rule(
         "loss scaled per turn",
-        lambda s: "--use-loss-scaling" if s.arg("use_loss_scaling") else None,
+        lambda s: "--use-loss-scaling" if s.megatron_flag("use_loss_scaling") else None,
         "the mean over tokens",
         "the command: leave --use-loss-scaling out",
         "it finds turns by runs of the loss mask, which elision cuts",

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from regate_megatron.config import ReGateConfig
-from regate_megatron.errors import ReGateError
-from regate_megatron.ranks.topology import Topology, agree_on_error
+from regate_megatron.config import ReGateConfig, flag
+from regate_megatron.ranks.topology import Topology
 from regate_megatron.teacher.build import build_teacher
 from regate_megatron.teacher.cache import ReferenceCache
 from regate_megatron.teacher.fingerprint import fingerprint_of_checkpoint, fingerprint_of_model
@@ -67,7 +66,9 @@ def open_reference(
     if config.reference_cache is not None:
         directory = Path(config.reference_cache)
         store = _open_cache(directory, identity, topology)
-        if teacher is None and topology.agree(None, topology.is_planner and topology.dp_rank == 0 and not len(store)):
+        with topology.together("reference cache") as stage:
+            stage.wish = teacher is None and topology.is_planner and topology.dp_rank == 0 and not len(store)
+        if stage.anyone_wishes:
             teacher = build()  # a new cache: it will be needed, so let it fail now if it must
     return ReferenceLosses(
         student.config,
@@ -114,24 +115,9 @@ def _identity(
 
 def _open_cache(directory: Path, identity: dict[str, Any], topology: Topology) -> ReferenceCache | None:
     """The cache on planners, None elsewhere, once rank 0 has made sure whose it is. All ranks call this."""
-    error, store = None, None
-    if dist.get_rank() == 0:
-        error = _error_of(lambda: claim(directory, identity))
-    agree_on_error(error, topology)
-
-    def open_it() -> None:
-        nonlocal store
-        store = ReferenceCache(directory, f"dp{topology.dp_rank:05d}")
-
-    if topology.is_planner:
-        error = _error_of(open_it)
-    agree_on_error(error, topology)
-    return store
-
-
-def _error_of(action: Any) -> str | None:
-    try:
-        action()
-    except Exception as fault:  # whatever it is, the other ranks wait to hear of it
-        return str(fault) if isinstance(fault, ReGateError) else f"regate: reference cache: {fault!r}"
-    return None
+    form = {"allowed": "a folder that all planners can read and write", "change": "the folder or its permissions"}
+    with topology.together(flag("reference_cache"), **form):
+        if dist.get_rank() == 0:
+            claim(directory, identity)
+    with topology.together(flag("reference_cache"), **form):
+        return ReferenceCache(directory, f"dp{topology.dp_rank:05d}") if topology.is_planner else None

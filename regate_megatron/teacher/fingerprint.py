@@ -27,7 +27,7 @@ import xxhash
 from torch import Tensor
 
 from regate_megatron.errors import refuse
-from regate_megatron.ranks.topology import Topology, agree_on_error
+from regate_megatron.ranks.topology import Topology
 from regate_megatron.teacher.cache_files import write_aside
 from regate_megatron.teacher.weights import LanguageModelCheckpoint, canonical_name
 
@@ -55,36 +55,38 @@ def fingerprint_of_checkpoint(checkpoint: LanguageModelCheckpoint, cache: Path, 
     Raises:
         ReGateError: a data file is damaged or missing; on every rank.
     """
-    known, note = [None], _note_of(checkpoint, cache)
-    if dist.get_rank() == 0:
-        known = [_read_note(note)]
+    known: list = [None]
+    with topology.together("checkpoint", allowed="a complete checkpoint", change="to one saved or copied in full"):
+        note = _note_of(checkpoint, cache)
+        if dist.get_rank() == 0:
+            known = [_read_note(note)]
     dist.broadcast_object_list(known, src=0, group=topology.world_group)
     if known[0] is None:
         known = [_add_up(_pieces_of_checkpoint(checkpoint), topology, str(checkpoint.path))]
-        if dist.get_rank() == 0:
-            note.parent.mkdir(parents=True, exist_ok=True)
-            write_aside(note, json.dumps({"checkpoint": str(checkpoint.path), "weights": known[0]}).encode())
+        form = {"allowed": "a folder that can be written", "change": f"the permissions of {note.parent}"}
+        with topology.together("reference cache", **form):
+            if dist.get_rank() == 0:
+                note.parent.mkdir(parents=True, exist_ok=True)
+                write_aside(note, json.dumps({"checkpoint": str(checkpoint.path), "weights": known[0]}).encode())
     return known[0]
 
 
 def _add_up(pieces: Iterable[_Piece], topology: Topology, source: str = "the model") -> str:
     """Sum of all ranks' pieces, with the names, shapes and types of all tensors; 32 hexadecimal digits."""
-    sums, tensors, error = [0, 0], {}, None
-    try:
-        for name, shape, offset, values in pieces:
-            tensors[name] = [list(shape), str(values.dtype).removeprefix("torch.")]
-            for lane, part in enumerate(sums_of(name, shape, offset, values)):
-                sums[lane] += part
-    except Exception as fault:  # damaged files raise whatever they like
-        error = str(
-            refuse(
+    sums, tensors = [0, 0], {}
+    with topology.together("checkpoint"):
+        try:
+            for name, shape, offset, values in pieces:
+                tensors[name] = [list(shape), str(values.dtype).removeprefix("torch.")]
+                for lane, part in enumerate(sums_of(name, shape, offset, values)):
+                    sums[lane] += part
+        except Exception as fault:  # damaged files raise whatever they like
+            raise refuse(
                 "checkpoint",
                 given=f"{source}, whose data cannot be read ({type(fault).__name__})",
                 allowed="a complete checkpoint",
                 change="to one saved or copied in full",
-            )
-        )
-    agree_on_error(error, topology)
+            ) from fault
     parts: list = [None] * dist.get_world_size()
     dist.all_gather_object(parts, (sums, tensors), group=topology.world_group)
     tensors = {name: found for _, part in parts for name, found in part.items()}

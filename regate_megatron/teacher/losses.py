@@ -21,8 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from regate_megatron.batches import MicrobatchFacts
-from regate_megatron.errors import ReGateError
-from regate_megatron.ranks.topology import Topology, agree_on_error
+from regate_megatron.ranks.topology import Topology
 from regate_megatron.support.alignment import experts_span_replicas
 from regate_megatron.teacher.cache import rounded
 from regate_megatron.teacher.cache_files import KEY_BYTES
@@ -185,13 +184,9 @@ class ReferenceLosses:
     def _prove(self) -> None:
         """Compare the fixed row's losses with those in the cache; all ranks of the world call this."""
         losses = self._run(probe_rows(self.run.chunks[0], length_multiple(self.config)), 1)
-        error = None
-        if self.topology.is_planner and self.topology.dp_rank == 0:
-            try:
+        with self.topology.together("reference cache", allowed="a folder that can be written"):
+            if self.topology.is_planner and self.topology.dp_rank == 0:
                 claim_probe(self._proof, losses[0].tolist(), self.identity["dtype"])
-            except ReGateError as refusal:
-                error = str(refusal)
-        agree_on_error(error, self.topology)
 
     def _rows(self, samples: Sequence[tuple[MicrobatchFacts, int]]) -> TeacherRows | None:
         if not samples:

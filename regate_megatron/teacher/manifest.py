@@ -22,7 +22,7 @@ import xxhash
 from regate_megatron.config import flag
 from regate_megatron.errors import refuse
 from regate_megatron.teacher.cache_files import sync_folder
-from regate_megatron.teacher.settings import same
+from regate_megatron.teacher.values import same
 
 MANIFEST = "manifest.json"
 FORMAT = 2

@@ -12,6 +12,7 @@ from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig, flag
 from regate_megatron.errors import ReGateError, refuse
 from regate_megatron.method.budget import align_up
 from regate_megatron.method.scores import SCORES
+from regate_megatron.support import HostRun
 from regate_megatron.teacher.fingerprint import sharded_tensors
 from regate_megatron.teacher.settings import settle
 from regate_megatron.teacher.weights import (
@@ -27,13 +28,13 @@ _TOKENIZER_FILES = ("*token*", "vocab*", "merges*")
 
 
 def find_teacher(
-    students: Sequence[Any], config: ReGateConfig, args: Any, *, pad_token: int | None, vocab_size: int | None
+    students: Sequence[Any], config: ReGateConfig, run: HostRun, *, pad_token: int | None, vocab_size: int | None
 ) -> LanguageModelCheckpoint | None:
     """The checkpoint of the teacher, or None for the student's own weights. Any rank, no communication.
 
     Args:
         students: this rank's language-model chunks.
-        args: Megatron's namespace, for the checkpoint folder of a resumed run.
+        run: the host's, for the checkpoint folder of a resumed run.
 
     Raises:
         ReGateError: no such checkpoint, another architecture or vocabulary, or no pad token for "pad".
@@ -52,9 +53,9 @@ def find_teacher(
             settle(student, checkpoint)
         _check_vocabulary(students[0], checkpoint, vocab_size)
         return checkpoint
-    kept = teacher_of_resumed_run(args)
+    kept = teacher_of_resumed_run(run)
     if kept is None:
-        _check_first_start(args)
+        _check_first_start(run)
         return None
     checkpoint = open_language_model(kept, flag("teacher_load"))
     for student in students:
@@ -63,27 +64,27 @@ def find_teacher(
     return checkpoint
 
 
-def teacher_of_resumed_run(args: Any) -> Path | None:
+def teacher_of_resumed_run(run: HostRun) -> Path | None:
     """The teacher kept beside the checkpoints, when this run continues from one of them."""
-    if args is None or not getattr(args, "load", None) or not getattr(args, "iteration", 0):
+    if run.load is None or not run.iteration:
         return None
-    kept = Path(args.load) / TEACHER_FOLDER
+    kept = run.load / TEACHER_FOLDER
     return kept if kept.is_dir() else None
 
 
-def _check_first_start(args: Any) -> None:
+def _check_first_start(run: HostRun) -> None:
     """Refuse to take the student as its teacher where a run with one continues: it has learned since.
 
     A checkpoint of a run without ReGATE, or with a score that needs no teacher, is a first start. Megatron's legacy
     format keeps its arguments in a pickle, which is not read here; what was learned is compared when it is loaded.
     """
-    if args is None or not getattr(args, "load", None) or not getattr(args, "iteration", 0):
+    if run.load is None or not run.iteration:
         return
-    iteration = Path(args.load) / f"iter_{args.iteration:07d}"
+    iteration = run.load / f"iter_{run.iteration:07d}"
     saved = saved_arguments(iteration) if iteration.is_dir() else None
     score = SCORES.get(getattr(saved, "regate_score", None))
     if getattr(saved, "regate", False) and score is not None and score.needs_reference:
-        raise teacher_is_gone(f"{iteration} of a run with a teacher, without {Path(args.load) / TEACHER_FOLDER}")
+        raise teacher_is_gone(f"{iteration} of a run with a teacher, without {run.load / TEACHER_FOLDER}")
 
 
 def teacher_is_gone(given: str) -> ReGateError:
@@ -97,8 +98,10 @@ def teacher_is_gone(given: str) -> ReGateError:
     )
 
 
-def hash_of_tokenizer(tokenizer: Any, args: Any) -> str | None:
-    """A hash of what the tokenizer's ids mean: its vocabulary, else its files; None where neither can be had."""
+def hash_of_tokenizer(tokenizer: Any, model: str | None) -> str | None:
+    """A hash of what the tokenizer's ids mean: its vocabulary, else the files of its ``model``; None where neither can
+    be had.
+    """
     try:
         vocabulary = tokenizer.vocab
         pairs = vocabulary.items() if isinstance(vocabulary, dict) else enumerate(vocabulary)
@@ -106,7 +109,6 @@ def hash_of_tokenizer(tokenizer: Any, args: Any) -> str | None:
         return xxhash.xxh3_128_hexdigest(text.encode())
     except Exception:  # tokenizers raise whatever they like
         pass
-    model = getattr(args, "tokenizer_model", None)
     if not model or not Path(model).exists():
         return None
     root = Path(model)

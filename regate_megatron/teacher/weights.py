@@ -20,7 +20,9 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from regate_megatron.errors import refuse
 from regate_megatron.ranks.publishing import filled_by_all_ranks
-from regate_megatron.teacher.settings import stated_settings, write_own
+from regate_megatron.ranks.topology import Topology, whole_world
+from regate_megatron.teacher.settings import write_own
+from regate_megatron.teacher.stated import stated_settings
 
 EMBEDDING = "embedding.word_embeddings.weight"
 LANGUAGE_MODEL_PREFIX = "language_model."
@@ -51,7 +53,7 @@ class LanguageModelCheckpoint:
         path: the folder of the iteration.
         prefix: what its keys start with: "" for a GPT, "language_model." for a LLaVA.
         shapes: global shape of every tensor of the language model, by key without prefix.
-        stated: what it says of the model's settings, see :func:`settings.stated_settings`; None: nothing.
+        stated: what it says of the model's settings, see :func:`.stated.stated_settings`; None: nothing.
     """
 
     path: Path
@@ -211,19 +213,19 @@ def load_language_model(model: Any, checkpoint: LanguageModelCheckpoint) -> None
     model.load_state_dict(weights, strict=False)  # not strict: no _extra_state is loaded into a bf16 teacher
 
 
-def save_language_model(chunks: Sequence[Any], directory: str | Path, group: Any = None) -> None:
+def save_language_model(chunks: Sequence[Any], directory: str | Path, topology: Topology | None = None) -> None:
     """Save a sharded language model as a torch_dist checkpoint, whole or not at all. All ranks call this.
 
     Args:
         chunks: this rank's pipeline chunks.
-        group: all ranks, for agreeing on the folder; the default group when None.
+        topology: how all ranks agree on the folder; None: over the default group, which must talk on the host.
 
     Raises:
-        ReGateError: see :func:`folders.filled_by_all_ranks`; on every rank.
+        ReGateError: see :func:`~regate_megatron.ranks.publishing.filled_by_all_ranks`; on every rank.
     """
     from megatron.core import dist_checkpointing
 
-    with filled_by_all_ranks(Path(directory), "saving a language model", group) as aside:
+    with filled_by_all_ranks(Path(directory), "saving a language model", topology or whole_world()) as aside:
         tensors = {f"chunk{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
         dist_checkpointing.save(tensors, str(aside))
         if dist.get_rank() == 0:

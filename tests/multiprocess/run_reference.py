@@ -33,7 +33,7 @@ from regate_megatron import (
     wrap_forward_backward,
 )
 from regate_megatron.api import session_of
-from regate_megatron.teacher import settings
+from regate_megatron.teacher import values
 from regate_megatron.teacher.cache import ReferenceCache
 from regate_megatron.teacher.fingerprint import fingerprint_of_checkpoint, fingerprint_of_model
 from regate_megatron.teacher.manifest import read_probe
@@ -272,15 +272,15 @@ def teacher_of_another_architecture_is_refused_by_name(case: dict, folder: Path)
 
 def teacher_that_no_list_tells_apart_is_found_by_a_fixed_row(case: dict, folder: Path) -> dict:
     """The same weights, and a constant that (let us say) nobody thought of."""
-    cache, neutral = str(folder / "cache"), settings.NEUTRAL
-    settings.NEUTRAL = neutral | {"layernorm_epsilon"}
+    cache, neutral = str(folder / "cache"), values.NEUTRAL
+    values.NEUTRAL = neutral | {"layernorm_epsilon"}
     try:
         detach(train(case, reference_cache=cache)[0])
         detach(train(case, reference_cache=cache)[0])  # the same one passes
         other = {**case, **CONSTANTS["epsilon"]}
         refused_on_every_rank("fixed row", lambda: train(other, reference_cache=cache))
     finally:
-        settings.NEUTRAL = neutral
+        values.NEUTRAL = neutral
     refused_on_every_rank("layernorm_epsilon", lambda: train(other, reference_cache=cache))
     dist.barrier()
     return {"losses": read_probe(folder / "cache")}

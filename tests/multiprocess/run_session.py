@@ -37,7 +37,9 @@ from regate_megatron import (
     wrap_forward_backward,
 )
 from regate_megatron.api import session_of
-from regate_megatron.teacher.settings import NEUTRAL, settings_of, settle, stated_settings
+from regate_megatron.teacher.settings import settings_of, settle
+from regate_megatron.teacher.stated import stated_settings
+from regate_megatron.teacher.values import NEUTRAL
 from regate_megatron.teacher.weights import LanguageModelCheckpoint, save_language_model
 from tests.claims import check
 from tests.multiprocess.models import Step, build, run

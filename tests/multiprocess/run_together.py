@@ -1,7 +1,7 @@
-"""Worker of test_together: a fault in every stage of a step, on every kind of rank, in a loop of one's own.
+"""Worker of test_together: a fault in every stage of a step, of a save and of a load, on every kind of rank.
 
-Ranks outlive the fault: they catch it, say what they heard, and take another step that must go well. Two replicas of
-two tensor-parallel ranks each.
+In a loop of one's own ranks outlive the fault: they catch it, say what they heard, and take another step that must go
+well. Two replicas of two tensor-parallel ranks each.
 
     torchrun --nproc-per-node 4 tests/multiprocess/run_together.py RESULTS.json
 """
@@ -22,10 +22,21 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from regate_megatron import ReGateConfig, ReGateError, attach, step_done, wrap_forward_backward
+from regate_megatron import (
+    ReGateConfig,
+    ReGateError,
+    attach,
+    load_state,
+    save_state,
+    step_done,
+    wrap_forward_backward,
+)
 from regate_megatron.api import session_of
+from regate_megatron.memory import state
 from regate_megatron.method.plan import StepPlan
+from regate_megatron.ranks import publishing
 from regate_megatron.step import session as sessions
+from regate_megatron.teacher import fingerprint
 from tests.multiprocess.models import Step, build, parallel, run, shared_store
 
 CASE = {"name": "together", "model": "gpt", "tp": 2, "pp": 1, "dense_layers": 1}
@@ -68,6 +79,30 @@ def faults(session) -> dict:
     return places
 
 
+def faults_beside_steps(models, folder: Path) -> dict:
+    """As :func:`faults`, and last what is done."""
+    session, word = session_of(models), "has a fault"
+
+    def save() -> None:
+        save_state(models, folder / "other")
+
+    def load() -> None:
+        load_state(models, folder / "whole")
+
+    def name_teacher() -> None:
+        fingerprint.fingerprint_of_model(session.reference.run.chunks, session.topology)
+
+    return {
+        "making the folder of a save": ([0], publishing, "claimed", fail, "rank 0 " + word, save),
+        "writing one planner's part": ([2], state, "write_records", fail, "rank 2 " + word, save),
+        "renaming what was saved": ([0], publishing, "replace_folder", fail, "rank 0 " + word, save),
+        "looking for saved state": ([1], Path, "is_dir", fail, "rank 1 " + word, load),
+        "reading the manifest": ([3], state, "read_manifest", fail, "rank 3 " + word, load),
+        "reading one planner's records": ([2], state, "read_records", fail, "rank 2 " + word, load),
+        "naming the teacher": ([1], fingerprint, "sums_of", fail, "cannot be read (IndexError)", name_teacher),
+    }
+
+
 @contextmanager
 def patched(place, name, value):
     had = name in vars(place)
@@ -103,11 +138,14 @@ def main(results: Path) -> None:
             step_done(models)
 
         step()  # the dense one
-        for name, (ranks, place, attribute, value, _) in faults(session).items():
+        folder = results.parent / "states"
+        save_state(models, folder / "whole")
+        places = {name: (*one, step) for name, one in faults(session).items()} | faults_beside_steps(models, folder)
+        for name, (ranks, place, attribute, value, _, act) in places.items():
             line = None
             with fault(session, ranks, place, attribute, value):
                 try:
-                    step()
+                    act()
                 except ReGateError as error:
                     line = str(error)
             step_done(models, counted=False)
@@ -118,7 +156,7 @@ def main(results: Path) -> None:
             done = torch.tensor([session.totals.sparse_steps - before if session.planner else 1])
             dist.all_reduce(done, dist.ReduceOp.MIN)
             assert int(done) == 1, f"after {name} no step went well"
-        expected = {name: words for name, (*_, words) in faults(session).items()}
+        expected = {name: words for name, (*_, words, _) in places.items()}
         if dist.get_rank() == 0:
             results.write_text(json.dumps({"heard": heard, "expected": expected}))
 

@@ -1,4 +1,6 @@
-"""A fault on any rank, in any stage of a step, is one line on all ranks of all replicas, and none is left behind."""
+"""A fault on any rank, in any stage of a step, a save or a load, is one line on all ranks of all replicas, and none is
+left behind.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,13 @@ PLACES = (
     "another plan than the planner's",
     "two ranks of two replicas in two places",
     "learning",
+    "making the folder of a save",
+    "writing one planner's part",
+    "renaming what was saved",
+    "looking for saved state",
+    "reading the manifest",
+    "reading one planner's records",
+    "naming the teacher",
 )
 
 

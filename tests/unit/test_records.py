@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from regate_megatron.errors import ReGateError
 from regate_megatron.memory.records import BYTES_PER_SAMPLE, Records
+from regate_megatron.memory.state import files_to_read
 from regate_megatron.memory.state_files import (
     FileFacts,
     read_array,
@@ -21,7 +22,6 @@ from regate_megatron.memory.state_files import (
     write_manifest,
     write_records,
 )
-from regate_megatron.step.state import files_to_read
 
 
 def _keys(*numbers: int) -> np.ndarray:

@@ -94,9 +94,7 @@ def test_directory_that_cannot_be_one_is_refused(tmp_path):
 
 def test_tokenizer_is_known_by_what_its_ids_mean(tmp_path):
     def hashed(vocab=None, model=None):
-        return hash_of_tokenizer(
-            SimpleNamespace(**({"vocab": vocab} if vocab else {})), SimpleNamespace(tokenizer_model=model)
-        )
+        return hash_of_tokenizer(SimpleNamespace(**({"vocab": vocab} if vocab else {})), model)
 
     assert hashed({"a": 0, "b": 1}) == hashed({"b": 1, "a": 0}) != hashed({"a": 1, "b": 0})
     assert hashed() is None and hashed(model=str(tmp_path / "none")) is None and hashed(model=str(tmp_path)) is None

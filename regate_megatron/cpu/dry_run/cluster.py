@@ -125,11 +125,13 @@ def _check_dense_layers(cluster: Any, config: ReGateConfig) -> None:
     """Here, as a layout with fewer stages has more layers in its first. Listed layers are kept, and their stages."""
     from megatron.training.arguments import core_transformer_config_from_args
 
+    from regate_megatron.integrations.flags import run_of
+
     if any(getattr(cluster, name, None) for name in LAYER_LISTS):
         return
     with contextlib.redirect_stdout(io.StringIO()):
         chunk = SimpleNamespace(config=core_transformer_config_from_args(cluster))
-    found = refusals(Setting([chunk], config, cluster), lambda rule: rule.what == flag("dense_layers"))
+    found = refusals(Setting([chunk], config, run_of(cluster)), lambda rule: rule.what == flag("dense_layers"))
     if found:
         raise ReGateError(found[0])
 

@@ -1,0 +1,77 @@
+"""Saved state takes values, no session: what a planner learned and how far the run is, on one rank."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from regate_megatron.errors import ReGateError
+from regate_megatron.memory.learned import Learned
+from regate_megatron.memory.state import Progress, StateSave, has_state, read_state
+from regate_megatron.ranks.topology import Topology
+
+ALONE = Topology(0, 1, True, 0, 1, None, None, None)
+BESIDE = Topology(0, 1, False, 0, 1, None, None, None)  # a rank that is no planner, and alone here
+KEYS_N2, LABELS_X = torch.tensor([[1, 2], [3, 4]]), torch.tensor([5, 6, 7])
+LOSSES = [torch.tensor([4.0, 2.0]), torch.tensor([0.5])]
+PROGRESS = Progress(step=7, dense_until=9, learns=True, settings={"seed": 3}, totals={"steps": 7}, teacher={"a": [1]})
+
+
+def _learned() -> Learned:
+    return Learned(0.9, ALONE, 1e9)
+
+
+def _saved(folder):
+    learned = _learned()
+    learned.take_in(KEYS_N2, LOSSES, LABELS_X, step=6, is_dense=True)
+    save = StateSave(learned, PROGRESS, ALONE, folder / "aside")
+    learned.take_in(KEYS_N2, [2 * loss for loss in LOSSES], LABELS_X, step=7, is_dense=True)
+    return save
+
+
+def _look_up(learned: Learned) -> list[float]:
+    return learned.look_up(KEYS_N2, torch.tensor([2, 1]), LABELS_X, step=8)[0].tolist()
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_what_was_known_when_the_save_began_comes_back(tmp_path, in_background):
+    save = _saved(tmp_path)
+    save.write(in_background=in_background)
+    save.finish()
+    assert not has_state(tmp_path / "regate", ALONE)
+    save.publish(tmp_path / "regate")
+    assert has_state(tmp_path / "regate", ALONE) and not (tmp_path / "aside").exists()
+    found, learned = read_state(tmp_path / "regate", ALONE, _learned()), _learned()
+    assert (found.progress, found.num_samples, found.num_targets) == (PROGRESS, 2, 3)
+    learned.adopt(found.records, found.prior)
+    assert _look_up(learned) == [4.0, 2.0, 0.5]
+    assert learned.prior.look_up(torch.tensor([5, 6, 7, 8])).tolist() == [4.0, 2.0, 0.5, pytest.approx(6.5 / 3)]
+
+
+def test_a_rank_that_is_no_planner_learns_how_far_the_run_was_and_reads_no_records(tmp_path):
+    save = _saved(tmp_path)
+    save.write()
+    save.finish()
+    (tmp_path / "aside" / "difficulty-00000.npy").unlink()
+    found = read_state(tmp_path / "aside", BESIDE, None)
+    assert (found.progress, found.records, found.prior) == (PROGRESS, None, None)
+    with pytest.raises(ReGateError, match=r"^regate: saved difficulty: given .*difficulty-00000.npy with no file"):
+        read_state(tmp_path / "aside", ALONE, _learned())
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_part_that_cannot_be_written_is_refused_and_leaves_no_manifest(tmp_path, in_background):
+    save = _saved(tmp_path)
+    shutil.rmtree(tmp_path / "aside")
+    save.write(in_background=in_background)
+    with pytest.raises(ReGateError, match=r"^regate: saving difficulty: given FileNotFoundError.*change --save"):
+        save.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_refused_when_the_save_begins(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ReGateError, match="^regate: saving difficulty: given"):
+        _saved(tmp_path / "file")
