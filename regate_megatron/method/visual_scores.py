@@ -36,7 +36,8 @@ class VisualSignals:
         place_X: its place in the grid of that; int64.
         grid_I3: frames, height and width of each medium; int64.
         pixels: gives what lies under every place of medium i; float [N, D].
-        keys: gives the content key of each candidate's sample, int64 [X, 2], and its place in that, int64 [X].
+        keys: gives the content key of each medium's sample, int64 [I, 2], the place of every candidate in its sample,
+            int64 [X], and how many candidates each medium has, int64 [I].
         chance: a number in [0, 1) for each medium that changes with the step; float64 [I].
     """
 
@@ -44,7 +45,7 @@ class VisualSignals:
     place_X: np.ndarray
     grid_I3: np.ndarray
     pixels: Callable[[int], np.ndarray]
-    keys: Callable[[], tuple[Tensor, Tensor]]
+    keys: Callable[[], tuple[Tensor, ...]]
     chance: Callable[[], np.ndarray]
     seed: int
     step: int

@@ -392,7 +392,7 @@ def difficulty_is_found_by_the_key_a_user_names() -> None:
             run(LLAVA, models, step, Step())
         keys = torch.cat([one.difficulty_key_N2 for one in session.step.facts])
         counts = torch.cat([one.num_target_N for one in session.step.facts])
-        values = torch.cat(session.planner.learned.difficulty.fetch(keys, counts, 2))
+        values = session.planner.learned.difficulty.fetch(keys, counts, 2)
         assert bool(values.isfinite().all() if known else values.isnan().all()), how
     models, _, schedule = attached(LLAVA, score="student", sample_key="sample_id")
     refused("without the key 'sample_id'", lambda: run(LLAVA, models, schedule, Step()))
