@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -55,6 +56,11 @@ class StepFacts:
     def key_N2(self) -> Tensor:
         """Keys of difficulty; int64."""
         return torch.cat([one.difficulty_key_N2 for one in self.microbatches])
+
+    @cached_property
+    def key_M(self) -> Tensor:
+        """Half of the key of each microbatch's first sample; int64."""
+        return self.key_N2[self._first_sample_M, 0]
 
     @cached_property
     def num_target_N(self) -> Tensor:
@@ -115,8 +121,8 @@ class StepFacts:
     @cached_property
     def sample_I(self) -> Tensor:
         """The sample of the step that each medium lies in; int64, ascending."""
-        before_M = np.cumsum([0, *(one.num_samples for one in self.microbatches[:-1])]).tolist()
-        return torch.cat([one.sample_I + before for one, before in zip(self.media, before_M, strict=True)])
+        pairs = zip(self.media, self._first_sample_M.tolist(), strict=True)
+        return torch.cat([one.sample_I + first for one, first in pairs])
 
     @cached_property
     def grid_I3(self) -> np.ndarray:
@@ -153,13 +159,10 @@ class StepFacts:
         may_go_V = self.place_V >= 0
         if all(one.has_visual_loss_BS is None for one in self.microbatches):
             return may_go_V
+        has_loss = [one.has_visual_loss_BS for one in self.microbatches]
+        pairs = zip(has_loss, self.microbatches, strict=True)
         has_loss_P = torch.cat(
-            [
-                (torch.zeros_like(one.is_visual_BS) if one.has_visual_loss_BS is None else one.has_visual_loss_BS).view(
-                    -1
-                )
-                for one in self.microbatches
-            ]
+            [(torch.zeros_like(one.is_visual_BS) if own is None else own).view(-1) for own, one in pairs]
         )
         return may_go_V & ~has_loss_P[self.position_V]
 
@@ -178,6 +181,10 @@ class StepFacts:
     def _rows(self) -> list[int]:
         """Rows of each microbatch as they are planned."""
         return [size // one.planned_length for size, one in zip(self.sizes, self.microbatches, strict=True)]
+
+    @cached_property
+    def _first_sample_M(self) -> Tensor:
+        return torch.tensor([0, *accumulate(one.num_samples for one in self.microbatches[:-1])])
 
     @cached_property
     def _end_N(self) -> np.ndarray:

@@ -105,6 +105,8 @@ def route(keep_idx_BK: Tensor, dense: Places, short: Places, *, rank: int, num_r
     """Who sends what when the positions ``keep_idx_BK`` of a dense sequence become the slots of a short one."""
     num_rows, count = len(keep_idx_BK), keep_idx_BK.numel()
     sizes = {"dense_size": dense.local_length * num_rows, "short_size": short.local_length * num_rows}
+    if num_ranks == 1 and num_rows == 1:
+        return Route(keep_idx_BK[0], torch.arange(count), [count], [count], **sizes)
     row_1B, keep_KB = np.arange(num_rows)[None, :], keep_idx_BK.numpy().T
     if num_ranks == 1:
         entries_X = torch.from_numpy((keep_KB * num_rows + row_1B).reshape(-1))

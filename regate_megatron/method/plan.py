@@ -101,16 +101,21 @@ def plan_each(kept: Sequence[Tensor], slots: Sequence[int | Packing]) -> list[Mi
         ValueError: a row or a segment keeps more.
     """
     dense, length, origin, end = [], [], [], 0  # of rows and of segments, all one after the other
+    counts, sizes, packings = [], [], []  # of each microbatch: rows or segments, slots, how it is packed
     for kept_BS, slot in zip(kept, slots, strict=True):
         rows, dense_length = kept_BS.shape
-        if isinstance(slot, Packing):
+        packings.append(slot if isinstance(slot, Packing) else None)
+        if packings[-1]:
+            own = slot.length_N.tolist()
             dense += slot.dense_length_N.tolist()
-            length += slot.length_N.tolist()
-            origin += [end] * len(slot.length_N)
+            origin += [end] * len(own)
         else:
+            own = [slot] * rows
             dense += [dense_length] * rows
-            length += [slot] * rows
             origin += range(end, end + kept_BS.numel(), dense_length)
+        length += own
+        counts.append(len(own))
+        sizes.append(sum(own))
         end += kept_BS.numel()
     dense_Y, length_Y, origin_Y = (np.array(values, np.int64) for values in (dense, length, origin))
     position_X = np.concatenate([kept_BS.numpy().reshape(-1) for kept_BS in kept]).nonzero()[0]
@@ -124,20 +129,13 @@ def plan_each(kept: Sequence[Tensor], slots: Sequence[int | Packing]) -> list[Mi
     keep_idx_K[slot_X] = position_X - np.repeat(origin_Y, num_kept_Y)
     is_kept_K = np.zeros(len(keep_idx_K), bool)
     is_kept_K[slot_X] = True
-    is_packed = [isinstance(slot, Packing) for slot in slots]
-    sizes = [
-        int(slot.length_N.sum()) if packed else slot * len(kept_BS)
-        for kept_BS, slot, packed in zip(kept, slots, is_packed, strict=True)
-    ]
-    counts = [len(slot.length_N) if packed else len(kept_BS) for kept_BS, slot, packed in zip(kept, slots, is_packed)]
     parts = (
         torch.from_numpy(values).split(each)
         for values, each in ((keep_idx_K, sizes), (is_kept_K, sizes), (num_kept_Y, counts))
     )
     plans = []
-    for kept_BS, slot, packed, keep_idx_X, is_kept_X, num_kept_N in zip(kept, slots, is_packed, *parts, strict=True):
+    for kept_BS, packing, keep_idx_X, is_kept_X, num_kept_N in zip(kept, packings, *parts, strict=True):
         rows, dense_length = kept_BS.shape
-        packing = slot if packed else None
         plan = MicrobatchPlan(dense_length, keep_idx_X.view(rows, -1), is_kept_X.view(rows, -1), packing)
         vars(plan).update(_kept_BS=kept_BS, num_kept_N=num_kept_N)  # neither is worked out from the slots again
         plans.append(plan)

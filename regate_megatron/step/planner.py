@@ -1,7 +1,7 @@
 """The planner, one per data-parallel replica: scores candidates, keeps the best, learns from the student's losses.
 
-Shapes: R rows of this rank in a step (all microbatches), N samples, P positions, X candidates; of a microbatch B rows of
-S positions.
+Shapes: R rows of this rank in a step (all microbatches), N samples, P positions, X candidates; B rows of S positions in a
+microbatch.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Planner:
         return Candidates(
             always_R=facts.count_by_row(always_P),
             dense_M=torch.tensor([one.planned_length for one in facts.microbatches]),
-            key_M=torch.stack([one.difficulty_key_N2[0, 0] for one in facts.microbatches]),
+            key_M=facts.key_M,
             sorts=tuple(found),
         )
 

@@ -2,8 +2,8 @@
 
 A sort is one class here. Budgets, selection and plans know candidates only (:mod:`regate_megatron.method.candidates`).
 
-Shapes: P positions of a step, G groups, X candidates, in order of groups and positions; V visual positions, I images and
-clips (media) of the step.
+Shapes: P positions of a step, G groups, X candidates, in order of groups and positions; V visual positions, I images
+and clips (media) of the step.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ from regate_megatron import (
     wrap_forward_backward,
 )
 from regate_megatron.api import session_of
+from regate_megatron.batches import BatchAdapter
 from regate_megatron.teacher.settings import NEUTRAL, settings_of, settle, stated_settings
 from regate_megatron.teacher.weights import LanguageModelCheckpoint, save_language_model
 from tests.claims import check
@@ -543,7 +544,7 @@ def another_length_than_planned_is_refused() -> None:
     read = session.adapter.read
 
     class Longer:
-        keys, elide = session.adapter.keys, session.adapter.elide
+        keys, elide, read_all = session.adapter.keys, session.adapter.elide, BatchAdapter.read_all
 
         @staticmethod
         def read(batch):
