@@ -159,11 +159,8 @@ class StepFacts:
         may_go_V = self.place_V >= 0
         if all(one.has_visual_loss_BS is None for one in self.microbatches):
             return may_go_V
-        has_loss = [one.has_visual_loss_BS for one in self.microbatches]
-        pairs = zip(has_loss, self.microbatches, strict=True)
-        has_loss_P = torch.cat(
-            [(torch.zeros_like(one.is_visual_BS) if own is None else own).view(-1) for own, one in pairs]
-        )
+        each = [(one.has_visual_loss_BS, torch.zeros_like(one.is_visual_BS)) for one in self.microbatches]
+        has_loss_P = torch.cat([(none_BS if own_BS is None else own_BS).reshape(-1) for own_BS, none_BS in each])
         return may_go_V & ~has_loss_P[self.position_V]
 
     def place_in_sample_V(self) -> Tensor:

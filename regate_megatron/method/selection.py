@@ -92,30 +92,29 @@ def rank_candidates(candidates: Candidates, first_G: Tensor) -> Ranking:
         return Ranking(rank_targets(score_X, row_X, group_X, first_G), score_X)
     num_sorts, num_rows = len(candidates.sorts), len(candidates.always_R)
     kind_G = candidates.row_G * num_sorts + candidates.sort_G  # one sort in one row
-    kind_X = kind_G[group_X].numpy()
 
     def in_kind(value_G: Tensor) -> np.ndarray:
         weights = value_G.numpy()
         return np.bincount(kind_G.numpy(), weights=weights, minlength=num_rows * num_sorts).astype(np.int64)
 
     first_Y, ask_Y, all_Y = in_kind(first_G), in_kind(candidates.ask_G), in_kind(candidates.count_G)
-    # From floor to ask and from there to all, the best first; those before the floor have gone no way.
-    place_X = rank_targets(score_X, torch.from_numpy(kind_X), group_X, first_G).numpy()
-    number_X = place_X + 1 - first_Y[kind_X]
-    to_ask_X, to_all_X = (ask_Y - first_Y)[kind_X], (all_Y - ask_Y)[kind_X]
+    # From floor to ask and from there to all, the best first; those before the floor have gone no way. A slot is a
+    # place in a kind's order, which counts alone say all of.
+    start_Y = all_Y.cumsum() - all_Y
+    number_X = np.arange(1, all_Y.sum() + 1) - np.repeat(start_Y + first_Y, all_Y)
+    to_ask_X = np.repeat(ask_Y - first_Y, all_Y)
     way_X = np.where(
         number_X <= to_ask_X,
-        number_X.clip(0) / np.maximum(to_ask_X, 1),
-        1 + (number_X - to_ask_X) / np.maximum(to_all_X, 1),
+        number_X.clip(0) / np.repeat(np.maximum(ask_Y - first_Y, 1), all_Y),
+        1 + (number_X - to_ask_X) / np.repeat(np.maximum(all_Y - ask_Y, 1), all_Y),
     )
-    in_order_X = np.empty_like(way_X)  # each kind from its best on, so that a row is a few rising runs
-    slot_X = (all_Y.cumsum() - all_Y)[kind_X] + place_X
-    in_order_X[slot_X] = way_X
-    rank_X, end = np.empty_like(slot_X), 0
+    rank_X, end = np.empty_like(number_X), 0
     for count in all_Y.reshape(num_rows, num_sorts).sum(axis=1).tolist():
         own, end = slice(end, end + count), end + count
-        rank_X[own][in_order_X[own].argsort(kind="stable")] = np.arange(count)
-    return Ranking(torch.from_numpy(rank_X[slot_X]), torch.from_numpy(-way_X))
+        rank_X[own][way_X[own].argsort(kind="stable")] = np.arange(count)  # a row is a few rising runs
+    kind_X = kind_G.repeat_interleave(candidates.count_G)
+    slot_X = rank_targets(score_X, kind_X, group_X, first_G).numpy() + start_Y[kind_X.numpy()]
+    return Ranking(torch.from_numpy(rank_X[slot_X]), torch.from_numpy(-way_X[slot_X]))
 
 
 def rank_targets(score_X: Tensor, row_X: Tensor, group_X: Tensor, floor_G: Tensor) -> Tensor:

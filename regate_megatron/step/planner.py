@@ -1,7 +1,7 @@
 """The planner, one per data-parallel replica: scores candidates, keeps the best, learns from the student's losses.
 
-Shapes: R rows of this rank in a step (all microbatches), N samples, P positions, X candidates; B rows of S positions in a
-microbatch.
+Shapes: R rows of this rank in a step (all microbatches), N samples, P positions, X candidates; a microbatch has B rows
+of S positions.
 """
 
 from __future__ import annotations
