@@ -159,8 +159,9 @@ class StepFacts:
         may_go_V = self.place_V >= 0
         if all(one.has_visual_loss_BS is None for one in self.microbatches):
             return may_go_V
-        each = [(one.has_visual_loss_BS, torch.zeros_like(one.is_visual_BS)) for one in self.microbatches]
-        has_loss_P = torch.cat([(none_BS if own_BS is None else own_BS).reshape(-1) for own_BS, none_BS in each])
+        each = [(one.has_visual_loss_BS, one.is_visual_BS) for one in self.microbatches]
+        has_loss = [torch.zeros_like(like_BS) if own_BS is None else own_BS for own_BS, like_BS in each]
+        has_loss_P = torch.cat([of_BS.reshape(-1) for of_BS in has_loss])
         return may_go_V & ~has_loss_P[self.position_V]
 
     def place_in_sample_V(self) -> Tensor:
@@ -168,7 +169,7 @@ class StepFacts:
         start_I = torch.from_numpy(self._start_N)[self.sample_I]
         return self.position_V - start_I.repeat_interleave(self.count_I)
 
-    # ------------------------------------------------------------------------------------------------------- how it lies
+    # ----------------------------------------------------------------------------------------------------- how it lies
 
     @cached_property
     def _has_plain_rows(self) -> bool:
