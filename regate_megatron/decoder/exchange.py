@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from regate_megatron.decoder.cutting import Route, places, route
+from regate_megatron.decoder.cutting import Route, places, route, route_alone
 from regate_megatron.method.plan import MicrobatchPlan
 
 
@@ -280,6 +280,8 @@ def _exchange(
     sp_size = layout.sp_size if over_tensor_group else 1
     rank = layout.rank if over_tensor_group else layout.cp_rank
     group = layout.hidden_group if over_tensor_group else layout.context_group
+    if group is None:
+        return Exchange(route_alone(plan.keep_idx_BK, plan.dense_length), None)
     sizes = {"cp_size": layout.cp_size, "tp_size": sp_size}
     cuts = places(dense, **sizes), places(short, **sizes)
     return Exchange(route(plan.keep_idx_BK, *cuts, rank=rank, num_ranks=layout.cp_size * sp_size), group)

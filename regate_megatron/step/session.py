@@ -313,7 +313,7 @@ class Session:
                 change="the data loader, or --pipeline-model-parallel-size to 1",
             )
         multiple = self.planner.segment_multiple
-        odd = [n for one in facts for n in one.segment_length_N.tolist() if n % multiple]
+        odd = [n for one in facts for n in one.segment_length_N.tolist() if n % multiple] if multiple > 1 else []
         if odd:
             raise refuse(
                 "context parallelism",
