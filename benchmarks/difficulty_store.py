@@ -54,13 +54,13 @@ def time_steps(store: DifficultyStore, *, repeat: int) -> tuple[float, float]:
     generator, fetches, updates = torch.Generator().manual_seed(2), [], []
     keys = [torch.randint(-(2**62), 2**62, (ROWS, 2), generator=generator) for _ in range(16)]
     count_N = torch.full((ROWS,), TARGETS_PER_ROW)
-    losses = list(torch.rand(ROWS, TARGETS_PER_ROW, generator=generator))
+    loss_X = torch.rand(ROWS * TARGETS_PER_ROW, generator=generator)
     for step in range(len(keys) + repeat):
         key_N2 = keys[step % len(keys)]
         start = time.perf_counter()
         store.fetch(key_N2, count_N, step)
         middle = time.perf_counter()
-        store.update(key_N2, losses, step)
+        store.update(key_N2, count_N, loss_X, step)
         if step >= len(keys):
             fetches.append(middle - start)
             updates.append(time.perf_counter() - middle)

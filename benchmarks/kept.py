@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.measuring import Clock
 from benchmarks.models import Size, decoder_of
 from benchmarks.stepping import Runner, Step
-from regate_megatron.decoder import CurrentMicrobatch, DecoderHook, Layout, LossHook, shard_plan
+from regate_megatron.decoder import CurrentMicrobatch, DecoderHook, Layout, LossHook, shard_plans
 from regate_megatron.method.plan import MicrobatchPlan
 
 
@@ -97,7 +97,7 @@ class Compact(MaskTheLoss):
         LossHook(self.language_model, self._current)
 
     def _run_planned(self, batch: dict[str, Any]) -> None:
-        sharded = shard_plan(self.plan, Layout(), torch.device("cpu"), moves_hidden=True, moves_losses=True)
+        (sharded,) = shard_plans([self.plan], Layout(), torch.device("cpu"), moves_hidden=True, moves_losses=True)
         with self._current.running(sharded, None):
             self._run(batch, self.schedule)
 

@@ -14,9 +14,9 @@ the network is not: the table says how many messages and bytes a planner sends i
 * **a dense step's learn**: the prior of 152,064 token ids learns too.
 * **a whole step**: all that a rank which plans for itself does in a sparse step, from the batch it reads to what it
   learns, beside it by stages: *read* the batches, *score* (difficulty and prior fetched), *select*, *plan* (the rest of
-  planning), *lay out* (batches elided, `shard_plan`, counting), *learn*. *Exchange* is what planner and receiver add in
-  a replica of several ranks: pack, unpack and hash the plan.
-* **laying out**: `shard_plan`, on every rank, for one row of 16,384 positions.
+  planning), *lay out* (batches elided, `shard_plans`, counting), *learn*. *Exchange* is what planner and receiver add
+  in a replica of several ranks: pack, unpack and hash the plan.
+* **laying out**: `shard_plans`, on every rank, for one row of 16,384 positions.
 * **1,024 ranks ÷ 1**: what the number of planners adds.
 
 The share of a step that planning takes in training is measured by step_time.py.
@@ -40,7 +40,7 @@ from benchmarks.measuring import cpu_seconds, figure, rounds_within, run_part, s
 from regate_megatron.batches import GPTBatches
 from regate_megatron.batches.facts import MicrobatchFacts
 from regate_megatron.config import ReGateConfig
-from regate_megatron.decoder import Layout, shard_plan
+from regate_megatron.decoder import Layout, shard_plans
 from regate_megatron.memory.records import Records
 from regate_megatron.method import selection
 from regate_megatron.method.plan import MicrobatchPlan, StepPlan
@@ -209,9 +209,10 @@ def _whole_step(microbatches: int, length: int, rounds: int) -> dict[str, Any]:
         return result
 
     def run_short(step: Step, batches: list[dict[str, Tensor]]) -> None:
-        for batch, one in zip(batches, step.plan.microbatches, strict=True):
-            adapter.elide(batch, ~one.kept_mask())
-            shard_plan(one, layout, device, moves_hidden=True, moves_losses=True)
+        elided = (~step.plan.kept_P).split(step.whole.sizes)
+        for batch, elided_Y in zip(batches, elided, strict=True):
+            adapter.elide(batch, elided_Y.view_as(batch["loss_mask"]))
+        shard_plans(step.plan.microbatches, layout, device, moves_hidden=True, moves_losses=True)
         count_step(step, **layers)
 
     planner.sorts[0].score = partial(timed, "score", planner.sorts[0].score)
@@ -219,7 +220,7 @@ def _whole_step(microbatches: int, length: int, rounds: int) -> dict[str, Any]:
         for index in range(rounds + 3):
             spent.clear()
             batches = _batches(microbatches, length, seed=index % 3)
-            facts = timed("read", lambda batches=batches: [adapter.read(batch) for batch in batches])
+            facts = timed("read", partial(adapter.read_all, batches))
             reference = [torch.rand(int(count)) for one in facts for count in one.num_target_N]
             step = Step(index, "sparse", elides=True, facts=facts, reference=reference)
             timed("plan", planner.plan, step)
@@ -245,7 +246,7 @@ def _batches(count: int, length: int, seed: int) -> list[dict[str, Tensor]]:
 
 
 def _layouts(length: int, rounds: int) -> list[dict[str, Any]]:
-    """`shard_plan` of one row, of which about half is kept, at a few layouts."""
+    """`shard_plans` of one row, of which about half is kept, at a few layouts."""
     kept_1S = torch.zeros(1, length, dtype=torch.bool)
     kept_1S[0, torch.randperm(length, generator=torch.Generator().manual_seed(0))[: 9 * length // 16]] = True
     plan, rows, group = MicrobatchPlan.of(kept_1S, 9 * length // 16), [], object()
@@ -254,7 +255,7 @@ def _layouts(length: int, rounds: int) -> list[dict[str, Any]]:
         shared = {"hidden_group": group, "context_group": group} if cp_size > 1 else {}
         layout = Layout(cp_size=cp_size, sp_size=sp_size, **shared)
         times = [
-            1000 * cpu_seconds(lambda layout=layout: shard_plan(plan, layout, torch.device("cpu"), **moves))
+            1000 * cpu_seconds(lambda layout=layout: shard_plans([plan], layout, torch.device("cpu"), **moves))
             for _ in range(rounds + 1)
         ]
         rows.append({"cp": cp_size, "tp": sp_size, "ms": spread(times[1:])})

@@ -12,6 +12,7 @@ from regate_megatron.batches.media import Media
 from regate_megatron.batches.multimodal import MultimodalBatches
 from regate_megatron.batches.qwen_vl import QwenVLBatches
 from regate_megatron.batches.sample_key import NamedSamples
+from regate_megatron.batches.step_facts import StepFacts
 
 __all__ = [
     "FAMILIES",
@@ -23,7 +24,7 @@ __all__ = [
     "MicrobatchFacts",
     "MultimodalBatches",
     "NamedSamples",
-    "NamedSamples",
     "QwenVLBatches",
+    "StepFacts",
     "adapter_for",
 ]

@@ -7,7 +7,7 @@ microbatch (B of them, unless rows are packed), X targets of the microbatch, row
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -146,6 +146,13 @@ class MicrobatchFacts:
             return value_S
         return value_S[self.sample_BS[self.row_N[sample]] == sample]
 
+    def split(self, count: int) -> list[MicrobatchFacts]:
+        """The same as ``count`` microbatches of as many adjacent rows each; text, whose rows are one sample each."""
+        rows = len(self.is_target_BS) // count
+        names = [field.name for field in fields(self) if torch.is_tensor(getattr(self, field.name))]
+        columns = [getattr(self, name).split(rows) for name in names]
+        return [MicrobatchFacts(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
+
     @cached_property
     def place_X(self) -> Tensor:
         """The place of each target in its sample, counted from 0; int64 [X]."""
@@ -167,6 +174,10 @@ class BatchAdapter(Protocol):
     def read(self, batch: dict[str, Any]) -> MicrobatchFacts:
         """The facts of one microbatch. Raises KeyError or ValueError for a batch of another layout."""
         ...
+
+    def read_all(self, batches: Sequence[dict[str, Any]]) -> list[MicrobatchFacts]:
+        """The facts of all microbatches of a step."""
+        return [self.read(batch) for batch in batches]
 
     def elide(self, batch: dict[str, Any], is_elided_BS: Tensor) -> dict[str, Any]:
         """A shallow copy of ``batch`` whose loss mask is 0 at elided targets; shapes stay as they are."""

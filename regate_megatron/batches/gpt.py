@@ -6,6 +6,7 @@ rows of a microbatch one after the other and so do the facts, [1, B·S], one sam
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from regate_megatron.batches.facts import (
+    BatchAdapter,
     MicrobatchFacts,
     content_keys,
     ends_of_samples,
@@ -26,7 +28,7 @@ from regate_megatron.batches.facts import (
 
 
 @dataclass(frozen=True)
-class GPTBatches:
+class GPTBatches(BatchAdapter):
     """Adapter for GPTModel batches.
 
     Attributes:
@@ -76,10 +78,27 @@ class GPTBatches:
             sample_BS=sample_BS,
         )
 
+    def read_all(self, batches: Sequence[dict[str, Any]]) -> list[MicrobatchFacts]:
+        """See :meth:`BatchAdapter.read_all`; unpacked rows of one length are read at once."""
+        joined = _joined(batches)
+        return [self.read(batch) for batch in batches] if joined is None else self.read(joined).split(len(batches))
+
     def elide(self, batch: dict[str, Any], is_elided_BS: Tensor) -> dict[str, Any]:
         """See :meth:`BatchAdapter.elide`."""
         loss_mask = batch["loss_mask"]
         return dict(batch, loss_mask=without_loss(loss_mask, is_elided_BS.view(loss_mask.shape)))
+
+
+def _joined(batches: Sequence[dict[str, Any]]) -> dict[str, Tensor] | None:
+    """The rows of all batches as one batch; None where they are packed, not alike, or no batches of this layout."""
+    names = ["tokens", "labels", "loss_mask", "position_ids"][: 3 if batches[0].get("position_ids") is None else 4]
+    shapes = {tuple(getattr(batch.get(name), "shape", None) for name in (*names, "position_ids")) for batch in batches}
+    is_packed = any(batch.get("cu_seqlens") is not None for batch in batches)
+    if is_packed or len(shapes) > 1 or None in next(iter(shapes))[: len(names)]:
+        return None
+    columns = {name: [to_cpu(batch[name]) for batch in batches] for name in names}
+    row_axis = {"position_ids": 1 if columns.get("position_ids", columns["tokens"])[0].dim() == 3 else 0}  # of mrope
+    return {name: torch.cat(values, dim=row_axis.get(name, 0)) for name, values in columns.items()}
 
 
 def samples_of(cu_seqlens_BX: Tensor, length: int) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from regate_megatron.batches.facts import (
+    BatchAdapter,
     MicrobatchFacts,
     content_keys,
     ends_of_samples,
@@ -34,7 +35,7 @@ _IMAGE_KEYS = ("image", "images", "imgs")
 
 
 @dataclass(frozen=True)
-class LLaVABatches:
+class LLaVABatches(BatchAdapter):
     """Adapter for LLaVAModel batches.
 
     Attributes:

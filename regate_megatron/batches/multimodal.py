@@ -24,7 +24,7 @@ _DUMMY = torch.Size([1, 1])
 
 
 @dataclass(frozen=True)
-class MultimodalBatches:
+class MultimodalBatches(BatchAdapter):
     """Adapter for LLaVAModel batches with or without a loss mask.
 
     Attributes:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from regate_megatron.batches.facts import (
+    BatchAdapter,
     MicrobatchFacts,
     before_last_target,
     content_keys,
@@ -37,7 +38,7 @@ _KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_gri
 
 
 @dataclass(frozen=True)
-class QwenVLBatches:
+class QwenVLBatches(BatchAdapter):
     """Adapter for Qwen2.5-VL batches of Megatron-Bridge.
 
     Attributes:

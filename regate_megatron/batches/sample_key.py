@@ -14,6 +14,7 @@ Reference losses stay with the content that the teacher reads.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ BY_CONTENT, BY_TEXT = "content", "text"
 
 
 @dataclass(frozen=True)
-class NamedSamples:
+class NamedSamples(BatchAdapter):
     """An adapter whose difficulty keys are the user's.
 
     Attributes:
@@ -49,7 +50,13 @@ class NamedSamples:
         Raises:
             ValueError: the batch has no such key, or not one id for each sample.
         """
-        facts = self.adapter.read(batch)
+        return self._named(batch, self.adapter.read(batch))
+
+    def read_all(self, batches: Sequence[dict[str, Any]]) -> list[MicrobatchFacts]:
+        """See :meth:`BatchAdapter.read_all`; raises as :meth:`read` does."""
+        return [self._named(*pair) for pair in zip(batches, self.adapter.read_all(batches), strict=True)]
+
+    def _named(self, batch: dict[str, Any], facts: MicrobatchFacts) -> MicrobatchFacts:
         numbers = range(facts.num_samples)
         if self.key == BY_TEXT:
             return dataclasses.replace(facts, difficulty_key_N2=content_keys([_text(facts, one) for one in numbers]))

@@ -6,7 +6,7 @@ Nothing here is a class or module patch; every hook is an attribute of one insta
 from regate_megatron.decoder.attached import Hooks
 from regate_megatron.decoder.compaction import DecoderHook
 from regate_megatron.decoder.current import CurrentMicrobatch
-from regate_megatron.decoder.exchange import Layout, ShardedPlan, shard_plan
+from regate_megatron.decoder.exchange import Layout, ShardedPlan, shard_plans
 from regate_megatron.decoder.losses import LossHook
 from regate_megatron.decoder.observed import gather_context, to_host
 
@@ -18,6 +18,6 @@ __all__ = [
     "LossHook",
     "ShardedPlan",
     "gather_context",
-    "shard_plan",
+    "shard_plans",
     "to_host",
 ]

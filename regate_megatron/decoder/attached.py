@@ -8,7 +8,7 @@ from typing import Any
 from regate_megatron.config import ReGateConfig
 from regate_megatron.decoder.compaction import DecoderHook
 from regate_megatron.decoder.current import CurrentMicrobatch, Observer
-from regate_megatron.decoder.exchange import Layout, ShardedPlan, shard_plan
+from regate_megatron.decoder.exchange import Layout, ShardedPlan, shard_plans
 from regate_megatron.decoder.losses import LossHook
 from regate_megatron.decoder.pipeline import check_arguments, shapes_from
 from regate_megatron.method.plan import StepPlan
@@ -98,7 +98,7 @@ class Hooks:
             "moves_losses": bool(self.losses),
             "comes_back": any(hook.comes_back for hook in self.decoders),
         }
-        return [shard_plan(one, self.layout, device, **moves) for one in plan.microbatches]
+        return shard_plans(plan.microbatches, self.layout, device, **moves)
 
 
 def _fresh(batch: Any) -> Any:

@@ -101,14 +101,24 @@ class Route:
     short_size: int
 
 
+def route_alone(keep_idx_BK: Tensor, dense_length: int) -> Route:
+    """:func:`route` of a rank that holds all positions of the sequence."""
+    num_rows, count = len(keep_idx_BK), keep_idx_BK.numel()
+    if num_rows == 1:
+        entries_X = keep_idx_BK[0]
+    else:
+        entries_KB = keep_idx_BK.numpy().T * num_rows + np.arange(num_rows)
+        entries_X = torch.from_numpy(entries_KB.reshape(-1))
+    return Route(entries_X, torch.arange(count), [count], [count], dense_length * num_rows, count)
+
+
 def route(keep_idx_BK: Tensor, dense: Places, short: Places, *, rank: int, num_ranks: int) -> Route:
     """Who sends what when the positions ``keep_idx_BK`` of a dense sequence become the slots of a short one."""
-    num_rows, count = len(keep_idx_BK), keep_idx_BK.numel()
+    if num_ranks == 1:
+        return route_alone(keep_idx_BK, dense.local_length)
+    num_rows = len(keep_idx_BK)
     sizes = {"dense_size": dense.local_length * num_rows, "short_size": short.local_length * num_rows}
     row_1B, keep_KB = np.arange(num_rows)[None, :], keep_idx_BK.numpy().T
-    if num_ranks == 1:
-        entries_X = torch.from_numpy((keep_KB * num_rows + row_1B).reshape(-1))
-        return Route(entries_X, torch.arange(count), [count], [count], **sizes)
     # Between any two ranks both sides order entries by their slot at the receiver: going through the slots by receiver
     # and place there leaves nothing to sort but who sends to this rank.
     keep_KB = keep_KB[short.order_L.numpy()]

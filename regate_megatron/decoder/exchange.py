@@ -10,7 +10,7 @@ Shapes: B rows, S dense positions, K slots, k slots of this context rank, L loca
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from regate_megatron.decoder.cutting import Route, places, route
+from regate_megatron.decoder.cutting import Route, places, route, route_alone
 from regate_megatron.method.plan import MicrobatchPlan
 
 
@@ -76,13 +76,22 @@ class Layout:
 class Exchange:
     """Moves entries between the dense sequence and the short one, with gradients; every rank of the group calls it."""
 
-    def __init__(self, moves: Route, group: Any, device: torch.device) -> None:
+    def __init__(self, moves: Route, group: Any) -> None:
         self._moves, self._group = moves, group
-        self._send_index_X = _to(moves.send_index_X, device)
+        self._send_index_X = moves.send_index_X
         self._receive_index_X = self._receive_order_X = None  # on one rank entries arrive in their order
         if group is not None:
-            self._receive_index_X = _to(moves.receive_index_X, device)
-            self._receive_order_X = _to(_inverse(moves.receive_index_X), device)
+            self._receive_index_X = moves.receive_index_X
+            self._receive_order_X = _inverse(moves.receive_index_X)
+
+    @property
+    def indices(self) -> tuple[Tensor | None, ...]:
+        """What :meth:`move` brings to the device."""
+        return self._send_index_X, self._receive_index_X, self._receive_order_X
+
+    def move(self, indices: Sequence[Tensor | None]) -> None:
+        """Take these, which lie on the device, for :attr:`indices`."""
+        self._send_index_X, self._receive_index_X, self._receive_order_X = indices
 
     def to_short(self, dense_LBx: Tensor) -> Tensor:
         """Kept entries at their slots; [L, B, …] to [L', B, …]."""
@@ -176,27 +185,57 @@ class ShardedPlan:
         return back_LBH + dense_LBH.masked_fill(self.is_kept_LB[..., None], 0)
 
 
-def shard_plan(
-    plan: MicrobatchPlan,
+def shard_plans(
+    plans: Sequence[MicrobatchPlan],
     layout: Layout,
     device: torch.device,
     *,
     moves_hidden: bool,
     moves_losses: bool,
     comes_back: bool = False,
-) -> ShardedPlan:
-    """This rank's part of ``plan``; on the host, no communication.
+) -> list[ShardedPlan]:
+    """This rank's part of every microbatch's plan, on its device in one copy; no communication.
 
     Args:
         moves_hidden: whether this rank's chunk compacts.
         moves_losses: whether this rank's chunk computes the loss.
         comes_back: whether the chunk's last layers run at full length again; with ``moves_hidden``.
     """
+    moves = {"moves_hidden": moves_hidden, "moves_losses": moves_losses, "comes_back": comes_back}
+    shards = [_shard(plan, layout, *ends, **moves) for plan, ends in zip(plans, _cumulative(plans), strict=True)]
+    return shards if device.type == "cpu" else _on_device(shards, device)
+
+
+def _cumulative(plans: Sequence[MicrobatchPlan]) -> list[tuple[Tensor, Tensor]]:
+    """Where real slots, and slots, of each row or segment start, and the last ones end; int32 [N+1] each."""
+    if not plans:
+        return []
+    num_kept, ends, sizes = torch.cat([one.num_kept_N for one in plans]).tolist(), [], []
+    first = 0
+    for one in plans:
+        count = len(one.num_kept_N)
+        lengths = [one.length] * count if one.packing is None else one.packing.length_N.tolist()
+        ends += [0, *accumulate(num_kept[first : first + count]), 0, *accumulate(lengths)]
+        sizes += [count + 1] * 2
+        first += count
+    parts = torch.from_numpy(np.array(ends, np.int32)).split(sizes)
+    return list(zip(parts[::2], parts[1::2], strict=True))
+
+
+def _shard(
+    plan: MicrobatchPlan,
+    layout: Layout,
+    cu_seqlens: Tensor,
+    cu_seqlens_padded: Tensor,
+    *,
+    moves_hidden: bool,
+    moves_losses: bool,
+    comes_back: bool,
+) -> ShardedPlan:
+    """One microbatch's part, on the host."""
     packing = plan.packing
-    num_rows, length = plan.keep_idx_BK.shape
     dense = packing.dense_length_N.tolist() if packing else [plan.dense_length]
-    short = packing.length_N.tolist() if packing else [length]
-    lengths = short if packing else short * num_rows
+    short = packing.length_N.tolist() if packing else [plan.length]
     place_Bk, is_fill_BK = plan.keep_idx_BK, ~plan.is_kept_BK
     if packing:
         start_N = packing.dense_length_N.cumsum(0) - packing.dense_length_N
@@ -208,10 +247,10 @@ def shard_plan(
         is_fill_Bk = is_fill_BK[:, context_slots_k]
     hidden = tokens = None
     if moves_hidden:
-        hidden = _exchange(plan, dense, short, layout, device, over_tensor_group=True)
+        hidden = _exchange(plan, dense, short, layout, over_tensor_group=True)
     if moves_losses:
         is_same = hidden is not None and layout.sp_size == 1
-        tokens = hidden if is_same else _exchange(plan, dense, short, layout, device, over_tensor_group=False)
+        tokens = hidden if is_same else _exchange(plan, dense, short, layout, over_tensor_group=False)
     is_kept_LB = is_fill_lB = None
     if comes_back:
         sizes = {"cp_size": layout.cp_size, "tp_size": layout.sp_size}
@@ -220,37 +259,32 @@ def shard_plan(
     return ShardedPlan(
         dense_length=plan.dense_length,
         local_length=plan.dense_length // (layout.cp_size * layout.sp_size),
-        keep_idx_BK=_to(plan.keep_idx_BK, device),
-        place_Bk=_to(place_Bk, device),
-        is_fill_Bk=_to(is_fill_Bk, device),
+        keep_idx_BK=plan.keep_idx_BK,
+        place_Bk=place_Bk,
+        is_fill_Bk=is_fill_Bk,
         hidden=hidden,
         tokens=tokens,
-        cu_seqlens=_to(_cumulative(plan.num_kept_N.tolist()), device),
-        cu_seqlens_padded=_to(_cumulative(lengths), device),
-        max_length=max(lengths),
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_padded=cu_seqlens_padded,
+        max_length=max(short),
         is_packed=packing is not None,
         cp_size=layout.cp_size,
-        is_kept_LB=_to(is_kept_LB, device) if comes_back else None,
-        is_fill_lB=_to(is_fill_lB, device) if comes_back else None,
+        is_kept_LB=is_kept_LB,
+        is_fill_lB=is_fill_lB,
     )
 
 
 def _exchange(
-    plan: MicrobatchPlan,
-    dense: Sequence[int],
-    short: Sequence[int],
-    layout: Layout,
-    device: torch.device,
-    *,
-    over_tensor_group: bool,
+    plan: MicrobatchPlan, dense: Sequence[int], short: Sequence[int], layout: Layout, *, over_tensor_group: bool
 ) -> Exchange:
     sp_size = layout.sp_size if over_tensor_group else 1
     rank = layout.rank if over_tensor_group else layout.cp_rank
     group = layout.hidden_group if over_tensor_group else layout.context_group
+    if group is None:
+        return Exchange(route_alone(plan.keep_idx_BK, plan.dense_length), None)
     sizes = {"cp_size": layout.cp_size, "tp_size": sp_size}
     cuts = places(dense, **sizes), places(short, **sizes)
-    moves = route(plan.keep_idx_BK, *cuts, rank=rank, num_ranks=layout.cp_size * sp_size)
-    return Exchange(moves, group, device)
+    return Exchange(route(plan.keep_idx_BK, *cuts, rank=rank, num_ranks=layout.cp_size * sp_size), group)
 
 
 def _inverse(order_X: Tensor) -> Tensor:
@@ -258,10 +292,39 @@ def _inverse(order_X: Tensor) -> Tensor:
     return torch.empty_like(order_X).scatter_(0, order_X, torch.arange(len(order_X)))
 
 
-def _cumulative(lengths: Sequence[int]) -> Tensor:
-    """Where rows or segments start and the last one ends."""
-    return torch.from_numpy(np.array([0, *accumulate(lengths)], np.int32))
+_ON_DEVICE = ("keep_idx_BK", "place_Bk", "is_fill_Bk", "cu_seqlens", "cu_seqlens_padded", "is_kept_LB", "is_fill_lB")
 
 
-def _to(values: Tensor, device: torch.device) -> Tensor:
-    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+def _on_device(shards: Sequence[ShardedPlan], device: torch.device) -> list[ShardedPlan]:
+    """The same on ``device``, to which all of it goes in one copy that nobody waits for."""
+    own = [[getattr(one, name) for name in _ON_DEVICE] for one in shards]
+    exchanges = list({id(each): each for one in shards for each in (one.hidden, one.tokens) if each}.values())
+    indices = [each.indices for each in exchanges]
+    moved = iter(_copy([value for values in (*own, *indices) for value in values], device))
+    fields = [{name: next(moved) for name in _ON_DEVICE} for _ in shards]
+    for each, values in zip(exchanges, indices, strict=True):
+        each.move([next(moved) for _ in values])
+    return [replace(one, **values) for one, values in zip(shards, fields, strict=True)]
+
+
+def _copy(values: Sequence[Tensor | None], device: torch.device) -> list[Tensor | None]:
+    """Host tensors on ``device``: bytes laid one after the other in a pinned buffer, and views of its copy."""
+    places: dict[int, tuple[int, Tensor]] = {}  # what several fields share goes once
+    end = 0
+    for value in values:
+        if value is not None and id(value) not in places:
+            places[id(value)] = end, value
+            end += -(-value.nbytes // _ALIGNMENT) * _ALIGNMENT
+    pinned = torch.empty(end, dtype=torch.uint8, pin_memory=device.type != "cpu")
+    bytes_X = pinned.numpy()
+    for start, value in places.values():
+        bytes_X[start : start + value.nbytes] = value.contiguous().numpy().reshape(-1).view(np.uint8)
+    there_X = pinned.to(device, non_blocking=True)
+    sent = {
+        name: there_X[start : start + value.nbytes].view(value.dtype).view(value.shape)
+        for name, (start, value) in places.items()
+    }
+    return [None if value is None else sent[id(value)] for value in values]
+
+
+_ALIGNMENT = 16  # bytes; kernels may read so many at once

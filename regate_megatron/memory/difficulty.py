@@ -13,13 +13,12 @@ running average that is rounded stops short of its goal: m no longer moves once 
 β = 0.9 that is at most 0.5 % of m (0.01 at m between 2 and 4); bfloat16 would stop at 4 % (0.08). With β = 0.99 it is
 5 % in float16.
 
-Shapes: N samples of this rank in a step, T targets of a sample, D planners.
+Shapes: N samples of this rank in a step, T targets of a sample, X of all of them, D planners.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,14 +81,14 @@ class _Route:
     """Who asks whom for what in one step: what fetching learns of it, the update of the same step uses again.
 
     Attributes:
-        order_N: this rank's samples, by owner.
+        order_X: the targets of this rank's samples, by the samples' owner.
         own_D: targets of its samples that each planner owns.
         asked_X3: (key, T) of the samples that this planner owns, by the planner that has them.
         asked_D: their targets.
     """
 
     step: int
-    order_N: Tensor
+    order_X: Tensor
     own_D: Tensor
     asked_X3: Tensor
     asked_D: Tensor
@@ -113,8 +112,8 @@ class DifficultyStore:
     def __len__(self) -> int:
         return len(self.records)
 
-    def fetch(self, key_N2: Tensor, num_target_N: Tensor, step: int) -> list[Tensor]:
-        """The records of this rank's samples, one float32 [T] per sample; NaN where never observed.
+    def fetch(self, key_N2: Tensor, num_target_N: Tensor, step: int) -> Tensor:
+        """The records of this rank's samples, one after the other, float32 [X]; NaN where never observed.
 
         All planners call this, over their group: one small exchange of keys, one of records.
         """
@@ -122,23 +121,18 @@ class DifficultyStore:
         asked_X3 = route.asked_X3.numpy()
         answer_X = torch.from_numpy(self.records.read(asked_X3[:, :2], asked_X3[:, 2])).float()
         record_X, _ = self.topology.exchange_planners(answer_X, route.asked_D, route.own_D)
-        pieces = record_X.split(num_target_N[route.order_N].tolist())
-        return [
-            piece for _, piece in sorted(zip(route.order_N.tolist(), pieces, strict=True), key=lambda pair: pair[0])
-        ]
+        return torch.empty_like(record_X).index_copy_(0, route.order_X, record_X)
 
-    def update(self, key_N2: Tensor, losses: Sequence[Tensor], step: int) -> None:
-        """Take in this step's losses: per sample float32 [T], NaN where the target did not run.
+    def update(self, key_N2: Tensor, num_target_N: Tensor, loss_X: Tensor, step: int) -> None:
+        """Take in this step's losses: of one sample after the other, float32 [X], NaN where the target did not run.
 
         All planners call this, over their group: one exchange of losses, and one of keys unless the same step was
         fetched before. The same key in several rows is taken in one after the other, by rank and row.
         """
         route, self._route = self._route, None
         if route is None or route.step != step:
-            num_target_N = torch.tensor([len(loss_T) for loss_T in losses], dtype=torch.int64)
             route = self._make_route(key_N2, num_target_N, step)
-        sent_X = torch.cat([torch.empty(0), *(losses[sample] for sample in route.order_N.tolist())])
-        loss_X, _ = self.topology.exchange_planners(sent_X, route.own_D, route.asked_D)
+        loss_X, _ = self.topology.exchange_planners(loss_X[route.order_X], route.own_D, route.asked_D)
         self._take_in(route.asked_X3.numpy(), loss_X.numpy(), step)
         self.records.evict()
 
@@ -169,11 +163,18 @@ class DifficultyStore:
         asker_X = torch.arange(num_planners).repeat_interleave(samples_D)
         return _Route(
             step=step,
-            order_N=order_N,
+            order_X=_laid_out(num_target_N, order_N),
             own_D=torch.zeros(num_planners, dtype=torch.int64).index_add_(0, owner_N, num_target_N),
             asked_X3=asked_X3,
             asked_D=torch.zeros(num_planners, dtype=torch.int64).index_add_(0, asker_X, asked_X3[:, 2]),
         )
+
+
+def _laid_out(count_N: Tensor, order_N: Tensor) -> Tensor:
+    """Where the values of samples lie, sample by sample in another order; int64 [X]."""
+    first_N, count_N = (count_N.cumsum(0) - count_N)[order_N], count_N[order_N]
+    moved_N = first_N - (count_N.cumsum(0) - count_N)
+    return torch.arange(int(count_N.sum())) + moved_N.repeat_interleave(count_N)
 
 
 def _occurrence(rows_Nx: np.ndarray) -> np.ndarray:

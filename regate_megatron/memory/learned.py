@@ -7,8 +7,6 @@ Shapes: N samples of this rank in a step, X their targets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -39,23 +37,23 @@ class Learned:
         All planners call this, over their group.
         """
         prior_X = self.prior.look_up(label_X)
-        own_X = torch.cat(self.difficulty.fetch(key_N2, num_target_N, step)).double()
+        own_X = self.difficulty.fetch(key_N2, num_target_N, step).double()
         is_known_X = ~own_X.isnan()
         return torch.where(is_known_X, own_X, prior_X), is_known_X
 
     def take_in(
-        self, key_N2: Tensor, losses_N: Sequence[Tensor], label_X: Tensor, *, step: int, is_dense: bool
+        self, key_N2: Tensor, num_target_N: Tensor, loss_X: Tensor, label_X: Tensor, *, step: int, is_dense: bool
     ) -> None:
         """Learn from a step that counted; all planners call this, over their group.
 
         Args:
-            losses_N: per sample float32 [T], NaN where a target did not run.
-            label_X: labels of all targets, in the same order.
+            loss_X: of the targets of one sample after the other, float32, NaN where a target did not run.
+            label_X: their labels, int64.
             is_dense: whether all targets ran; else the prior learns nothing, as what ran was hard.
         """
-        self.difficulty.update(key_N2, losses_N, step)
+        self.difficulty.update(key_N2, num_target_N, loss_X, step)
         if is_dense:
-            loss_X = torch.cat(list(losses_N)).double()
+            loss_X = loss_X.double()
             is_finite_X = loss_X.isfinite()
             self.prior.update(label_X[is_finite_X], loss_X[is_finite_X], self.topology)
 

@@ -147,14 +147,20 @@ class Candidates:
         return value_R.view(len(self.dense_M), -1).amax(dim=1)
 
     @cached_property
+    def _order_G(self) -> Tensor:
+        """Where each group stands in the sorts laid one after the other; int64."""
+        return torch.cat([one.row_G for one in self.sorts]).argsort(stable=True)
+
+    @cached_property
     def _order_X(self) -> Tensor:
         """Where each candidate stands in the sorts laid one after the other; int64."""
-        return torch.cat([one.row_G.repeat_interleave(one.count_G) for one in self.sorts]).argsort(stable=True)
+        count_G = torch.cat([one.count_G for one in self.sorts])
+        start_G = (count_G.cumsum(0) - count_G)[self._order_G]  # there; less where it starts here:
+        moved_G = start_G - (self.count_G.cumsum(0) - self.count_G)
+        return torch.arange(int(count_G.sum())) + moved_G.repeat_interleave(self.count_G)
 
     def _by_row(self, values: Sequence[Tensor]) -> Tensor:
-        if len(values) == 1:
-            return values[0]
-        return torch.cat(list(values))[torch.cat([one.row_G for one in self.sorts]).argsort(stable=True)]
+        return values[0] if len(values) == 1 else torch.cat(list(values))[self._order_G]
 
     def _with_always(self, counts: Sequence[Tensor]) -> Tensor:
         total_R = self.always_R.clone()

@@ -7,15 +7,18 @@ _MIX = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))  # split
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 
 
-def uniform_in_0_1(key_X2: Tensor, place_X: Tensor, *, seed: int, step: int) -> Tensor:
+def uniform_in_0_1(key_N2: Tensor, place_X: Tensor, count_N: Tensor | None = None, *, seed: int, step: int) -> Tensor:
     """A number in [0, 1) made from (seed, step, content key, place); float64 [X].
 
     Args:
-        key_X2: 128-bit content keys, int64 [X, 2].
+        key_N2: 128-bit content keys, int64 [N, 2].
         place_X: places in the sample, int64 [X].
+        count_N: how many places in turn each key is for, int64 [N]; None: one each.
     """
-    state_X = _mix(_mix(key_X2[..., 0] ^ _mix(torch.tensor(seed) + _GOLDEN)) ^ key_X2[..., 1])
+    state_X = _mix(_mix(key_N2[..., 0] ^ _mix(torch.tensor(seed) + _GOLDEN)) ^ key_N2[..., 1])
     state_X = _mix(state_X + _GOLDEN * torch.tensor(step + 1))
+    if count_N is not None:
+        state_X = state_X.repeat_interleave(count_N)
     state_X = _mix(state_X + _GOLDEN * (place_X + 1))
     return _shift_right(state_X, 11).double() / float(1 << 53)
 

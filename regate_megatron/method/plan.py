@@ -5,6 +5,7 @@ Shapes: B rows of a microbatch, S dense positions, K positions that run, N segme
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +15,6 @@ import xxhash
 from torch import Tensor
 
 from regate_megatron.method import masks
-from regate_megatron.method.selection import pack_positions
 
 _HEADER = 4  # per microbatch: B, S, K, N
 
@@ -56,9 +56,7 @@ class MicrobatchPlan:
         Raises:
             ValueError: a row keeps more.
         """
-        keep_idx_BK, num_kept_B = pack_positions(kept_BS, length)
-        is_kept_BK = torch.from_numpy(np.arange(length) < num_kept_B.numpy()[:, None])
-        return cls(kept_BS.shape[1], keep_idx_BK, is_kept_BK)._knowing(kept_BS)
+        return plan_each([kept_BS], [length])[0]
 
     @classmethod
     def of_packed(cls, kept_1S: Tensor, packing: Packing) -> MicrobatchPlan:
@@ -67,28 +65,14 @@ class MicrobatchPlan:
         Raises:
             ValueError: a segment keeps more than its slots.
         """
-        dense_N, length_N = packing.dense_length_N.numpy(), packing.length_N.numpy()
-        position_X = kept_1S[0].numpy().nonzero()[0]
-        end_N = dense_N.cumsum()
-        before_N = position_X.searchsorted(end_N - dense_N)  # kept positions of earlier segments
-        num_kept_N = position_X.searchsorted(end_N) - before_N
-        if (num_kept_N > length_N).any():
-            raise ValueError(f"segments keep {num_kept_N.tolist()} positions, more than {length_N.tolist()} slots")
-        keep_idx_K = np.repeat(end_N - dense_N, length_N)
-        first_slot_N = length_N.cumsum() - length_N
-        slot_X = np.arange(len(position_X)) + np.repeat(first_slot_N - before_N, num_kept_N)
-        keep_idx_K[slot_X] = position_X
-        is_kept_K = np.zeros(len(keep_idx_K), bool)
-        is_kept_K[slot_X] = True
-        keep_idx_1K, is_kept_1K = torch.from_numpy(keep_idx_K)[None], torch.from_numpy(is_kept_K)[None]
-        return cls(kept_1S.shape[1], keep_idx_1K, is_kept_1K, packing)._knowing(kept_1S)
+        return plan_each([kept_1S], [packing])[0]
 
     @property
     def length(self) -> int:
         """K, the positions each row runs after the dense layers."""
         return self.dense_length if self.keep_idx_BK is None else self.keep_idx_BK.shape[1]
 
-    @property
+    @cached_property
     def num_kept_N(self) -> Tensor:
         """Real slots of each row, or of each segment of a packed row; int64 [N]."""
         if self.packing is None:
@@ -105,10 +89,57 @@ class MicrobatchPlan:
         mask_BS = torch.zeros(len(self.keep_idx_BK), self.dense_length, dtype=torch.uint8)
         return mask_BS.scatter_add_(1, self.keep_idx_BK, self.is_kept_BK.byte()).bool()
 
-    def _knowing(self, kept_BS: Tensor) -> MicrobatchPlan:
-        """The same plan, with its mask remembered: it is not computed again from the slots."""
-        vars(self)["_kept_BS"] = kept_BS
-        return self
+
+def plan_each(kept: Sequence[Tensor], slots: Sequence[int | Packing]) -> list[MicrobatchPlan]:
+    """The plans that keep the marked positions of microbatches, put together in one go.
+
+    Args:
+        kept: bool [B, S] of each microbatch.
+        slots: of each, how many its rows have; or those of the segments of its one packed row.
+
+    Raises:
+        ValueError: a row or a segment keeps more.
+    """
+    dense, length, origin, end = [], [], [], 0  # of rows and of segments, all one after the other
+    counts, sizes, packings = [], [], []  # of each microbatch: rows or segments, slots, how it is packed
+    for kept_BS, slot in zip(kept, slots, strict=True):
+        rows, dense_length = kept_BS.shape
+        packings.append(slot if isinstance(slot, Packing) else None)
+        if packings[-1]:
+            own = slot.length_N.tolist()
+            dense += slot.dense_length_N.tolist()
+            origin += [end] * len(own)
+        else:
+            own = [slot] * rows
+            dense += [dense_length] * rows
+            origin += range(end, end + kept_BS.numel(), dense_length)
+        length += own
+        counts.append(len(own))
+        sizes.append(sum(own))
+        end += kept_BS.numel()
+    dense_Y, length_Y, origin_Y = (np.array(values, np.int64) for values in (dense, length, origin))
+    position_X = np.concatenate([kept_BS.numpy().reshape(-1) for kept_BS in kept]).nonzero()[0]
+    end_Y = dense_Y.cumsum()
+    before_Y = position_X.searchsorted(end_Y - dense_Y)  # kept positions of earlier rows and segments
+    num_kept_Y = np.diff(before_Y, append=len(position_X))
+    if (num_kept_Y > length_Y).any():
+        raise ValueError(f"rows keep {num_kept_Y.tolist()} positions, more than {length_Y.tolist()} slots")
+    keep_idx_K = np.repeat(end_Y - dense_Y - origin_Y, length_Y)
+    slot_X = np.arange(len(position_X)) + np.repeat(length_Y.cumsum() - length_Y - before_Y, num_kept_Y)
+    keep_idx_K[slot_X] = position_X - np.repeat(origin_Y, num_kept_Y)
+    is_kept_K = np.zeros(len(keep_idx_K), bool)
+    is_kept_K[slot_X] = True
+    parts = (
+        torch.from_numpy(values).split(each)
+        for values, each in ((keep_idx_K, sizes), (is_kept_K, sizes), (num_kept_Y, counts))
+    )
+    plans = []
+    for kept_BS, packing, keep_idx_X, is_kept_X, num_kept_N in zip(kept, packings, *parts, strict=True):
+        rows, dense_length = kept_BS.shape
+        plan = MicrobatchPlan(dense_length, keep_idx_X.view(rows, -1), is_kept_X.view(rows, -1), packing)
+        vars(plan).update(_kept_BS=kept_BS, num_kept_N=num_kept_N)  # neither is worked out from the slots again
+        plans.append(plan)
+    return plans
 
 
 @dataclass(frozen=True)
@@ -123,44 +154,51 @@ class StepPlan:
         """Whether this step elides anything."""
         return bool(self.microbatches)
 
+    @cached_property
+    def kept_P(self) -> Tensor:
+        """Kept dense positions of all microbatches, one after the other; bool [P]."""
+        return torch.cat([one.kept_mask().reshape(-1) for one in self.microbatches])
+
     def digest(self) -> str:
         """A 128-bit hash of everything in the plan, in hex."""
         digest = xxhash.xxh3_128(np.array([self.step, len(self.microbatches)]).tobytes())
-        for one in self.microbatches:
-            digest.update(np.array([*one.keep_idx_BK.shape, one.dense_length]).tobytes())
+        shapes = [(*one.keep_idx_BK.shape, one.dense_length) for one in self.microbatches]
+        for one, shape_3 in zip(self.microbatches, np.array(shapes, np.int64), strict=True):
+            digest.update(shape_3)
             packing = [one.packing.dense_length_N, one.packing.length_N] if one.packing else []
             for values in (one.keep_idx_BK, one.is_kept_BK, *packing):
-                digest.update(values.numpy().tobytes())
+                digest.update(np.ascontiguousarray(values.numpy()))
         return digest.hexdigest()
 
     def pack(self) -> Tensor:
-        """The plan as one int64 vector: a bit per dense position, slots follow from the lengths."""
-        parts = [np.array([self.step, len(self.microbatches)])]
-        for one in self.microbatches:
-            segments = [one.packing.dense_length_N.numpy(), one.packing.length_N.numpy()] if one.packing else []
-            header = [len(one.keep_idx_BK), one.dense_length, one.length, len(segments[0]) if segments else 0]
-            bits = np.packbits(one.kept_mask().numpy()).tobytes()
-            words = np.frombuffer(bits + bytes(-len(bits) % 8), np.int64)
-            parts += [np.array(header), *segments, words]
-        return torch.from_numpy(np.concatenate(parts))
+        """The plan as one int64 vector: what each microbatch's shape is, then a bit per dense position of the step.
+
+        Slots follow from the lengths.
+        """
+        packings = [one.packing for one in self.microbatches]
+        headers = [
+            [len(one.keep_idx_BK), one.dense_length, one.length, len(packing.length_N) if packing else 0]
+            for one, packing in zip(self.microbatches, packings, strict=True)
+        ]
+        segments = [part.numpy() for one in packings if one for part in (one.dense_length_N, one.length_N)]
+        kept = [one.kept_mask().numpy().reshape(-1) for one in self.microbatches]
+        bits = np.packbits(np.concatenate(kept)).tobytes() if kept else b""
+        words = np.frombuffer(bits + bytes(-len(bits) % 8), np.int64)
+        start = np.array([self.step, len(headers)])
+        return torch.from_numpy(np.concatenate([start, np.array(headers, np.int64).reshape(-1), *segments, words]))
 
     @classmethod
     def unpack(cls, flat: Tensor) -> StepPlan:
         """The inverse of :meth:`pack`."""
         step, count = flat[:2].tolist()
-        at, microbatches = 2, []
-
-        def take(size: int) -> Tensor:
-            nonlocal at
-            at += size
-            return flat[at - size : at]
-
-        for _ in range(count):
-            rows, dense_length, length, segments = take(_HEADER).tolist()
-            packing = Packing(take(segments), take(segments)) if segments else None
-            num_bits = rows * dense_length
-            bits = take(-(-num_bits // 64)).numpy().view(np.uint8)
-            kept = torch.from_numpy(np.unpackbits(bits, count=num_bits).view(bool)).view(rows, dense_length)
-            one = MicrobatchPlan.of_packed(kept, packing) if packing else MicrobatchPlan.of(kept, length)
-            microbatches.append(one)
-        return cls(step, tuple(microbatches))
+        at = 2 + _HEADER * count
+        headers, slots = flat[2:at].view(count, _HEADER).tolist(), []
+        for _, _, length, segments in headers:
+            slots.append(Packing(*flat[at : at + 2 * segments].view(2, -1)) if segments else length)
+            at += 2 * segments
+        if not headers:
+            return cls(step)
+        sizes = [rows * dense_length for rows, dense_length, *_ in headers]
+        kept = np.unpackbits(flat[at:].numpy().view(np.uint8), count=sum(sizes)).view(bool)
+        parts = zip(torch.from_numpy(kept).split(sizes), headers, strict=True)
+        return cls(step, tuple(plan_each([kept_X.view(rows, -1) for kept_X, (rows, *_) in parts], slots)))

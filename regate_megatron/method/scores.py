@@ -25,7 +25,8 @@ class Signals:
         reference_X: the frozen teacher's loss; float64. None where the score does not need it.
         reference_weight: λ.
         fusion: "sum" or "convex".
-        keys: gives the content key of each target's sample, int64 [X, 2], and its place in it, int64 [X].
+        keys: gives content keys, int64 [N, 2], the place of every target in its sample, int64 [X], and how many targets
+            each key has, int64 [N].
         seed, step: of the run.
     """
 
@@ -33,7 +34,7 @@ class Signals:
     reference_X: Tensor | None
     reference_weight: float
     fusion: str
-    keys: Callable[[], tuple[Tensor, Tensor]]
+    keys: Callable[[], tuple[Tensor, ...]]
     seed: int
     step: int
 

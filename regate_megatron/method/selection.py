@@ -70,19 +70,84 @@ def select(candidates: Candidates, *, kind: str, alignment: Alignment, all_gathe
         alignment: what lengths are a multiple of.
         all_gather: see :data:`~regate_megatron.method.budget.AllGather`.
     """
-    # how many of each group come before all others
-    first_G = candidates.ask_G if kind == "per-sample" else candidates.floor_G
-    ranking, achievable = rank_candidates(candidates, first_G), None
     if kind == "per-sample":
         length_M, num_keep_R = budget.per_sample_lengths(candidates, alignment)
-    elif kind == "uniform":
+        return Selection(length_M, keep_best(candidates, candidates.ask_G, num_keep_R))
+    if kind == "uniform":
         length_M, num_keep_R = budget.uniform_lengths(candidates, alignment, all_gather)
-    else:
-        span = balance.span_of(candidates, alignment)
-        total, achievable = balance.agree_on_total(candidates, span, all_gather)
-        length_M = balance.spread_total(total, span, candidates, ranking.rank_X, ranking.worth_X)
-        num_keep_R = length_M.repeat_interleave(candidates.rows) - candidates.always_R
+        return Selection(length_M, keep_best(candidates, candidates.floor_G, num_keep_R))
+    ranking = rank_candidates(candidates, candidates.floor_G)
+    span = balance.span_of(candidates, alignment)
+    total, achievable = balance.agree_on_total(candidates, span, all_gather)
+    length_M = balance.spread_total(total, span, candidates, ranking.rank_X, ranking.worth_X)
+    num_keep_R = length_M.repeat_interleave(candidates.rows) - candidates.always_R
     return Selection(length_M, ranking.rank_X < num_keep_R.index_select(0, candidates.row_X), achievable)
+
+
+def keep_best(candidates: Candidates, first_G: Tensor, num_keep_R: Tensor) -> Tensor:
+    """Which candidates stay where each row keeps so many, the first in :func:`rank_candidates`; bool [X].
+
+    Nothing is put in order where a row has one group of each sort: the best of each are above a threshold.
+
+    Args:
+        first_G: how many of each group come before all others; a row keeps no fewer.
+    """
+    num_sorts, num_rows = len(candidates.sorts), len(candidates.always_R)
+    kind_G = candidates.row_G * num_sorts + candidates.sort_G  # one sort in one row
+    num_Y = num_keep_R
+    if num_sorts > 1:
+        counts = [
+            np.bincount(kind_G.numpy(), weights=values_G.numpy(), minlength=num_rows * num_sorts)
+            for values_G in (first_G, candidates.ask_G, candidates.count_G)
+        ]
+        by_row = (values_Y.astype(np.int64).reshape(num_rows, num_sorts) for values_Y in counts)
+        num_Y = torch.from_numpy(share_out(*by_row, num_keep_R.numpy()).reshape(-1))
+    if bool((kind_G.diff() > 0).all()):
+        return _best_of_each(candidates.score_X, candidates.count_G, num_Y[kind_G])
+    kind_X = kind_G.repeat_interleave(candidates.count_G)
+    return rank_targets(candidates.score_X, kind_X, candidates.group_X, first_G) < num_Y[kind_X]
+
+
+def share_out(first_RZ: np.ndarray, ask_RZ: np.ndarray, all_RZ: np.ndarray, num_keep_R: np.ndarray) -> np.ndarray:
+    """How many of each of Z sorts stay in rows that keep so many, by the module's rule for several sorts; int64 [R, Z].
+
+    Args:
+        first_RZ, ask_RZ, all_RZ: floor, ask and number of candidates of each sort, int64; the sums of the first are no
+            more than ``num_keep_R``.
+    """
+    to_ask_RZ, to_all_RZ = ask_RZ - first_RZ, all_RZ - ask_RZ
+    left_R1, asked_R1 = (num_keep_R - first_RZ.sum(axis=1))[:, None], to_ask_RZ.sum(axis=1, keepdims=True)
+    share_R1 = np.minimum(left_R1 / np.maximum(asked_R1, 1), 1)
+    beyond_R1 = (left_R1 - asked_R1).clip(0) / np.maximum(to_all_RZ.sum(axis=1, keepdims=True), 1)
+    # A sort that has gone this share of its way has taken as many, or one less: the rest is taken one by one.
+    taken_RZ = ((share_R1 * to_ask_RZ).astype(np.int64) + (beyond_R1 * to_all_RZ).astype(np.int64) - 1).clip(0)
+    while (rows_R := taken_RZ.sum(axis=1) < np.minimum(left_R1[:, 0], (all_RZ - first_RZ).sum(axis=1))).any():
+        way_RZ = _way(taken_RZ + 1, to_ask_RZ, to_all_RZ)
+        way_RZ[taken_RZ == all_RZ - first_RZ] = np.inf
+        taken_RZ[rows_R, way_RZ.argmin(axis=1)[rows_R]] += 1
+    return first_RZ + taken_RZ
+
+
+def _way(number_X: np.ndarray, to_ask_X: np.ndarray, to_all_X: np.ndarray) -> np.ndarray:
+    """How far a sort has gone with its ``number``-th candidate after the floor: 1 at its ask, 2 with all of them."""
+    to_ask = number_X.clip(0) / np.maximum(to_ask_X, 1)
+    return np.where(number_X <= to_ask_X, to_ask, 1 + (number_X - to_ask_X) / np.maximum(to_all_X, 1))
+
+
+def _best_of_each(score_X: Tensor, count_G: Tensor, num_keep_G: Tensor) -> Tensor:
+    """Mark the best-scored of each group, ties by position; bool [X]."""
+    kept_X, end = np.zeros(len(score_X), bool), 0
+    for count, num_keep in zip(count_G.tolist(), num_keep_G.tolist(), strict=True):
+        own, end = slice(end, end + count), end + count
+        if num_keep >= count:
+            kept_X[own] = True
+        elif num_keep > 0:
+            key_T, kept_T = _descending(score_X.numpy()[own]), kept_X[own]
+            worst = np.partition(key_T, num_keep - 1)[num_keep - 1]
+            np.less(key_T, worst, out=kept_T)
+            equal = (key_T == worst).nonzero()[0]
+            kept_T[equal[: num_keep - np.count_nonzero(kept_T)]] = True
+    return torch.from_numpy(kept_X)
 
 
 def rank_candidates(candidates: Candidates, first_G: Tensor) -> Ranking:
@@ -92,30 +157,24 @@ def rank_candidates(candidates: Candidates, first_G: Tensor) -> Ranking:
         return Ranking(rank_targets(score_X, row_X, group_X, first_G), score_X)
     num_sorts, num_rows = len(candidates.sorts), len(candidates.always_R)
     kind_G = candidates.row_G * num_sorts + candidates.sort_G  # one sort in one row
-    kind_X = kind_G[group_X].numpy()
 
     def in_kind(value_G: Tensor) -> np.ndarray:
         weights = value_G.numpy()
         return np.bincount(kind_G.numpy(), weights=weights, minlength=num_rows * num_sorts).astype(np.int64)
 
     first_Y, ask_Y, all_Y = in_kind(first_G), in_kind(candidates.ask_G), in_kind(candidates.count_G)
-    # From floor to ask and from there to all, the best first; those before the floor have gone no way.
-    place_X = rank_targets(score_X, torch.from_numpy(kind_X), group_X, first_G).numpy()
-    number_X = place_X + 1 - first_Y[kind_X]
-    to_ask_X, to_all_X = (ask_Y - first_Y)[kind_X], (all_Y - ask_Y)[kind_X]
-    way_X = np.where(
-        number_X <= to_ask_X,
-        number_X.clip(0) / np.maximum(to_ask_X, 1),
-        1 + (number_X - to_ask_X) / np.maximum(to_all_X, 1),
-    )
-    in_order_X = np.empty_like(way_X)  # each kind from its best on, so that a row is a few rising runs
-    slot_X = (all_Y.cumsum() - all_Y)[kind_X] + place_X
-    in_order_X[slot_X] = way_X
-    rank_X, end = np.empty_like(slot_X), 0
+    # From floor to ask and from there to all, the best first; those before the floor have gone no way. A slot is a
+    # place in a kind's order, which counts alone say all of.
+    start_Y = all_Y.cumsum() - all_Y
+    number_X = np.arange(1, all_Y.sum() + 1) - np.repeat(start_Y + first_Y, all_Y)
+    way_X = _way(number_X, np.repeat(ask_Y - first_Y, all_Y), np.repeat(all_Y - ask_Y, all_Y))
+    rank_X, end = np.empty_like(number_X), 0
     for count in all_Y.reshape(num_rows, num_sorts).sum(axis=1).tolist():
         own, end = slice(end, end + count), end + count
-        rank_X[own][in_order_X[own].argsort(kind="stable")] = np.arange(count)
-    return Ranking(torch.from_numpy(rank_X[slot_X]), torch.from_numpy(-way_X))
+        rank_X[own][way_X[own].argsort(kind="stable")] = np.arange(count)  # a row is a few rising runs
+    kind_X = kind_G.repeat_interleave(candidates.count_G)
+    slot_X = rank_targets(score_X, kind_X, group_X, first_G).numpy() + start_Y[kind_X.numpy()]
+    return Ranking(torch.from_numpy(rank_X[slot_X]), torch.from_numpy(-way_X[slot_X]))
 
 
 def rank_targets(score_X: Tensor, row_X: Tensor, group_X: Tensor, floor_G: Tensor) -> Tensor:
@@ -174,9 +233,8 @@ def _places(order_X: np.ndarray, count_G: np.ndarray) -> np.ndarray:
 
 def keep_best_targets(score_RS: Tensor, is_target_RS: Tensor, num_keep_R: Tensor) -> Tensor:
     """Mark the ``num_keep_R`` best-scored targets of each row, each row one group; bool [R, S]."""
-    row_X = torch.where(is_target_RS)[0]
     kept_RS = torch.zeros_like(is_target_RS)
-    kept_RS[is_target_RS] = rank_targets(score_RS[is_target_RS], row_X, row_X, num_keep_R) < num_keep_R[row_X]
+    kept_RS[is_target_RS] = _best_of_each(score_RS[is_target_RS], is_target_RS.sum(dim=1), num_keep_R)
     return kept_RS
 
 

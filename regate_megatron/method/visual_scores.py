@@ -11,9 +11,9 @@ Shapes: X candidates of a step, I images and clips (media), N places of a grid, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the table is read where neither torch nor numpy is installed, too
     import numpy as np
@@ -36,7 +36,8 @@ class VisualSignals:
         place_X: its place in the grid of that; int64.
         grid_I3: frames, height and width of each medium; int64.
         pixels: gives what lies under every place of medium i; float [N, D].
-        keys: gives the content key of each candidate's sample, int64 [X, 2], and its place in that, int64 [X].
+        keys: gives the content key of each medium's sample, int64 [I, 2], the place of every candidate in its sample,
+            int64 [X], and how many candidates each medium has, int64 [I].
         chance: a number in [0, 1) for each medium that changes with the step; float64 [I].
     """
 
@@ -44,7 +45,7 @@ class VisualSignals:
     place_X: np.ndarray
     grid_I3: np.ndarray
     pixels: Callable[[int], np.ndarray]
-    keys: Callable[[], tuple[Tensor, Tensor]]
+    keys: Callable[[], tuple[Tensor, ...]]
     chance: Callable[[], np.ndarray]
     seed: int
     step: int
@@ -80,28 +81,45 @@ def _even(signals: VisualSignals) -> np.ndarray:
     """
     import numpy as np
 
-    grid_X3 = signals.grid_I3[signals.medium_X]
-    _, height_X, width_X = grid_X3.T
-    frame_X, in_frame_X = np.divmod(signals.place_X, height_X * width_X)
-    place_X3 = np.stack([frame_X, *np.divmod(in_frame_X, width_X)], axis=1).astype(np.uint64)
-    flat_X = (place_X3[:, 1:] * np.array(_PLANE, np.uint64)).sum(axis=1, dtype=np.uint64)
-    deep_X = (place_X3 * np.array(_SPACE, np.uint64)).sum(axis=1, dtype=np.uint64)
     offset_I = (signals.chance() * 2.0**53).astype(np.uint64) << np.uint64(11)
-    state_X = np.where(grid_X3[:, 0] == 1, flat_X, deep_X) + offset_I[signals.medium_X]
+    state_X, lattices = np.empty(len(signals.medium_X), np.uint64), {}
+    for own, grid, offset in _each_medium(signals, offset_I):
+        if grid not in lattices:
+            lattices[grid] = _lattice(*grid)
+        state_X[own] = lattices[grid][signals.place_X[own]] + offset
     return (state_X >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
-def _by_medium(signals: VisualSignals, of: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+def _lattice(frames: int, height: int, width: int) -> np.ndarray:
+    """The lattice at every place of a grid; uint64 [N]."""
+    import numpy as np
+
+    steps = (0, *_PLANE) if frames == 1 else _SPACE
+    frame_T, row_H, column_W = (
+        np.arange(count, dtype=np.uint64) * np.uint64(step)
+        for count, step in zip((frames, height, width), steps, strict=True)
+    )
+    return (frame_T[:, None, None] + row_H[:, None] + column_W).reshape(-1)
+
+
+def _each_medium(signals: VisualSignals, of_I: Iterable) -> Iterator[tuple[slice, tuple[int, ...], Any]]:
+    """Which candidates each medium has, its grid, and its own of ``of_I``; of media with candidates."""
+    import numpy as np
+
+    count_I, end = np.bincount(signals.medium_X, minlength=len(signals.grid_I3)), 0
+    for count, grid_3, own in zip(count_I.tolist(), signals.grid_I3.tolist(), of_I, strict=True):
+        if count:
+            yield slice(end, end + count), tuple(grid_3), own
+        end += count
+
+
+def _by_medium(signals: VisualSignals, of: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]) -> np.ndarray:
     """``of(pixels, grid)`` [N] of every medium with candidates, at their places."""
     import numpy as np
 
-    score_X, count_I = np.empty(len(signals.medium_X)), np.bincount(signals.medium_X, minlength=len(signals.grid_I3))
-    end = 0
-    for medium, count in enumerate(count_I.tolist()):
-        own, end = slice(end, end + count), end + count
-        if count:
-            pixel_ND = signals.pixels(medium).astype(np.float64)
-            score_X[own] = of(pixel_ND, signals.grid_I3[medium])[signals.place_X[own]]
+    score_X = np.empty(len(signals.medium_X))
+    for own, grid, medium in _each_medium(signals, range(len(signals.grid_I3))):
+        score_X[own] = of(signals.pixels(medium).astype(np.float64), grid)[signals.place_X[own]]
     return score_X
 
 
@@ -109,8 +127,8 @@ def _static(signals: VisualSignals) -> np.ndarray:
     """1 − cosine with the same place one frame earlier; the first frame comes first. Images: ``even``."""
     import numpy as np
 
-    def changes(pixel_ND: np.ndarray, grid_3: np.ndarray) -> np.ndarray:
-        frame_TND = pixel_ND.reshape(grid_3[0], -1, pixel_ND.shape[1])
+    def changes(pixel_ND: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
+        frame_TND = pixel_ND.reshape(grid[0], -1, pixel_ND.shape[1])
         norm_TN = np.sqrt((frame_TND**2).sum(axis=-1))
         dot_TN = (frame_TND[1:] * frame_TND[:-1]).sum(axis=-1)
         norms_TN = norm_TN[1:] * norm_TN[:-1]

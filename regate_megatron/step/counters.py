@@ -93,22 +93,20 @@ def count_step(step: Step, *, num_layers: int, dense_layers: int) -> Counters:
     for is_known_X in step.is_known or ():
         counters.targets_scored += len(is_known_X)
         counters.targets_known += int(is_known_X.sum())
-    for index, one in enumerate(step.facts):
-        targets = kept = one.num_targets
-        visual = kept_visual = int(one.is_visual_BS.sum())
-        if plan.is_sparse:
-            kept_BS = plan.microbatches[index].kept_mask()
-            kept, kept_visual = int((kept_BS & one.is_target_BS).sum()), int((kept_BS & one.is_visual_BS).sum())
-        elif one.sample_BS is None:
-            rows, dense = one.is_target_BS.shape
-            counters.add_lengths(rows, dense, dense, num_layers, 0)
-        else:
+    facts = step.whole
+    of_targets_P, of_visual_P = facts.is_target_P, facts.is_visual_P
+    counters.targets_total, counters.visual_total = int(of_targets_P.sum()), int(of_visual_P.sum())
+    if plan.is_sparse:
+        of_targets_P, of_visual_P = of_targets_P & plan.kept_P, of_visual_P & plan.kept_P
+    counters.targets_kept, counters.visual_kept = int(of_targets_P.sum()), int(of_visual_P.sum())
+    if not plan.is_sparse:
+        for one in facts.microbatches:
+            if one.sample_BS is None:
+                rows, dense = one.is_target_BS.shape
+                counters.add_lengths(rows, dense, dense, num_layers, 0)
+                continue
             for dense in one.segment_length_N.tolist():
                 counters.add_lengths(1, dense, dense, num_layers, 0)
-        counters.targets_total += targets
-        counters.targets_kept += kept
-        counters.visual_total += visual
-        counters.visual_kept += kept_visual
     counters.add(count_plan(plan, num_layers=num_layers, dense_layers=dense_layers))
     return counters
 

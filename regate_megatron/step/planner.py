@@ -1,6 +1,7 @@
 """The planner, one per data-parallel replica: scores candidates, keeps the best, learns from the student's losses.
 
-Shapes: R rows of this rank in a step (all microbatches), N samples, S positions, X candidates.
+Shapes: R rows of this rank in a step (all microbatches), N samples, P positions, X candidates; a microbatch has B rows
+of S positions.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from regate_megatron.batches import MicrobatchFacts
+from regate_megatron.batches import MicrobatchFacts, StepFacts
 from regate_megatron.config import ReGateConfig
 from regate_megatron.memory.learned import Learned
 from regate_megatron.method import masks, selection
 from regate_megatron.method.budget import Alignment, align_up
 from regate_megatron.method.candidates import Candidates, Sort
-from regate_megatron.method.plan import MicrobatchPlan, Packing, StepPlan
+from regate_megatron.method.plan import Packing, StepPlan, plan_each
 from regate_megatron.ranks.topology import Topology
 from regate_megatron.step.sorts import CandidateSort, Targets, Visual
 from regate_megatron.step.step import Balance, Step
@@ -48,34 +49,35 @@ class Planner:
         Needs its facts, and reference losses where the score does. Where any rank met a score that is no number the
         plan stays dense, on all ranks.
         """
-        facts, sorts = step.facts, [sort for sort in self.sorts if sort.keep_ratio(step.number) < 1.0]
+        facts, sorts = step.whole, [sort for sort in self.sorts if sort.keep_ratio(step.number) < 1.0]
         scores = [sort.score(step) for sort in sorts]
         if isinstance(sorts[0], Targets):
-            step.scores = scores[0].split([one.num_targets for one in facts])
+            step.scores = scores[0].split(facts.num_target_M)
         finite = all(bool(score_X.isfinite().all()) for score_X in scores)
         if int(self.topology.all_reduce_planners(torch.tensor([int(not finite)]), "max")):
             step.fallback = True
             return
-        where = [[sort.where(one) for one in facts] for sort in sorts]
-        always = [self._always(one, [marks[index] for marks in where]) for index, one in enumerate(facts)]
-        candidates = self._candidates(step.number, facts, always, sorts, scores)
+        where = [sort.where(facts) for sort in sorts]
+        kept_P = self._always(facts, where)
+        candidates = self._candidates(step.number, facts, kept_P, sorts, scores)
         chosen = selection.select(
             candidates,
             kind=self.config.budget,
             alignment=Alignment(self.multiple, self.config.length_multiple),
             all_gather=self.topology.all_gather_planners,
         )
-        kept = always
-        for marks, is_kept_X in zip(where, candidates.by_sort(chosen.is_kept_X), strict=True):
-            parts = is_kept_X.split([int(mark_BS.sum()) for mark_BS in marks])
-            kept = [masks.put(*part, into=into) for *part, into in zip(parts, marks, kept, strict=True)]
-        length_M = self._with_room_for_segments(facts, kept, chosen.length_M)
-        microbatches = [
-            MicrobatchPlan.of(kept_BS, length)
-            if one.sample_BS is None
-            else MicrobatchPlan.of_packed(kept_BS, self._packing(one, kept_BS, length))
-            for one, kept_BS, length in zip(facts, kept, length_M.tolist(), strict=True)
+        for where_P, is_kept_X in zip(where, candidates.by_sort(chosen.is_kept_X), strict=True):
+            kept_P = masks.put(is_kept_X, where_P, into=kept_P)
+        kept = [
+            kept_Y.view_as(one.is_target_BS)
+            for kept_Y, one in zip(kept_P.split(facts.sizes), facts.microbatches, strict=True)
         ]
+        length_M = self._with_room_for_segments(facts.microbatches, kept, chosen.length_M)
+        slots = [
+            length if one.sample_BS is None else self._packing(one, kept_BS, length)
+            for one, kept_BS, length in zip(facts.microbatches, kept, length_M.tolist(), strict=True)
+        ]
+        microbatches = plan_each(kept, slots)
         own = sum(one.keep_idx_BK.numel() for one in microbatches)
         positions_D1 = self.topology.all_gather_planners(torch.tensor([own]))
         step.balance = Balance(int(positions_D1.max()), own, float(positions_D1.double().mean()), chosen.achievable)
@@ -87,56 +89,40 @@ class Planner:
         Args:
             losses: per microbatch float [B, S], on the CPU.
         """
-        losses_N, facts = [], step.facts
-        for index, (one, loss_BS) in enumerate(zip(facts, losses, strict=True)):
-            loss_X = masks.take(loss_BS.float(), one.is_target_BS)
-            if step.plan.is_sparse:
-                kept_X = masks.take(step.plan.microbatches[index].kept_mask(), one.is_target_BS)
-                loss_X = loss_X.masked_fill(~kept_X, torch.nan)
-            losses_N += loss_X.split(one.num_target_N.tolist())
+        facts = step.whole
+        loss_X = masks.take(torch.cat([loss_BS.reshape(-1) for loss_BS in losses]).float(), facts.is_target_P)
+        if step.plan.is_sparse:
+            loss_X = loss_X.masked_fill(~masks.take(step.plan.kept_P, facts.is_target_P), torch.nan)
         self.learned.take_in(
-            torch.cat([one.difficulty_key_N2 for one in facts]),
-            losses_N,
-            torch.cat([one.label_X for one in facts]),
+            facts.key_N2,
+            facts.num_target_N,
+            loss_X,
+            facts.label_X,
             step=step.number,
             is_dense=not step.plan.is_sparse,
         )
 
-    def _always(self, facts: MicrobatchFacts, candidates: Sequence[Tensor]) -> Tensor:
-        """What is no padding and no candidate; with ``context="read"`` only what targets can read; bool [B, S]."""
-        always_BS = facts.is_context_BS | facts.is_target_BS
-        for is_candidate_BS in candidates:
-            always_BS = always_BS & ~is_candidate_BS
-        if self.config.context == "all":
-            return always_BS
-        return always_BS & facts.is_read_BS
+    def _always(self, facts: StepFacts, candidates: Sequence[Tensor]) -> Tensor:
+        """What is no padding and no candidate; with ``context="read"`` only what targets can read; bool [P]."""
+        always_P = facts.is_real_P
+        for is_candidate_P in candidates:
+            always_P = always_P & ~is_candidate_P
+        return always_P if self.config.context == "all" else always_P & facts.is_read_P
 
+    @staticmethod
     def _candidates(
-        self,
-        number: int,
-        facts: Sequence[MicrobatchFacts],
-        always: Sequence[Tensor],
-        sorts: Sequence[CandidateSort],
-        scores: Sequence[Tensor],
+        number: int, facts: StepFacts, always_P: Tensor, sorts: Sequence[CandidateSort], scores: Sequence[Tensor]
     ) -> Candidates:
         """The step's rows with their groups."""
-        rows = int(facts[0].planned_row_N[-1]) + 1
         found = []
         for sort, score_X in zip(sorts, scores, strict=True):
-            count, row, least = zip(*(sort.groups(one) for one in facts), strict=True)
-            found.append(
-                Sort(
-                    count_G=torch.cat(count),
-                    row_G=torch.cat([row_G + index * rows for index, row_G in enumerate(row)]),
-                    keep_ratio=sort.keep_ratio(number),
-                    score_X=score_X,
-                    least_G=None if least[0] is None else torch.cat(least),
-                )
-            )
+            count_G, row_G, least_G = sort.groups(facts)
+            ratio = sort.keep_ratio(number)
+            found.append(Sort(count_G=count_G, row_G=row_G, keep_ratio=ratio, score_X=score_X, least_G=least_G))
         return Candidates(
-            always_R=torch.cat([one.count_by_row(mark_BS) for one, mark_BS in zip(facts, always, strict=True)]),
-            dense_M=torch.tensor([one.planned_length for one in facts]),
-            key_M=torch.stack([one.difficulty_key_N2[0, 0] for one in facts]),
+            always_R=facts.count_by_row(always_P),
+            dense_M=torch.tensor([one.planned_length for one in facts.microbatches]),
+            key_M=facts.key_M,
             sorts=tuple(found),
         )
 

@@ -263,7 +263,7 @@ class Session:
             if self.planner:
                 with step.enter("read"):
                     own = next(pulled for pulled in reversed(step.batches) if pulled is not None)
-                    step.facts = [self.adapter.read(batch) for batch in own]
+                    step.facts = self.adapter.read_all(own)
                     self._check_lengths(step.facts)
                 if step.elides and self.reference:
                     with step.enter("reference"):
@@ -292,7 +292,11 @@ class Session:
         """Batches whose loss mask is 0 wherever a position does not run (context has none anyway)."""
         if pulled is None or not plan.is_sparse:
             return pulled
-        return [self.adapter.elide(b, ~p.kept_mask()) for b, p in zip(pulled, plan.microbatches, strict=True)]
+        elided = (~plan.kept_P).split([one.kept_mask().numel() for one in plan.microbatches])
+        return [
+            self.adapter.elide(batch, elided_Y.view_as(one.kept_mask()))
+            for batch, one, elided_Y in zip(pulled, plan.microbatches, elided, strict=True)
+        ]
 
     @property
     def _layers(self) -> dict[str, int]:
@@ -316,7 +320,7 @@ class Session:
                 change="the data loader, or --pipeline-model-parallel-size to 1",
             )
         multiple = self.planner.segment_multiple
-        odd = [n for one in facts for n in one.segment_length_N.tolist() if n % multiple]
+        odd = [n for one in facts for n in one.segment_length_N.tolist() if n % multiple] if multiple > 1 else []
         if odd:
             raise refuse(
                 "context parallelism",

@@ -2,20 +2,19 @@
 
 A sort is one class here. Budgets, selection and plans know candidates only (:mod:`regate_megatron.method.candidates`).
 
-Shapes: B rows, S positions, G groups, X candidates of a microbatch or of the step, in order of groups and positions; V
-visual positions of a microbatch, I images and clips (media) of a microbatch or of the step.
+Shapes: P positions of a step, G groups, X candidates, in order of groups and positions; V visual positions, I images
+and clips (media) of the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from regate_megatron.batches import Media, MicrobatchFacts
+from regate_megatron.batches import StepFacts
 from regate_megatron.config import ReGateConfig, flag
 from regate_megatron.errors import refuse
 from regate_megatron.memory.learned import Learned
@@ -34,12 +33,12 @@ class CandidateSort(Protocol):
         """p in step ``number``; 1.0: all of them run, and they are no candidates."""
         ...
 
-    def where(self, facts: MicrobatchFacts) -> Tensor:
-        """The candidates; bool [B, S]."""
+    def where(self, facts: StepFacts) -> Tensor:
+        """The candidates; bool [P]."""
         ...
 
-    def groups(self, facts: MicrobatchFacts) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Per group the number of candidates, the row it is planned in, the fewest that run; int64 [G]."""
+    def groups(self, facts: StepFacts) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Per group the number of candidates, the row of the step it is planned in, the fewest that run; int64 [G]."""
         ...
 
     def score(self, step: Step) -> Tensor:
@@ -60,33 +59,32 @@ class Targets:
         """See :class:`CandidateSort`."""
         return keep_ratio_of(number, self.config.keep_ratio, self.config.keep_ratio_end, self.config.schedule)
 
-    def where(self, facts: MicrobatchFacts) -> Tensor:
+    def where(self, facts: StepFacts) -> Tensor:
         """See :class:`CandidateSort`."""
-        return facts.is_target_BS
+        return facts.is_target_P
 
-    def groups(self, facts: MicrobatchFacts) -> tuple[Tensor, Tensor, Tensor | None]:
+    def groups(self, facts: StepFacts) -> tuple[Tensor, Tensor, Tensor | None]:
         """See :class:`CandidateSort`."""
         if self.config.packed_ratio == "row":
-            count_R = facts.count_by_row(facts.is_target_BS)
+            count_R = facts.count_by_row(facts.is_target_P)
             return count_R, torch.arange(len(count_R)), None
         return facts.num_target_N, facts.planned_row_N, None
 
     def score(self, step: Step) -> Tensor:
         """See :class:`CandidateSort`; communicates where difficulty is asked for, and notes which targets have one."""
-        facts, row = step.facts, SCORES[self.config.score]
-        key_N2 = torch.cat([one.difficulty_key_N2 for one in facts])
-        num_target_N = torch.cat([one.num_target_N for one in facts])
+        facts, row = step.whole, SCORES[self.config.score]
         difficulty_X = None
         if row.needs_difficulty:
-            label_X = torch.cat([one.label_X for one in facts])
-            difficulty_X, is_known_X = self.learned.look_up(key_N2, num_target_N, label_X, step.number)
-            step.is_known = is_known_X.split([one.num_targets for one in facts])
+            difficulty_X, is_known_X = self.learned.look_up(
+                facts.key_N2, facts.num_target_N, facts.label_X, step.number
+            )
+            step.is_known = is_known_X.split(facts.num_target_M)
         signals = Signals(
             difficulty_X=difficulty_X,
             reference_X=torch.cat(list(step.reference)).double() if row.needs_reference else None,
             reference_weight=self.config.reference_weight,
             fusion=self.config.fusion,
-            keys=lambda: (key_N2.repeat_interleave(num_target_N, dim=0), torch.cat([one.place_X for one in facts])),
+            keys=lambda: (facts.key_N2, facts.place_X, facts.num_target_N),
             seed=self.config.seed,
             step=step.number,
         )
@@ -108,19 +106,15 @@ class Visual:
         """See :class:`CandidateSort`."""
         return self.config.visual_keep_ratio
 
-    def where(self, facts: MicrobatchFacts) -> Tensor:
+    def where(self, facts: StepFacts) -> Tensor:
         """See :class:`CandidateSort`."""
-        return masks.put(self._is_candidate_V(facts), facts.is_visual_BS, into=torch.zeros_like(facts.is_visual_BS))
+        return masks.put(self._may_go_V(facts), facts.is_visual_P, into=torch.zeros_like(facts.is_visual_P))
 
-    def groups(self, facts: MicrobatchFacts) -> tuple[Tensor, Tensor, Tensor | None]:
+    def groups(self, facts: StepFacts) -> tuple[Tensor, Tensor, Tensor | None]:
         """See :class:`CandidateSort`."""
-        media = facts.media
-        count_I = torch.bincount(masks.take(media.medium_V, self._is_candidate_V(facts)), minlength=len(media.count_I))
-        least_I = torch.zeros_like(count_I)
-        if media.grid_I3 is not None:
-            frames_I, height_I, width_I = media.grid_I3.unbind(dim=1)
-            least_I = torch.where(frames_I > 1, height_I * width_I, least_I)
-        return count_I, facts.planned_row_N[media.sample_I], least_I
+        frames_I, height_I, width_I = torch.from_numpy(facts.grid_I3).unbind(dim=1)
+        least_I = torch.where(frames_I > 1, height_I * width_I, 0)
+        return self._count_I(facts), facts.planned_row_N[facts.sample_I], least_I
 
     def score(self, step: Step) -> Tensor:
         """See :class:`CandidateSort`; no communication.
@@ -128,42 +122,35 @@ class Visual:
         Raises:
             ReGateError: the rule needs grids or pixels that a batch does not have.
         """
-        facts, row = step.facts, VISUAL_SCORES[self.config.visual_score]
-        chosen = [self._is_candidate_V(one) for one in facts]
-        media = [one.media for one in facts]
-        for one, is_candidate_V in zip(media, chosen, strict=True):
+        facts, row = step.whole, VISUAL_SCORES[self.config.visual_score]
+        may_go_V, count_I = self._may_go_V(facts), self._count_I(facts)
+        before = np.cumsum([0, *(len(one.count_I) for one in facts.media)])
+        for one, first in zip(facts.media, before.tolist(), strict=False):
             missing = "no square cells" if row.needs_grid and one.grid_I3 is None else None
             missing = "no pixels in the batch" if row.needs_pixels and one.pixels is None else missing
-            if missing and bool(is_candidate_V.any()):
+            if missing and bool(count_I[first : first + len(one.count_I)].any()):
                 raise refuse(
                     flag("visual_score"),
                     given=f"{self.config.visual_score} for pictures with {missing}",
                     allowed="random, or pictures that the tower cuts into square cells, with their pixels",
                     change="it to random",
                 )
-        before = np.cumsum([0, *(len(one.count_I) for one in media)])
-        place_V = [masks.take(*pair) for pair in zip((one.place_V for one in media), chosen, strict=True)]
-        medium_V = [masks.take(*pair) for pair in zip((one.medium_V for one in media), chosen, strict=True)]
 
         def pixels(medium: int) -> np.ndarray:
             index = int(before.searchsorted(medium, side="right")) - 1
-            return media[index].pixels(medium - int(before[index]))
+            return facts.media[index].pixels(medium - int(before[index]))
 
-        def keys() -> tuple[Tensor, Tensor]:
-            key_X2 = [
-                one.difficulty_key_N2[one.media.sample_I[own_X]] for one, own_X in zip(facts, medium_V, strict=True)
-            ]
-            places = [self._place_in_sample(*pair) for pair in zip(facts, chosen, strict=True)]
-            return torch.cat(key_X2), torch.cat(places)
+        def keys() -> tuple[Tensor, ...]:
+            return facts.key_N2[facts.sample_I], masks.take(facts.place_in_sample_V(), may_go_V), count_I
 
         def chance() -> np.ndarray:
-            key_I2 = torch.cat([one.difficulty_key_N2[one.media.sample_I] for one in facts])
-            return uniform_in_0_1(key_I2, _numbers(media), seed=self.config.seed, step=step.number).numpy()
+            key_I2 = facts.key_N2[facts.sample_I]
+            return uniform_in_0_1(key_I2, facts.number_I, seed=self.config.seed, step=step.number).numpy()
 
         signals = VisualSignals(
-            medium_X=np.concatenate([own.numpy() + start for own, start in zip(medium_V, before[:-1], strict=True)]),
-            place_X=torch.cat(place_V).numpy(),
-            grid_I3=np.concatenate([_grids(one) for one in media]),
+            medium_X=masks.take(facts.medium_V, may_go_V).numpy(),
+            place_X=masks.take(facts.place_V, may_go_V).numpy(),
+            grid_I3=facts.grid_I3,
             pixels=pixels,
             keys=keys,
             chance=chance,
@@ -172,29 +159,13 @@ class Visual:
         )
         return torch.from_numpy(row.of(signals))
 
-    def _is_candidate_V(self, facts: MicrobatchFacts) -> Tensor:
+    def _may_go_V(self, facts: StepFacts) -> Tensor:
         """Which visual positions may be left out; bool [V]."""
-        is_candidate_V = facts.media.place_V >= 0
-        if facts.has_visual_loss_BS is not None:
-            is_candidate_V &= ~masks.take(facts.has_visual_loss_BS, facts.is_visual_BS)
-        if self.config.context == "read":
-            is_candidate_V &= masks.take(facts.is_read_BS, facts.is_visual_BS)
-        return is_candidate_V
+        if self.config.context == "all":
+            return facts.may_go_V
+        return facts.may_go_V & masks.take(facts.is_read_P, facts.is_visual_P)
 
-    @staticmethod
-    def _place_in_sample(facts: MicrobatchFacts, is_candidate_V: Tensor) -> Tensor:
-        """The place of each candidate in its sample; int64 [X]."""
-        position_V = torch.from_numpy(facts.is_visual_BS.numpy().nonzero()[1])
-        start_V = facts.start_N[facts.media.sample_I[facts.media.medium_V]]
-        return masks.take(position_V - start_V, is_candidate_V)
-
-
-def _grids(media: Media) -> np.ndarray:
-    """Grids of media; all zero where they are not known."""
-    return np.zeros((len(media.count_I), 3), np.int64) if media.grid_I3 is None else media.grid_I3.numpy()
-
-
-def _numbers(media: Sequence[Media]) -> Tensor:
-    """The number of each medium in its sample, from 0; int64 [I]."""
-    numbers = [torch.arange(len(one.sample_I)) - torch.searchsorted(one.sample_I, one.sample_I) for one in media]
-    return torch.cat(numbers)
+    def _count_I(self, facts: StepFacts) -> Tensor:
+        """Candidates of each medium; int64."""
+        going_X, end_I = self._may_go_V(facts).numpy().nonzero()[0], facts.count_I.cumsum(0).numpy()
+        return torch.from_numpy(np.diff(going_X.searchsorted(end_I), prepend=0))

@@ -11,11 +11,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import Tensor
 
-from regate_megatron.batches import MicrobatchFacts
+from regate_megatron.batches import MicrobatchFacts, StepFacts
 from regate_megatron.method.plan import StepPlan
 from regate_megatron.method.schedule import Phase
 
@@ -80,6 +81,11 @@ class Step:
 
     def __post_init__(self) -> None:
         self.plan = StepPlan(self.number)
+
+    @cached_property
+    def whole(self) -> StepFacts:
+        """The facts of all microbatches together, on planners; asked for once they are read."""
+        return StepFacts(self.facts)
 
     @contextmanager
     def enter(self, stage: Stage) -> Iterator[None]:

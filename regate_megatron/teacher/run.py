@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from regate_megatron.decoder import CurrentMicrobatch, DecoderHook, Layout, shard_plan
+from regate_megatron.decoder import CurrentMicrobatch, DecoderHook, Layout, shard_plans
 from regate_megatron.decoder.cutting import places
 from regate_megatron.method.plan import MicrobatchPlan
 from regate_megatron.teacher.rows import TeacherRows
@@ -94,7 +94,7 @@ class TeacherRun:
         device, length = self.device, rows.token_NK.shape[1]
         is_real_bK = torch.arange(length) < rows.num_read_N[:, None]
         plan = MicrobatchPlan(rows.dense_length, rows.position_NK, is_real_bK)
-        sharded = shard_plan(plan, self.layout, device, moves_hidden=False, moves_losses=False)
+        (sharded,) = shard_plans([plan], self.layout, device, moves_hidden=False, moves_losses=False)
         slots_k = places(torch.tensor([length]), cp_size=self.layout.cp_size).positions_of(self.layout.cp_rank)
         targets = self._targets = targets_of(rows, self.layout.cp_size, self.layout.cp_rank).to(device)
         with self._current.running(sharded, None):

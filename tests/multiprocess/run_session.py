@@ -37,6 +37,7 @@ from regate_megatron import (
     wrap_forward_backward,
 )
 from regate_megatron.api import session_of
+from regate_megatron.batches import BatchAdapter
 from regate_megatron.teacher.settings import settings_of, settle
 from regate_megatron.teacher.stated import stated_settings
 from regate_megatron.teacher.values import NEUTRAL
@@ -394,7 +395,7 @@ def difficulty_is_found_by_the_key_a_user_names() -> None:
             run(LLAVA, models, step, Step())
         keys = torch.cat([one.difficulty_key_N2 for one in session.step.facts])
         counts = torch.cat([one.num_target_N for one in session.step.facts])
-        values = torch.cat(session.planner.learned.difficulty.fetch(keys, counts, 2))
+        values = session.planner.learned.difficulty.fetch(keys, counts, 2)
         assert bool(values.isfinite().all() if known else values.isnan().all()), how
     models, _, schedule = attached(LLAVA, score="student", sample_key="sample_id")
     refused("without the key 'sample_id'", lambda: run(LLAVA, models, schedule, Step()))
@@ -545,7 +546,7 @@ def another_length_than_planned_is_refused() -> None:
     read = session.adapter.read
 
     class Longer:
-        keys, elide = session.adapter.keys, session.adapter.elide
+        keys, elide, read_all = session.adapter.keys, session.adapter.elide, BatchAdapter.read_all
 
         @staticmethod
         def read(batch):

@@ -40,7 +40,7 @@ from transformer_engine.pytorch import quantization
 
 from regate_megatron import ReGateConfig, attach, describe, detach
 from regate_megatron.api import session_of
-from regate_megatron.decoder import CurrentMicrobatch, DecoderHook, Layout, shard_plan
+from regate_megatron.decoder import CurrentMicrobatch, DecoderHook, Layout, shard_plans
 from regate_megatron.decoder.compaction import LayerRange
 from regate_megatron.method.plan import MicrobatchPlan
 from regate_megatron.teacher import build_teacher
@@ -247,7 +247,7 @@ def delayed_scaling_is_updated_once_per_microbatch() -> None:
     keep_idx_BK = torch.arange(0, TEXT, 2).expand(2, -1).contiguous()
     plan = MicrobatchPlan(TEXT, keep_idx_BK, torch.ones_like(keep_idx_BK, dtype=torch.bool))
     layout = Layout.of_model(model.config, sequence_parallel=False)
-    sharded = shard_plan(plan, layout, torch.device("cpu"), moves_hidden=True, moves_losses=True)
+    (sharded,) = shard_plans([plan], layout, torch.device("cpu"), moves_hidden=True, moves_losses=True)
     tokens = torch.ones(2, TEXT, dtype=torch.int64)
     manager = quantization.FP8GlobalStateManager
     with (

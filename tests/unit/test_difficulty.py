@@ -25,13 +25,15 @@ def _store(decay: float = DECAY, limit_bytes: float = 1e9) -> DifficultyStore:
 
 
 def _update(store: DifficultyStore, *rows: tuple[tuple[int, int], list[float]], step: int = 0) -> None:
-    store.update(torch.tensor([key for key, _ in rows]), [torch.tensor(losses) for _, losses in rows], step)
+    keys, counts = torch.tensor([key for key, _ in rows]), torch.tensor([len(losses) for _, losses in rows])
+    store.update(keys, counts, torch.tensor([loss for _, losses in rows for loss in losses]), step)
 
 
 def _fetch(store: DifficultyStore, *rows: tuple[tuple[int, int], int], step: int = 0) -> list[list[float]]:
-    got = store.fetch(torch.tensor([key for key, _ in rows]), torch.tensor([count for _, count in rows]), step)
-    assert all(record.dtype == torch.float32 for record in got)
-    return [record.tolist() for record in got]
+    counts = [count for _, count in rows]
+    got = store.fetch(torch.tensor([key for key, _ in rows]), torch.tensor(counts), step)
+    assert got.dtype == torch.float32
+    return [record.tolist() for record in got.split(counts)]
 
 
 def _about(values) -> object:
@@ -105,7 +107,7 @@ def test_a_zero_decay_remembers_the_last_loss_only():
 def test_fetching_teaches_nothing_and_returns_copies():
     store = _store()
     _update(store, ((1, 2), [8.0]))
-    store.fetch(torch.tensor([[1, 2]]), torch.tensor([1]), 0)[0].fill_(0)
+    store.fetch(torch.tensor([[1, 2]]), torch.tensor([1]), 0).fill_(0)
     _fetch(store, ((9, 9), 4))
     assert _fetch(store, ((1, 2), 1)) == [[8.0]]
     assert len(store) == 1
@@ -271,13 +273,14 @@ def test_several_planners_know_what_one_would_know(size):
     ]
     shared = ([None] * size, threading.Barrier(size, timeout=60))
 
-    def plan(rank: int) -> list[list[torch.Tensor]]:
+    def plan(rank: int) -> list[torch.Tensor]:
         store = DifficultyStore(DECAY, _Among(rank, size, True, rank, 1, None, shared, None), 1e9)
         found = []
         for step, sample_DN in enumerate(sample_SDN):
             own_N = sample_DN[rank]
             found.append(store.fetch(key_N2[own_N], count_N[own_N], step))
-            store.update(key_N2[own_N], loss_SDN[step][rank], step + (step == 2))  # once without its fetch
+            loss_X = torch.cat(loss_SDN[step][rank])
+            store.update(key_N2[own_N], count_N[own_N], loss_X, step + (step == 2))  # once without its fetch
         return found
 
     with ThreadPoolExecutor(size) as pool:
@@ -286,10 +289,10 @@ def test_several_planners_know_what_one_would_know(size):
     for step, sample_DN in enumerate(sample_SDN):
         every = sample_DN.reshape(-1)
         expected = alone.fetch(key_N2[every], count_N[every], step)
-        theirs = [record_T for of_rank in found for record_T in of_rank[step]]
-        for one, other in zip(expected, theirs, strict=True):
-            torch.testing.assert_close(other, one, rtol=0, atol=0, equal_nan=True)
-        alone.update(key_N2[every], [loss_T for of_rank in loss_SDN[step] for loss_T in of_rank], step)
+        theirs = torch.cat([of_rank[step] for of_rank in found])
+        torch.testing.assert_close(theirs, expected, rtol=0, atol=0, equal_nan=True)
+        loss_X = torch.cat([loss_T for of_rank in loss_SDN[step] for loss_T in of_rank])
+        alone.update(key_N2[every], count_N[every], loss_X, step)
 
 
 def test_planners_that_looked_up_different_ids_learn_one_prior():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 from regate_megatron.method.budget import Alignment
 from regate_megatron.method.candidates import Candidates, Sort
 from regate_megatron.method.selection import (
+    keep_best,
     keep_best_targets,
     pack_positions,
+    rank_candidates,
     rank_targets,
     read_by_targets,
     select,
@@ -249,3 +252,28 @@ def test_a_position_is_read_if_a_target_of_its_row_is_there_or_later(case):
     is_target_RS, _ = case
     expected = [[any(row[place:]) for place in range(len(row))] for row in is_target_RS.tolist()]
     assert read_by_targets(is_target_RS).tolist() == expected
+
+
+@given(st.integers(0, 2**32), st.integers(1, 3), st.booleans())
+def test_what_is_kept_without_an_order_is_what_comes_first_in_the_whole_order(seed, num_sorts, several_groups):
+    generator = np.random.default_rng(seed)
+    sorts = []
+    for _ in range(num_sorts):
+        row_G = np.repeat(np.arange(3), generator.integers(0, 3, 3) if several_groups else 1)
+        count_G = generator.integers(0, 30, len(row_G))
+        score_X = generator.choice([0.0, 1.0, 2.0, 3.0, np.nan], count_G.sum())
+        sorts.append(
+            Sort(
+                count_G=torch.from_numpy(count_G),
+                row_G=torch.from_numpy(row_G),
+                keep_ratio=float(generator.choice([0.1, 0.3, 0.5, 1.0])),
+                score_X=torch.from_numpy(score_X),
+                least_G=torch.from_numpy(generator.integers(0, 5, len(row_G))),
+            )
+        )
+    rows = {"always_R": torch.zeros(3, dtype=torch.int64), "dense_M": torch.full((3,), 200), "key_M": torch.arange(3)}
+    candidates = Candidates(**rows, sorts=tuple(sorts))
+    for first_G, least_R in ((candidates.floor_G, candidates.floor_R), (candidates.ask_G, candidates.ask_R)):
+        num_keep_R = torch.from_numpy(generator.integers(least_R.numpy(), candidates.full_R.numpy() + 1))
+        expected_X = rank_candidates(candidates, first_G).rank_X < num_keep_R[candidates.row_X]
+        assert torch.equal(keep_best(candidates, first_G, num_keep_R), expected_X)

@@ -1,0 +1,53 @@
+"""A step's plans on the way to the device: one copy for all of them, and every field arrives as it was."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from regate_megatron.decoder import Layout, exchange, shard_plans
+from regate_megatron.method.plan import MicrobatchPlan, Packing
+
+CPU = torch.device("cpu")
+MOVES = {"moves_hidden": True, "moves_losses": True, "comes_back": True}
+LAYOUTS = {
+    "one rank": Layout(),
+    "CP2 TP2": Layout(cp_size=2, cp_rank=1, sp_size=2, sp_rank=1, hidden_group=object(), context_group=object()),
+}
+
+
+def _plans() -> list[MicrobatchPlan]:
+    kept = torch.rand(4, 2, 16, generator=torch.Generator().manual_seed(0)) < 0.4
+    packing = Packing(torch.tensor([8, 8]), torch.tensor([8, 4]))
+    packed = MicrobatchPlan.of_packed(torch.tensor([[True] * 7 + [False] * 6 + [True] * 3]), packing)
+    return [MicrobatchPlan.of(kept[0], 12), MicrobatchPlan.of(kept[1], 16), packed, MicrobatchPlan.of(kept[2, :1], 12)]
+
+
+def _indices(one: exchange.ShardedPlan) -> list[torch.Tensor | None]:
+    return [values for each in (one.hidden, one.tokens) for values in each.indices]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_what_arrives_on_a_device_is_what_was_made_on_the_host(layout, monkeypatch):
+    host = shard_plans(_plans(), layout, CPU, **MOVES)
+    copies = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda values, *_, **__: copies.append(values) or values.clone())
+    there = exchange._on_device(shard_plans(_plans(), layout, CPU, **MOVES), CPU)
+    monkeypatch.undo()
+    assert len(copies) == 1
+    for one, other in zip(there, host, strict=True):
+        assert (one.hidden is one.tokens) == (layout.sp_size == 1)
+        for field in fields(exchange.ShardedPlan):
+            got, expected = getattr(one, field.name), getattr(other, field.name)
+            if torch.is_tensor(expected):
+                assert got.dtype == expected.dtype and torch.equal(got, expected), field.name
+            elif not isinstance(expected, exchange.Exchange):
+                assert got == expected, field.name
+        for got, expected in zip(_indices(one), _indices(other), strict=True):
+            assert got is expected is None or torch.equal(got, expected)
+
+
+def test_a_step_that_elides_nothing_has_nothing_to_lay_out():
+    assert shard_plans((), Layout(), CPU, **MOVES) == []
