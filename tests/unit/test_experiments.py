@@ -130,7 +130,8 @@ def test_every_arm_is_a_command_line_that_regate_takes(tmp_path):
 def test_an_arm_sets_any_field_of_the_config():
     import run
 
-    from regate_megatron.config import ReGateConfig, parse_command_line
+    from regate_megatron.config import ReGateConfig
+    from regate_megatron.flags import parse_command_line
 
     values = {"iterations": 180, "nine_tenths": 162}
     other = {

@@ -25,9 +25,9 @@ def _learned() -> Learned:
 
 def _saved(folder):
     learned = _learned()
-    learned.take_in(KEYS_N2, LOSSES, LABELS_X, step=6, is_dense=True)
+    learned.take_in(KEYS_N2, COUNT_N, torch.cat(LOSSES), LABELS_X, step=6, is_dense=True)
     save = StateSave(learned, PROGRESS, ALONE, folder / "aside")
-    learned.take_in(KEYS_N2, [2 * loss for loss in LOSSES], LABELS_X, step=7, is_dense=True)
+    learned.take_in(KEYS_N2, COUNT_N, 2 * torch.cat(LOSSES), LABELS_X, step=7, is_dense=True)
     return save
 
 
