@@ -16,6 +16,7 @@ ALONE = Topology(0, 1, True, 0, 1, None, None, None)
 BESIDE = Topology(0, 1, False, 0, 1, None, None, None)  # a rank that is no planner, and alone here
 KEYS_N2, LABELS_X = torch.tensor([[1, 2], [3, 4]]), torch.tensor([5, 6, 7])
 LOSSES = [torch.tensor([4.0, 2.0]), torch.tensor([0.5])]
+COUNT_N = torch.tensor([len(loss_T) for loss_T in LOSSES])
 PROGRESS = Progress(step=7, dense_until=9, learns=True, settings={"seed": 3}, totals={"steps": 7}, teacher={"a": [1]})
 
 
