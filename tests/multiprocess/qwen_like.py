@@ -39,6 +39,10 @@ class QwenLike(torch.nn.Module):
         return torch.stack(axes)[:, None].expand(-1, len(tokens), -1), None
 
 
+# It stands in the place of Bridge's class, which is known by this name.
+QwenLike.__module__, QwenLike.__qualname__ = "megatron.bridge.models.qwen_vl.modeling_qwen25_vl", "Qwen25VLModel"
+
+
 class _Visual(SimpleNamespace):
     """Stands where Megatron-Bridge's ``GenericVisualInputs`` does."""
 
