@@ -35,6 +35,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+_AT_ONCE = 2048  # rows whose pairs are in memory at a time
+
 
 @dataclass(frozen=True)
 class Deal:
@@ -175,11 +177,8 @@ def _numbered(kind_DR: np.ndarray) -> np.ndarray:
 
 def _choose(home_DR: np.ndarray, kind_DR: np.ndarray) -> np.ndarray:
     """The bundle of each rank, that keeps most of its rows at home, the largest numbers first; int64 [D]."""
-    num_ranks, num_rows = kind_DR.shape
-    feature_X, at_X = np.unique(np.concatenate([_numbered(home_DR), _numbered(kind_DR)]), return_inverse=True)
-    has_2DF = np.zeros((2 * num_ranks, len(feature_X)), np.float32)  # exact: numbers up to R
-    np.put_along_axis(has_2DF, at_X.reshape(2 * num_ranks, num_rows), 1, axis=1)
-    stays_DD = has_2DF[:num_ranks] @ has_2DF[num_ranks:].T
+    num_ranks = len(kind_DR)
+    stays_DD = _count_common(_numbered(home_DR), _numbered(kind_DR))
     chosen_D, is_free_D = np.full(num_ranks, -1), np.ones(num_ranks, bool)
     for number in range(int(stays_DD.max()), -1, -1):
         for rank in np.flatnonzero((chosen_D < 0) & ((stays_DD == number) & is_free_D).any(axis=1)):
@@ -187,6 +186,22 @@ def _choose(home_DR: np.ndarray, kind_DR: np.ndarray) -> np.ndarray:
             if len(free):
                 chosen_D[rank], is_free_D[free[0]] = free[0], False
     return chosen_D
+
+
+def _count_common(one_DR: np.ndarray, other_DR: np.ndarray) -> np.ndarray:
+    """How many numbers each row of one table has in common with each of the other; int64 [D, D]."""
+    num_ranks, num_rows = one_DR.shape
+    order_N = np.argsort(other_DR, axis=None, kind="stable")
+    sorted_N, one_N = other_DR.ravel()[order_N], one_DR.ravel()
+    first_N = sorted_N.searchsorted(one_N)
+    count_N = sorted_N.searchsorted(one_N, side="right") - first_N
+    common_DD = np.zeros(num_ranks * num_ranks, np.int64)
+    for start in range(0, len(one_N), _AT_ONCE):  # a frequent number is in many pairs
+        count, first = count_N[start : start + _AT_ONCE], first_N[start : start + _AT_ONCE]
+        rank_P = np.repeat((start + np.arange(len(count))) // num_rows, count)
+        place_P = np.arange(len(rank_P)) + np.repeat(first - (count.cumsum() - count), count)
+        common_DD += np.bincount(rank_P * num_ranks + order_N[place_P] // num_rows, minlength=len(common_DD))
+    return common_DD.reshape(num_ranks, num_ranks)
 
 
 def _fill(kind_DR: np.ndarray, home_DR: np.ndarray, key_N: np.ndarray) -> np.ndarray:
