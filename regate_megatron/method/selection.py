@@ -66,11 +66,12 @@ def select(candidates: Candidates, *, kind: str, alignment: Alignment, all_gathe
     once.
 
     Args:
-        kind: "uniform", "balanced" or "per-sample".
+        kind: "uniform", "balanced" or "per-sample"; "dealt" is "per-sample" of rows that were dealt before.
         alignment: what lengths are a multiple of.
         all_gather: see :data:`~regate_megatron.method.budget.AllGather`.
     """
     # how many of each group come before all others
+    kind = "per-sample" if kind == "dealt" else kind
     first_G = candidates.ask_G if kind == "per-sample" else candidates.floor_G
     ranking, achievable = rank_candidates(candidates, first_G), None
     if kind == "per-sample":

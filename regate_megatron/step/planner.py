@@ -13,7 +13,7 @@ from torch import Tensor
 from regate_megatron.batches import MicrobatchFacts
 from regate_megatron.config import ReGateConfig
 from regate_megatron.memory.learned import Learned
-from regate_megatron.method import masks, selection
+from regate_megatron.method import budget, masks, selection
 from regate_megatron.method.budget import Alignment, align_up
 from regate_megatron.method.candidates import Candidates, Sort
 from regate_megatron.method.plan import MicrobatchPlan, Packing, StepPlan
@@ -48,7 +48,7 @@ class Planner:
         Needs its facts, and reference losses where the score does. Where any rank met a score that is no number the
         plan stays dense, on all ranks.
         """
-        facts, sorts = step.facts, [sort for sort in self.sorts if sort.keep_ratio(step.number) < 1.0]
+        facts, sorts = step.facts, self._sorts(step.number)
         scores = [sort.score(step) for sort in sorts]
         if isinstance(sorts[0], Targets):
             step.scores = scores[0].split([one.num_targets for one in facts])
@@ -62,7 +62,7 @@ class Planner:
         chosen = selection.select(
             candidates,
             kind=self.config.budget,
-            alignment=Alignment(self.multiple, self.config.length_multiple),
+            alignment=self._alignment,
             all_gather=self.topology.all_gather_planners,
         )
         kept = always
@@ -80,6 +80,17 @@ class Planner:
         positions_D1 = self.topology.all_gather_planners(torch.tensor([own]))
         step.balance = Balance(int(positions_D1.max()), own, float(positions_D1.double().mean()), chosen.achievable)
         step.plan = StepPlan(step.number, tuple(microbatches))
+
+    def asked(self, step: Step) -> tuple[Tensor, Tensor]:
+        """The positions that each microbatch of a sparse step asks for, and its content key; int64 [M] each.
+
+        They follow from counts alone: before anything is scored. No communication.
+        """
+        facts, sorts = step.facts, self._sorts(step.number)
+        always = [self._always(one, [sort.where(one) for sort in sorts]) for one in facts]
+        candidates = self._candidates(step.number, facts, always, sorts, [None] * len(sorts))
+        length_M, _ = budget.per_sample_lengths(candidates, self._alignment)
+        return length_M * candidates.rows, candidates.key_M
 
     def learn(self, step: Step, losses: Sequence[Tensor]) -> None:
         """Take in the student's losses of a step that counted; all planners call this, over their group.
@@ -102,6 +113,14 @@ class Planner:
             is_dense=not step.plan.is_sparse,
         )
 
+    @property
+    def _alignment(self) -> Alignment:
+        return Alignment(self.multiple, self.config.length_multiple)
+
+    def _sorts(self, number: int) -> list[CandidateSort]:
+        """The sorts of which step ``number`` leaves any out."""
+        return [sort for sort in self.sorts if sort.keep_ratio(number) < 1.0]
+
     def _always(self, facts: MicrobatchFacts, candidates: Sequence[Tensor]) -> Tensor:
         """What is no padding and no candidate; with ``context="read"`` only what targets can read; bool [B, S]."""
         always_BS = facts.is_context_BS | facts.is_target_BS
@@ -117,7 +136,7 @@ class Planner:
         facts: Sequence[MicrobatchFacts],
         always: Sequence[Tensor],
         sorts: Sequence[CandidateSort],
-        scores: Sequence[Tensor],
+        scores: Sequence[Tensor | None],
     ) -> Candidates:
         """The step's rows with their groups."""
         rows = int(facts[0].planned_row_N[-1]) + 1

@@ -1,6 +1,6 @@
 """One training step on one rank: a value that its stages fill, in order.
 
-    peek → read → reference → plan → run → learned | forgotten
+    peek → read → deal → reference → plan → run → learned | forgotten
 
 Who runs the stages is :class:`~regate_megatron.step.session.Session`; what it counts is beside, in :mod:`.counters`.
 """
@@ -19,7 +19,7 @@ from regate_megatron.batches import MicrobatchFacts
 from regate_megatron.method.plan import StepPlan
 from regate_megatron.method.schedule import Phase
 
-Stage = Literal["new", "peek", "read", "reference", "plan", "run", "learned", "forgotten"]
+Stage = Literal["new", "peek", "read", "deal", "reference", "plan", "run", "learned", "forgotten"]
 
 
 @dataclass(frozen=True)

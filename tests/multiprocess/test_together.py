@@ -20,6 +20,13 @@ PLACES = (
     "another plan than the planner's",
     "two ranks of two replicas in two places",
     "learning",
+    "a rank that never has data",
+    "before a deal's exchanges",
+    "packing what leaves",
+    "reading what came",
+    "bytes that are no microbatch",
+    "a rank that has no data any more",
+    "another number of microbatches",
 )
 
 
