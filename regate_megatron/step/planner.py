@@ -12,6 +12,7 @@ from torch import Tensor
 
 from regate_megatron.batches import MicrobatchFacts
 from regate_megatron.config import ReGateConfig
+from regate_megatron.errors import refuse
 from regate_megatron.memory.learned import Learned
 from regate_megatron.method import budget, masks, selection
 from regate_megatron.method.budget import Alignment, align_up
@@ -30,15 +31,23 @@ class Planner:
         topology: this rank is a planner in it.
         multiple: alignment of kept lengths that the layout needs.
         segment_multiple: alignment of the segments of packed rows that the layout needs.
+        evens_columns: whether under ``dealt`` a microbatch is as long on every rank, filled up to the longest.
 
     Attributes:
         learned: what outlives steps.
         sorts: the sorts of candidates; targets come first.
     """
 
-    def __init__(self, config: ReGateConfig, topology: Topology, multiple: int, segment_multiple: int = 1) -> None:
+    def __init__(
+        self,
+        config: ReGateConfig,
+        topology: Topology,
+        multiple: int,
+        segment_multiple: int = 1,
+        evens_columns: bool = False,
+    ) -> None:
         self.config, self.topology = config, topology
-        self.multiple, self.segment_multiple = multiple, segment_multiple
+        self.multiple, self.segment_multiple, self.evens_columns = multiple, segment_multiple, evens_columns
         self.learned = Learned(config.ema_decay, topology, config.difficulty_memory * 1e9)
         self.sorts: tuple[CandidateSort, ...] = (Targets(config, self.learned), Visual(config))
 
@@ -70,6 +79,8 @@ class Planner:
             parts = is_kept_X.split([int(mark_BS.sum()) for mark_BS in marks])
             kept = [masks.put(*part, into=into) for *part, into in zip(parts, marks, kept, strict=True)]
         length_M = self._with_room_for_segments(facts, kept, chosen.length_M)
+        if self.evens_columns:
+            length_M = self._as_long_on_every_rank(length_M, candidates.dense_M)
         microbatches = [
             MicrobatchPlan.of(kept_BS, length)
             if one.sample_BS is None
@@ -177,6 +188,22 @@ class Planner:
             need_M = self.topology.all_gather_planners(need_M.amax().reshape(1)).amax().expand_as(need_M)
         dense_M = torch.tensor([one.planned_length for one in facts])
         return torch.minimum(torch.maximum(length_M, need_M), dense_M)
+
+    def _as_long_on_every_rank(self, length_M: Tensor, dense_M: Tensor) -> Tensor:
+        """The longest of all ranks, microbatch by microbatch; all planners call this, over their group.
+
+        Raises:
+            ReGateError: a microbatch is shorter than that before anything is left out.
+        """
+        longest_M = self.topology.all_gather_planners(length_M).amax(dim=0)
+        if bool((longest_M > dense_M).any()):
+            raise refuse(
+                "experts shared over replicas by allgather",
+                given=f"microbatches of {dense_M.tolist()} positions beside others of {longest_M.tolist()}",
+                allowed="microbatches of one length on all ranks before tokens are left out",
+                change="--moe-token-dispatcher-type to alltoall, or the data loader's padding",
+            )
+        return longest_M
 
     def _slots(self, facts: MicrobatchFacts, kept_BS: Tensor) -> Tensor:
         """The least slots of each segment; [N]."""

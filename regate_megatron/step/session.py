@@ -29,7 +29,12 @@ from regate_megatron.step.sharing import share_plan
 from regate_megatron.step.step import Step
 from regate_megatron.step.trace import Trace
 from regate_megatron.support import Setting, check_support, hints
-from regate_megatron.support.alignment import experts_span_replicas, length_alignment, segment_alignment
+from regate_megatron.support.alignment import (
+    experts_span_replicas,
+    gathers_over_replicas,
+    length_alignment,
+    segment_alignment,
+)
 from regate_megatron.teacher import ReferenceLosses, TeacherSource, open_reference
 
 _FEW = 0.01  # of the targets: as good as none has a history
@@ -71,7 +76,9 @@ class Session:
         transformer = self.language_models[0].config
         self.planner = self.trace = None
         if topology.is_planner:
-            self.planner = Planner(config, topology, length_alignment(transformer), segment_alignment(transformer))
+            multiples = length_alignment(transformer), segment_alignment(transformer)
+            gathers = config.budget == "dealt" and gathers_over_replicas(transformer)
+            self.planner = Planner(config, topology, *multiples, evens_columns=gathers)
             self.trace = Trace(config.trace, topology.dp_rank) if config.trace else None
         self.dealing = None
         if config.budget == "dealt" and topology.dp_size > 1:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, case, names, run_cases
 from tests.multiprocess.test_parity import OVERLAP
-from tests.multiprocess.test_parity_lengths import PACKED, SENT
+from tests.multiprocess.test_parity_lengths import GATHERED, PACKED, SENT
 
 OWN = {"rows": 1, "budget": "per-sample"}
 ONE_ROW = {"rows": 1, "uneven": True}
@@ -30,6 +30,8 @@ FOUR_RANKS = [
     case("gpt@cp2-dp2", budget="dealt", cp=2, multiple=4, **ONE_ROW),
     case("moe@ep2-dp4", budget="dealt", ep=2, **ONE_ROW, **SENT),
     case("moe@ep2-pp2-dp2", budget="dealt", ep=2, pp=2, recompute="uniform", **ONE_ROW, **SENT),
+    case("moe@ep4", budget="dealt", ep=4, **ONE_ROW, **GATHERED),
+    case("moe@ep2-pp2-dp2-gathered", budget="dealt", ep=2, pp=2, ddp=True, **ONE_ROW, **GATHERED),
     case("llava@dp4", model="llava", budget="dealt", **ONE_ROW),
     case("llava@pp2-dp2", model="llava", budget="dealt", pp=2, **ONE_ROW),
     case("packed@dp4", budget="dealt", uneven=True, **PACKED),
@@ -69,6 +71,12 @@ def test_rows_move_and_ranks_are_as_even_as_they_can_be(results, name):
     assert sum(found["positions"]) == sum(map(sum, found["lengths"]))
     spread = max(found["positions"]) - min(found["positions"])
     assert spread <= max(map(max, found["lengths"])) / 2
+
+
+@pytest.mark.parametrize("name", ["moe@ep4", "moe@ep2-pp2-dp2-gathered"])
+def test_microbatches_are_as_long_on_every_rank_where_experts_take_equally_many_of_each(results, name):
+    lengths = results[name]["lengths"]
+    assert len({tuple(own) for own in lengths}) == 1 and len(set(lengths[0])) > 1
 
 
 def test_one_microbatch_each_leaves_nothing_to_deal(results):
