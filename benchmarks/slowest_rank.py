@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Balance in seconds: the step time of the slowest data-parallel rank under each budget, on skewed rows.
 
-    python -m benchmarks.slowest_rank             # about two minutes; out/bench/slowest_rank.json
+    python -m benchmarks.slowest_rank             # about three minutes; out/bench/slowest_rank.json
     python -m benchmarks.slowest_rank --quick
 
 Rows come from the skew generator (skew.py), an eighth as long. Every budget plans all ranks of a step with the

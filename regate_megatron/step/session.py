@@ -202,7 +202,7 @@ class Session:
         """Run one training step of ``schedule`` with ``arguments`` (keywords of Megatron's forward-backward)."""
         self.prepare(arguments["micro_batch_size"])
         step = self._begin()
-        self._read(step, arguments)
+        self._read(step, arguments, self.dealing)
         self._plan(step)
         with step.enter("plan"):
             batches = [self._elide(pulled, step.plan) for pulled in step.batches]
@@ -250,7 +250,7 @@ class Session:
     def score_only(self, arguments: dict[str, Any]) -> None:
         """Have the reference losses of a step's batches in the store, and run nothing else. All ranks call this."""
         step = Step(self.steps_done, "sparse", elides=True)
-        self._read(step, arguments)
+        self._read(step, arguments, dealing=None)
 
     def _begin(self) -> Step:
         self._phase = phase_of(self.steps_done, self.config.schedule)
@@ -258,13 +258,14 @@ class Session:
             self._phase = "dense"
         return Step(self.steps_done, self._phase, self._phase == "sparse" and self.config.elides_in(self.steps_done))
 
-    def _read(self, step: Step, arguments: dict[str, Any]) -> None:
-        """Pull this step's batches, read them on the planner, and get the reference losses of a step that elides.
+    def _read(self, step: Step, arguments: dict[str, Any], dealing: Dealing | None) -> None:
+        """Pull this step's batches, read them on the planner, have them dealt in a step that elides, and get that one's
+        reference losses.
 
         Raises:
             ReGateError: a rank could not; on every rank.
         """
-        deals = step.elides and self.dealing is not None
+        deals = step.elides and dealing is not None
         allowed = f"a dictionary with {self.adapter.keys}"
         with self.topology.together("batch", allowed=allowed, change="the data loader") as stage:
             with step.enter("peek"):
@@ -274,10 +275,10 @@ class Session:
                 self._read_facts(step)
                 if not deals:
                     stage.wish = self._look_up(step)
-        if self.dealing:
-            self.dealing.meet(step)
+        if dealing:
+            dealing.meet(step)
         if deals:
-            stage = self._deal(step)
+            stage = self._deal(step, dealing)
         if step.elides and self.reference:
             with step.enter("reference"):
                 step.reference = self.reference.fetch(arguments["micro_batch_size"], anyone_misses=stage.anyone_wishes)
@@ -303,17 +304,17 @@ class Session:
             step.num_asked = step.num_found + self.reference.num_computed - before[1]
         return misses
 
-    def _deal(self, step: Step) -> Stage:
+    def _deal(self, step: Step, dealing: Dealing) -> Stage:
         """Have the microbatches that are dealt to this rank in place of its own; returns the stage that ends it.
 
         Raises:
             ReGateError: a rank could not; on every rank.
         """
         with step.enter("deal"), self.topology.together("deal"):
-            from_DM, packed = self.dealing.decide(step)
+            from_DM, packed = dealing.decide(step)
         with self.topology.together("rows", allowed="what the other rank packed", change="nothing: restart") as stage:
             with step.enter("deal"):
-                self.dealing.exchange(step, from_DM, packed)
+                dealing.exchange(step, from_DM, packed)
             if self.planner:
                 self._read_facts(step)
                 stage.wish = self._look_up(step)
