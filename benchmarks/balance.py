@@ -13,17 +13,22 @@ exchange between ranks is simulated. Per mix, number of ranks and budget:
 * **kept**: candidates that run ÷ candidates: targets, and with ``--visual-keep-ratio`` visual positions, too.
   **positions**: positions run ÷ positions of the dense step. **slowest**: the slowest rank's positions ÷ its
   positions in the dense step's slowest rank: what the step time follows.
+* **each**: as max/mean, but ranks wait for the slowest in every microbatch, as those that share experts do.
 * **fill**: slots that hold neither context nor a kept candidate ÷ positions run.
 * **lengths**: distinct lengths that occurred.
+* **moved**: microbatches that leave their rank ÷ microbatches; in the file beside it the time one planner takes to deal
+  (`deal_ms`) and what it sends and receives to know all lengths (`table_bytes`).
 
-`dense` runs every position. `assigned` is a study: every row at its own per-sample length, rows dealt to ranks by it.
+`dense` runs every position.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,14 +40,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.assigned import assign  # noqa: E402
 from benchmarks.skew import MIXES, Mix, draw_row, make_rows  # noqa: E402
 from regate_megatron.method.budget import Alignment  # noqa: E402
 from regate_megatron.method.candidates import Candidates  # noqa: E402
+from regate_megatron.method.deal import deal  # noqa: E402
 from regate_megatron.method.selection import Selection, select  # noqa: E402
 
-BUDGETS = ("per-sample", "uniform", "balanced")
-COLUMNS = ("max/mean", "achievable", "kept", "positions", "slowest", "fill", "lengths")
+BUDGETS = ("per-sample", "uniform", "balanced", "dealt")
+COLUMNS = ("max/mean", "achievable", "each", "kept", "positions", "slowest", "fill", "lengths", "moved")
 
 
 @dataclass
@@ -50,6 +55,7 @@ class Tally:
     """Sums over the steps of one setting."""
 
     slowest: int = 0
+    each: int = 0
     mean: float = 0.0
     achievable: float = 0.0  # of the slowest, had each step the least max/mean
     targets: int = 0
@@ -59,10 +65,14 @@ class Tally:
     dense: int = 0
     dense_slowest: int = 0
     lengths: set[int] = field(default_factory=set)
+    moved: int = 0
+    micro: int = 0
+    deal_s: list[float] = field(default_factory=list)
+    table_bytes: int = 0
 
     def report(self) -> dict[str, float]:
         """The columns of the table."""
-        return {
+        found = {
             "max/mean": self.slowest / self.mean,
             "achievable": self.achievable / self.mean,
             "kept": self.kept / self.targets,
@@ -70,7 +80,12 @@ class Tally:
             "slowest": self.slowest / self.dense_slowest,
             "fill": 1 - (self.context + self.kept) / self.run,
             "lengths": len(self.lengths),
+            "moved": self.moved / self.micro,
+            "each": self.each / self.mean,
         }
+        if self.deal_s:
+            found |= {"deal_ms": 1e3 * statistics.median(self.deal_s), "table_bytes": self.table_bytes}
+        return found
 
 
 class _Asked(Exception):
@@ -98,58 +113,54 @@ def over_ranks(ranks: list[Candidates], **options: Any) -> list[Selection]:
     return [select(rows, all_gather=lambda values: table, **options) for rows in ranks]
 
 
-def count(
-    tally: Tally, ranks: list[Candidates], lengths: list[torch.Tensor], kept: list[int], achievable: float
-) -> None:
-    """Add one step: the lengths of each rank's rows and the targets it keeps."""
-    run_D, dense_D = [int(length.sum()) for length in lengths], [_dense(rows) for rows in ranks]
+def count(tally: Tally, ranks: list[Candidates], length_DM: torch.Tensor, kept: int, achievable: float) -> None:
+    """Add one step: the lengths of each rank's microbatches, and the candidates that run."""
+    rows = ranks[0].rows
+    run_D = (length_DM.sum(dim=1) * rows).tolist()
+    dense_D = [int(own.dense_M.sum()) * rows for own in ranks]
     tally.slowest += max(run_D)
+    tally.each += int(length_DM.amax(dim=0).sum()) * rows
     tally.mean += sum(run_D) / len(run_D)
     tally.achievable += achievable * sum(run_D) / len(run_D)
-    tally.targets += sum(len(rows.score_X) for rows in ranks)
-    tally.kept += sum(kept)
-    tally.context += sum(int(rows.always_R.sum()) for rows in ranks)
+    tally.targets += sum(len(own.score_X) for own in ranks)
+    tally.kept += kept
+    tally.context += sum(int(own.always_R.sum()) for own in ranks)
     tally.run += sum(run_D)
     tally.dense += sum(dense_D)
     tally.dense_slowest += max(dense_D)
-    tally.lengths |= {length for rows in lengths for length in rows.tolist()}
-
-
-def _dense(rows: Candidates) -> int:
-    return int(rows.dense_M.sum()) * len(rows.always_R) // len(rows.dense_M)
-
-
-def _spread(length_M: torch.Tensor, rows: Candidates) -> torch.Tensor:
-    return length_M.repeat_interleave(len(rows.always_R) // len(length_M))
+    tally.lengths |= set(length_DM.unique().tolist())
+    tally.micro += length_DM.numel()
 
 
 def measure(mix: Mix, num_ranks: int, steps: int, options: argparse.Namespace, extra: int | None) -> dict[str, Any]:
     """All budgets on the same rows."""
     rng = np.random.default_rng(options.seed)
-    tallies = {name: Tally() for name in ("dense", *BUDGETS, "assigned")}
+    tallies = {name: Tally() for name in ("dense", *BUDGETS)}
     choice = {"alignment": Alignment(options.layout_multiple, extra)}
     for _ in range(steps):
         drawn = [[draw_row(mix, rng) for _ in range(options.rows)] for _ in range(num_ranks)]
         ratios = (options.keep_ratio, options.micro_batch_size, options.visual_keep_ratio)
         ranks = [make_rows(mix, rows, rng, *ratios) for rows in drawn]
-        dense = [_spread(rows.dense_M, rows) for rows in ranks]
-        count(tallies["dense"], ranks, dense, [len(rows.score_X) for rows in ranks], 0)
-        for kind in BUDGETS:
+        dense_DM = torch.stack([rows.dense_M for rows in ranks])
+        count(tallies["dense"], ranks, dense_DM, sum(len(rows.score_X) for rows in ranks), 0)
+        for kind in BUDGETS[:-1]:
             chosen = over_ranks(ranks, kind=kind, **choice)
-            lengths = [_spread(one.length_M, rows) for one, rows in zip(chosen, ranks, strict=True)]
-            kept = [int(one.is_kept_X.sum()) for one in chosen]
-            count(tallies[kind], ranks, lengths, kept, chosen[0].achievable or 0)
-        if options.micro_batch_size == 1:
-            _count_assigned(tallies["assigned"], ranks, choice)
+            length_DM = torch.stack([one.length_M for one in chosen])
+            kept = sum(int(one.is_kept_X.sum()) for one in chosen)
+            count(tallies[kind], ranks, length_DM, kept, chosen[0].achievable or 0)
+            if kind == "per-sample":  # the very lengths, elsewhere
+                length_DM = _dealt(tallies["dealt"], length_DM, torch.stack([rows.key_M for rows in ranks]))
+                count(tallies["dealt"], ranks, length_DM, kept, 0)
     return {name: tally.report() for name, tally in tallies.items() if tally.run}
 
 
-def _count_assigned(tally: Tally, ranks: list[Candidates], choice: dict[str, Any]) -> None:
-    chosen = over_ranks(ranks, kind="per-sample", **choice)
-    length_N = torch.cat([one.length_M for one in chosen])
-    rank_N = torch.from_numpy(assign(length_N.numpy(), len(ranks)))
-    lengths = [length_N[rank_N == rank] for rank in range(len(ranks))]
-    count(tally, ranks, lengths, [int(one.is_kept_X.sum()) for one in chosen], 0)
+def _dealt(tally: Tally, length_DM: torch.Tensor, key_DM: torch.Tensor) -> torch.Tensor:
+    start = time.perf_counter()
+    dealt = deal(length_DM.numpy(), key_DM.numpy())
+    tally.deal_s.append(time.perf_counter() - start)
+    tally.moved += dealt.num_moved
+    tally.table_bytes = length_DM.nbytes + key_DM.nbytes
+    return length_DM.flatten()[torch.from_numpy(dealt.from_DR)]
 
 
 def table(results: dict[str, Any]) -> str:
@@ -166,9 +177,9 @@ def table(results: dict[str, Any]) -> str:
 def _cell(column: str, value: float) -> str:
     if column == "lengths":
         return str(value)
-    if column == "achievable":
-        return f"{value:.3f}" if value else ""
-    return f"{value:.3f}" if column == "max/mean" else f"{value:.1%}"
+    if column in ("achievable", "moved") and not value:
+        return ""
+    return f"{value:.3f}" if column in ("max/mean", "achievable", "each") else f"{value:.1%}"
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

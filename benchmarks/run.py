@@ -58,7 +58,7 @@ def collect(folder: Path) -> dict[str, Any]:
     keys = ("headline", "headline_setting", "headline_interval")
     results = {key: head[key] for key in keys if key in head}
     for part in parts:
-        results |= {"visual": part["visual"]} if part["part"] == "visual" else {}
+        results |= {name: part[name] for name in ("visual", "dealt") if name in part}
     results |= {"machine": parts[0]["machine"], "commit": commit()}
     results["seconds"] = round(sum(part["seconds"] for part in parts), 1)
     results["quick"] = any(part["quick"] for part in parts)

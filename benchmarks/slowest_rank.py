@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Balance in seconds: the step time of the slowest data-parallel rank under each budget, on skewed rows.
 
-    python -m benchmarks.slowest_rank             # about two minutes; out/bench/slowest_rank.json
+    python -m benchmarks.slowest_rank             # about three minutes; out/bench/slowest_rank.json
     python -m benchmarks.slowest_rank --quick
 
 Rows come from the skew generator (skew.py), an eighth as long. Every budget plans all ranks of a step with the
 planner's own code; then each rank's microbatches run, one rank after the other in this process: forward and backward of
 a GPT with one dense layer through the package's hooks, each microbatch at the length its plan says. A rank's time is
 the CPU time of its microbatches; a step takes as long as its slowest rank. Nothing else that ranks wait for is
-simulated.
+simulated. Under ``dealt`` the very microbatches of ``per-sample`` lie on other ranks: their times are measured once and
+added up for both.
 
 * **slowest rank, of dense**: its time ÷ that of the slowest rank of the dense step, on the same rows.
 * **max/mean**: of the ranks' times, beside it that of their positions, which is what the budgets balance.
@@ -25,8 +26,8 @@ from benchmarks import models
 from benchmarks.measuring import cpu_seconds, figure, rounds_within, run_part, spread
 from benchmarks.models import Size
 
-BUDGETS = ("per-sample", "uniform", "balanced")
-SHRINK, RANKS, MICROBATCHES = 8, 8, 2
+BUDGETS = ("per-sample", "uniform", "balanced")  # and "dealt"
+SHRINK, RANKS, MICROBATCHES = 8, 8, 4
 MIX_NAMES = ("mixed-instruct", "packed-instruct")
 
 
@@ -62,7 +63,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         seconds = (options.seconds or (2 if options.quick else 110)) / len(MIX_NAMES)
         rows += _measure_mix(name, mix, size, ranks, seconds, 3 if options.quick else 20)
     figures = [_figure(row, ranks) for row in rows]
-    return {"figures": figures, "rows": rows, "ranks": ranks}
+    skewed = {row["budget"]: row for row in rows if row["mix"] == MIX_NAMES[0]}
+    dealt = {
+        "slowest_share": skewed["dealt"]["slowest_share"]["median"],
+        "max_mean": skewed["dealt"]["position_max_mean"]["median"],
+        "uniform_slowest_share": skewed["uniform"]["slowest_share"]["median"],
+    }
+    return {"figures": figures, "rows": rows, "ranks": ranks, "dealt": dealt}
 
 
 def _measure_mix(name: str, mix: Any, size: Size, ranks: int, seconds: float, rounds: int) -> list[dict[str, Any]]:
@@ -70,11 +77,12 @@ def _measure_mix(name: str, mix: Any, size: Size, ranks: int, seconds: float, ro
     from benchmarks.kept import Compact, Planned
     from benchmarks.skew import draw_row, make_rows
     from regate_megatron.method.budget import Alignment
+    from regate_megatron.method.deal import deal
 
     dense = Planned(size, 1)
     runner = Compact(size, 1, like=dense.model)
     batch = models.make_batch(size, seed=0)
-    taken: dict[str, list[dict[str, float]]] = {budget: [] for budget in ("dense", *BUDGETS)}
+    taken: dict[str, list[dict[str, float]]] = {budget: [] for budget in ("dense", *BUDGETS, "dealt")}
     for index in rounds_within(rounds, seconds, name=name):
         rng = np.random.default_rng(index)
         drawn = [[draw_row(mix, rng) for _ in range(MICROBATCHES)] for _ in range(ranks)]
@@ -85,20 +93,27 @@ def _measure_mix(name: str, mix: Any, size: Size, ranks: int, seconds: float, ro
             chosen = over_ranks(own, kind=budget, alignment=Alignment())
             jobs[budget] = [_plans(size, rows, one) for rows, one in zip(own, chosen, strict=True)]
             kept[budget] = sum(int(one.is_kept_X.sum()) for one in chosen)
+        ran = {}
         for budget, plans in jobs.items():
-            spent = [sum(_seconds(dense, runner, batch, plan) for plan in of_rank) for of_rank in plans]
-            lengths = [sum(plan.length if plan else size.length for plan in of_rank) for of_rank in plans]
+            spent_DM = np.array([[_seconds(dense, runner, batch, plan) for plan in of_rank] for of_rank in plans])
+            length_DM = np.array([[plan.length if plan else size.length for plan in of_rank] for of_rank in plans])
+            ran[budget] = spent_DM, length_DM
+        spent_DM, length_DM = ran["per-sample"]
+        from_DM = deal(length_DM, np.stack([rows.key_M.numpy() for rows in own])).from_DR
+        ran["dealt"], kept["dealt"] = (spent_DM.ravel()[from_DM], length_DM.ravel()[from_DM]), kept["per-sample"]
+        for budget, (spent_DM, length_DM) in ran.items():
+            spent, lengths = spent_DM.sum(axis=1), length_DM.sum(axis=1)
             if index:
                 taken[budget].append(
                     {
-                        "slowest": max(spent),
-                        "time_spread": max(spent) / np.mean(spent),
-                        "position_spread": max(lengths) / np.mean(lengths),
-                        "positions": sum(lengths) / (ranks * MICROBATCHES * size.length),
+                        "slowest": float(spent.max()),
+                        "time_spread": float(spent.max() / spent.mean()),
+                        "position_spread": float(lengths.max() / lengths.mean()),
+                        "positions": int(lengths.sum()) / (ranks * MICROBATCHES * size.length),
                         "kept": kept[budget] / kept["dense"],
                     }
                 )
-    return [_row(name, budget, taken) for budget in BUDGETS]
+    return [_row(name, budget, taken) for budget in (*BUDGETS, "dealt")]
 
 
 def _plans(size: Size, rows: Any, chosen: Any) -> list[Any]:
@@ -110,10 +125,9 @@ def _plans(size: Size, rows: Any, chosen: Any) -> list[Any]:
 
     from regate_megatron.method.plan import MicrobatchPlan
 
-    row_X = rows.row_X
     plans = []
     for row, length in enumerate(chosen.length_M.tolist()):
-        context, is_kept_T = int(rows.always_R[row]), chosen.is_kept_X[row_X == row]
+        context, is_kept_T = int(rows.always_R[row]), chosen.is_kept_X[rows.row_X == row]
         kept_1S = torch.zeros(1, size.length, dtype=torch.bool)
         kept_1S[0, :context] = True
         kept_1S[0, context : context + len(is_kept_T)] = is_kept_T

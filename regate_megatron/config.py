@@ -17,7 +17,7 @@ from regate_megatron.method.scores import SCORES
 from regate_megatron.method.visual_scores import VISUAL_SCORES
 
 FUSIONS = ("sum", "convex")
-BUDGETS = ("uniform", "balanced", "per-sample")
+BUDGETS = ("uniform", "balanced", "per-sample", "dealt")
 PACKED_RATIOS = ("row", "sample")
 CONTEXTS = ("all", "read")
 SAMPLE_KEYS = ("content", "text")
@@ -122,7 +122,8 @@ class ReGateConfig:
     budget: str = _option(
         "uniform",
         "how long rows are in a sparse step; uniform: all rows of all ranks alike, balanced: every data-parallel rank "
-        "runs the same total, per-sample: every sample keeps exactly its share, and ranks differ",
+        "runs the same total, per-sample: every sample keeps exactly its share, and ranks differ, dealt: so too, but "
+        "microbatches go to the ranks that their lengths ask for",
         BUDGETS,
     )
     length_multiple: int | None = _option(

@@ -301,6 +301,10 @@ SUPPORTED = {
         "model": {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": _layout("Ettt|tL", 2)},
     },
     "a window without an end": {"model": {"window_size": (-1, -1)}},
+    "dealt rows with gathered experts": {
+        "config": {"budget": "dealt"},
+        "model": {"num_moe_experts": 4, "expert_model_parallel_size": 4},
+    },
     "experts over ranks": {"model": {"num_moe_experts": 4, "expert_model_parallel_size": 2}},
 }
 

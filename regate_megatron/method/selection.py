@@ -66,11 +66,11 @@ def select(candidates: Candidates, *, kind: str, alignment: Alignment, all_gathe
     once.
 
     Args:
-        kind: "uniform", "balanced" or "per-sample".
+        kind: "uniform", "balanced" or "per-sample"; "dealt" is "per-sample" of rows that were dealt before.
         alignment: what lengths are a multiple of.
         all_gather: see :data:`~regate_megatron.method.budget.AllGather`.
     """
-    if kind == "per-sample":
+    if kind in ("per-sample", "dealt"):
         length_M, num_keep_R = budget.per_sample_lengths(candidates, alignment)
         return Selection(length_M, keep_best(candidates, candidates.ask_G, num_keep_R))
     if kind == "uniform":

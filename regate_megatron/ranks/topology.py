@@ -32,6 +32,7 @@ class Topology:
         planner_group: gloo group of all planners; only they use it.
         world_group: gloo group of all ranks.
         sees_losses: last pipeline stage, tensor rank 0: the planner and the other context ranks beside it.
+        places: per tensor, pipeline and context rank the global ranks of all replicas, in order of replicas.
         together: how all ranks end a stage, or fail in it; see :class:`~regate_megatron.ranks.together.Together`.
     """
 
@@ -44,6 +45,7 @@ class Topology:
     planner_group: Any
     world_group: Any
     sees_losses: bool = True
+    places: tuple[tuple[int, ...], ...] = ()
     together: Together = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -133,14 +135,22 @@ def build_topology() -> Topology:
     is_planner = sees_losses and mpu.get_context_parallel_rank() == 0
     dp_rank, dp_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     world_group = dist.new_group(backend="gloo")
+    part = (
+        mpu.get_pipeline_model_parallel_rank(),
+        mpu.get_context_parallel_rank(),
+        mpu.get_tensor_model_parallel_rank(),
+    )
     places: list = [None] * dist.get_world_size()
-    dist.all_gather_object(places, (dp_rank, is_planner), group=world_group)
-    planners = sorted((place, rank) for rank, (place, plans) in enumerate(places) if plans)
+    dist.all_gather_object(places, (dp_rank, is_planner, part), group=world_group)
+    planners = sorted((place, rank) for rank, (place, plans, _) in enumerate(places) if plans)
     assert [place for place, _ in planners] == list(range(dp_size)), f"one planner per replica, got {planners}"
     planner_ranks = [rank for _, rank in planners]
     # Every rank takes part in the making of every group: names of groups made by members alone clash where ranks
     # belong to different numbers of Megatron's groups.
-    replicas = [[rank for rank, (place, _) in enumerate(places) if place == one] for one in range(dp_size)]
+    replicas = [[rank for rank, (place, *_) in enumerate(places) if place == one] for one in range(dp_size)]
+    by_part: dict[tuple[int, ...], dict[int, int]] = {}
+    for rank, (place, _, part) in enumerate(places):
+        by_part.setdefault(part, {})[place] = rank
     replica_groups = [dist.new_group(ranks, backend="gloo") for ranks in replicas]
     planner_group = dist.new_group(planner_ranks, backend="gloo")
     return Topology(
@@ -153,6 +163,7 @@ def build_topology() -> Topology:
         replica_group=replica_groups[dp_rank],
         planner_group=planner_group,
         world_group=world_group,
+        places=tuple(tuple(ranks[one] for one in range(dp_size)) for _, ranks in sorted(by_part.items())),
     )
 
 

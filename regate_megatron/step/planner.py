@@ -13,8 +13,9 @@ from torch import Tensor
 
 from regate_megatron.batches import MicrobatchFacts, StepFacts
 from regate_megatron.config import ReGateConfig
+from regate_megatron.errors import refuse
 from regate_megatron.memory.learned import Learned
-from regate_megatron.method import masks, selection
+from regate_megatron.method import budget, masks, selection
 from regate_megatron.method.budget import Alignment, align_up
 from regate_megatron.method.candidates import Candidates, Sort
 from regate_megatron.method.plan import Packing, StepPlan, plan_each
@@ -31,15 +32,23 @@ class Planner:
         topology: this rank is a planner in it.
         multiple: alignment of kept lengths that the layout needs.
         segment_multiple: alignment of the segments of packed rows that the layout needs.
+        evens_columns: whether under ``dealt`` a microbatch is as long on every rank, filled up to the longest.
 
     Attributes:
         learned: what outlives steps.
         sorts: the sorts of candidates; targets come first.
     """
 
-    def __init__(self, config: ReGateConfig, topology: Topology, multiple: int, segment_multiple: int = 1) -> None:
+    def __init__(
+        self,
+        config: ReGateConfig,
+        topology: Topology,
+        multiple: int,
+        segment_multiple: int = 1,
+        evens_columns: bool = False,
+    ) -> None:
         self.config, self.topology = config, topology
-        self.multiple, self.segment_multiple = multiple, segment_multiple
+        self.multiple, self.segment_multiple, self.evens_columns = multiple, segment_multiple, evens_columns
         self.learned = Learned(config.ema_decay, topology, config.difficulty_memory * 1e9)
         self.sorts: tuple[CandidateSort, ...] = (Targets(config, self.learned), Visual(config))
 
@@ -49,7 +58,7 @@ class Planner:
         Needs its facts, and reference losses where the score does. Where any rank met a score that is no number the
         plan stays dense, on all ranks.
         """
-        facts, sorts = step.whole, [sort for sort in self.sorts if sort.keep_ratio(step.number) < 1.0]
+        facts, sorts = step.whole, self._sorts(step.number)
         scores = [sort.score(step) for sort in sorts]
         if isinstance(sorts[0], Targets):
             step.scores = scores[0].split(facts.num_target_M)
@@ -63,7 +72,7 @@ class Planner:
         chosen = selection.select(
             candidates,
             kind=self.config.budget,
-            alignment=Alignment(self.multiple, self.config.length_multiple),
+            alignment=self._alignment,
             all_gather=self.topology.all_gather_planners,
         )
         for where_P, is_kept_X in zip(where, candidates.by_sort(chosen.is_kept_X), strict=True):
@@ -73,6 +82,8 @@ class Planner:
             for kept_Y, one in zip(kept_P.split(facts.sizes), facts.microbatches, strict=True)
         ]
         length_M = self._with_room_for_segments(facts.microbatches, kept, chosen.length_M)
+        if self.evens_columns:
+            length_M = self._as_long_on_every_rank(length_M, candidates.dense_M)
         slots = [
             length if one.sample_BS is None else self._packing(one, kept_BS, length)
             for one, kept_BS, length in zip(facts.microbatches, kept, length_M.tolist(), strict=True)
@@ -82,6 +93,17 @@ class Planner:
         positions_D1 = self.topology.all_gather_planners(torch.tensor([own]))
         step.balance = Balance(int(positions_D1.max()), own, float(positions_D1.double().mean()), chosen.achievable)
         step.plan = StepPlan(step.number, tuple(microbatches))
+
+    def asked(self, step: Step) -> tuple[Tensor, Tensor]:
+        """The positions that each microbatch of a sparse step asks for, and its content key; int64 [M] each.
+
+        They follow from counts alone: before anything is scored. No communication.
+        """
+        facts, sorts = step.whole, self._sorts(step.number)
+        always_P = self._always(facts, [sort.where(facts) for sort in sorts])
+        candidates = self._candidates(step.number, facts, always_P, sorts, [None] * len(sorts))
+        length_M, _ = budget.per_sample_lengths(candidates, self._alignment)
+        return length_M * candidates.rows, candidates.key_M
 
     def learn(self, step: Step, losses: Sequence[Tensor]) -> None:
         """Take in the student's losses of a step that counted; all planners call this, over their group.
@@ -102,6 +124,14 @@ class Planner:
             is_dense=not step.plan.is_sparse,
         )
 
+    @property
+    def _alignment(self) -> Alignment:
+        return Alignment(self.multiple, self.config.length_multiple)
+
+    def _sorts(self, number: int) -> list[CandidateSort]:
+        """The sorts of which step ``number`` leaves any out."""
+        return [sort for sort in self.sorts if sort.keep_ratio(number) < 1.0]
+
     def _always(self, facts: StepFacts, candidates: Sequence[Tensor]) -> Tensor:
         """What is no padding and no candidate; with ``context="read"`` only what targets can read; bool [P]."""
         always_P = facts.is_real_P
@@ -111,7 +141,7 @@ class Planner:
 
     @staticmethod
     def _candidates(
-        number: int, facts: StepFacts, always_P: Tensor, sorts: Sequence[CandidateSort], scores: Sequence[Tensor]
+        number: int, facts: StepFacts, always_P: Tensor, sorts: Sequence[CandidateSort], scores: Sequence[Tensor | None]
     ) -> Candidates:
         """The step's rows with their groups."""
         found = []
@@ -144,6 +174,22 @@ class Planner:
             need_M = self.topology.all_gather_planners(need_M.amax().reshape(1)).amax().expand_as(need_M)
         dense_M = torch.tensor([one.planned_length for one in facts])
         return torch.minimum(torch.maximum(length_M, need_M), dense_M)
+
+    def _as_long_on_every_rank(self, length_M: Tensor, dense_M: Tensor) -> Tensor:
+        """The longest of all ranks, microbatch by microbatch; all planners call this, over their group.
+
+        Raises:
+            ReGateError: a microbatch is shorter than that before anything is left out.
+        """
+        longest_M = self.topology.all_gather_planners(length_M).amax(dim=0)
+        if bool((longest_M > dense_M).any()):
+            raise refuse(
+                "experts shared over replicas by allgather",
+                given=f"microbatches of {dense_M.tolist()} positions beside others of {longest_M.tolist()}",
+                allowed="microbatches of one length on all ranks before tokens are left out",
+                change="--moe-token-dispatcher-type to alltoall, or the data loader's padding",
+            )
+        return longest_M
 
     def _slots(self, facts: MicrobatchFacts, kept_BS: Tensor) -> Tensor:
         """The least slots of each segment; [N]."""

@@ -21,14 +21,21 @@ from regate_megatron.errors import ReGateError, refuse
 from regate_megatron.memory.learned import Learned
 from regate_megatron.method.plan import StepPlan
 from regate_megatron.method.schedule import Phase, phase_of
+from regate_megatron.ranks.together import Stage
 from regate_megatron.ranks.topology import Topology
 from regate_megatron.step.counters import Counters, count_plan, count_step, reduce_counters
+from regate_megatron.step.dealing import Dealing
 from regate_megatron.step.planner import Planner
 from regate_megatron.step.sharing import share_plan
 from regate_megatron.step.step import Step
 from regate_megatron.step.trace import Trace
 from regate_megatron.support import HostRun, Setting, check_support, hints
-from regate_megatron.support.alignment import length_alignment, segment_alignment
+from regate_megatron.support.alignment import (
+    experts_span_replicas,
+    gathers_over_replicas,
+    length_alignment,
+    segment_alignment,
+)
 from regate_megatron.teacher import ReferenceLosses, TeacherSource, open_reference
 
 _FEW = 0.01  # of the targets: as good as none has a history
@@ -70,14 +77,22 @@ class Session:
         transformer = self.language_models[0].config
         self.planner = self.trace = None
         if topology.is_planner:
-            self.planner = Planner(config, topology, length_alignment(transformer), segment_alignment(transformer))
+            multiples = length_alignment(transformer), segment_alignment(transformer)
+            gathers = config.budget == "dealt" and gathers_over_replicas(transformer)
+            self.planner = Planner(config, topology, *multiples, evens_columns=gathers)
             self.trace = Trace(config.trace, topology.dp_rank) if config.trace else None
+        self.dealing = None
+        if config.budget == "dealt" and topology.dp_size > 1:
+            shares_experts = bool(transformer.num_moe_experts) and experts_span_replicas(transformer)
+            self.dealing = Dealing(topology, self.planner, in_columns=shares_experts)
 
     # ------------------------------------------------------------------------------------------- for hosts and state
 
     def detach(self) -> None:
         """Take the hooks off and close what is open."""
         self.hooks.detach()
+        if self.dealing:
+            self.dealing.close()
         if self.trace:
             self.trace.close()
         if self.reference:
@@ -194,7 +209,7 @@ class Session:
         """Run one training step of ``schedule`` with ``arguments`` (keywords of Megatron's forward-backward)."""
         self.prepare(arguments["micro_batch_size"])
         step = self._begin()
-        self._read(step, arguments)
+        self._read(step, arguments, self.dealing)
         self._plan(step)
         with step.enter("plan"):
             batches = [self._elide(pulled, step.plan) for pulled in step.batches]
@@ -233,7 +248,8 @@ class Session:
                     if self.trace:
                         self.trace.write(step)
                 counters = count_step(step, **self._layers)
-        counters.planning_us = round(1e6 * sum(step.seconds.get(stage, 0.0) for stage in ("read", "plan", "learned")))
+        planning = ("read", "deal", "plan", "learned")
+        counters.planning_us = round(1e6 * sum(step.seconds.get(stage, 0.0) for stage in planning))
         counters.teacher_us = round(1e6 * step.seconds.get("reference", 0.0))
         self._interval.add(counters)
         self.totals.add(counters)
@@ -241,7 +257,7 @@ class Session:
     def score_only(self, arguments: dict[str, Any]) -> None:
         """Have the reference losses of a step's batches in the store, and run nothing else. All ranks call this."""
         step = Step(self.steps_done, "sparse", elides=True)
-        self._read(step, arguments)
+        self._read(step, arguments, dealing=None)
 
     def _begin(self) -> Step:
         self._phase = phase_of(self.steps_done, self.config.schedule)
@@ -249,31 +265,67 @@ class Session:
             self._phase = "dense"
         return Step(self.steps_done, self._phase, self._phase == "sparse" and self.config.elides_in(self.steps_done))
 
-    def _read(self, step: Step, arguments: dict[str, Any]) -> None:
-        """Pull this step's batches, read them on the planner, and get the reference losses of a step that elides.
+    def _read(self, step: Step, arguments: dict[str, Any], dealing: Dealing | None) -> None:
+        """Pull this step's batches, read them on the planner, have them dealt in a step that elides, and get that one's
+        reference losses.
 
         Raises:
             ReGateError: a rank could not; on every rank.
         """
+        deals = step.elides and dealing is not None
         allowed = f"a dictionary with {self.adapter.keys}"
         with self.topology.together("batch", allowed=allowed, change="the data loader") as stage:
             with step.enter("peek"):
                 iterators = _as_list(arguments["data_iterator"])
                 step.batches = [_pull(one, arguments["num_microbatches"]) for one in iterators]
             if self.planner:
-                with step.enter("read"):
-                    own = next(pulled for pulled in reversed(step.batches) if pulled is not None)
-                    step.facts = self.adapter.read_all(own)
-                    self._check_lengths(step.facts)
-                if step.elides and self.reference:
-                    with step.enter("reference"):
-                        before = self.reference.num_found, self.reference.num_computed
-                        stage.wish = self.reference.look_up(step.facts)
-                        step.num_found = self.reference.num_found - before[0]
-                        step.num_asked = step.num_found + self.reference.num_computed - before[1]
+                self._read_facts(step)
+                if not deals:
+                    stage.wish = self._look_up(step)
+        if dealing:
+            dealing.meet(step)
+        if deals:
+            stage = self._deal(step, dealing)
         if step.elides and self.reference:
             with step.enter("reference"):
                 step.reference = self.reference.fetch(arguments["micro_batch_size"], anyone_misses=stage.anyone_wishes)
+
+    def _read_facts(self, step: Step) -> None:
+        """Read the batches whose facts are not known; planners only."""
+        with step.enter("read"):
+            own = next(pulled for pulled in reversed(step.batches) if pulled is not None)
+            known = step.facts or [None] * len(own)
+            unread = [one for one, facts in zip(own, known, strict=True) if facts is None]
+            read = iter(self.adapter.read_all(unread) if unread else ())
+            step.take_facts([next(read) if facts is None else facts for facts in known])
+            self._check_lengths(step.facts)
+
+    def _look_up(self, step: Step) -> bool:
+        """Whether reference losses are missing; planners only."""
+        if not (step.elides and self.reference):
+            return False
+        with step.enter("reference"):
+            before = self.reference.num_found, self.reference.num_computed
+            misses = self.reference.look_up(step.facts)
+            step.num_found = self.reference.num_found - before[0]
+            step.num_asked = step.num_found + self.reference.num_computed - before[1]
+        return misses
+
+    def _deal(self, step: Step, dealing: Dealing) -> Stage:
+        """Have the microbatches that are dealt to this rank in place of its own; returns the stage that ends it.
+
+        Raises:
+            ReGateError: a rank could not; on every rank.
+        """
+        with step.enter("deal"), self.topology.together("deal"):
+            from_DM, packed = dealing.decide(step)
+        with self.topology.together("rows", allowed="what the other rank packed", change="nothing: restart") as stage:
+            with step.enter("deal"):
+                dealing.exchange(step, from_DM, packed)
+            if self.planner:
+                self._read_facts(step)
+                stage.wish = self._look_up(step)
+        return stage
 
     def _plan(self, step: Step) -> None:
         """Plan a step that elides, and share the plan.

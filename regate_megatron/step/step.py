@@ -1,6 +1,6 @@
 """One training step on one rank: a value that its stages fill, in order.
 
-    peek → read → reference → plan → run → learned | forgotten
+    peek → read → deal → reference → plan → run → learned | forgotten
 
 Who runs the stages is :class:`~regate_megatron.step.session.Session`; what it counts is beside, in :mod:`.counters`.
 """
@@ -20,7 +20,7 @@ from regate_megatron.batches import MicrobatchFacts, StepFacts
 from regate_megatron.method.plan import StepPlan
 from regate_megatron.method.schedule import Phase
 
-Stage = Literal["new", "peek", "read", "reference", "plan", "run", "learned", "forgotten"]
+Stage = Literal["new", "peek", "read", "deal", "reference", "plan", "run", "learned", "forgotten"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,11 @@ class Step:
     def whole(self) -> StepFacts:
         """The facts of all microbatches together, on planners; asked for once they are read."""
         return StepFacts(self.facts)
+
+    def take_facts(self, facts: list[MicrobatchFacts]) -> None:
+        """Know the microbatches by these facts; those of microbatches that were dealt away are forgotten."""
+        self.facts = facts
+        vars(self).pop("whole", None)
 
     @contextmanager
     def enter(self, stage: Stage) -> Iterator[None]:

@@ -33,3 +33,10 @@ def experts_span_replicas(model: Any) -> bool:
     expert_tensor = getattr(model, "expert_tensor_parallel_size", None) or tensor
     sharing = expert_tensor * getattr(model, "expert_model_parallel_size", 1)
     return tensor * model.context_parallel_size % sharing > 0
+
+
+def gathers_over_replicas(model: Any) -> bool:
+    """Whether ranks of several replicas gather one another's tokens in expert layers, equally many of each."""
+    if not model.num_moe_experts or model.moe_token_dispatcher_type != "allgather":
+        return False
+    return experts_span_replicas(model)

@@ -5,18 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from regate_megatron.config import STUDENT_AS_TEACHER, flag
-from regate_megatron.support.alignment import experts_span_replicas
+from regate_megatron.support.alignment import gathers_over_replicas
 from regate_megatron.support.setting import Fields, Found, Rule, Setting, flag_of, leave_out
 
 _PACKING_FLAGS = ("sft", "dataloader_inter_document_masking", "use_packed_sequence")
 
 
 def _several_lengths(setting: Setting) -> Any:
-    model, budget = setting.model, setting.config.budget
-    if budget == "uniform" or not model.num_moe_experts or not experts_span_replicas(model):
+    budget = setting.config.budget
+    if budget in ("uniform", "dealt") or not gathers_over_replicas(setting.model):
         return None
-    dispatcher = model.moe_token_dispatcher_type
-    return f"{budget} with {dispatcher} dispatch over several replicas" if dispatcher == "allgather" else None
+    return f"{budget} with allgather dispatch over several replicas"
 
 
 def _cuda_graphs(setting: Setting) -> Any:
@@ -73,8 +72,8 @@ TRAINING_RULES = (
     Rule(
         flag("budget"),
         _several_lengths,
-        "uniform where replicas share experts by allgather",
-        "--moe-token-dispatcher-type to alltoall, or --regate-budget to uniform",
+        "uniform or dealt where replicas share experts by allgather",
+        "--moe-token-dispatcher-type to alltoall, or --regate-budget to dealt",
         "allgather takes equally many tokens of every rank",
     ),
     Rule(

@@ -213,7 +213,10 @@ def batches(case: dict) -> list[dict]:
     image = torch.randn(GLOBAL_ROWS, 3, side, side, generator=generator)
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     own, num_rows = [], case.get("rows", 2)
-    for start in range(rank * num_rows, GLOBAL_ROWS, size * num_rows):
+    starts = range(rank * num_rows, GLOBAL_ROWS, size * num_rows)
+    if case.get("uneven"):  # the first ranks have the shorter rows
+        starts = range(rank * GLOBAL_ROWS // size, (rank + 1) * GLOBAL_ROWS // size, num_rows)
+    for start in starts:
         rows = slice(start, start + num_rows)
         batch = {
             "tokens": tokens[rows, :-1].clone(),
@@ -301,8 +304,9 @@ class Step:
         return output, loss_func
 
 
-def run(case: dict, models: list, schedule, step: Step) -> None:
-    own = batches(case)
+def run(case: dict, models: list, schedule, step: Step, own: list[dict] | None = None) -> None:
+    """One step on this replica's batches, or on others."""
+    own = batches(case) if own is None else own
     for model in models:
         model.zero_grad(set_to_none=True)
         if isinstance(model, DistributedDataParallel):

@@ -4,17 +4,19 @@
 - ``nan``: replica 1 has a teacher that answers NaN in step 4, and on every replica some of the student's losses look
   like NaN and infinity to the planner;
 - ``planner``: in step 4 the planner of replica 1 fails before its first exchange;
+- ``killed``: in step 4 replica 1 is gone as it begins to exchange the rows that were dealt;
 - ``rss``: no fault; every 50 steps each rank notes its resident memory in TEST_RSS.<rank>.
 """
 
 import os
 import runpy
+import signal
 import time
 from pathlib import Path
 
 import torch
 
-from regate_megatron.step import planner, session, state
+from regate_megatron.step import dealing, planner, session, state
 
 _FAULT, _SECONDS = os.environ["TEST_FAULT"], 0.7
 
@@ -46,6 +48,15 @@ def failing(inner):
     return plan
 
 
+def killed(inner):
+    def exchange(self, step, *dealt):
+        if step.number == 4 and self._topology.dp_rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        inner(self, step, *dealt)
+
+    return exchange
+
+
 def some_not_finite(inner):
     def learn(self, step, losses):
         losses = [loss_BS.clone() for loss_BS in losses]
@@ -75,6 +86,8 @@ elif _FAULT == "nan":
     planner.Planner.learn = some_not_finite(planner.Planner.learn)
 elif _FAULT == "planner":
     planner.Planner.plan = failing(planner.Planner.plan)
+elif _FAULT == "killed":
+    dealing.Dealing.exchange = killed(dealing.Dealing.exchange)
 elif _FAULT == "rss":
     session.Session.finish = note_memory(session.Session.finish)
 

@@ -1,8 +1,8 @@
 """A small Megatron script, as a user has it: GPTModel on mock data through ``megatron.training.pretrain``.
 
 It knows nothing of ReGATE and needs no checkout of Megatron-LM. With TEST_SAMPLES=n the training set is n samples over
-and over: epochs. With TEST_VALIDATE=fatal the loss is validated as pretrain_gpt.py does, so that errors can be
-injected.
+and over: epochs; with TEST_PROMPTS beside it they begin with prompts of their own length. With TEST_VALIDATE=fatal the
+loss is validated as pretrain_gpt.py does, so that errors can be injected.
 """
 
 import os
@@ -48,7 +48,11 @@ class Epochs(torch.utils.data.Dataset):
         return len(self.inner)
 
     def __getitem__(self, index):
-        return self.inner[index % self.num_samples]
+        sample = self.inner[index % self.num_samples]
+        if "TEST_PROMPTS" in os.environ:
+            sample = dict(sample, loss_mask=sample["loss_mask"].clone())
+            sample["loss_mask"][: index % self.num_samples * 5 % 27] = 0
+        return sample
 
 
 def datasets_provider(num_samples, vp_stage=None):

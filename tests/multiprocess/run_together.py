@@ -26,6 +26,7 @@ from regate_megatron import (
     ReGateConfig,
     ReGateError,
     attach,
+    detach,
     load_state,
     save_state,
     step_done,
@@ -34,13 +35,15 @@ from regate_megatron import (
 from regate_megatron.api import session_of
 from regate_megatron.memory import state
 from regate_megatron.method.plan import StepPlan
-from regate_megatron.ranks import publishing
+from regate_megatron.ranks import publishing, rows
+from regate_megatron.step import dealing
 from regate_megatron.step import session as sessions
 from regate_megatron.teacher import fingerprint
 from tests.multiprocess.models import Step, build, parallel, run, shared_store
 
 CASE = {"name": "together", "model": "gpt", "tp": 2, "pp": 1, "dense_layers": 1}
 SETTINGS = {"warmup_steps": 1, "cycle_steps": 1000, "dense_steps": 0, "teacher_load": "student"}
+DEALT = SETTINGS | {"budget": "dealt", "length_multiple": 1}
 
 
 def fail(*_, **__):
@@ -58,6 +61,35 @@ def another_plan(inner):
         return plan
 
     return unpack
+
+
+def no_microbatch(given):
+    return rows_unpack(given[: len(given) // 2 // 16 * 16])
+
+
+rows_unpack = rows.unpack
+
+
+def no_data(iterator, count):
+    return None
+
+
+def a_shorter_batch(inner):
+    return lambda step: tuple(values_M[:-1] for values_M in inner(step))
+
+
+def faults_of_deals(session) -> dict:
+    """As :func:`faults`, where rows are dealt."""
+    planner, word = session.planner, "has a fault"
+    fewer = a_shorter_batch(planner.asked) if planner else None
+    return {
+        "before a deal's exchanges": ([2], planner, "asked", fail, "rank 2 " + word),
+        "packing what leaves": ([1], dealing, "pack", fail, "rank 1 " + word),
+        "reading what came": ([3], rows, "unpack", fail, "rank 3 " + word),
+        "bytes that are no microbatch": ([0], rows, "unpack", no_microbatch, "rows: given ValueError: a microbatch"),
+        "a rank that has no data any more": ([3], sessions, "_pull", no_data, "data in one step and none in another"),
+        "another number of microbatches": ([2], planner, "asked", fewer, "from 3 to 4 microbatches"),
+    }
 
 
 def faults(session) -> dict:
@@ -126,6 +158,40 @@ def fault(session, ranks, place, name, value):
             yield
 
 
+def try_faults(case: dict, settings: dict, faults_of, heard: dict, expected: dict) -> None:
+    """Every fault, what all ranks heard of it, and a step after it."""
+    models = attach(build(case), ReGateConfig(**settings), pad_token=0)
+    session = session_of(models)
+    schedule = wrap_forward_backward(get_forward_backward_func())
+
+    def step() -> None:
+        run(case, models, schedule, Step())
+        step_done(models)
+
+    def hear(name: str, ranks: list, place, attribute: str | None, value, words: str) -> None:
+        line, expected[name] = None, words
+        with fault(session, ranks, place, attribute, value):
+            try:
+                step()
+            except ReGateError as error:
+                line = str(error)
+        step_done(models, counted=False)
+        heard[name] = [None] * dist.get_world_size()
+        dist.all_gather_object(heard[name], line)  # every rank is there to say so
+
+    if session.dealing:  # ranks find their peers in the first step
+        hear("a rank that never has data", [3], sessions, "_pull", no_data, "on some of the ranks [1, 3]")
+    step()  # the dense one
+    for name, what in faults_of(session).items():
+        hear(name, *what)
+        before = session.totals.sparse_steps
+        step()
+        done = torch.tensor([session.totals.sparse_steps - before if session.planner else 1])
+        dist.all_reduce(done, dist.ReduceOp.MIN)
+        assert int(done) == 1, f"after {name} no step went well"
+    detach(models)
+
+
 def main(results: Path) -> None:
     heard: dict[str, list] = {}
     with parallel(CASE, shared_store()):
@@ -157,6 +223,8 @@ def main(results: Path) -> None:
             dist.all_reduce(done, dist.ReduceOp.MIN)
             assert int(done) == 1, f"after {name} no step went well"
         expected = {name: words for name, (*_, words, _) in places.items()}
+        detach(models)
+        try_faults(CASE | {"rows": 1, "uneven": True}, DEALT, faults_of_deals, heard, expected)
         if dist.get_rank() == 0:
             results.write_text(json.dumps({"heard": heard, "expected": expected}))
 

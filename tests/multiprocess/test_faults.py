@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,16 @@ def test_a_planner_that_fails_ends_all_ranks_with_its_line(runs):
     assert all(run.codes) and "Traceback" not in run.output
     said = [line for line in run.output.splitlines() if line.startswith("regate: ")]
     assert len(said) == 1 and "given IndexError: out of range; allowed" in said[0] and "change" in said[0]
+
+
+def test_a_rank_killed_while_rows_are_exchanged_ends_the_other_with_a_line(runs):
+    argv = [FAULTS, *MODEL, "--train-iters", STEPS, "--eval-interval", 100, *REGATE, "--regate-score", "student"]
+    env = SAMPLES | {"TEST_PROMPTS": "1", "TEST_FAULT": "killed"}
+    begun = time.monotonic()
+    run = runs.run(2, [*argv, "--regate-budget", "dealt"], ok=False, env=env, timeout_s=120)
+    assert all(run.codes) and -9 in run.codes and time.monotonic() - begun < 100
+    said = [line for line in run.output.splitlines() if line.startswith("regate: ")]
+    assert len(said) == 1 and "no answer from another rank, which has stopped" in said[0], run.output[-3000:]
 
 
 def test_a_slow_planner_delays_and_nothing_else(runs, calm, tmp_path):

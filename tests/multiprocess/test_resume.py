@@ -102,6 +102,27 @@ def test_n_and_n_steps_are_2n_steps_bit_for_bit(runs, uninterrupted, tmp_path):
     assert not list(folder.glob("regate_incomplete*"))
 
 
+def test_dealt_rows_run_once_in_their_step_and_n_and_n_steps_are_2n(runs, tmp_path):
+    """The loader and its state know nothing of it: the samples of every step are those of a run without dealing."""
+    home, dealt, rest = (tmp_path / name for name in ("home", "dealt", "rest"))
+    more = {"env": SAMPLES | {"TEST_PROMPTS": "1"}, "teacher": False}
+    _train(runs, 2, home, "--regate-budget", "per-sample", **more)
+    _train(runs, 2, dealt, "--regate-budget", "dealt", **more)
+    _resume(runs, 2, dealt, rest, "--regate-budget", "dealt", **more)
+    assert _trace(rest) == _trace(dealt, HALF)
+    assert _same_state(_state(rest, STEPS), _state(dealt, STEPS))
+    assert [one[:2] for one in _seen(dealt)] == [one[:2] for one in _seen(home)]
+    moved = {one[0] for one, other in zip(_seen(dealt), _seen(home), strict=True) if one != other}
+    sparse = {one["iteration"] for one in _trace(dealt)["dp00000.jsonl"] if one["phase"] == "sparse"}
+    assert moved and moved <= sparse
+
+
+def _seen(folder: Path) -> list[tuple[int, str, str]]:
+    """Every row that ran, as (iteration, sample, rank)."""
+    records = [(name, one) for name, lines in _trace(folder).items() for one in lines]
+    return sorted((one["iteration"], row["sample_key"], name) for name, one in records for row in one["rows"])
+
+
 def _without_teacher(source: Path, folder: Path, *also: str) -> Path:
     """A copy of the checkpoints, as somebody makes it who does not know of the folder beside them."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("iter_0000010", "trace", "regate_teacher", *also))

@@ -29,6 +29,13 @@ PLACES = (
     "reading the manifest",
     "reading one planner's records",
     "naming the teacher",
+    "a rank that never has data",
+    "before a deal's exchanges",
+    "packing what leaves",
+    "reading what came",
+    "bytes that are no microbatch",
+    "a rank that has no data any more",
+    "another number of microbatches",
 )
 
 

@@ -55,7 +55,7 @@ FLAGS = {  # a change here breaks users' scripts
 CHOICES = {
     "fusion": ("sum", "convex"),
     "score": ("regate", "student", "reference", "excess", "gain", "random"),
-    "budget": ("uniform", "balanced", "per-sample"),
+    "budget": ("uniform", "balanced", "per-sample", "dealt"),
     "visual_score": ("random", "even", "static", "detail"),
     "packed_ratio": ("row", "sample"),
     "context": ("all", "read"),

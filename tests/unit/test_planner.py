@@ -59,6 +59,18 @@ def test_per_sample_gives_each_sample_of_a_packed_row_its_share():
     assert (balance.own, balance.slowest, balance.mean, balance.achievable) == (16, 16, 16.0, None)
 
 
+@pytest.mark.parametrize("options", [{}, {"packed_ratio": "row"}, {"context": "read"}, {"keep_ratio": 0.2}])
+@pytest.mark.parametrize("score", ["random", "student"])
+def test_what_microbatches_ask_for_is_what_they_run_under_dealt_known_before_any_score(options, score):
+    step = Step(5, "sparse", elides=True, facts=PACKED)
+    planner = Planner(ReGateConfig(score=score, length_multiple=4, budget="dealt", **options), ALONE, 1)
+    asked_M, key_M = planner.asked(step)
+    assert step.scores is None
+    planner.plan(step)
+    assert asked_M.tolist() == [one.keep_idx_BK.numel() for one in step.plan.microbatches]
+    assert key_M.tolist() == [int(one.difficulty_key_N2[0, 0]) for one in PACKED]
+
+
 def test_a_packed_row_that_counts_as_one_has_one_share():
     kept, _ = _plan(PACKED, budget="per-sample", packed_ratio="row")
     assert [(sum(held), context, length) for held, context, length in kept] == [(3, 5, 8), (5, 3, 8)]
@@ -73,7 +85,7 @@ def test_samples_of_packed_rows_keep_their_floors(budget):
     assert balance.achievable == (1.0 if budget == "balanced" else None)
 
 
-@pytest.mark.parametrize("budget", ["per-sample", "uniform", "balanced"])
+@pytest.mark.parametrize("budget", ["per-sample", "uniform", "balanced", "dealt"])
 def test_context_after_the_last_target_of_a_row_can_be_left_out(budget):
     facts = [_facts("cttccccc"), _facts("cccccccc")]
     every, read = (_plan(facts, budget=budget, context=context)[0] for context in ("all", "read"))
