@@ -62,13 +62,16 @@ def attach(
         raise refuse("attach", given="a model that has ReGATE already", allowed="one attach", change="it: detach first")
     run = run or HostRun()
     topology = build_topology()
+    session = None
     try:
         with topology.together("attach"):
             session = _checked_session(chunks, config, topology, run, pad_token, vocab_size, tokenizer_hash, teacher)
+            session.hooks.attach()
     except BaseException:
+        if session is not None:
+            session.hooks.detach()
         topology.close()
         raise
-    session.hooks.attach()
     for model in session.models:
         object.__setattr__(model, _SESSION, session)
     return model_chunks

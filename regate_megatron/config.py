@@ -271,6 +271,10 @@ class ReGateConfig:
         """Whether any step can be shorter than the dense one."""
         return min(self.keep_ratio, self.keep_ratio_end or 1.0, self.visual_keep_ratio) < 1.0
 
+    def ranks_targets_in(self, step: int) -> bool:
+        """Whether a sparse step ``step`` leaves targets out."""
+        return keep_ratio_of(step, self.keep_ratio, self.keep_ratio_end, self.schedule) < 1.0
+
     def elides_in(self, step: int) -> bool:
         """Whether a sparse step ``step`` leaves anything out."""
         of_targets = keep_ratio_of(step, self.keep_ratio, self.keep_ratio_end, self.schedule)

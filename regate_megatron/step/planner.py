@@ -121,7 +121,7 @@ class Planner:
             loss_X,
             facts.label_X,
             step=step.number,
-            is_dense=not step.plan.is_sparse,
+            is_dense=not (step.plan.is_sparse and self.sorts[0].keep_ratio(step.number) < 1.0),
         )
 
     @property

@@ -16,7 +16,7 @@ from typing import Any
 from regate_megatron import compat
 from regate_megatron.batches import BatchAdapter, MicrobatchFacts
 from regate_megatron.config import ReGateConfig, flag
-from regate_megatron.decoder import Hooks, gather_context, to_host
+from regate_megatron.decoder import Hooks, ShardedPlan, gather_context, to_host
 from regate_megatron.errors import ReGateError, refuse
 from regate_megatron.memory.learned import Learned
 from regate_megatron.method.plan import StepPlan
@@ -210,14 +210,11 @@ class Session:
         self.prepare(arguments["micro_batch_size"])
         step = self._begin()
         self._read(step, arguments, self.dealing)
-        self._plan(step)
-        with step.enter("plan"):
-            batches = [self._elide(pulled, step.plan) for pulled in step.batches]
-            sharded = self.hooks.lay_out(step.plan)
+        sharded = self._plan(step)
         self.work = count_plan(step.plan, **self._layers)
         with step.enter("run"):
             observe = step.losses.append if self.topology.sees_losses else None
-            result = self.hooks.run(schedule, arguments, batches, sharded, observe)
+            result = self.hooks.run(schedule, arguments, step.batches, sharded, observe)
             if self.hooks.layout.cp_size > 1 and self.topology.sees_losses:
                 step.losses = gather_context(step.losses, self.hooks.layout)
         step.batches = []  # their memory is free from here
@@ -263,7 +260,8 @@ class Session:
         self._phase = phase_of(self.steps_done, self.config.schedule)
         if self._phase == "sparse" and self.steps_done < self.dense_until:
             self._phase = "dense"
-        return Step(self.steps_done, self._phase, self._phase == "sparse" and self.config.elides_in(self.steps_done))
+        elides = self._phase == "sparse" and self.config.elides_in(self.steps_done)
+        return Step(self.steps_done, self._phase, elides, elides and self.config.ranks_targets_in(self.steps_done))
 
     def _read(self, step: Step, arguments: dict[str, Any], dealing: Dealing | None) -> None:
         """Pull this step's batches, read them on the planner, have them dealt in a step that elides, and get that one's
@@ -286,7 +284,7 @@ class Session:
             dealing.meet(step)
         if deals:
             stage = self._deal(step, dealing)
-        if step.elides and self.reference:
+        if step.ranks_targets and self.reference:
             with step.enter("reference"):
                 step.reference = self.reference.fetch(arguments["micro_batch_size"], anyone_misses=stage.anyone_wishes)
 
@@ -302,7 +300,7 @@ class Session:
 
     def _look_up(self, step: Step) -> bool:
         """Whether reference losses are missing; planners only."""
-        if not (step.elides and self.reference):
+        if not (step.ranks_targets and self.reference):
             return False
         with step.enter("reference"):
             before = self.reference.num_found, self.reference.num_computed
@@ -327,18 +325,20 @@ class Session:
                 stage.wish = self._look_up(step)
         return stage
 
-    def _plan(self, step: Step) -> None:
-        """Plan a step that elides, and share the plan.
+    def _plan(self, step: Step) -> list[ShardedPlan]:
+        """Plan a step that elides, share the plan, and make this rank's part of it; nothing in a dense step.
 
         Raises:
-            ReGateError: a planner could not, or plans differ; on every rank.
+            ReGateError: a rank could not, or plans differ; on every rank.
         """
         if not step.elides:
-            return
+            return []
         with step.enter("plan"), self.topology.together("planner", allowed="a plan of every replica's planner"):
             if self.planner:
                 self.planner.plan(step)
             step.plan = share_plan(step.plan, self.topology)
+            step.batches = [self._elide(pulled, step.plan) for pulled in step.batches]
+            return self.hooks.lay_out(step.plan)
 
     def _elide(self, pulled: list[Any] | None, plan: StepPlan) -> list[Any] | None:
         """Batches whose loss mask is 0 wherever a position does not run (context has none anyway)."""

@@ -46,6 +46,7 @@ class Step:
         number: steps done before it.
         phase: what the schedule says.
         elides: whether the schedule asks to leave something out.
+        ranks_targets: whether answer tokens are among what it leaves out.
         stage: the stage it is in.
         batches: per data iterator this step's microbatches, or None where this rank has none.
         facts: per microbatch, on planners; None elsewhere.
@@ -65,6 +66,7 @@ class Step:
     number: int
     phase: Phase
     elides: bool
+    ranks_targets: bool = True
     stage: Stage = "new"
     batches: list[list[Any] | None] = field(default_factory=list)
     facts: list[MicrobatchFacts] | None = None

@@ -51,6 +51,8 @@ class Trace:
         """Write one step, counted from 1 as Megatron does. Rows that context parallelism joined are written apart."""
         if self._file is None:  # opened late: a run from the start begins the file anew, a resumed one goes on in it
             self._file = self._path.open("a" if self.continues else "w", buffering=1)
+            if not self.continues:
+                self._path.with_suffix(".history.csv").unlink(missing_ok=True)  # of a run before
         plan_hash = step.plan.digest()
         for index, one in enumerate(step.facts):
             microbatch = step.plan.microbatches[index] if step.plan.is_sparse else None
