@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regate_megatron.config import flag
 from regate_megatron.method.plan import StepPlan
 from regate_megatron.ranks.topology import Topology
 from regate_megatron.step.step import Step
@@ -184,6 +185,21 @@ def log_line(iteration: int, phase: str, interval: Counters, total: Counters, *,
         f" | per step: planning {share['regate/planning-ms-per-step']:.1f} ms,"
         f" teacher {share['regate/teacher-ms-per-step']:.1f} ms"
         f"{fallback}"
+    )
+
+
+def has_history(counters: Counters) -> bool:
+    """Whether more than one in a hundred of the scored targets has a difficulty of its own."""
+    return 100 * counters.targets_known >= counters.targets_scored
+
+
+def no_history(interval: Counters) -> str:
+    """The line for a run whose samples never come back."""
+    return (
+        f"[regate] only {interval.targets_known / interval.targets_scored:.1%} of the targets have a history: no sample"
+        " comes back as it was, so the score knows tokens, not samples. In a first epoch that is so. In a later one the"
+        " data change: windows cut anew (GPTDataset cuts others every epoch) or augmented pictures. Then take"
+        f" {flag('score')} reference, a dataset that keeps its samples, or {flag('sample_key')} text"
     )
 
 

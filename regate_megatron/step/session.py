@@ -15,7 +15,7 @@ from typing import Any
 
 from regate_megatron import compat
 from regate_megatron.batches import BatchAdapter, MicrobatchFacts
-from regate_megatron.config import ReGateConfig, flag
+from regate_megatron.config import ReGateConfig
 from regate_megatron.decoder import Hooks, ShardedPlan, gather_context, to_host
 from regate_megatron.errors import ReGateError, refuse
 from regate_megatron.memory.learned import Learned
@@ -23,7 +23,14 @@ from regate_megatron.method.plan import StepPlan
 from regate_megatron.method.schedule import Phase, phase_of
 from regate_megatron.ranks.together import Stage
 from regate_megatron.ranks.topology import Topology
-from regate_megatron.step.counters import Counters, count_plan, count_step, reduce_counters
+from regate_megatron.step.counters import (
+    Counters,
+    count_plan,
+    count_step,
+    has_history,
+    no_history,
+    reduce_counters,
+)
 from regate_megatron.step.dealing import Dealing
 from regate_megatron.step.planner import Planner
 from regate_megatron.step.sharing import share_plan
@@ -37,8 +44,6 @@ from regate_megatron.support.alignment import (
     segment_alignment,
 )
 from regate_megatron.teacher import ReferenceLosses, TeacherSource, open_reference
-
-_FEW = 0.01  # of the targets: as good as none has a history
 
 
 class Session:
@@ -85,8 +90,6 @@ class Session:
         if config.budget == "dealt" and topology.dp_size > 1:
             shares_experts = bool(transformer.num_moe_experts) and experts_span_replicas(transformer)
             self.dealing = Dealing(topology, self.planner, in_columns=shares_experts)
-
-    # ------------------------------------------------------------------------------------------- for hosts and state
 
     def detach(self) -> None:
         """Take the hooks off and close what is open."""
@@ -176,21 +179,10 @@ class Session:
         Args:
             interval, total: reduced counters.
         """
-        is_early = total.sparse_steps < 2 * self.config.cycle_steps
-        if self._is_advised or is_early or not interval.targets_scored:
-            return None
-        if total.targets_known >= _FEW * total.targets_scored:
-            self._is_advised = True
-            return None
-        if interval.targets_known >= _FEW * interval.targets_scored:
+        if self._is_advised or total.sparse_steps < 2 * self.config.cycle_steps or not interval.targets_scored:
             return None
         self._is_advised = True
-        return (
-            f"[regate] only {interval.targets_known / interval.targets_scored:.1%} of the targets have a history:"
-            " no sample comes back as it was, so the score knows tokens, not samples. In a first epoch that is so. In a"
-            " later one the data change: windows cut anew (GPTDataset cuts others every epoch) or augmented pictures."
-            f" Then take {flag('score')} reference, a dataset that keeps its samples, or {flag('sample_key')} text"
-        )
+        return None if has_history(total) or has_history(interval) else no_history(interval)
 
     def describe(self) -> str:
         """What is attached where, one line per hook."""
@@ -202,8 +194,6 @@ class Session:
         if self.reference is not None:
             lines.append(self.reference.describe())
         return "\n".join(lines)
-
-    # ------------------------------------------------------------------------------------------------------ one step
 
     def run(self, schedule: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """Run one training step of ``schedule`` with ``arguments`` (keywords of Megatron's forward-backward)."""
@@ -274,7 +264,8 @@ class Session:
         allowed = f"a dictionary with {self.adapter.keys}"
         with self.topology.together("batch", allowed=allowed, change="the data loader") as stage:
             with step.enter("peek"):
-                iterators = _as_list(arguments["data_iterator"])
+                given = arguments["data_iterator"]
+                iterators = given if isinstance(given, list) else [given]
                 step.batches = [_pull(one, arguments["num_microbatches"]) for one in iterators]
             if self.planner:
                 self._read_facts(step)
@@ -380,10 +371,6 @@ class Session:
                 allowed=f"multiples of {multiple}",
                 change="the data loader's padding",
             )
-
-
-def _as_list(iterators: Any) -> list[Any]:
-    return iterators if isinstance(iterators, list) else [iterators]
 
 
 def _pull(iterator: Iterator[Any] | None, count: int) -> list[Any] | None:

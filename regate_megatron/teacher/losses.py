@@ -151,9 +151,13 @@ class ReferenceLosses:
             self.store.flush()
 
     def close(self) -> None:
-        """Put on disk what waits for it, and stop."""
+        """Put on disk what waits for it, give the teacher back as it was, and stop."""
         if self.store is not None:
             self.store.close()
+        if self._offloaded:
+            self._offloaded.bring()
+        if self.run is not None:
+            self.run.detach()
 
     def describe(self) -> str:
         """What the teacher is and what is remembered, in lines."""

@@ -38,10 +38,16 @@ class TeacherRun:
         self.layout = Layout.of_model(self.config, sequence_parallel=False)
         self._current = CurrentMicrobatch()
         self._targets: Targets | None = None
-        for chunk in self.chunks:
-            DecoderHook(chunk, self._current, dense_layers=0, arrives_short=True)
-            if chunk.post_process:
-                chunk.output_layer.register_forward_pre_hook(self._targets_only)
+        self._hooks = [DecoderHook(one, self._current, dense_layers=0, arrives_short=True) for one in self.chunks]
+        last = [one.output_layer for one in self.chunks if one.post_process]
+        self._handles = [one.register_forward_pre_hook(self._targets_only) for one in last]
+
+    def detach(self) -> None:
+        """Leave the model as it was: it may be the caller's."""
+        while self._hooks:
+            self._hooks.pop().detach()
+        while self._handles:
+            self._handles.pop().remove()
 
     @torch.no_grad()
     def __call__(self, request: TeacherRows, micro_batch_size: int) -> list[Tensor]:

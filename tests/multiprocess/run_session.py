@@ -540,6 +540,25 @@ def run_without_saved_difficulty_refreshes_it_first() -> None:
     assert phases == [("dense", False), ("dense", False), ("sparse", True), ("sparse", True)]
 
 
+def teacher_of_the_callers_own_is_given_back_as_it_was() -> None:
+    teacher = build(GPT)[0].eval()
+
+    def seen() -> tuple:
+        return set(vars(teacher)), set(vars(teacher.decoder)), len(teacher.output_layer._forward_pre_hooks)
+
+    before, digests = seen(), []
+    for _ in range(2):  # the same object serves again
+        models = attach(build(GPT), config(), teacher=teacher, pad_token=0)
+        schedule = wrap_forward_backward(get_forward_backward_func())
+        for _ in range(2):
+            run(GPT, models, schedule, Step())
+        digests.append(session_of(models).step.plan.digest())
+        assert session_of(models).step.plan.is_sparse and seen() != before
+        detach(models)
+        assert seen() == before
+    assert digests[0] == digests[1]
+
+
 def another_length_than_planned_is_refused() -> None:
     models, session, schedule = attached(score="student")
     run(GPT, models, schedule, Step())

@@ -10,7 +10,7 @@ import torch
 
 from regate_megatron.batches import MicrobatchFacts
 from regate_megatron.method.plan import MicrobatchPlan, Packing, StepPlan
-from regate_megatron.step.counters import Counters, count_step, log_line, ratios
+from regate_megatron.step.counters import Counters, count_step, has_history, log_line, no_history, ratios
 from regate_megatron.step.step import Balance, Step
 from regate_megatron.step.trace import Trace
 
@@ -154,3 +154,10 @@ def test_the_log_line_says_how_much_was_known():
         4, "sparse", counters, Counters()
     )
     assert "history" not in log_line(4, "dense", Counters(steps=1), Counters())
+
+
+def test_a_run_whose_samples_never_come_back_is_told_what_to_do():
+    never, some = Counters(targets_scored=1000, targets_known=9), Counters(targets_scored=1000, targets_known=10)
+    assert has_history(some) and not has_history(never)
+    line = no_history(never)
+    assert line.startswith("[regate] only 0.9% of the targets have a history") and "--regate-sample-key text" in line
