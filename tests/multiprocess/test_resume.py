@@ -149,10 +149,9 @@ def test_lost_teacher_is_refused_and_never_the_student_as_it_is_now(runs, uninte
         _refusal(_resume(runs, 2, source, tmp_path / "ours", *also, ok=False))
 
 
+@pytest.mark.parametrize("uninterrupted", ["sync"], indirect=True)
 def test_teacher_of_another_time_is_refused_and_one_that_is_named_is_said(runs, uninterrupted, tmp_path):
     kind, folder, _ = uninterrupted
-    if kind != "sync":
-        pytest.skip("the same code in every format")
     source = _without_teacher(folder, tmp_path / "source")
     shutil.copytree(folder / "iter_0000010", source / "regate_teacher")
     line = _refusal(_resume(runs, 2, source, tmp_path / "ours", ok=False))

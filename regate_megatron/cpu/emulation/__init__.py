@@ -108,11 +108,6 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def is_installed() -> bool:
-    """Whether this process runs under the emulation."""
-    return _INSTALLED
-
-
 def adjust_arguments(argv: list[str]) -> list[str]:
     """A Megatron-LM script's command line, as used on a cluster, with what a CPU needs; see :mod:`.arguments`."""
     from regate_megatron.cpu.emulation.arguments import adjust_arguments as adjust
