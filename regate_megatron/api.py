@@ -21,7 +21,8 @@ from regate_megatron.step.state import save_state as save_session
 from regate_megatron.step.trace import check_trace_folder
 from regate_megatron.support import HostRun, Setting, check_support
 from regate_megatron.teacher import TeacherSource
-from regate_megatron.teacher.source import find_teacher
+from regate_megatron.teacher.given import check_given
+from regate_megatron.teacher.source import check_pad_token, find_teacher
 
 _SESSION = "_regate_session"
 
@@ -45,8 +46,8 @@ def attach(
     Args:
         model_chunks: the chunks the framework trains, wrapped or not.
         config: the settings.
-        teacher: a frozen language model sharded like the student (its chunk, or the list of its chunks), in place of
-            ``config.teacher_load``.
+        teacher: a frozen language model sharded like the student, without sequence parallelism (its chunk, or the list
+            of its chunks), in place of ``config.teacher_load``; not looked at where no score asks for one.
         run: what the host tells of its run, where one does, for checks and defaults.
         pad_token: the tokenizer's pad id, for ``teacher_visual="pad"`` and batches without a loss mask.
         vocab_size: the student tokenizer's true size, to check the teacher's against.
@@ -104,6 +105,9 @@ def _checked_session(
         if teacher is None:
             config.require_teacher()
             checkpoint = find_teacher(language_models, config, run, pad_token=pad_token, vocab_size=vocab_size)
+        else:
+            check_pad_token(config, pad_token)
+            check_given(teacher, language_models, vocab_size)
         source = TeacherSource(teacher, checkpoint, pad_token, tokenizer_hash)
     if config.trace:
         check_trace_folder(config.trace)

@@ -104,7 +104,11 @@ def _torchrun_once(
     try:
         output, errors = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, errors = process.communicate()
+        process.terminate()  # ranks have sessions of their own: only the launcher knows them, and ends them when told
+        try:
+            output, errors = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, errors = process.communicate()
         pytest.fail(f"{command} on {num_ranks} ranks did not end in {timeout_s} s\n{output[-4000:]}\n{errors[-4000:]}")
     return Finished(process.returncode, output, errors)

@@ -18,8 +18,6 @@ from typing import Any
 from benchmarks.gpu import machine
 from regate_megatron.errors import ReGateError
 
-_START = time.monotonic()
-
 
 class Results:
     """The results of one part.
@@ -32,6 +30,7 @@ class Results:
     def __init__(self, options: Any, **settings: Any) -> None:
         self.path = options.out / f"{options.part}.json"
         self.only, self.budget = options.only, options.budget_seconds
+        self._start = time.monotonic()
         self.data: dict[str, Any] = {
             "part": options.part,
             "status": "running",
@@ -43,8 +42,8 @@ class Results:
         self.write()
 
     def seconds_left(self) -> float:
-        """Seconds until nothing new may begin, counted from the start of the process."""
-        return self.budget - (time.monotonic() - _START)
+        """Seconds until nothing new may begin, counted from the start of the part."""
+        return self.budget - (time.monotonic() - self._start)
 
     def measure(self, name: str, needs_seconds: float, function: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         """Run one measurement and keep what it returns; a fault is kept as one that does not hold.
@@ -82,7 +81,7 @@ class Results:
         """Write the last state; returns the exit code."""
         faults = [one["name"] for one in self.data["measurements"] if one["holds"] is False]
         self.data["status"] = "complete" if not self.data["skipped"] else "complete but for what was skipped"
-        self.data["seconds"] = round(time.monotonic() - _START, 1)
+        self.data["seconds"] = round(time.monotonic() - self._start, 1)
         self.write()
         num, skipped = len(self.data["measurements"]), len(self.data["skipped"])
         print(f"{num} measurements, {len(faults)} that do not hold, {skipped} skipped; wrote {self.path}", flush=True)

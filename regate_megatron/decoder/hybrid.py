@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from regate_megatron.compat import is_one_of
 from regate_megatron.decoder.ranges import LayerRange
+from regate_megatron.support.decoder import HYBRID_STACK
 
 
 class HybridRange(LayerRange):
@@ -22,4 +24,4 @@ class HybridRange(LayerRange):
 
 def is_hybrid(block: Any) -> bool:
     """Whether a decoder is a ``HybridStack``."""
-    return hasattr(block, "layer_type_list")
+    return is_one_of(block, (HYBRID_STACK,))

@@ -12,10 +12,8 @@ LANGUAGE_MODELS = (
     "megatron.core.models.gpt.gpt_model.GPTModel",
     "megatron.core.models.hybrid.hybrid_model.HybridModel",
 )
-_BLOCKS = (
-    "megatron.core.transformer.transformer_block.TransformerBlock",
-    "megatron.core.models.hybrid.hybrid_block.HybridStack",
-)
+HYBRID_STACK = "megatron.core.models.hybrid.hybrid_block.HybridStack"
+_BLOCKS = ("megatron.core.transformer.transformer_block.TransformerBlock", HYBRID_STACK)
 _ATTENTIONS = (
     "megatron.core.transformer.attention.SelfAttention",
     "megatron.core.transformer.multi_latent_attention.MLASelfAttention",

@@ -125,14 +125,18 @@ class ReferenceLosses:
         Returns:
             On the planner one float32 [T] per sample, in the order of its targets; None elsewhere. A loss that is not
             finite comes back as it is, and is not remembered.
+
+        Raises:
+            ReGateError: a planner could not lay the rows out, or remember the losses; on every rank.
         """
         start = time.perf_counter()
         if anyone_misses:
             self.require_teacher()
-            request = self._share(self._level(self._request) if self.topology.is_planner else None)
-            if request is not None:
-                losses = self._run(request, micro_batch_size)
-                if self.topology.is_planner:
+            with self.topology.together("rows for the teacher"):
+                request = self._share(self._level(self._request) if self.topology.is_planner else None)
+            losses = self._run(request, micro_batch_size) if request is not None else []
+            with self.topology.together("reference losses", allowed="a store that can be written", change="the store"):
+                if request is not None and self.topology.is_planner:
                     self._take(request, losses)
         self.seconds += time.perf_counter() - start
         return self._found if self.topology.is_planner else None

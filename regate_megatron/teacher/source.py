@@ -39,13 +39,7 @@ def find_teacher(
     Raises:
         ReGateError: no such checkpoint, another architecture or vocabulary, or no pad token for "pad".
     """
-    if config.teacher_visual == "pad" and (pad_token is None or pad_token < 0):
-        raise refuse(
-            flag("teacher_visual"),
-            given=f"pad with a tokenizer whose pad id is {pad_token}",
-            allowed="pad with a tokenizer that has a pad token",
-            change="it to drop, or the tokenizer",
-        )
+    check_pad_token(config, pad_token)
     if config.teacher_load != STUDENT_AS_TEACHER:
         checkpoint = open_language_model(config.teacher_load, flag("teacher_load"))
         for student in students:
@@ -62,6 +56,21 @@ def find_teacher(
         _check_architecture(student, checkpoint)
         settle(student, checkpoint)
     return checkpoint
+
+
+def check_pad_token(config: ReGateConfig, pad_token: int | None) -> None:
+    """A teacher that reads placeholders has one to read.
+
+    Raises:
+        ReGateError: it has none.
+    """
+    if config.teacher_visual == "pad" and (pad_token is None or pad_token < 0):
+        raise refuse(
+            flag("teacher_visual"),
+            given=f"pad with a tokenizer whose pad id is {pad_token}",
+            allowed="pad with a tokenizer that has a pad token",
+            change="it to drop, or the tokenizer",
+        )
 
 
 def teacher_of_resumed_run(run: HostRun) -> Path | None:

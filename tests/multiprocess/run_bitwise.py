@@ -1,8 +1,8 @@
-"""Worker of test_bitwise: fifty optimizer steps with ReGATE at keep ratio 1.0 and without it, compared bit for bit.
+"""Worker of test_bitwise: optimizer steps with ReGATE at keep ratio 1.0 and without it, compared bit for bit.
 
 Megatron's own DDP and distributed optimizer, gradients reduced and weights gathered while the schedule runs.
 
-    torchrun --nproc-per-node 4 tests/multiprocess/run_bitwise.py gpt@tp2-dp2 llava@tp2-pp2
+    torchrun --nproc-per-node 4 tests/multiprocess/run_bitwise.py 20 gpt@tp2-dp2 llava@tp2-pp2
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from regate_megatron import ReGateConfig, attach, wrap_forward_backward
 from tests.multiprocess.models import Step, build, parallel, run, shared_store, under_ddp
 
-STEPS = 50
 CASES = {
     "gpt@tp2-dp2": {"model": "gpt", "tp": 2, "pp": 1},
     "gpt@pp2-vpp2-dp2": {"model": "gpt", "tp": 1, "pp": 2, "vpp": 2},
@@ -32,7 +31,7 @@ CASES = {
 }
 
 
-def train(case: dict, *, with_regate: bool) -> tuple[list, list[torch.Tensor]]:
+def train(case: dict, steps: int, *, with_regate: bool) -> tuple[list, list[torch.Tensor]]:
     """Losses and gradient norms of every step, and the weights at the end."""
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     models = build(case)
@@ -52,7 +51,7 @@ def train(case: dict, *, with_regate: bool) -> tuple[list, list[torch.Tensor]]:
         attach(models, config, pad_token=0)
         schedule = wrap_forward_backward(schedule)
     history = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         optimizer.zero_grad()
         step = Step()
         run(case, models, schedule, step)
@@ -61,21 +60,21 @@ def train(case: dict, *, with_regate: bool) -> tuple[list, list[torch.Tensor]]:
     return history, [parameter.detach().clone() for model in models for parameter in model.parameters()]
 
 
-def main(names: list[str]) -> None:
+def main(steps: int, names: list[str]) -> None:
     store = shared_store()
     for name in names:
         case = dict(CASES[name], name=name, dense_layers=1)
         with parallel(case, store):
-            compare(case)
+            compare(case, steps)
             if dist.get_rank() == 0:
-                print(f"equal over {STEPS} steps: {name}", flush=True)
+                print(f"equal over {steps} steps: {name}", flush=True)
 
 
-def compare(case: dict) -> None:
+def compare(case: dict, steps: int) -> None:
     """Train with and without; raises AssertionError at the first difference."""
-    plain, plain_weights = train(case, with_regate=False)
-    ours, our_weights = train(case, with_regate=True)
-    assert len({norm for _, norm in plain}) > STEPS // 2, "nothing was trained"
+    plain, plain_weights = train(case, steps, with_regate=False)
+    ours, our_weights = train(case, steps, with_regate=True)
+    assert len({norm for _, norm in plain}) > steps // 2, "nothing was trained"
     for number, ((losses, norm), (our_losses, our_norm)) in enumerate(zip(plain, ours, strict=True)):
         assert norm == our_norm, f"{case['name']}: gradient norm of step {number}"
         assert all(map(torch.equal, losses, our_losses)), f"{case['name']}: losses of step {number}"
@@ -83,4 +82,4 @@ def compare(case: dict) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(int(sys.argv[1]), sys.argv[2:])

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 from regate_megatron.cpu import emulation
 
@@ -557,6 +558,25 @@ def teacher_of_the_callers_own_is_given_back_as_it_was() -> None:
         detach(models)
         assert seen() == before
     assert digests[0] == digests[1]
+
+
+def teacher_of_the_callers_own_that_cannot_serve_is_refused() -> None:
+    def refusal(line: str, teacher, **more) -> None:
+        student = build(GPT)
+        refused(line, lambda: attach(student, config(**more.pop("settings", {})), teacher=teacher, **more))
+        assert session_of(student) is None
+
+    good = build(GPT)[0].eval()
+    refusal("given Linear; allowed the bare GPTModel", torch.nn.Linear(2, 2))
+    refusal("given 2 chunk(s) with (first, last) [(True, True), (True, True)]", [good, good])
+    refusal("given a vocabulary of", good, vocab_size=good.vocab_size + 1)
+    refusal("given pad with a tokenizer whose pad id is None", good, settings={"teacher_visual": "pad"})
+    with patch.multiple(good.config, context_parallel_size=2):
+        refusal("given context_parallel_size 2 where the student has 1", good)
+    with patch.multiple(good.config, sequence_parallel=True, tensor_model_parallel_size=1):
+        detach(attach(build(GPT), config(), teacher=good))  # means nothing on one tensor rank
+    with patch.multiple(good.train().config, hidden_dropout=0.1):
+        refusal("given training mode with dropout 0.1", good)
 
 
 def another_length_than_planned_is_refused() -> None:
