@@ -22,8 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from regate_megatron.memory.difficulty import DifficultyStore
+from regate_megatron.memory.files import RECORDS, Piece, RecordFile, write_records
 from regate_megatron.memory.records import BYTES_PER_SAMPLE, Records
-from regate_megatron.memory.state_files import read_records, write_records
 from regate_megatron.ranks.topology import Topology
 
 ALONE = Topology(0, 1, True, 0, 1, None, None, None)
@@ -44,7 +44,7 @@ def fill(records: Records, targets: int, per_sample: int) -> float:
         key_N2 = generator.integers(-(2**63), 2**63 - 1, (count, 2))
         value_X = generator.random(count * per_sample, np.float32).astype(np.float16)
         start = time.perf_counter()
-        records.append(key_N2, np.full(count, per_sample), np.full(count, first), value_X)
+        records.append(Piece(key_N2, np.full(count, per_sample), np.full(count, first), value_X))
         worst = max(worst, time.perf_counter() - start)
     return worst
 
@@ -85,14 +85,16 @@ def main() -> None:
     fetch, update = time_steps(store, repeat=200)
     print(f"a step of {ROWS} rows of {TARGETS_PER_ROW} targets: fetch {fetch:.2f} ms, update {update:.2f} ms")
     with tempfile.TemporaryDirectory() as folder:
-        path, start = Path(folder) / "difficulty-00000.npy", time.perf_counter()
-        facts = write_records(path, records.snapshot())
+        path, start = Path(folder) / f"difficulty-00000{RECORDS}", time.perf_counter()
+        snapshot = records.snapshot()
+        write_records(path, len(snapshot), snapshot.pieces)
         records.release()
         written, start = time.perf_counter() - start, time.perf_counter()
-        for saved in read_records(path, facts, lambda key_N2: key_N2[:, 0] % 2 == 0):
-            assert len(saved.value_X) == saved.count_N.sum()
-        read = time.perf_counter() - start
-    print(f"file: {facts.bytes / facts.num_targets:.3f} bytes per target; written {written:.2f} s, read {read:.2f} s")
+        file, entry_N = RecordFile.open(path)
+        for piece in file.pieces(entry_N, lambda key_N2: key_N2[:, 0] % 2 == 0):
+            assert len(piece.value_X) == piece.count_N.sum()
+        read, size = time.perf_counter() - start, path.stat().st_size
+    print(f"file: {size / records.num_targets:.3f} bytes per target; written {written:.2f} s, read {read:.2f} s")
     records.limit_bytes, start = records.bytes_used - 1, time.perf_counter()
     records.evict()
     print(f"eviction of {records.evicted_samples:,} samples: {time.perf_counter() - start:.2f} s")

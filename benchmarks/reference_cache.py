@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from regate_megatron.teacher.cache import LOSS_FOLDER, ReferenceCache
-from regate_megatron.teacher.cache_files import write_losses
+from regate_megatron.memory.files import RECORDS
+from regate_megatron.memory.references import LOSS_FOLDER, ReferenceCache, write_losses
 
 TARGETS, ROWS, ROUNDS, RECORDS_PER_FILE = 200, 32, 300, 100_000
 
@@ -33,7 +33,8 @@ def main() -> None:
         losses.mkdir()
         for start in range(0, count, RECORDS_PER_FILE):
             keys = [key.tobytes() for key in key_N2[start : start + RECORDS_PER_FILE]]
-            write_losses(losses, f"w-{start}", keys, list(generator.random((len(keys), TARGETS)).astype(np.float16)))
+            values = generator.random((len(keys), TARGETS)).astype(np.float16)
+            write_losses(losses / f"w-{start}{RECORDS}", dict(zip(keys, values, strict=True)))
         size = sum(path.stat().st_size for path in losses.iterdir())
         before = time.perf_counter()
         cache = ReferenceCache(folder, "reader")

@@ -54,7 +54,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     models.start()
     from benchmarks.stepping import ReGATERunner, Runner
     from regate_megatron.batches import adapter_for
-    from regate_megatron.teacher.cache import ReferenceCache
+    from regate_megatron.memory.references import ReferenceCache
 
     size = Size(rows=1, length=1024, image=768, prompt=64)
     if options.quick:

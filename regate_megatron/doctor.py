@@ -53,7 +53,7 @@ def check_python() -> Iterator[Finding]:
 
 def check_packages() -> Iterator[Finding]:
     """What the package imports is installed."""
-    for name in ("numpy", "pyarrow", "xxhash", "tqdm"):
+    for name in ("numpy", "xxhash", "tqdm"):
         found = _version(name)
         yield Finding("ok", f"{name} {found}") if found else Finding("FAIL", f"no {name}: pip install {name}")
 

@@ -121,7 +121,7 @@ def _plot(options: argparse.Namespace) -> int:
 
 def _tokens(options: argparse.Namespace) -> int:
     loss_files(options.directory)  # refuses what is no cache
-    ids, counts, sums = token_statistics(options.directory).seen()
+    ids, counts, sums = token_statistics(options.directory)[0].seen()
     often = counts >= options.least_count
     ids, counts, means = ids[often], counts[often], (sums / np.maximum(counts, 1))[often]
     decode, order = _decoder(options.tokenizer), np.argsort(-means, kind="stable")

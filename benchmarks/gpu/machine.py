@@ -35,7 +35,7 @@ def check_gpu() -> tuple[bool, str]:
 
 def check_packages() -> tuple[bool, str]:
     """Whether what every part imports is there."""
-    missing = [name for name in ("torch", "megatron.core", "xxhash", "pyarrow", "tqdm") if not _is_there(name)]
+    missing = [name for name in ("torch", "megatron.core", "xxhash", "tqdm") if not _is_there(name)]
     return not missing, f"no {', '.join(missing)}: docs/gpu.md says how to install" if missing else ""
 
 

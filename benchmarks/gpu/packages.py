@@ -15,7 +15,7 @@ from benchmarks.gpu.results import Results
 
 IMPORTS = (
     "import torch, megatron.core",
-    "import xxhash, pyarrow, tqdm",
+    "import xxhash, tqdm",
     "import regate_megatron.api",
 )
 TRANSFORMER_ENGINE = "import torch, transformer_engine.pytorch"

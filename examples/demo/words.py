@@ -18,7 +18,6 @@ from dataset import IMAGE_TOKEN, Captions
 
 from regate_megatron.batches.facts import key_hex
 from regate_megatron.batches.llava import LLaVABatches
-from regate_megatron.method import selection
 from regate_megatron.method.candidates import ceil_share
 
 SPACE = "\u2581"  # SentencePiece's mark of a piece that begins a word
@@ -106,7 +105,8 @@ def kept_if_trained(samples: Samples, losses: Path, reference: Path, keep_ratio:
     score_NT = student_NT.double() + 0.5 * teacher_NT.double()  # the printed score
     is_target_NT = torch.from_numpy(samples.arrays["loss_mask"] > 0)
     num_keep_N = ceil_share(keep_ratio, is_target_NT.sum(dim=1))
-    kept_NT = selection.keep_best_targets(score_NT, is_target_NT, num_keep_N)
+    best_first_NT = score_NT.where(is_target_NT, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    kept_NT = is_target_NT & (best_first_NT.argsort(dim=1) < num_keep_N[:, None])
     return [
         samples.caption(row, dict(enumerate(score_NT[row].tolist())), set(torch.where(kept_NT[row])[0].tolist()))
         for row in range(len(label_NT))

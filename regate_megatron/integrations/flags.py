@@ -43,16 +43,6 @@ def read_flags(flags: Sequence[str], script: str = "") -> ReGateConfig | None:
     return config
 
 
-def check_flags(flags: Sequence[str], config: ReGateConfig, script: str = "") -> None:
-    """Refuse what Megatron's flags alone tell is not supported with these settings.
-
-    Raises:
-        ReGateError: one line for each; on every rank.
-    """
-    if found := _unsupported(flags, config, script):
-        raise ReGateError("\n".join(found), everywhere=True)
-
-
 def run_of(args: Any, **others: Any) -> HostRun:
     """What Megatron-LM's namespace tells of its run, parsed or already validated; ``others`` it does not tell."""
     fsdp = [name for name in ("use_megatron_fsdp", "use_torch_fsdp2") if getattr(args, name, False)]

@@ -28,8 +28,7 @@ from typing import Any
 import torch.distributed as dist
 
 from regate_megatron.errors import refuse
-from regate_megatron.memory.state import StateSave, has_state
-from regate_megatron.memory.state_files import STATE_FOLDER
+from regate_megatron.memory.state import STATE_FOLDER, StateSave, has_state
 from regate_megatron.step.session import Session
 from regate_megatron.step.state import begin_save, load_state
 from regate_megatron.support import HostRun

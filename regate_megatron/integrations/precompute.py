@@ -30,8 +30,8 @@ from tqdm import tqdm
 from regate_megatron.api import session_of
 from regate_megatron.config import ReGateConfig, flag
 from regate_megatron.errors import refuse
+from regate_megatron.ranks.publishing import write_aside
 from regate_megatron.step.session import Session
-from regate_megatron.teacher.cache_files import write_aside
 
 NOTES = "progress"
 _SECONDS_BETWEEN_NOTES = 60

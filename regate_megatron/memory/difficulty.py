@@ -28,6 +28,8 @@ from torch import Tensor
 from regate_megatron.memory.records import Records
 from regate_megatron.ranks.topology import Topology
 
+MEAN_BY_TOKEN = np.dtype([("token", "<i8"), ("mean", "<f8")])
+
 
 class TokenPrior:
     """Running mean loss per target token id, shared by all planners."""
@@ -68,6 +70,24 @@ class TokenPrior:
         overall = float(sum_V.sum() / count_V.sum())
         self.overall = self.decay * self.overall + (1 - self.decay) * overall if self.any_seen else overall
         self.any_seen = True
+
+    def table(self) -> np.ndarray:
+        """The means of the ids seen, a structured array of :data:`MEAN_BY_TOKEN`."""
+        table = np.empty(int(self.is_seen_V.sum()), MEAN_BY_TOKEN)
+        table["token"] = self.is_seen_V.nonzero().flatten().numpy()
+        table["mean"] = self.mean_V[self.is_seen_V].numpy()
+        return table
+
+    @classmethod
+    def from_table(cls, table: np.ndarray, overall: float, decay: float) -> TokenPrior:
+        """The prior with these means by id and this one over all targets."""
+        prior = cls(decay)
+        prior.overall, prior.any_seen = overall, len(table) > 0
+        prior._grow(int(table["token"].max(initial=-1)) + 1)
+        token_X = torch.from_numpy(table["token"].copy())
+        prior.mean_V[token_X] = torch.from_numpy(table["mean"].copy())
+        prior.is_seen_V[token_X] = True
+        return prior
 
     def _grow(self, size: int) -> None:
         missing = size - len(self.mean_V)

@@ -13,13 +13,14 @@ Shapes: N records of a call (distinct keys), X values of all of them, L values o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-VALUE = np.dtype("<f2")
+from regate_megatron.memory.files import VALUE, Piece
+
 ENTRY = np.dtype([("key", "<i8", 2), ("start", "<i8"), ("count", "<i4"), ("seen", "<i4")])
 BYTES_PER_SAMPLE = ENTRY.itemsize + 12  # a slot of the table takes 4 bytes, of which a third are in use at least
 _KEEP_AFTER_EVICTION = 7 / 8
@@ -75,10 +76,12 @@ class Blocks:
         del self.blocks[-(-length // self.block_length) :]
         self._shared &= set(range(len(self.blocks)))
 
-    def snapshot(self) -> list[np.ndarray]:
-        """The values as they are now, in pieces: a block is copied when it is next written, until :meth:`release`."""
+    def snapshot(self) -> Blocks:
+        """The array as it is now, to be read: a block is copied when it is next written, until :meth:`release`."""
         self._shared = set(range(len(self.blocks)))
-        return [self.blocks[block][low:high] for block, low, high in self._spans(0, self.length)]
+        frozen = copy.copy(self)
+        frozen.blocks = list(self.blocks)
+        return frozen
 
     def release(self) -> None:
         """No snapshot is in use any more."""
@@ -98,14 +101,21 @@ class Blocks:
             start, count = start + high - low, count - (high - low)
 
 
-@dataclass(frozen=True)
 class RecordsSnapshot:
-    """All records of one rank at one moment, in pieces; the n-th entry's values follow those of the entry before it."""
+    """All records of one rank at one moment, one after the other."""
 
-    entries: list[np.ndarray]
-    values: list[np.ndarray]
-    num_samples: int
-    num_targets: int
+    def __init__(self, entries: Blocks, values: Blocks) -> None:
+        self._entries, self._values = entries, values
+
+    def __len__(self) -> int:
+        return self._entries.length
+
+    def pieces(self) -> Iterator[Piece]:
+        """The records, some at a time; shared with the container where they lie in one block."""
+        for first in range(0, len(self), _CHUNK):
+            entries = self._entries.read(first, min(_CHUNK, len(self) - first))
+            value_X = self._values.read(int(entries["start"][0]), int(entries["count"].sum()))
+            yield Piece(entries["key"], entries["count"], entries["seen"], value_X)
 
 
 class Records:
@@ -164,9 +174,9 @@ class Records:
             self._values.write(start, after_X[at : at + count])
             at += count
 
-    def append(self, key_N2: np.ndarray, count_N: np.ndarray, seen_N: np.ndarray, value_X: np.ndarray) -> None:
+    def append(self, piece: Piece) -> None:
         """Add whole records that are not there yet, as they were saved."""
-        self._append(key_N2, count_N, seen_N, value_X)
+        self._append(piece.key_N2, piece.count_N, piece.seen_N, piece.value_X)
 
     def evict(self) -> None:
         """Forget the records seen least recently if the bound is passed; the rule is in the module's text."""
@@ -184,7 +194,7 @@ class Records:
     def snapshot(self) -> RecordsSnapshot:
         """All records as they are now; shared with this container until :meth:`release`, once per snapshot."""
         self._snapshots += 1
-        return RecordsSnapshot(self._entries.snapshot(), self._values.snapshot(), len(self), self.num_targets)
+        return RecordsSnapshot(self._entries.snapshot(), self._values.snapshot())
 
     def release(self) -> None:
         """A snapshot is in use no more."""

@@ -1,8 +1,11 @@
 """What a run has learned and how far it is, saved into a folder and loaded from it: at another data-parallel size too.
 
-Every planner writes its own records, beside each other; nobody holds more than its share. On loading, a planner reads
-the files that can hold keys it owns and keeps those. Difficulty, prior, schedule position and totals come back bit for
-bit.
+- ``difficulty-00003.records``: the difficulty of one planner, see :mod:`.files`; nobody holds more than its share.
+- ``prior.table``: the mean loss per token id seen.
+- ``state.json``, written last: how far the run is, its settings, and the seal of every file, see :mod:`.manifests`.
+
+On loading, a planner reads the files that can hold keys it owns and keeps those. Difficulty, prior, schedule position
+and totals come back bit for bit.
 """
 
 from __future__ import annotations
@@ -11,32 +14,36 @@ import dataclasses
 import math
 import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from regate_megatron.memory.difficulty import TokenPrior
-from regate_megatron.memory.learned import Learned
-from regate_megatron.memory.records import Records
-from regate_megatron.memory.state_files import (
-    PRIOR,
+from regate_megatron.errors import refuse
+from regate_megatron.memory.difficulty import MEAN_BY_TOKEN, TokenPrior
+from regate_megatron.memory.files import (
+    RECORDS,
+    TABLE,
+    DamagedFile,
     FileFacts,
-    read_array,
-    read_manifest,
-    read_records,
-    records_name,
-    write_array,
-    write_manifest,
+    RecordFile,
+    read_table,
     write_records,
+    write_table,
 )
+from regate_megatron.memory.learned import Learned
+from regate_megatron.memory.manifests import FORMAT, OtherFormat, read_manifest, write_manifest
+from regate_megatron.memory.records import Records
 from regate_megatron.ranks.publishing import replace_folder
 from regate_megatron.ranks.topology import Topology
 
-_FLOAT64 = np.dtype("<f8")
-_NOTHING = FileFacts(0, "0" * 32)
+STATE_FOLDER = "regate"  # in the folder of an iteration
+MANIFEST = "state.json"
+PRIOR = f"prior{TABLE}"
+_NOTHING = FileFacts(0, 0)
 _SAVING = {"doing": "saving difficulty", "allowed": "a folder with room for it", "change": "--save"}
 
 
@@ -105,11 +112,8 @@ class StateSave:
                 aside.mkdir(parents=True)
         self._learned = learned
         if learned is not None:
-            self._records = learned.snapshot()
-            if topology.dp_rank == 0:
-                prior = learned.prior
-                self._mean_V = prior.mean_V.masked_fill(~prior.is_seen_V, math.nan).numpy()
-                self._content["prior"] = {"overall": prior.overall, "any_seen": prior.any_seen}
+            self._records, self._prior = learned.snapshot(), learned.prior.table()
+            self._content["overall"] = learned.prior.overall
 
     def write(self, *, in_background: bool = False) -> None:
         """Write this rank's part; only planners have one."""
@@ -137,8 +141,8 @@ class StateSave:
                 raise self._fault
             files = self._gather_facts()
             if self.topology.dp_rank == 0:
-                facts = {"difficulty": [dataclasses.asdict(one) for one in files]}
-                write_manifest(self.aside, self._content | facts | {"prior_file": vars(self._prior_facts)})
+                facts = {"difficulty": [vars(one) for one in files], "prior": vars(self._prior_facts)}
+                write_manifest(self.aside / MANIFEST, self._content | facts)
 
     def publish(self, folder: Path) -> None:
         """Put the finished folder where it belongs; one rank calls this, after :meth:`finish`."""
@@ -146,21 +150,22 @@ class StateSave:
 
     def _write(self) -> None:
         try:
-            self._facts = write_records(self.aside / records_name(self.topology.dp_rank), self._records)
+            path = self.aside / records_name(self.topology.dp_rank)
+            self._facts = write_records(path, len(self._records), self._records.pieces)
             if self.topology.dp_rank == 0:
-                self._prior_facts = write_array(self.aside / PRIOR, self._mean_V)
+                self._prior_facts = write_table(self.aside / PRIOR, self._prior)
         except Exception as fault:  # raised by finish, on every rank
             self._fault = fault
 
     def _gather_facts(self) -> list[FileFacts]:
         """Every planner's file, on every planner."""
-        one, checksum = self._facts, np.frombuffer(bytes.fromhex(self._facts.checksum), "<i8")
-        own_5 = torch.tensor([one.bytes, one.num_samples, one.num_targets, *checksum.tolist()])
-        all_D5 = self.topology.all_gather_planners(own_5)
-        return [
-            FileFacts(size, np.array(checksum, "<i8").tobytes().hex(), samples, targets)
-            for size, samples, targets, *checksum in (facts_5.tolist() for facts_5 in all_D5)
-        ]
+        all_D3 = self.topology.all_gather_planners(torch.tensor(dataclasses.astuple(self._facts)))
+        return [FileFacts(*facts_3.tolist()) for facts_3 in all_D3]
+
+
+def records_name(dp_rank: int) -> str:
+    """The file of one planner."""
+    return f"difficulty-{dp_rank:05d}{RECORDS}"
 
 
 def read_state(folder: Path, topology: Topology, learned: Learned | None) -> SavedState:
@@ -173,12 +178,13 @@ def read_state(folder: Path, topology: Topology, learned: Learned | None) -> Sav
         ReGateError: there is nothing, or it is damaged; on every rank.
     """
     with topology.together("saved difficulty", allowed="the complete folder as it was saved", change="the folder"):
-        manifest = read_manifest(folder)
+        with _refusing_damage(folder / MANIFEST):
+            manifest = read_manifest(folder / MANIFEST)
         files = [FileFacts(**facts) for facts in manifest["difficulty"]]
         return SavedState(
             Progress(**{field.name: manifest[field.name] for field in dataclasses.fields(Progress)}),
-            sum(one.num_samples for one in files),
-            sum(one.num_targets for one in files),
+            sum(one.num_records for one in files),
+            sum(one.num_values for one in files),
             *(_read(folder, manifest, files, topology, learned) if learned is not None else ()),
         )
 
@@ -204,12 +210,33 @@ def _read(
 ) -> tuple[Records, TokenPrior]:
     rank, size, records = topology.dp_rank, topology.dp_size, learned.empty_records()
     for index in files_to_read(rank, size, len(files)):
-        path = folder / records_name(index)
-        for saved in read_records(path, files[index], lambda key_N2: key_N2[:, 0] % size == rank):
-            records.append(saved.key_N2, saved.count_N, saved.seen_N, saved.value_X)
+        with _refusing_damage(path := folder / records_name(index)):
+            file, entry_N = RecordFile.open(path)
+            _compare(file.facts, files[index])
+            for piece in file.pieces(entry_N, lambda key_N2: key_N2[:, 0] % size == rank):
+                records.append(piece)
     records.evict()
-    prior = TokenPrior(learned.decay)
-    mean_V = torch.from_numpy(read_array(folder / PRIOR, FileFacts(**manifest["prior_file"]), _FLOAT64))
-    prior.mean_V, prior.is_seen_V = mean_V.nan_to_num(0.0), ~mean_V.isnan()
-    prior.overall, prior.any_seen = manifest["prior"]["overall"], manifest["prior"]["any_seen"]
-    return records, prior
+    with _refusing_damage(folder / PRIOR):
+        table, facts = read_table(folder / PRIOR, MEAN_BY_TOKEN)
+        _compare(facts, FileFacts(**manifest["prior"]))
+    return records, TokenPrior.from_table(table, manifest["overall"], learned.decay)
+
+
+def _compare(found: FileFacts, expected: FileFacts) -> None:
+    if found != expected:
+        raise DamagedFile("the content of another save")
+
+
+@contextmanager
+def _refusing_damage(path: Path) -> Iterator[None]:
+    empty = "add --regate-reset-difficulty to start it empty"
+    try:
+        yield
+    except OtherFormat as error:
+        form = {"allowed": f"format {FORMAT}", "change": f"to the version that saved it, or {empty}"}
+        raise refuse("saved difficulty", given=f"{path} of {error}", **form) from error
+    except (DamagedFile, OSError) as error:
+        what = f"no file to read ({error.strerror})" if isinstance(error, OSError) else str(error)
+        form = {"allowed": "the complete folder as it was saved"}
+        form["change"] = f"to an earlier checkpoint (--ckpt-step), or {empty}"
+        raise refuse("saved difficulty", given=f"{path} with {what}", **form) from error

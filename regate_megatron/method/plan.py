@@ -50,22 +50,16 @@ class MicrobatchPlan:
     packing: Packing | None = None
 
     @classmethod
-    def of(cls, kept_BS: Tensor, length: int) -> MicrobatchPlan:
-        """The plan that keeps the marked positions in rows of ``length`` slots.
+    def of(cls, kept_BS: Tensor, slots: int | Packing) -> MicrobatchPlan:
+        """The plan that keeps the marked positions.
+
+        Args:
+            slots: of each row; or how one packed row is laid out, each segment in its own slots.
 
         Raises:
-            ValueError: a row keeps more.
+            ValueError: a row, or a segment, keeps more.
         """
-        return plan_each([kept_BS], [length])[0]
-
-    @classmethod
-    def of_packed(cls, kept_1S: Tensor, packing: Packing) -> MicrobatchPlan:
-        """The plan that keeps the marked positions of one packed row, each segment in its own slots.
-
-        Raises:
-            ValueError: a segment keeps more than its slots.
-        """
-        return plan_each([kept_1S], [packing])[0]
+        return plan_each([kept_BS], [slots])[0]
 
     @property
     def length(self) -> int:

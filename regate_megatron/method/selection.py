@@ -231,13 +231,6 @@ def _places(order_X: np.ndarray, count_G: np.ndarray) -> np.ndarray:
     return place_X
 
 
-def keep_best_targets(score_RS: Tensor, is_target_RS: Tensor, num_keep_R: Tensor) -> Tensor:
-    """Mark the ``num_keep_R`` best-scored targets of each row, each row one group; bool [R, S]."""
-    kept_RS = torch.zeros_like(is_target_RS)
-    kept_RS[is_target_RS] = _best_of_each(score_RS[is_target_RS], is_target_RS.sum(dim=1), num_keep_R)
-    return kept_RS
-
-
 def read_by_targets(is_target_RS: Tensor, sample_RS: Tensor | None = None) -> Tensor:
     """Mark the positions up to the last target of each row, or of each sample of packed rows; bool [R, S].
 

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all: filled aside by one run at a time, renamed when complete."""
+"""Files and folders that appear whole or not at all: written aside, renamed when complete and on the disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch.distributed as dist
 
@@ -104,3 +104,47 @@ def replace_folder(aside: Path, target: Path) -> None:
         os.rename(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def written_aside(path: Path, *, first_wins: bool = False) -> Iterator[BinaryIO]:
+    """A file to write, which is at ``path``, whole and on the disk, once the block has ended; one process calls this.
+
+    Args:
+        first_wins: keep the file that another process has put there meanwhile.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.incomplete")
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if not (first_wins and _linked(aside, path)):
+            os.rename(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # so that the name lasts too
+    finally:
+        os.close(folder)
+
+
+def write_aside(path: Path, data: Any, *, first_wins: bool = False) -> None:
+    """Put bytes at ``path``; see :func:`written_aside`."""
+    with written_aside(path, first_wins=first_wins) as file:
+        file.write(data)
+
+
+def _linked(aside: Path, path: Path) -> bool:
+    """Give ``aside`` the name ``path`` unless it is taken; False on a file system without hard links."""
+    try:
+        os.link(aside, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        return False
+    return True

@@ -10,9 +10,9 @@ from typing import Any
 import torch.distributed as dist
 
 from regate_megatron.config import ReGateConfig, flag
+from regate_megatron.memory.references import ReferenceCache
 from regate_megatron.ranks.topology import Topology
 from regate_megatron.teacher.build import build_teacher
-from regate_megatron.teacher.cache import ReferenceCache
 from regate_megatron.teacher.fingerprint import fingerprint_of_checkpoint, fingerprint_of_model
 from regate_megatron.teacher.losses import ReferenceLosses
 from regate_megatron.teacher.manifest import claim, teacher_identity

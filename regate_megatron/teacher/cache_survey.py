@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ import numpy as np
 import xxhash
 
 from regate_megatron.errors import refuse
-from regate_megatron.teacher.cache import LOSS_FOLDER, TOKEN_FOLDER, ReferenceCache
-from regate_megatron.teacher.cache_files import SUFFIX, DamagedFile, LossFile, read_table, write_losses
+from regate_megatron.memory.files import RECORDS, TABLE, DamagedFile, RecordFile
+from regate_megatron.memory.references import LOSS_FOLDER, TOKEN_FOLDER, ReferenceCache, write_losses
+from regate_megatron.memory.token_statistics import TokenStatistics
 from regate_megatron.teacher.manifest import check, claim, claim_probe, read_manifest, read_probe
-from regate_megatron.teacher.token_statistics import TokenStatistics
 
 _VALUES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
 RECORDS_PER_FILE = 1 << 18
@@ -71,7 +70,7 @@ def loss_files(directory: Path) -> list[Path]:
     """
     if read_manifest(directory) is None:
         raise refuse("cache", given=f"{directory}, which has no manifest", allowed="a cache", change="the path")
-    return sorted((directory / LOSS_FOLDER).glob(f"[!.]*{SUFFIX}"))
+    return sorted((directory / LOSS_FOLDER).glob(f"[!.]*{RECORDS}"))
 
 
 def survey(directory: Path, progress: Progress = lambda count: None) -> Survey:
@@ -82,38 +81,37 @@ def survey(directory: Path, progress: Progress = lambda count: None) -> Survey:
     """
     result = Survey()
     for path in loss_files(directory):
-        records, losses, count_V = 0, 0, np.zeros(1 << 16, np.int64)
+        count_V = np.zeros(1 << 16, np.int64)
         try:
-            for part in batched(LossFile.open(path).records(), 4096):
-                value_X = np.concatenate([loss for _, loss in part])
-                count_V += np.bincount(value_X.view(np.uint16), minlength=1 << 16)
-                records, losses = records + len(part), losses + len(value_X)
+            file, entry_N = RecordFile.open(path)
+            for piece in file.pieces(entry_N):
+                count_V += np.bincount(piece.value_X.view(np.uint16), minlength=1 << 16)
         except (DamagedFile, OSError) as error:
             result.problems.append(f"{path}: {error}")
         else:
             result.num_files += 1
             result.num_bytes += path.stat().st_size
-            result.num_records += records
-            result.num_losses += losses
+            result.num_records += file.facts.num_records
+            result.num_losses += file.facts.num_values
             result.count_V += count_V
         progress(path.stat().st_size)
-    for path in (directory / TOKEN_FOLDER).glob(f"[!.]*{SUFFIX}"):
-        try:
-            read_table(path)
-        except (DamagedFile, OSError) as error:
-            result.problems.append(f"{path}: {error}")
+    result.problems += token_statistics(directory)[1]
     return result
 
 
-def token_statistics(directory: Path) -> TokenStatistics:
-    """Counts and sums by token id over all files of a cache; damaged files are left out."""
-    total = TokenStatistics()
-    for path in (directory / TOKEN_FOLDER).glob(f"[!.]*{SUFFIX}"):
+def token_statistics(directory: Path) -> tuple[TokenStatistics, list[str]]:
+    """Counts and sums by token id over all sound files of a cache, and one line per damaged file."""
+    total, problems = TokenStatistics(), []
+    for path in _token_files(directory):
         try:
-            total.read([path])
-        except (DamagedFile, OSError):
-            continue
-    return total
+            total.read(path)
+        except (DamagedFile, OSError) as error:
+            problems.append(f"{path}: {error}")
+    return total, problems
+
+
+def _token_files(directory: Path) -> list[Path]:
+    return sorted((directory / TOKEN_FOLDER).glob(f"[!.]*{TABLE}"))
 
 
 def merge(sources: Sequence[Path], target: Path, progress: Progress = lambda count: None) -> int:
@@ -135,41 +133,41 @@ def merge(sources: Sequence[Path], target: Path, progress: Progress = lambda cou
     cache = ReferenceCache(target, "merged")
     for source in sources:
         _take_over_statistics(source, target)
-    added, keys, losses = 0, [], []
+    added, fresh = 0, {}
     for key, loss in _all_records(sources, progress):
         if cache.look_up([key], [len(loss)]) == [None]:
-            keys.append(key)
-            losses.append(loss)
-        if len(keys) == RECORDS_PER_FILE:
-            added += _write(target, keys, losses, cache)
-            keys, losses = [], []
-    added += _write(target, keys, losses, cache)
+            fresh[key] = loss
+        if len(fresh) == RECORDS_PER_FILE:
+            added += _write(target, fresh, cache)
+            fresh = {}
+    added += _write(target, fresh, cache)
     cache.close()
     return added
 
 
 def _take_over_statistics(source: Path, target: Path) -> None:
     """Once per state of a source: they cannot tell which samples they counted."""
-    names = sorted(path.name for path in (source / TOKEN_FOLDER).glob(f"[!.]*{SUFFIX}"))
-    stem = f"merged-{xxhash.xxh3_64_hexdigest(' '.join(names).encode())}"
-    if not list((target / TOKEN_FOLDER).glob(f"{stem}.*")):
-        token_statistics(source).write(target / TOKEN_FOLDER, stem)
+    names = " ".join(path.name for path in _token_files(source))
+    path = target / TOKEN_FOLDER / f"merged-{xxhash.xxh3_64_hexdigest(names.encode())}{TABLE}"
+    if not path.exists():
+        token_statistics(source)[0].write(path)
 
 
 def _all_records(sources: Sequence[Path], progress: Progress) -> Iterator[tuple[bytes, np.ndarray]]:
     for source in sources:
         for path in loss_files(source):
             try:
-                yield from LossFile.open(path).records()
+                file, entry_N = RecordFile.open(path)
+                for piece in file.pieces(entry_N):
+                    losses = np.split(piece.value_X, piece.count_N.cumsum()[:-1])
+                    yield from zip([key_2.tobytes() for key_2 in piece.key_N2], losses, strict=True)
             except (DamagedFile, OSError) as error:
                 print(f"{path}: {error}; what follows in it is left out", flush=True)
             progress(path.stat().st_size)
 
 
-def _write(target: Path, keys: list[bytes], losses: list[np.ndarray], cache: ReferenceCache) -> int:
-    records = dict(zip(keys, losses, strict=True))
+def _write(target: Path, records: dict[bytes, np.ndarray], cache: ReferenceCache) -> int:
     if records:
-        stem = f"merged-{os.getpid()}-{len(cache):012d}"
-        write_losses(target / LOSS_FOLDER, stem, list(records), list(records.values()))
+        write_losses(target / LOSS_FOLDER / f"merged-{os.getpid()}-{len(cache):012d}{RECORDS}", records)
         cache.refresh()
     return len(records)

@@ -27,8 +27,8 @@ import xxhash
 from torch import Tensor
 
 from regate_megatron.errors import refuse
+from regate_megatron.ranks.publishing import write_aside
 from regate_megatron.ranks.topology import Topology
-from regate_megatron.teacher.cache_files import write_aside
 from regate_megatron.teacher.weights import LanguageModelCheckpoint, canonical_name
 
 NOTES = "fingerprints"

@@ -21,12 +21,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from regate_megatron.batches import MicrobatchFacts
+from regate_megatron.memory.files import KEY_BYTES
+from regate_megatron.memory.references import RecentLosses, rounded
 from regate_megatron.ranks.topology import Topology
 from regate_megatron.support.alignment import experts_span_replicas
-from regate_megatron.teacher.cache import rounded
-from regate_megatron.teacher.cache_files import KEY_BYTES
 from regate_megatron.teacher.manifest import claim_probe
-from regate_megatron.teacher.memory import RecentLosses
 from regate_megatron.teacher.offload import Offloaded
 from regate_megatron.teacher.probe import probe_rows
 from regate_megatron.teacher.rows import TeacherRows, grown, rows_for_teacher

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +20,12 @@ import xxhash
 
 from regate_megatron.config import flag
 from regate_megatron.errors import refuse
-from regate_megatron.teacher.cache_files import sync_folder
+from regate_megatron.memory.files import DamagedFile
+from regate_megatron.memory.manifests import FORMAT, OtherFormat, write_manifest
+from regate_megatron.memory.manifests import read_manifest as read_content
 from regate_megatron.teacher.values import same
 
 MANIFEST = "manifest.json"
-FORMAT = 2
 PROBE = "probe.json"
 _TOKENIZER = "tokenizer"
 # Of the mean loss, how far the losses of the fixed row may be off on average. Layouts differ by less than 1e-5 in
@@ -75,22 +75,8 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
     Raises:
         ReGateError: it cannot be read, or is of another format.
     """
-    path = directory / MANIFEST
-    try:
-        content = json.loads(path.read_text())
-        if content["format"] == FORMAT:
-            return dict(content["teacher"])
-        given = f"{path} of format {content['format']}"
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        given = f"{path}, unreadable ({error})"
-    raise refuse(
-        flag("reference_cache"),
-        given=given,
-        allowed=f"a cache of format {FORMAT}, or a new directory",
-        change="the directory",
-    )
+    content = _read(directory / MANIFEST)
+    return None if content is None else dict(content["teacher"])
 
 
 def claim(directory: Path, identity: dict[str, Any]) -> None:
@@ -102,7 +88,7 @@ def claim(directory: Path, identity: dict[str, Any]) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if not (directory / MANIFEST).exists():
-            _create(directory / MANIFEST, json.dumps({"format": FORMAT, "teacher": identity}, indent=1))
+            write_manifest(directory / MANIFEST, {"teacher": identity}, first_wins=True)
         probe = directory / f".probe-{uuid.uuid4().hex[:8]}"
         probe.touch()
         probe.unlink()
@@ -160,9 +146,9 @@ def claim_probe(directory: Path, loss_T: Sequence[float], dtype: str) -> None:
     path = directory / PROBE
     try:
         if not path.exists() and all(map(math.isfinite, loss_T)):
-            _create(path, json.dumps({"losses": list(loss_T)}))
+            write_manifest(path, {"losses": list(loss_T)}, first_wins=True)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise _refused(path, f"which cannot be written ({error.strerror or error})") from error
     known_T = read_probe(directory)
     if known_T is None:  # nothing finite to compare with: the first steps will tell
         return
@@ -185,37 +171,24 @@ def read_probe(directory: Path) -> list[float] | None:
     Raises:
         ReGateError: they cannot be read.
     """
-    path = directory / PROBE
+    content = _read(directory / PROBE)
+    return None if content is None else content["losses"]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
     try:
-        return [float(loss) for loss in json.loads(path.read_text())["losses"]]
+        return read_content(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(path, error) from error
+    except OtherFormat as error:
+        raise _refused(path, f"of {error}") from error
+    except DamagedFile as error:
+        raise _refused(path, f"with {error}") from error
 
 
-def _unreadable(path: Path, error: Exception) -> Exception:
-    form = {"allowed": "a cache as it was written", "change": "the directory"}
-    return refuse(flag("reference_cache"), given=f"{path}, unreadable ({error})", **form)
-
-
-def _create(path: Path, text: str) -> None:
-    """Create a file whole, unless somebody else did meanwhile."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.incomplete")
-    try:
-        with aside.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(aside, path)
-        except FileExistsError:
-            return
-        except OSError:  # a file system without hard links
-            os.rename(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    sync_folder(path.parent)
+def _refused(path: Path, what: str) -> Exception:
+    form = {"allowed": f"a cache of format {FORMAT} as it was written, or a new directory", "change": "the directory"}
+    return refuse(flag("reference_cache"), given=f"{path} {what}", **form)
 
 
 def _short(value: Any) -> str:

@@ -27,7 +27,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from regate_megatron import ReGateConfig, attach, detach, wrap_forward_backward
 from regate_megatron.api import session_of
 from regate_megatron.decoder.cutting import places
-from regate_megatron.teacher.memory import RecentLosses
+from regate_megatron.memory.references import RecentLosses
 from tests.multiprocess.cores import router_metrics
 from tests.multiprocess.models import (
     LAYERS,

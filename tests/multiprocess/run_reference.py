@@ -33,8 +33,8 @@ from regate_megatron import (
     wrap_forward_backward,
 )
 from regate_megatron.api import session_of
+from regate_megatron.memory.references import ReferenceCache
 from regate_megatron.teacher import values
-from regate_megatron.teacher.cache import ReferenceCache
 from regate_megatron.teacher.fingerprint import fingerprint_of_checkpoint, fingerprint_of_model
 from regate_megatron.teacher.manifest import read_probe
 from regate_megatron.teacher.weights import open_language_model, save_language_model

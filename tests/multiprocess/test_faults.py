@@ -37,7 +37,7 @@ def calm(runs, tmp_path_factory):
 def _values(state: Path) -> np.ndarray:
     """All float16 values in a saved state."""
     parts = []
-    for path in sorted(state.glob("difficulty-*.npy")):
+    for path in sorted(state.glob("difficulty-*.records")):
         with path.open("rb") as file:
             np.load(file, allow_pickle=False)
             parts.append(np.load(file, allow_pickle=False))

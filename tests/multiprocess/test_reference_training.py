@@ -60,7 +60,7 @@ def test_a_teacher_leaves_training_bit_for_bit_alone(teacher, tmp_path):
     flags += [*teacher, "--regate-teacher-offload", "--regate-reference-cache", str(tmp_path / "cache")]
     ours = _train(2, *dropout, *flags)
     assert "sparse (1/1 steps sparse)" in ours.output
-    assert list((tmp_path / "cache" / "losses").glob("dp00000-*.arrow"))
+    assert list((tmp_path / "cache" / "losses").glob("dp00000-*.records"))
     assert len(_losses(plain.output)) == 6 and _losses(ours.output) == _losses(plain.output)
 
 

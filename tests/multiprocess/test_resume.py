@@ -250,9 +250,9 @@ def _damage(source: Path, folder: Path, name: str, how: str) -> None:
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        ("difficulty-00001.npy", "flipped"),
-        pytest.param("difficulty-00000.npy", "truncated", marks=pytest.mark.full),
-        pytest.param("prior.npy", "missing", marks=pytest.mark.full),
+        ("difficulty-00001.records", "flipped"),
+        pytest.param("difficulty-00000.records", "truncated", marks=pytest.mark.full),
+        pytest.param("prior.table", "missing", marks=pytest.mark.full),
         pytest.param("state.json", "flipped", marks=pytest.mark.full),
         ("", "missing"),
     ],

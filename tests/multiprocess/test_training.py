@@ -206,6 +206,19 @@ def test_unsupported_flags_are_refused_before_megatron_looks_at_them():
     assert "sliding-window attention" in _refusal(run, 1)
 
 
+@pytest.fixture
+def known_flags():
+    """Our flags in Megatron's parser, for one test."""
+    from megatron.training import arguments
+
+    from regate_megatron.integrations.flags import add_flags
+    from regate_megatron.integrations.patching import unpatch
+
+    add_flags()
+    yield
+    unpatch(arguments)
+
+
 @pytest.mark.parametrize(
     ("flags", "what"),
     [
@@ -220,17 +233,14 @@ def test_unsupported_flags_are_refused_before_megatron_looks_at_them():
         (["--use-megatron-fsdp"], "fully sharded data parallel"),
     ],
 )
-def test_flags_are_refused(flags, what):
-    from regate_megatron import ReGateConfig, ReGateError
-    from regate_megatron.integrations.flags import check_flags
+def test_flags_are_refused(known_flags, flags, what):
+    from regate_megatron import ReGateError
+    from regate_megatron.integrations.flags import read_flags
 
-    config, model = (
-        ReGateConfig(score="student"),
-        [*MODEL, "--micro-batch-size", "1"],
-    )
-    check_flags(model, config)
+    asked = [*MODEL, "--micro-batch-size", "1", *REGATE, "--regate-score", "student"]
+    assert read_flags(asked).score == "student"
     with pytest.raises(ReGateError, match=f"^regate: {what}: given .*; allowed .*; change .*") as refusal:
-        check_flags([*model, *flags], config)
+        read_flags([*asked, *flags])
     assert refusal.value.everywhere
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from regate_megatron.teacher.cache import ReferenceCache, rounded
+from regate_megatron.memory.references import ReferenceCache, rounded
 from regate_megatron.teacher.cache_survey import survey
 from regate_megatron.teacher.manifest import claim
 from tests.launch import ROOT

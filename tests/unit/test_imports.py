@@ -21,7 +21,7 @@ CORE = (
     "ranks.topology",
     "memory.difficulty",
     "memory.records",
-    "memory.state_files",
+    "memory.files",
 )
 
 # Imports each module named on its command line; prints, by module, what that import did beyond defining the module.

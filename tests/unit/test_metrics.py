@@ -103,7 +103,7 @@ def test_packed_rows_count_the_squares_of_their_segments():
     dense = _counted(facts, StepPlan(3))
     assert (dense.positions_dense, dense.layer_squares_dense) == (4, 4 * 8)
     packing = Packing(torch.tensor([2, 2]), torch.tensor([1, 2]))
-    plan = StepPlan(3, (MicrobatchPlan.of_packed(torch.tensor([[True, False, True, True]]), packing),))
+    plan = StepPlan(3, (MicrobatchPlan.of(torch.tensor([[True, False, True, True]]), packing),))
     sparse = _counted(facts, plan)
     assert (sparse.positions_run, sparse.layer_squares_run) == (3, 8 + 3 * 5)
 
@@ -122,7 +122,7 @@ def test_rows_that_context_parallelism_joins_are_traced_as_rows(tmp_path):
     joined = _facts(is_target_BS.view(1, 8), sample_BS=torch.tensor([[0] * 4 + [1] * 4]), joins_rows=True)
     packing = Packing(torch.tensor([4, 4]), torch.tensor([3, 3]))
     records = []
-    for rank, (facts, plan) in enumerate((rows, (joined, MicrobatchPlan.of_packed(kept_BS.view(1, 8), packing)))):
+    for rank, (facts, plan) in enumerate((rows, (joined, MicrobatchPlan.of(kept_BS.view(1, 8), packing)))):
         trace = Trace(str(tmp_path), rank)
         step = Step(3, "sparse", elides=True, facts=[facts], scores=[torch.arange(5.0, dtype=torch.float64)])
         step.plan = StepPlan(3, (plan,))

@@ -74,7 +74,7 @@ def _kept(*rows: str) -> torch.Tensor:
 
 def test_a_packed_row_fills_every_segment_at_its_own_end():
     packing = Packing(torch.tensor([5, 3]), torch.tensor([4, 2]))
-    plan = MicrobatchPlan.of_packed(_kept("k.k.k..k"), packing)
+    plan = MicrobatchPlan.of(_kept("k.k.k..k"), packing)
     assert plan.keep_idx_BK.tolist() == [[0, 2, 4, 0, 7, 5]]
     assert plan.is_kept_BK.tolist() == [[True, True, True, False, True, False]]
     assert plan.num_kept_N.tolist() == [3, 1] and plan.length == 6
@@ -83,7 +83,7 @@ def test_a_packed_row_fills_every_segment_at_its_own_end():
     assert again.digest() == StepPlan(2, (plan,)).digest()
     assert torch.equal(again.microbatches[0].packing.length_N, packing.length_N)
     with pytest.raises(ValueError, match="more than"):
-        MicrobatchPlan.of_packed(_kept("kkkkk..."), packing)
+        MicrobatchPlan.of(_kept("kkkkk..."), packing)
 
 
 @given(plans(), st.data())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import numpy as np
@@ -10,18 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regate_megatron.errors import ReGateError
+from regate_megatron.memory.difficulty import MEAN_BY_TOKEN
+from regate_megatron.memory.files import DamagedFile, RecordFile, read_table, write_records, write_table
+from regate_megatron.memory.manifests import OtherFormat, read_manifest, write_manifest
 from regate_megatron.memory.records import BYTES_PER_SAMPLE, Records
 from regate_megatron.memory.state import files_to_read
-from regate_megatron.memory.state_files import (
-    FileFacts,
-    read_array,
-    read_manifest,
-    read_records,
-    write_array,
-    write_manifest,
-    write_records,
-)
 
 
 def _keys(*numbers: int) -> np.ndarray:
@@ -43,12 +35,12 @@ def _content(records: Records) -> dict[tuple[int, int], tuple[int, list[float]]]
     """Every record, by number and count: last step seen and values, wherever it lies."""
     snapshot = records.snapshot()
     records.release()
-    entries, values = np.concatenate(snapshot.entries), np.concatenate(snapshot.values)
-    ends = np.cumsum(entries["count"])
-    return {
-        (int(entry["key"][0]), int(entry["count"])): (int(entry["seen"]), values[end - entry["count"] : end].tolist())
-        for entry, end in zip(entries, ends, strict=True)
-    }
+    content = {}
+    for piece in snapshot.pieces():
+        values = np.split(piece.value_X, piece.count_N.cumsum()[:-1])
+        columns = zip(piece.key_N2[:, 0].tolist(), piece.count_N.tolist(), piece.seen_N.tolist(), values, strict=True)
+        content |= {(number, count): (seen, value_T.tolist()) for number, count, seen, value_T in columns}
+    return content
 
 
 @given(
@@ -114,38 +106,43 @@ def test_a_snapshot_stays_as_it_was_while_training_goes_on():
     second = records.snapshot()
     records.release()
     _observe(records, 2, {2: [8.0] * 3})
-    assert np.concatenate(first.values).tolist() == [1.0] * 6 + [2.0] * 3
-    assert np.concatenate(first.entries)["seen"].tolist() == [0, 0]
-    assert np.concatenate(second.values).tolist() == [9.0] * 6 + [2.0] * 3 + [3.0] * 9
+    (before,), (after,) = first.pieces(), second.pieces()
+    assert before.value_X.tolist() == [1.0] * 6 + [2.0] * 3 and before.seen_N.tolist() == [0, 0]
+    assert after.value_X.tolist() == [9.0] * 6 + [2.0] * 3 + [3.0] * 9
     assert _read(records, 2, 3) == [8.0] * 3
 
 
-def _saved(folder, steps: int = 40) -> tuple[Records, FileFacts]:
+NAME = "difficulty-00000.records"
+
+
+def _saved(folder, steps: int = 40) -> Records:
     records = Records(1e9, values_per_block=64)
     for step in range(steps):
         _observe(records, step, {7 * step % 31: [step / 8.0] * (step % 5), 1000 + step: [1.0, np.nan, 3.0]}, decay=0.9)
-    return records, write_records(folder / "difficulty-00000.npy", records.snapshot())
+    write_records(folder / NAME, len(records), records.snapshot().pieces)
+    records.release()
+    return records
 
 
-def _loaded(folder, facts: FileFacts, *, rank: int = 0, size: int = 1) -> Records:
+def _loaded(folder, *, rank: int = 0, size: int = 1) -> Records:
     records = Records(1e9)
-    wanted = lambda key_N2: key_N2[:, 0] % size == rank  # noqa: E731
-    for saved in read_records(folder / "difficulty-00000.npy", facts, wanted):
-        records.append(saved.key_N2, saved.count_N, saved.seen_N, saved.value_X)
+    file, entry_N = RecordFile.open(folder / NAME)
+    for piece in file.pieces(entry_N, lambda key_N2: key_N2[:, 0] % size == rank):
+        records.append(piece)
     return records
 
 
 def test_what_is_loaded_is_bit_for_bit_what_was_saved(tmp_path):
-    records, facts = _saved(tmp_path)
-    again = _loaded(tmp_path, facts)
+    records = _saved(tmp_path)
+    again = _loaded(tmp_path)
     assert repr(_content(again)) == repr(_content(records))  # repr: NaN equals NaN
     assert again.bytes_used == records.bytes_used
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_readers_of_any_number_share_what_was_saved(tmp_path, size):
-    records, facts = _saved(tmp_path)
-    parts = [_content(_loaded(tmp_path, facts, rank=rank, size=size)) for rank in range(size)]
+    records = _saved(tmp_path)
+    parts = [_content(_loaded(tmp_path, rank=rank, size=size)) for rank in range(size)]
     assert sum(map(len, parts)) == len(records)
     assert sorted(repr(item) for part in parts for item in part.items()) == sorted(map(repr, _content(records).items()))
 
@@ -159,8 +156,8 @@ def test_a_planner_reads_every_file_that_can_hold_its_samples():
 
 
 def test_a_reloaded_container_forgets_what_the_other_one_does(tmp_path):
-    records, facts = _saved(tmp_path)
-    again = _loaded(tmp_path, facts)
+    records = _saved(tmp_path)
+    again = _loaded(tmp_path)
     again.limit_bytes = records.limit_bytes = records.bytes_used
     for step in range(40, 80):
         for one in (records, again):
@@ -169,58 +166,75 @@ def test_a_reloaded_container_forgets_what_the_other_one_does(tmp_path):
     assert repr(sorted(_content(again).items())) == repr(sorted(_content(records).items()))
 
 
-def _refused(words: str, action) -> None:
-    with pytest.raises(ReGateError, match=r"^regate: saved difficulty: given .*; allowed .*; change .*") as refusal:
-        action()
-    assert words in str(refusal.value) and "\n" not in str(refusal.value)
-    assert "--regate-reset-difficulty" in str(refusal.value)
+def test_numpy_reads_a_file_as_its_arrays_and_unpickles_nothing(tmp_path):
+    records = _saved(tmp_path)
+    with (tmp_path / NAME).open("rb") as file:
+        entries, values, seal = (np.load(file, allow_pickle=False) for _ in range(3))
+        assert not file.read()
+    counts = np.diff(entries["end"], prepend=0)
+    found = {(int(key[0]), int(count)) for key, count in zip(entries["key"], counts, strict=True)}
+    assert found == set(_content(records)) and len(values) == records.num_targets and len(seal) == 1
 
 
-@pytest.mark.parametrize("missing", [1, 100, None])
-def test_a_truncated_or_missing_file_is_refused(tmp_path, missing):
-    _, facts = _saved(tmp_path)
-    path = tmp_path / "difficulty-00000.npy"
+@pytest.mark.parametrize("missing", [1, 9, 300, None])
+def test_a_truncated_or_missing_file_is_not_read(tmp_path, missing):
+    _saved(tmp_path)
+    path = tmp_path / NAME
     if missing is None:
         path.unlink()
+        with pytest.raises(FileNotFoundError):
+            _loaded(tmp_path)
     else:
         path.write_bytes(path.read_bytes()[:-missing])
-    _refused("no file to read" if missing is None else "bytes of", lambda: _loaded(tmp_path, facts))
+        with pytest.raises(DamagedFile, match=r"bytes of|an early end"):
+            _loaded(tmp_path)
 
 
-def test_every_flipped_bit_is_refused(tmp_path):
-    _, facts = _saved(tmp_path, steps=6)
-    path = tmp_path / "difficulty-00000.npy"
+def test_no_flipped_bit_of_records_goes_unseen(tmp_path):
+    _saved(tmp_path, steps=6)
+    path = tmp_path / NAME
     whole = path.read_bytes()
     for at in range(len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
-        _refused("difficulty-00000.npy with", lambda: _loaded(tmp_path, facts))
+        with pytest.raises(DamagedFile):
+            _loaded(tmp_path)
     path.write_bytes(whole)
-    _loaded(tmp_path, facts)
+    _loaded(tmp_path)
+
+
+def test_a_file_that_cannot_be_finished_leaves_nothing(tmp_path):
+    def pieces():
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_records(tmp_path / NAME, 3, pieces)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_array_of_objects_is_never_unpickled(tmp_path):
-    path = tmp_path / "prior.npy"
-    np.save(path, np.array([{"a": 1}, None], dtype=object), allow_pickle=True)
-    facts = FileFacts(path.stat().st_size, "0" * 32, 0, 2)
-    _refused("another array", lambda: read_array(path, facts, np.dtype("<f8")))
+    path = tmp_path / "prior.table"
+    np.save(path.open("wb"), np.array([{"a": 1}, None], dtype=object), allow_pickle=True)
+    with pytest.raises(DamagedFile, match="another array"):
+        read_table(path, MEAN_BY_TOKEN)
 
 
-def test_a_damaged_prior_is_refused(tmp_path):
-    path = tmp_path / "prior.npy"
-    facts = write_array(path, np.array([1.0, np.nan, 3.0]))
-    assert repr(read_array(path, facts, np.dtype("<f8")).tolist()) == "[1.0, nan, 3.0]"
-    whole = bytearray(path.read_bytes())
-    whole[-1] ^= 1
-    path.write_bytes(whole)
-    _refused("a wrong checksum", lambda: read_array(path, facts, np.dtype("<f8")))
-
-
-def test_every_flipped_bit_of_the_manifest_is_refused(tmp_path):
-    content = {"step": 12, "prior": {"overall": 0.1}, "difficulty": [dataclasses.asdict(FileFacts(1, "ab", 2, 3))]}
-    write_manifest(tmp_path, content)
-    path = tmp_path / "state.json"
+def test_no_flipped_bit_of_a_table_goes_unseen(tmp_path):
+    path, table = tmp_path / "prior.table", np.array([(3, 1.0), (70_000, 3.5)], MEAN_BY_TOKEN)
+    facts = write_table(path, table)
+    found, again = read_table(path, MEAN_BY_TOKEN)
+    assert found.tolist() == table.tolist() and again == facts
     whole = path.read_bytes()
-    assert read_manifest(tmp_path) == dict(content, version=1)
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
+        with pytest.raises(DamagedFile):
+            read_table(path, MEAN_BY_TOKEN)
+
+
+def test_no_flipped_bit_of_a_manifest_goes_unseen(tmp_path):
+    path, content = tmp_path / "state.json", {"step": 12, "overall": 0.1, "difficulty": [{"seal": -5}]}
+    write_manifest(path, content)
+    whole = path.read_bytes()
+    assert read_manifest(path) == content
     for at in range(len(whole)):
         damaged = whole[:at] + bytes([whole[at] ^ (1 << at % 7)]) + whole[at + 1 :]
         path.write_bytes(damaged)
@@ -229,13 +243,15 @@ def test_every_flipped_bit_of_the_manifest_is_refused(tmp_path):
         except ValueError:
             same = False
         if not same:
-            _refused("state.json with", lambda: read_manifest(tmp_path))
+            with pytest.raises(DamagedFile):
+                read_manifest(path)
     path.unlink()
-    _refused("unreadable", lambda: read_manifest(tmp_path))
+    with pytest.raises(FileNotFoundError):
+        read_manifest(path)
 
 
-def test_a_manifest_of_another_version_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("regate_megatron.memory.state_files.VERSION", 99)
-    write_manifest(tmp_path, {"step": 1})
-    monkeypatch.undo()
-    _refused("version 99", lambda: read_manifest(tmp_path))
+@pytest.mark.parametrize(("text", "number"), [('{"step": 1, "version": 1}', 1), ('{"format": 2, "teacher": {}}', 2)])
+def test_a_manifest_of_an_earlier_format_is_told_from_a_damaged_one(tmp_path, text, number):
+    (tmp_path / "state.json").write_text(text)
+    with pytest.raises(OtherFormat, match=f"format {number}"):
+        read_manifest(tmp_path / "state.json")

@@ -79,10 +79,19 @@ def test_one_of_many_first_runs_wins(tmp_path):
     assert len(refused) == 7 and int(read_manifest(tmp_path)["weights"]) not in refused
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 2}'])
-def test_damaged_manifest_is_refused(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "with unreadable content"),
+        ("{", "with unreadable content"),
+        ("[]", "with unreadable content"),
+        ('{"format": 3}', "with a wrong checksum"),
+        ('{"format": 2, "teacher": {}}', "of format 2; allowed a cache of format 3"),
+    ],
+)
+def test_damaged_or_older_manifest_is_refused_by_name(tmp_path, text, words):
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(ReGateError, match="manifest.json"):
+    with pytest.raises(ReGateError, match=f"^regate: --regate-reference-cache: given .*manifest.json {words}.*change"):
         claim(tmp_path, TEACHER)
 
 
@@ -180,7 +189,7 @@ def test_fixed_row_tells_a_teacher_that_its_names_do_not(tmp_path):
             claim_probe(tmp_path, other, dtype)
     assert read_probe(tmp_path) == losses
     (tmp_path / "probe.json").write_text("{")
-    with pytest.raises(ReGateError, match="unreadable"):
+    with pytest.raises(ReGateError, match="probe.json with unreadable"):
         claim_probe(tmp_path, losses, "float32")
 
 

@@ -15,7 +15,6 @@ from regate_megatron.method.budget import Alignment
 from regate_megatron.method.candidates import Candidates, Sort
 from regate_megatron.method.selection import (
     keep_best,
-    keep_best_targets,
     pack_positions,
     rank_candidates,
     rank_targets,
@@ -41,6 +40,16 @@ def scored_rows(draw):
     return torch.tensor(scores, dtype=torch.float64), torch.tensor(targets), torch.tensor(counts)
 
 
+def _keep(score_RS: torch.Tensor, is_target_RS: torch.Tensor, num_keep_R: torch.Tensor) -> torch.Tensor:
+    """The targets that stay where each row is one group; bool [R, S]."""
+    count_R, none_R = is_target_RS.sum(dim=1), torch.zeros_like(num_keep_R)
+    sort = Sort(count_G=count_R, row_G=torch.arange(len(count_R)), keep_ratio=0.5, score_X=score_RS[is_target_RS])
+    rows = Candidates(always_R=none_R, dense_M=none_R[:1], key_M=none_R[:1], sorts=(sort,))
+    kept_RS = torch.zeros_like(is_target_RS)
+    kept_RS[is_target_RS] = keep_best(rows, none_R, num_keep_R)
+    return kept_RS
+
+
 def _oracle(score_RS, is_target_RS, num_keep_R) -> list[list[bool]]:
     """Sort the targets of each row by (-score, position), NaN as -inf; keep the first ones."""
     kept = []
@@ -54,14 +63,14 @@ def _oracle(score_RS, is_target_RS, num_keep_R) -> list[list[bool]]:
 
 @given(scored_rows())
 def test_the_kept_targets_are_those_of_a_plain_sort_by_score_then_position(rows):
-    assert keep_best_targets(*rows).tolist() == _oracle(*rows)
+    assert _keep(*rows).tolist() == _oracle(*rows)
 
 
 @given(scored_rows(), st.randoms(use_true_random=False))
 def test_a_row_is_selected_alike_wherever_it_stands_in_the_batch(rows, order):
     shuffled = list(range(len(rows[0])))
     order.shuffle(shuffled)
-    assert torch.equal(keep_best_targets(*(part[shuffled] for part in rows)), keep_best_targets(*rows)[shuffled])
+    assert torch.equal(_keep(*(part[shuffled] for part in rows)), _keep(*rows)[shuffled])
 
 
 @given(scored_rows())
@@ -69,11 +78,11 @@ def test_scores_of_other_positions_do_not_matter(rows):
     score_RS, is_target_RS, num_keep_R = rows
     for other in (INF, -INF, NAN):
         changed_RS = torch.where(is_target_RS, score_RS, other)
-        assert torch.equal(keep_best_targets(changed_RS, is_target_RS, num_keep_R), keep_best_targets(*rows))
+        assert torch.equal(_keep(changed_RS, is_target_RS, num_keep_R), _keep(*rows))
 
 
 def _kept(scores, targets, count) -> list[int]:
-    mask = keep_best_targets(torch.tensor([scores]), torch.tensor([targets]), torch.tensor([count]))
+    mask = _keep(torch.tensor([scores]), torch.tensor([targets]), torch.tensor([count]))
     return torch.where(mask[0])[0].tolist()
 
 

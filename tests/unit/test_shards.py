@@ -21,7 +21,7 @@ LAYOUTS = {
 def _plans() -> list[MicrobatchPlan]:
     kept = torch.rand(4, 2, 16, generator=torch.Generator().manual_seed(0)) < 0.4
     packing = Packing(torch.tensor([8, 8]), torch.tensor([8, 4]))
-    packed = MicrobatchPlan.of_packed(torch.tensor([[True] * 7 + [False] * 6 + [True] * 3]), packing)
+    packed = MicrobatchPlan.of(torch.tensor([[True] * 7 + [False] * 6 + [True] * 3]), packing)
     return [MicrobatchPlan.of(kept[0], 12), MicrobatchPlan.of(kept[1], 16), packed, MicrobatchPlan.of(kept[2, :1], 12)]
 
 

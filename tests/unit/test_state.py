@@ -55,11 +55,49 @@ def test_a_rank_that_is_no_planner_learns_how_far_the_run_was_and_reads_no_recor
     save = _saved(tmp_path)
     save.write()
     save.finish()
-    (tmp_path / "aside" / "difficulty-00000.npy").unlink()
+    (tmp_path / "aside" / "difficulty-00000.records").unlink()
     found = read_state(tmp_path / "aside", BESIDE, None)
     assert (found.progress, found.records, found.prior) == (PROGRESS, None, None)
-    with pytest.raises(ReGateError, match=r"^regate: saved difficulty: given .*difficulty-00000.npy with no file"):
+    with pytest.raises(ReGateError, match=r"^regate: saved difficulty: given .*difficulty-00000.records with no file"):
         read_state(tmp_path / "aside", ALONE, _learned())
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("difficulty-00000.records", lambda whole: whole[:-9], "bytes of"),
+        ("difficulty-00000.records", lambda whole: whole[:-1] + b"x", "a wrong checksum"),
+        ("difficulty-00000.records", None, "no file to read"),
+        ("prior.table", lambda whole: whole[:-1] + b"x", "a wrong checksum"),
+        ("state.json", lambda whole: whole[:-9], "unreadable content"),
+        ("state.json", lambda whole: whole.replace(b'"step": 7', b'"step": 8'), "a wrong checksum"),
+        ("state.json", lambda _: b'{"step": 7, "version": 1}', "of format 1; allowed format 3; change to the version"),
+    ],
+)
+def test_damaged_or_older_state_is_refused_in_one_line_that_says_how_to_go_on(tmp_path, name, damage, words):
+    save = _saved(tmp_path)
+    save.write()
+    save.finish()
+    path = tmp_path / "aside" / name
+    path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
+    with pytest.raises(ReGateError, match=r"^regate: saved difficulty: given .*; allowed .*; change ") as refusal:
+        read_state(tmp_path / "aside", ALONE, _learned())
+    assert words in str(refusal.value) and f"{name} " in str(refusal.value) and "\n" not in str(refusal.value)
+    assert "--regate-reset-difficulty" in str(refusal.value)
+
+
+def test_a_file_of_another_save_is_refused_though_it_is_whole(tmp_path):
+    learned = _learned()
+    learned.take_in(KEYS_N2, COUNT_N, 3 * torch.cat(LOSSES), LABELS_X, step=6, is_dense=True)
+    for save in (_saved(tmp_path / "one"), StateSave(learned, PROGRESS, ALONE, tmp_path / "third")):
+        save.write()
+        save.finish()
+    for file in ("difficulty-00000.records", "prior.table"):
+        folder = tmp_path / file
+        shutil.copytree(tmp_path / "one" / "aside", folder)
+        shutil.copy(tmp_path / "third" / file, folder / file)
+        with pytest.raises(ReGateError, match=f"{file} with the content of another save"):
+            read_state(folder, ALONE, _learned())
 
 
 @pytest.mark.parametrize("in_background", [False, True])

@@ -37,13 +37,6 @@ class KeyIndex:
                 places[index] += [(one >> 32, one & 0xFFFFFFFF) for one in found]
         return places
 
-    def places(self) -> tuple[np.ndarray, np.ndarray]:
-        """Files and rows of all records, in the order of their keys' first halves; int64 each."""
-        merged = self._segments[0] if self._segments else (np.empty(0, np.int64), np.empty(0, np.int64))
-        for segment in self._segments[1:]:
-            merged = _merge(merged, segment)
-        return merged[1] >> 32, merged[1] & 0xFFFFFFFF
-
 
 def _merge(old: tuple[np.ndarray, np.ndarray], new: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     first = np.concatenate([old[0], new[0]])

@@ -6,13 +6,13 @@ replicas at once counts twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
-from regate_megatron.teacher.cache_files import read_table, write_table
+from regate_megatron.memory.files import read_table, write_table
+
+SUMS_BY_TOKEN = np.dtype([("token", "<i8"), ("count", "<i8"), ("sum", "<f8")])
 
 
 class TokenStatistics:
@@ -31,21 +31,20 @@ class TokenStatistics:
         self._count += np.bincount(label_X, minlength=size)
         self._sum += np.bincount(label_X, weights=loss_X.astype(np.float64), minlength=size)
 
-    def write(self, folder: Path, stem: str) -> None:
-        """Write the ids seen as one small file."""
+    def write(self, path: Path) -> None:
+        """Write the ids seen as one small file; none where there are none."""
         ids, counts, sums = self.seen()
         if len(ids):
-            arrays = [pa.array(ids), pa.array(counts), pa.array(sums)]
-            write_table(folder, stem, pa.record_batch(arrays, names=["id", "count", "sum"]))
+            table = np.empty(len(ids), SUMS_BY_TOKEN)
+            table["token"], table["count"], table["sum"] = ids, counts, sums
+            write_table(path, table)
 
-    def read(self, paths: Iterable[Path]) -> None:
-        """Add what files hold. Raises DamagedFile."""
-        for path in paths:
-            table = read_table(path)
-            ids, counts, sums = (table[name].to_numpy() for name in ("id", "count", "sum"))
-            self._grow(int(ids.max()) + 1)
-            self._count[ids] += counts
-            self._sum[ids] += sums
+    def read(self, path: Path) -> None:
+        """Add what a file holds. Raises DamagedFile or OSError."""
+        table, _ = read_table(path, SUMS_BY_TOKEN)
+        self._grow(int(table["token"].max(initial=-1)) + 1)
+        self._count[table["token"]] += table["count"]
+        self._sum[table["token"]] += table["sum"]
 
     def seen(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids that were targets, how often, and their losses added up."""

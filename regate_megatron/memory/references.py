@@ -1,11 +1,12 @@
-"""The reference-loss cache on disk: one float16 per target, found by the sample's reference key.
+"""Reference losses that were computed: in a cache on disk, or in host memory alone.
 
-Keys are made of token ids and layout, so the cache knows nothing of order, seed, batch shape, parallel layout or
-vocabulary padding. Any number of planners of any number of jobs write at once, each its own immutable files; nothing is
-locked. Losses wait in memory until a thread writes them, which also looks for files of others; it issues no collective.
+The cache holds one float16 per target, found by the sample's reference key, in files of records (:mod:`.files`). Keys
+are made of token ids and layout, so it knows nothing of order, seed, batch shape, layout or vocabulary padding.
+Any number of planners of any number of jobs write at once, each its own immutable files; nothing is locked. Losses wait
+in memory until a thread writes them, which also looks for files of others; it issues no collective.
 A kill loses what waited: the last minute, or a twentieth of the run where that is more.
 
-Memory: 16 bytes per record on disk (see :mod:`.cache_index`), and what waits to be written, at most twice
+Memory: 16 bytes per record on disk (see :mod:`.key_index`), and what waits to be written, at most twice
 :data:`MAX_WAITING_BYTES`. Losses are read from the file system's page cache, so there is no layer to evict.
 """
 
@@ -24,15 +25,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regate_megatron.teacher.cache_files import SUFFIX, DamagedFile, LossFile, write_losses
-from regate_megatron.teacher.cache_index import KeyIndex
-from regate_megatron.teacher.token_statistics import TokenStatistics
+from regate_megatron.memory.files import RECORDS, TABLE, DamagedFile, Piece, RecordFile, write_records
+from regate_megatron.memory.key_index import KeyIndex
+from regate_megatron.memory.token_statistics import TokenStatistics
 
 LOSS_FOLDER, TOKEN_FOLDER = "losses", "tokens"
 WRITE_SECONDS = 60
 MAX_WAITING_BYTES = 64 << 20
 _SHARE_OF_RUN = 0.05  # so that a run of days leaves some hundred files, not thousands
 _BYTES_PER_WAITING_RECORD = 300  # Python's own, roughly
+_MAX_BYTES_IN_MEMORY = 2 << 30
+_BYTES_PER_RECORD_IN_MEMORY = 400  # Python's and torch's own, roughly
 _MOST_OPEN_FILES = 256
 _LARGEST = torch.finfo(torch.float16).max
 
@@ -46,7 +49,7 @@ class ReferenceCache:
     """Losses in ``directory``; used by one thread of one rank.
 
     Args:
-        directory: the cache; see :mod:`.manifest` for how it is opened.
+        directory: the cache; claimed for its teacher before.
         writer: names this rank's files, with a random part.
         write_seconds: how long a loss waits at most before it is written, early in a run.
     """
@@ -192,8 +195,8 @@ class ReferenceCache:
             stem = f"{self._stem}-{self._written:06d}"
             try:
                 if records:
-                    write_losses(self._losses, stem, list(records), list(records.values()))
-                    statistics.write(self._tokens, stem)
+                    write_losses(self._losses / f"{stem}{RECORDS}", records)
+                    statistics.write(self._tokens / f"{stem}{TABLE}")
                     self._written += 1
                 self._find_files()
             except OSError as error:  # training goes on: these losses will be computed again
@@ -202,21 +205,74 @@ class ReferenceCache:
 
     def _find_files(self) -> None:
         for entry in sorted(os.listdir(self._losses)):
-            if entry.startswith(".") or not entry.endswith(SUFFIX) or entry in self._seen:
+            if entry.startswith(".") or not entry.endswith(RECORDS) or entry in self._seen:
                 continue
             self._seen.add(entry)
             try:
-                file = LossFile.open(self._losses / entry)
+                file, entry_N = RecordFile.open(self._losses / entry)
             except (DamagedFile, OSError) as error:
                 self._report(self._losses / entry, error)
                 continue
-            first_N = np.ascontiguousarray(file.key_N2[:, 0])
-            file.key_N2 = None  # the index has what is needed
             self._files.append(file)
-            self._index.add(first_N, len(self._files) - 1)
+            self._index.add(entry_N["key"][:, 0].copy(), len(self._files) - 1)
 
     def _report(self, path: Path, reason: object) -> None:
         """Say once per file that it, or a record of it, is left out."""
         if path not in self._reported:
             self._reported.add(path)
             print(f"[regate] reference cache: {path}: {reason}; the teacher computes this again", flush=True)
+
+
+def write_losses(path: Path, records: dict[bytes, np.ndarray]) -> None:
+    """Write losses by key (16 bytes each, float16 [T]) as one file."""
+    key_N2 = np.frombuffer(b"".join(records), "<i8").reshape(-1, 2)
+    count_N = np.array([len(loss) for loss in records.values()])
+    piece = Piece(key_N2, count_N, np.zeros_like(count_N), np.concatenate(list(records.values())))
+    write_records(path, len(records), lambda: [piece])
+
+
+class RecentLosses:
+    """float32 losses by key, the least recently used forgotten first (the teacher computes them again).
+
+    Args:
+        max_bytes: what it may take.
+    """
+
+    rounds = False
+
+    def __init__(self, max_bytes: int = _MAX_BYTES_IN_MEMORY) -> None:
+        self.max_bytes, self._bytes = max_bytes, 0
+        self._known: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    def look_up(self, keys: Sequence[bytes], counts: Sequence[int]) -> list[Tensor | None]:
+        """What is known of each sample, float32 [T]; None where it has to be computed."""
+        found = []
+        for key, count in zip(keys, counts, strict=True):
+            loss_T = self._known.get(key)
+            if loss_T is not None:
+                self._known.move_to_end(key)
+            found.append(loss_T if loss_T is not None and len(loss_T) == count else None)
+        return found
+
+    def add(self, keys: Sequence[bytes], losses: Sequence[Tensor], labels: Sequence[Tensor]) -> None:
+        """Remember finite losses, float32 [T] each; ``labels`` are not needed here."""
+        for key, loss_T in zip(keys, losses, strict=True):
+            before = self._known.pop(key, None)
+            self._known[key] = loss_T
+            self._bytes += _size(loss_T) - (_size(before) if before is not None else 0)
+        while self._bytes > self.max_bytes and self._known:
+            self._bytes -= _size(self._known.popitem(last=False)[1])
+
+    def flush(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+    def describe(self) -> str:
+        """One line."""
+        return f"reference losses: in memory, {len(self._known):,} samples, at most {self.max_bytes / 2**30:g} GiB"
+
+
+def _size(loss_T: Tensor) -> int:
+    return loss_T.numel() * torch.float32.itemsize + _BYTES_PER_RECORD_IN_MEMORY
