@@ -83,6 +83,9 @@ def deal(
     """
     num_ranks, num_rows = length_DR.shape
     num_micro = num_rows // rows
+    if not np.ptp(length_DR):  # nothing to deal, nor another order to run them in
+        from_DR = np.arange(length_DR.size).reshape(length_DR.shape)
+        return Deal(from_DR, "home", length_DR.sum(axis=1), length_DR[0, ::rows])
     form_DR = np.zeros_like(length_DR) if form_DR is None else form_DR
     length_N, key_N, form_N = length_DR.ravel(), key_DR.ravel(), form_DR.ravel()
     if (np.unique(form_N, return_counts=True)[1] % rows).any():

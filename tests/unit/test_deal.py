@@ -113,7 +113,8 @@ def test_no_deal_waits_less_in_its_microbatches(case):
 
 def test_rows_of_one_length_stay_where_they_are():
     dealt = deal(np.full((4, 3), 7), np.arange(12).reshape(4, 3))
-    assert dealt.method == "home" and dealt.num_moved == 0
+    assert dealt.method == "home" and dealt.from_DR.tolist() == np.arange(12).reshape(4, 3).tolist()
+    assert dealt.total_D.tolist() == [21] * 4 and dealt.longest_M.tolist() == [7] * 3
 
 
 def test_only_the_rows_that_differ_move():
