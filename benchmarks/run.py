@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.measuring import OUT, write_json  # noqa: E402
 from benchmarks.report import fragments, machine_line, text_table, write_between_markers  # noqa: E402
 
-PARTS = ("step_time", "visual", "alternatives", "planning", "slowest_rank", "teacher", "memory")
+PARTS = ("step_time", "visual", "alternatives", "planning", "slowest_rank", "dealt", "teacher", "memory")
 HEADLINE_PART = "step_time"
 _LIMIT_S = 900  # of one part; a hung one is killed
 

@@ -83,13 +83,13 @@ def deal(
     """
     num_ranks, num_rows = length_DR.shape
     num_micro = num_rows // rows
-    if not np.ptp(length_DR):  # nothing to deal, nor another order to run them in
-        from_DR = np.arange(length_DR.size).reshape(length_DR.shape)
-        return Deal(from_DR, "home", length_DR.sum(axis=1), length_DR[0, ::rows])
     form_DR = np.zeros_like(length_DR) if form_DR is None else form_DR
     length_N, key_N, form_N = length_DR.ravel(), key_DR.ravel(), form_DR.ravel()
     if (np.unique(form_N, return_counts=True)[1] % rows).any():
         raise ValueError(f"rows of one form that are no multiple of the {rows} rows of a microbatch")
+    if not np.ptp(length_DR):  # nothing to deal, nor another order to run them in
+        from_DR = np.arange(length_DR.size).reshape(length_DR.shape)
+        return Deal(from_DR, "home", length_DR.sum(axis=1), length_DR[0, ::rows])
     order_N = np.lexsort((key_N, -length_N, form_N))
     is_next_N = (np.diff(form_N[order_N], prepend=form_N[order_N[0]]) != 0) | (
         np.diff(length_N[order_N], prepend=length_N[order_N[0]]) != 0
@@ -111,6 +111,30 @@ def deal(
     chosen_D = _choose(kind_N.reshape(num_ranks, num_rows), kind_DR)
     from_DR = _fill(kind_DR[chosen_D], kind_N.reshape(num_ranks, num_rows), key_N)
     return Deal(from_DR, method, total_D[chosen_D], length_MD[middle_M, 0])
+
+
+def at_best(length_DM: np.ndarray) -> tuple[int, int]:
+    """What no deal of these microbatches, as many to each rank, falls below.
+
+    Of any ``k·D + 1`` microbatches some rank has k + 1, for every k; take the longest ones, and the shortest of all for
+    the rest of that rank's. Totals are multiples of what all lengths are multiples of.
+
+    Args:
+        length_DM: positions of each microbatch, int64.
+
+    Returns:
+        the least total of the slowest rank; and the least sum over microbatches of the longest that any rank runs in
+        each, which sorted columns have (see the module's text).
+    """
+    num_ranks, num_micro = length_DM.shape
+    falling_N = np.sort(length_DM, axis=None)[::-1]
+    step = int(np.gcd.reduce(falling_N)) or 1
+    least = -(-int(falling_N.sum()) // (num_ranks * step)) * step
+    for k in range(num_micro):
+        last = k * num_ranks
+        rest = num_micro - k - 1
+        least = max(least, int(falling_N[last - k : last + 1].sum() + falling_N[len(falling_N) - rest :].sum()))
+    return least, int(falling_N[::num_ranks].sum())
 
 
 def by_turns(length_MD: np.ndarray) -> np.ndarray:
