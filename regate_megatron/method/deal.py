@@ -35,7 +35,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_AT_ONCE = 2048  # rows whose pairs are in memory at a time
+_FEW = 512  # different numbers
+_AT_ONCE = 8192  # rows whose pairs are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -206,28 +207,42 @@ def _choose(home_DR: np.ndarray, kind_DR: np.ndarray) -> np.ndarray:
     """The bundle of each rank, that keeps most of its rows at home, the largest numbers first; int64 [D]."""
     num_ranks = len(kind_DR)
     stays_DD = _count_common(_numbered(home_DR), _numbered(kind_DR))
-    chosen_D, is_free_D = np.full(num_ranks, -1), np.ones(num_ranks, bool)
-    for number in range(int(stays_DD.max()), -1, -1):
-        for rank in np.flatnonzero((chosen_D < 0) & ((stays_DD == number) & is_free_D).any(axis=1)):
-            free = np.flatnonzero((stays_DD[rank] == number) & is_free_D)
-            if len(free):
-                chosen_D[rank], is_free_D[free[0]] = free[0], False
+    chosen_D, is_free_D = np.empty(num_ranks, np.int64), np.ones(num_ranks, bool)
+    waiting = [(-most, rank) for rank, most in enumerate(stays_DD.max(axis=1).tolist())]
+    heapq.heapify(waiting)
+    while waiting:
+        before, rank = heapq.heappop(waiting)
+        own_D = np.where(is_free_D, stays_DD[rank], -1)
+        bundle = int(own_D.argmax())
+        if -int(own_D[bundle]) > before:  # what it had hoped for is gone
+            heapq.heappush(waiting, (-int(own_D[bundle]), rank))
+            continue
+        chosen_D[rank], is_free_D[bundle] = bundle, False
     return chosen_D
 
 
 def _count_common(one_DR: np.ndarray, other_DR: np.ndarray) -> np.ndarray:
-    """How many numbers each row of one table has in common with each of the other; int64 [D, D]."""
+    """How many numbers each row of one table has in common with each of the other; int [D, D]."""
     num_ranks, num_rows = one_DR.shape
+    known_K, one_N = np.unique(one_DR, return_inverse=True)
+    if len(known_K) <= _FEW:  # each is in many rows: as a product of two tables of what is in which
+        has_DK, has_KD = (np.zeros((num_ranks, len(known_K) + 1), np.float32) for _ in range(2))
+        rank_N, at_N = np.arange(one_DR.size) // num_rows, known_K.searchsorted(other_DR.ravel())
+        at_N[known_K[at_N.clip(max=len(known_K) - 1)] != other_DR.ravel()] = len(known_K)
+        has_DK[rank_N, one_N.ravel()] = has_KD[rank_N, at_N] = 1
+        has_KD[:, -1] = 0
+        return (has_DK @ has_KD.T).astype(np.int16)
     order_N = np.argsort(other_DR, axis=None, kind="stable")
     sorted_N, one_N = other_DR.ravel()[order_N], one_DR.ravel()
     first_N = sorted_N.searchsorted(one_N)
     count_N = sorted_N.searchsorted(one_N, side="right") - first_N
-    common_DD = np.zeros(num_ranks * num_ranks, np.int64)
+    common_DD = 0
     for start in range(0, len(one_N), _AT_ONCE):  # a frequent number is in many pairs
         count, first = count_N[start : start + _AT_ONCE], first_N[start : start + _AT_ONCE]
         rank_P = np.repeat((start + np.arange(len(count))) // num_rows, count)
         place_P = np.arange(len(rank_P)) + np.repeat(first - (count.cumsum() - count), count)
-        common_DD += np.bincount(rank_P * num_ranks + order_N[place_P] // num_rows, minlength=len(common_DD))
+        pair_P = rank_P * num_ranks + order_N[place_P] // num_rows
+        common_DD = common_DD + np.bincount(pair_P, minlength=num_ranks * num_ranks).astype(np.int16)
     return common_DD.reshape(num_ranks, num_ranks)
 
 
