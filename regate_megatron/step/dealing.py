@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from regate_megatron.errors import refuse
-from regate_megatron.method.deal import deal
+from regate_megatron.method.deal import at_best, deal
 from regate_megatron.ranks.rows import Peers, like_at_home, pack
 from regate_megatron.ranks.topology import Topology
 from regate_megatron.step.planner import Planner
@@ -113,5 +113,6 @@ class Dealing:
         """The deal; planners call this, over their group."""
         positions_M, key_M = self._planner.asked(step)
         table_D2M = self._topology.all_gather_planners(torch.cat([positions_M, key_M])).numpy()
-        num_micro = len(key_M)
-        return deal(table_D2M[:, :num_micro], table_D2M[:, num_micro:], in_columns=self._in_columns).from_DR
+        length_DM, key_DM = np.split(table_D2M, 2, axis=1)
+        step.at_best = at_best(length_DM)[0] * len(length_DM) / max(int(length_DM.sum()), 1)
+        return deal(length_DM, key_DM, in_columns=self._in_columns).from_DR

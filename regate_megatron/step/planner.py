@@ -93,7 +93,8 @@ class Planner:
         if not bool(is_finite_D.all()):
             step.fallback = True
             return
-        step.balance = Balance(int(positions_D.max()), own, float(positions_D.double().mean()), chosen.achievable)
+        achievable = step.at_best if self.config.budget == "dealt" else chosen.achievable
+        step.balance = Balance(int(positions_D.max()), own, float(positions_D.double().mean()), achievable)
         step.plan = StepPlan(step.number, tuple(microbatches))
 
     def asked(self, step: Step) -> tuple[Tensor, Tensor]:
