@@ -86,7 +86,8 @@ def write_docs(results: dict[str, Any], picture: Path) -> None:
     if picture.is_file():
         (ROOT / "docs" / "benchmarks.png").write_bytes(picture.read_bytes())
         texts["bench-picture"] = "![all parts](benchmarks.png)"
-    for page in (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "visual.md", ROOT / "README.md"):
+    pages = [ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "visual", "balance")]
+    for page in (*pages, ROOT / "README.md"):
         print(f"{page.relative_to(ROOT)}: {', '.join(write_between_markers(page, texts)) or 'no markers'}")
 
 

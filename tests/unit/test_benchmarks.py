@@ -100,6 +100,11 @@ def test_a_budget_s_figures_are_those_of_the_slowest_rank_beside_the_dense_step_
             "planning_share": 0.02, "moving_share": 0.004,
         }  # fmt: skip
         assert dealt._figures(row)[1]["goal"] == ">= 0.9"
+    results = _results()
+    results["parts"].append({"part": "dealt", "figures": [], "rows": [first, *rows]})
+    lines = report.fragments(results)["bench-dealt"].splitlines()
+    assert lines[2] == "| DP4 | `uniform` | 50.0% (50.0% to 50.0%) | 50.0% | 1.00 | 1.250 | 2.0% | 0.4% | 7 |"
+    assert len(lines) == 2 + 3
 
 
 def _results() -> dict:
