@@ -97,16 +97,7 @@ def visual_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def dealt_table(rows: Sequence[dict[str, Any]]) -> str:
     """Budgets on real ranks, a row per layout and budget."""
-    head = (
-        "layout",
-        "budget",
-        "slowest rank, of dense",
-        "its work",
-        "conv",
-        "max/mean",
-        "planning",
-        "of it moving rows",
-    )
+    head = ("layout", "budget", "slowest rank, of dense", "its work", "conv", "max/mean", "planning", "moving rows")
     lines = ["| " + " | ".join((*head, "messages")) + " |", "|---" * (len(head) + 1) + "|"]
     for row in rows:
         if row["budget"] == "dense":
@@ -150,24 +141,20 @@ def fragments(results: dict[str, Any]) -> dict[str, str]:
     """What stands between the markers of a page, by their name."""
     head, interval = results["headline"], results["headline_interval"]["conv"]
     of = results["headline_setting"]
-    visual = next((part for part in results["parts"] if part["part"] == "visual"), None)
-    dealt = next((part for part in results["parts"] if part["part"] == "dealt"), None)
-    of_dealt = {"bench-dealt": dealt_table(dealt["rows"])} if dealt else {}
-    return (
-        of_dealt
-        | (visual_fragments(visual) if visual else {})
-        | {
-            "bench-machine": machine_line(results),
-            "bench-table": markdown_table(results["parts"]),
-            "bench-steps": step_table(next(part for part in results["parts"] if part["part"] == "step_time")["rows"]),
-            "bench-headline": (
-                f"{of['model']}, {of['length']} positions, keep ratio {of['keep_ratio']:g}, {of['dense_layers']} dense"
-                f" layer: **conv {head['conv']:.3f}** (95 % interval {interval[0]:.3f} to {interval[1]:.3f}), whole step"
-                f" **{head['speedup']:.2f} times as fast**, planning {head['planning_share']:.2%} of the step,"
-                f" {head['kept_share']:.1%} of the targets kept."
-            ),
-        }
-    )
+    parts = {part["part"]: part for part in results["parts"]}
+    more = visual_fragments(parts["visual"]) if "visual" in parts else {}
+    more |= {"bench-dealt": dealt_table(parts["dealt"]["rows"])} if "dealt" in parts else {}
+    return more | {
+        "bench-machine": machine_line(results),
+        "bench-table": markdown_table(results["parts"]),
+        "bench-steps": step_table(parts["step_time"]["rows"]),
+        "bench-headline": (
+            f"{of['model']}, {of['length']} positions, keep ratio {of['keep_ratio']:g}, {of['dense_layers']} dense"
+            f" layer: **conv {head['conv']:.3f}** (95 % interval {interval[0]:.3f} to {interval[1]:.3f}), whole step"
+            f" **{head['speedup']:.2f} times as fast**, planning {head['planning_share']:.2%} of the step,"
+            f" {head['kept_share']:.1%} of the targets kept."
+        ),
+    }
 
 
 def write_between_markers(page: Path, texts: dict[str, str]) -> list[str]:
