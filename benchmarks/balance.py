@@ -140,7 +140,7 @@ def count(tally: Tally, ranks: list[Candidates], length_DM: torch.Tensor, kept: 
 def measure(mix: Mix, num_ranks: int, steps: int, options: argparse.Namespace, extra: int | None) -> dict[str, Any]:
     """All budgets on the same rows."""
     rng = np.random.default_rng(options.seed)
-    names = ("dense", "dense-dealt", *BUDGETS, "dealt-rows")
+    names = ("dense", "dense-dealt", *BUDGETS, "dealt, experts", "dealt-rows")
     tallies = {name: Tally() for name in names}
     choice = {"alignment": Alignment(options.layout_multiple, extra)}
     for _ in range(steps):
@@ -159,17 +159,23 @@ def measure(mix: Mix, num_ranks: int, steps: int, options: argparse.Namespace, e
             count(tallies[kind], ranks, length_DM, kept, chosen[0].achievable or 0)
             if kind == "per-sample":  # the very lengths, elsewhere
                 _count_dealt(tallies["dealt"], ranks, length_DM, key_DM, kept)
+                _count_dealt(tallies["dealt, experts"], ranks, length_DM, key_DM, kept, in_columns=True)
                 if options.micro_batch_size > 1:
                     _count_dealt_rows(tallies["dealt-rows"], ranks, choice["alignment"], kept)
     return {name: tally.report() for name, tally in tallies.items() if tally.run}
 
 
 def _count_dealt(
-    tally: Tally, ranks: list[Candidates], length_DM: torch.Tensor, key_DM: torch.Tensor, kept: int
+    tally: Tally,
+    ranks: list[Candidates],
+    length_DM: torch.Tensor,
+    key_DM: torch.Tensor,
+    kept: int,
+    in_columns: bool = False,
 ) -> None:
     """Add one step of these microbatches, dealt."""
     start = time.perf_counter()
-    dealt = deal(length_DM.numpy(), key_DM.numpy())
+    dealt = deal(length_DM.numpy(), key_DM.numpy(), in_columns=in_columns)
     tally.deal_s.append(time.perf_counter() - start)
     tally.moved += dealt.num_moved
     tally.table_bytes = length_DM.nbytes + key_DM.nbytes

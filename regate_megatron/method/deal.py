@@ -16,6 +16,10 @@ one whose slowest rank is faster is taken, the first where they are alike.
   each (Michiels et al., balanced LDM; verl balances its sequences alike). The two columns of the largest spread are
   merged, longest to shortest, until one is left.
 
+**Across columns.** Where no rank waits for another before the step ends, totals count alone: then the slowest rank
+swaps a row with the fastest, the pair that brings them closest, until that gains nothing (:func:`by_swaps`). An outlier
+in the first column has no match in the others, whose rows are all but alike.
+
 **Staying home.** Rows of one length (and one form) stand for each other, so what is dealt are lengths: bundles of them,
 one for each rank. Ranks choose bundles by how many lengths they hold of each, the largest number first; a row whose
 length its rank keeps stays. Where rows at home run as well as dealt ones, none moves.
@@ -35,6 +39,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+_EVEN = 1.001  # max/mean that no swap is looked for any more
 _FEW = 512  # different numbers
 _AT_ONCE = 8192  # rows whose pairs are in memory at a time
 
@@ -101,17 +106,22 @@ def deal(
     column_MD = np.argsort(-length_N[group_Gb[:, 0]], kind="stable").reshape(num_micro, num_ranks)
     length_MD = length_N[group_Gb[column_MD, 0]]
     method, place_MD = _better(length_MD)
-    total_D = np.take_along_axis(length_MD, place_MD, axis=1).sum(axis=0) * rows
+    bundle_MD = np.take_along_axis(column_MD, place_MD, axis=1)
+    length_MD = np.take_along_axis(length_MD, place_MD, axis=1)
+    if not in_columns:
+        swapped_MD = by_swaps(length_MD)
+        bundle_MD, length_MD = (values_MD.ravel()[swapped_MD] for values_MD in (bundle_MD, length_MD))
+    total_D, longest_M = length_MD.sum(axis=0) * rows, length_MD.max(axis=1)
     home = _at_home(length_DR, rows)
-    waits_less = not in_columns or home.longest_M.sum() <= length_MD[:, 0].sum()
+    waits_less = not in_columns or home.longest_M.sum() <= longest_M.sum()
     if home.total_D.max() <= total_D.max() and waits_less:
         return home
     middle_M = _longest_in_the_middle(num_micro)
-    bundle_DM = np.take_along_axis(column_MD, place_MD, axis=1)[middle_M].T
+    bundle_DM = bundle_MD[middle_M].T
     kind_DR = kind_N[group_Gb[bundle_DM]].reshape(num_ranks, num_rows)
     chosen_D = _choose(kind_N.reshape(num_ranks, num_rows), kind_DR)
     from_DR = _fill(kind_DR[chosen_D], kind_N.reshape(num_ranks, num_rows), key_N)
-    return Deal(from_DR, method, total_D[chosen_D], length_MD[middle_M, 0])
+    return Deal(from_DR, method, total_D[chosen_D], longest_M[middle_M])
 
 
 def at_best(length_DM: np.ndarray) -> tuple[int, int]:
@@ -164,6 +174,27 @@ def by_differencing(length_MD: np.ndarray) -> np.ndarray:
         merged |= {column: place_D[::-1][falling_D] for column, place_D in others.items()}
         heapq.heappush(heap, (-int(np.ptp(sum_D)), index, sum_D[falling_D], merged))
     return np.stack([heap[0][3][column] for column in range(num_micro)])
+
+
+def by_swaps(length_MD: np.ndarray) -> np.ndarray:
+    """Swaps across columns: where in [M, D] each row of the new bundles was, falling by length; int64 [M, D]."""
+    num_ranks = length_MD.shape[1]
+    length_DM, from_DM = length_MD.T.copy(), np.arange(length_MD.size).reshape(length_MD.shape).T.copy()
+    total_D = length_DM.sum(axis=1)
+    enough = _EVEN * total_D.sum() / num_ranks
+    for _ in range(num_ranks):
+        slow, fast = int(total_D.argmax()), int(total_D.argmin())
+        too_much = int(total_D[slow] - total_D[fast])
+        less_MM = length_DM[slow][:, None] - length_DM[fast]
+        own, other = divmod(int(np.abs(2 * less_MM - too_much).argmin()), len(length_MD))
+        less = int(less_MM[own, other])
+        if total_D[slow] <= enough or not 0 < less < too_much:
+            break
+        for one_DM in (length_DM, from_DM):
+            one_DM[slow, own], one_DM[fast, other] = one_DM[fast, other], one_DM[slow, own]
+        total_D[[slow, fast]] += [-less, less]
+    falling_DM = np.argsort(-length_DM, axis=1, kind="stable")
+    return np.take_along_axis(from_DM, falling_DM, axis=1).T
 
 
 def _better(length_MD: np.ndarray) -> tuple[str, np.ndarray]:

@@ -118,6 +118,23 @@ def test_rows_of_one_length_stay_where_they_are():
     assert dealt.total_D.tolist() == [21] * 4 and dealt.longest_M.tolist() == [7] * 3
 
 
+@given(batches(max_ranks=4, max_micro=4, max_rows=2))
+def test_where_totals_count_alone_rows_swap_columns_and_the_slowest_rank_is_no_slower(case):
+    length_DR, key_DR, rows, form_DR = case
+    in_columns = deal(length_DR, key_DR, rows=rows, form_DR=form_DR)
+    across = deal(length_DR, key_DR, rows=rows, form_DR=form_DR, in_columns=False)
+    assert across.total_D.max() <= in_columns.total_D.max()
+
+
+def test_an_outlier_is_made_up_for_across_columns():
+    """The rank with the 9 gets all three 1s, which lie in one column."""
+    length_DR = np.array([[9, 2, 2, 1], [3, 2, 2, 1], [3, 2, 2, 1]])
+    key_DR = np.arange(12).reshape(3, 4)
+    assert deal(length_DR, key_DR).total_D.max() == 14
+    across = deal(length_DR, key_DR, in_columns=False)
+    assert across.total_D.max() == 12 == at_best(length_DR)[0]
+
+
 def test_what_no_deal_falls_below_counts_long_rows_that_must_meet_and_steps_of_length():
     assert at_best(np.array([[9, 1, 1], [1, 1, 1]])) == (11, 9 + 1 + 1)  # who has the long one has two others
     assert at_best(np.array([[8, 8, 1], [8, 1, 1]])) == (17, 8 + 8 + 1)  # two of three long ones meet
