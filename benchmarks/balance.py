@@ -9,17 +9,20 @@ exchange between ranks is simulated. Per mix, number of ranks and budget:
 
 * **max/mean**: positions run by the slowest rank of a step over the mean rank, alignment and fill included; over steps
   the sums of both are compared, since every step waits for its slowest rank.
-* **achievable**: the least max/mean that contexts and row lengths allow (of `balanced`).
+* **achievable**: the least max/mean there is: of `balanced` what contexts and row lengths allow, where rows are dealt
+  what no deal falls below (:func:`regate_megatron.method.deal.at_best`).
 * **kept**: candidates that run ÷ candidates: targets, and with ``--visual-keep-ratio`` visual positions, too.
   **positions**: positions run ÷ positions of the dense step. **slowest**: the slowest rank's positions ÷ its
   positions in the dense step's slowest rank: what the step time follows.
-* **each**: as max/mean, but ranks wait for the slowest in every microbatch, as those that share experts do.
+* **each**: as max/mean, but ranks wait for the slowest in every microbatch, as those that share experts do; **at
+  best**: what no deal falls below there.
 * **fill**: slots that hold neither context nor a kept candidate ÷ positions run.
 * **lengths**: distinct lengths that occurred.
 * **moved**: microbatches that leave their rank ÷ microbatches; in the file beside it the time one planner takes to deal
   (`deal_ms`) and what it sends and receives to know all lengths (`table_bytes`).
 
-`dense` runs every position.
+`dense` runs every position, `dense-dealt` runs them where their lengths even out (`--regate-deal-dense`). With several
+rows per microbatch `dealt-rows` is there too: what single rows would gain over whole microbatches.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +44,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.skew import MIXES, Mix, draw_row, make_rows  # noqa: E402
-from regate_megatron.method.budget import Alignment  # noqa: E402
+from regate_megatron.method.budget import Alignment, per_sample_lengths  # noqa: E402
 from regate_megatron.method.candidates import Candidates  # noqa: E402
-from regate_megatron.method.deal import deal  # noqa: E402
+from regate_megatron.method.deal import at_best, deal  # noqa: E402
 from regate_megatron.method.selection import Selection, select  # noqa: E402
 
 BUDGETS = ("per-sample", "uniform", "balanced", "dealt")
-COLUMNS = ("max/mean", "achievable", "each", "kept", "positions", "slowest", "fill", "lengths", "moved")
+COLUMNS = ("max/mean", "achievable", "each", "at best", "kept", "positions", "slowest", "fill", "lengths", "moved")
 
 
 @dataclass
@@ -56,6 +59,7 @@ class Tally:
 
     slowest: int = 0
     each: int = 0
+    each_at_best: int = 0
     mean: float = 0.0
     achievable: float = 0.0  # of the slowest, had each step the least max/mean
     targets: int = 0
@@ -82,6 +86,7 @@ class Tally:
             "lengths": len(self.lengths),
             "moved": self.moved / self.micro,
             "each": self.each / self.mean,
+            "at best": self.each_at_best / self.mean,
         }
         if self.deal_s:
             found |= {"deal_ms": 1e3 * statistics.median(self.deal_s), "table_bytes": self.table_bytes}
@@ -135,32 +140,63 @@ def count(tally: Tally, ranks: list[Candidates], length_DM: torch.Tensor, kept: 
 def measure(mix: Mix, num_ranks: int, steps: int, options: argparse.Namespace, extra: int | None) -> dict[str, Any]:
     """All budgets on the same rows."""
     rng = np.random.default_rng(options.seed)
-    tallies = {name: Tally() for name in ("dense", *BUDGETS)}
+    names = ("dense", "dense-dealt", *BUDGETS, "dealt, experts", "dealt-rows")
+    tallies = {name: Tally() for name in names}
     choice = {"alignment": Alignment(options.layout_multiple, extra)}
     for _ in range(steps):
         drawn = [[draw_row(mix, rng) for _ in range(options.rows)] for _ in range(num_ranks)]
         ratios = (options.keep_ratio, options.micro_batch_size, options.visual_keep_ratio)
         ranks = [make_rows(mix, rows, rng, *ratios) for rows in drawn]
         dense_DM = torch.stack([rows.dense_M for rows in ranks])
-        count(tallies["dense"], ranks, dense_DM, sum(len(rows.score_X) for rows in ranks), 0)
+        key_DM, everything = torch.stack([rows.key_M for rows in ranks]), sum(len(rows.score_X) for rows in ranks)
+        count(tallies["dense"], ranks, dense_DM, everything, 0)
+        if len(dense_DM.unique()) > 1:
+            _count_dealt(tallies["dense-dealt"], ranks, dense_DM, key_DM, everything)
         for kind in BUDGETS[:-1]:
             chosen = over_ranks(ranks, kind=kind, **choice)
             length_DM = torch.stack([one.length_M for one in chosen])
             kept = sum(int(one.is_kept_X.sum()) for one in chosen)
             count(tallies[kind], ranks, length_DM, kept, chosen[0].achievable or 0)
             if kind == "per-sample":  # the very lengths, elsewhere
-                length_DM = _dealt(tallies["dealt"], length_DM, torch.stack([rows.key_M for rows in ranks]))
-                count(tallies["dealt"], ranks, length_DM, kept, 0)
+                _count_dealt(tallies["dealt"], ranks, length_DM, key_DM, kept)
+                _count_dealt(tallies["dealt, experts"], ranks, length_DM, key_DM, kept, in_columns=True)
+                if options.micro_batch_size > 1:
+                    _count_dealt_rows(tallies["dealt-rows"], ranks, choice["alignment"], kept)
     return {name: tally.report() for name, tally in tallies.items() if tally.run}
 
 
-def _dealt(tally: Tally, length_DM: torch.Tensor, key_DM: torch.Tensor) -> torch.Tensor:
+def _count_dealt(
+    tally: Tally,
+    ranks: list[Candidates],
+    length_DM: torch.Tensor,
+    key_DM: torch.Tensor,
+    kept: int,
+    in_columns: bool = False,
+) -> None:
+    """Add one step of these microbatches, dealt."""
     start = time.perf_counter()
-    dealt = deal(length_DM.numpy(), key_DM.numpy())
+    dealt = deal(length_DM.numpy(), key_DM.numpy(), in_columns=in_columns)
     tally.deal_s.append(time.perf_counter() - start)
     tally.moved += dealt.num_moved
     tally.table_bytes = length_DM.nbytes + key_DM.nbytes
-    return length_DM.flatten()[torch.from_numpy(dealt.from_DR)]
+    least, least_each = at_best(length_DM.numpy())
+    mean = float(length_DM.sum()) / len(ranks)
+    count(tally, ranks, length_DM.flatten()[torch.from_numpy(dealt.from_DR)], kept, least / mean)
+    tally.each_at_best += least_each * ranks[0].rows
+
+
+def _count_dealt_rows(tally: Tally, ranks: list[Candidates], alignment: Alignment, kept: int) -> None:
+    """As :func:`_count_dealt`, were single rows dealt, alike ones to one microbatch."""
+    rows = ranks[0].rows
+    alone = [
+        replace(own, dense_M=own.dense_M.repeat_interleave(rows), key_M=torch.arange(len(own.always_R)))
+        for own in ranks
+    ]
+    length_DR = torch.stack([per_sample_lengths(own, alignment)[0] for own in alone]).numpy()
+    dealt = deal(length_DR, torch.stack([own.key_M for own in alone]).numpy(), rows=rows)
+    tally.moved += dealt.num_moved // rows
+    length_DM = length_DR.ravel()[dealt.from_DR].reshape(len(ranks), -1, rows).max(axis=2)
+    count(tally, ranks, torch.from_numpy(length_DM), kept, 0)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -177,9 +213,9 @@ def table(results: dict[str, Any]) -> str:
 def _cell(column: str, value: float) -> str:
     if column == "lengths":
         return str(value)
-    if column in ("achievable", "moved") and not value:
+    if column in ("achievable", "at best", "moved") and not value:
         return ""
-    return f"{value:.3f}" if column in ("max/mean", "achievable", "each") else f"{value:.1%}"
+    return f"{value:.3f}" if column in ("max/mean", "achievable", "each", "at best") else f"{value:.1%}"
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

@@ -54,8 +54,12 @@ class Size:
         return 8, self.image // self.frames // 8
 
 
-def start() -> None:
-    """Megatron on this CPU: one rank, one thread. Once per process, before anything else is imported."""
+def start(**layout: int) -> None:
+    """Megatron on this CPU, one thread. Once per process, before anything else is imported.
+
+    Args:
+        layout: of ``initialize_model_parallel``, for the ranks that the environment tells of; without it one rank.
+    """
     _keep_memory()
     from regate_megatron.cpu import emulation
 
@@ -66,8 +70,11 @@ def start() -> None:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(rank=0, world_size=1, store=torch.distributed.HashStore())
-    parallel_state.initialize_model_parallel()
+    if layout:
+        torch.distributed.init_process_group("gloo")
+    else:
+        torch.distributed.init_process_group(rank=0, world_size=1, store=torch.distributed.HashStore())
+    parallel_state.initialize_model_parallel(**layout)
     model_parallel_cuda_manual_seed(1234)
     logging.getLogger("megatron.core").setLevel(logging.ERROR)  # GPTModel is deprecated, says every model
 
@@ -133,8 +140,8 @@ def _llava(size: Size) -> Any:
     )
 
 
-def transformer_config(size: Size) -> Any:
-    """The decoder's configuration."""
+def transformer_config(size: Size, **options: Any) -> Any:
+    """The decoder's configuration; ``options`` are more fields of it."""
     import torch
     from megatron.core.transformer import TransformerConfig
 
@@ -153,6 +160,7 @@ def transformer_config(size: Size) -> Any:
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
+        **options,
     )
 
 

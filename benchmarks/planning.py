@@ -11,6 +11,7 @@ the network is not: the table says how many messages and bytes a planner sends i
 
 * **10^9 targets**: difficulty of all of them lies on this one planner, a thousand times its share at 1,024 ranks.
 * **plan and learn**: CPU milliseconds per sparse step on one thread, beside it the share at most of a step of 1 s.
+  Under `dealt` with what all planners do for the deal: every length is another there.
 * **a dense step's learn**: the prior of 152,064 token ids learns too.
 * **a whole step**: all that a rank which plans for itself does in a sparse step, from the batch it reads to what it
   learns, beside it by stages: *read* the batches, *score* (difficulty and prior fetched), *select*, *plan* (the rest of
@@ -43,6 +44,7 @@ from regate_megatron.config import ReGateConfig
 from regate_megatron.decoder import Layout, shard_plans
 from regate_megatron.memory.records import Records
 from regate_megatron.method import selection
+from regate_megatron.method.deal import deal
 from regate_megatron.method.plan import MicrobatchPlan, StepPlan
 from regate_megatron.ranks.topology import Topology
 from regate_megatron.step.counters import count_step
@@ -50,7 +52,7 @@ from regate_megatron.step.planner import Planner
 from regate_megatron.step.step import Step
 
 MICROBATCHES, LENGTH, VOCAB = 8, 4096, 152_064
-BUDGETS = ("uniform", "balanced", "per-sample")
+BUDGETS = ("uniform", "balanced", "per-sample", "dealt")
 STEPS = ((8, 4096), (32, 16_384), (64, 512))  # microbatches of one row, positions
 STAGES = ("read", "score", "select", "plan", "lay out", "learn")
 
@@ -184,6 +186,10 @@ def _one_step(planner: Planner, facts: list[MicrobatchFacts], step: int) -> dict
 
     def sparse() -> None:
         one = Step(step, "sparse", elides=True, facts=facts)
+        if planner.config.budget == "dealt" and planner.topology.dp_size > 1:
+            table_D2M = planner.topology.all_gather_planners(torch.cat(planner.asked(one))).numpy()
+            deal(table_D2M[:, : len(facts)], table_D2M[:, len(facts) :])
+            one.take_facts(facts)  # as others came
         planner.plan(one)
         planner.learn(one, losses)
 
@@ -196,7 +202,8 @@ def _one_step(planner: Planner, facts: list[MicrobatchFacts], step: int) -> dict
 
 def _whole_step(microbatches: int, length: int, rounds: int) -> dict[str, Any]:
     """Milliseconds of every stage of a sparse step on one rank; score "regate", rows come back every third step."""
-    planner, adapter = Planner(ReGateConfig(teacher_load="student"), Simulated.of(1), multiple=16), GPTBatches()
+    config, adapter = ReGateConfig(teacher_load="student", budget="uniform"), GPTBatches()
+    planner = Planner(config, Simulated.of(1), multiple=16)
     layout, device, layers = Layout(), torch.device("cpu"), {"num_layers": 28, "dense_layers": 1}
     times: dict[str, list[float]] = {}
     spent: dict[str, float] = {}

@@ -67,6 +67,14 @@ def _planning(axis: Any, part: dict[str, Any]) -> None:
     axis.legend(frameon=False)
 
 
+def _dealt(axis: Any, part: dict[str, Any]) -> None:
+    rows = [row for row in part["rows"] if row["budget"] != "dense"]
+    names = [f"{row['layout']}, {row['budget']}" for row in rows]
+    _bars(axis, names, [row["slowest_share"] for row in rows], [row["budget"] == "dealt" for row in rows])
+    axis.axvline(1, ls=":", color="black", lw=1)
+    axis.set(title="slowest of four real ranks", xlabel="its time, of the dense step's slowest")
+
+
 def _slowest_rank(axis: Any, part: dict[str, Any]) -> None:
     rows = part["rows"]
     names = [f"{row['mix']}\n{row['budget']}" for row in rows]
@@ -111,6 +119,7 @@ _PANELS = {
     "alternatives": _alternatives,
     "planning": _planning,
     "slowest_rank": _slowest_rank,
+    "dealt": _dealt,
     "teacher": _teacher,
     "memory": _memory,
 }

@@ -95,6 +95,29 @@ def visual_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def dealt_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Budgets on real ranks, a row per layout and budget."""
+    head = ("layout", "budget", "slowest rank, of dense", "its work", "conv", "max/mean", "planning", "moving rows")
+    lines = ["| " + " | ".join((*head, "messages")) + " |", "|---" * (len(head) + 1) + "|"]
+    for row in rows:
+        if row["budget"] == "dense":
+            continue
+        low, high = row["slowest_share"]["quartiles"]
+        texts = (
+            row["layout"],
+            f"`{row['budget']}`",
+            f"{row['slowest_share']['median']:.1%} ({low:.1%} to {high:.1%})",
+            f"{row['work_share']['median']:.1%}",
+            f"{row['conv']['median']:.2f}",
+            f"{row['max_mean']['median']:.3f}",
+            f"{row['planning_share']['median']:.1%}",
+            f"{row['moving_share']['median']:.1%}",
+            f"{row['messages']}",
+        )
+        lines.append("| " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
 def visual_fragments(part: dict[str, Any]) -> dict[str, str]:
     """What the page on visual positions shows of its part."""
     names = [row["visual_score"] + (" beside targets" if row["keep_ratio"] < 1 else "") for row in part["planning"]]
@@ -118,11 +141,13 @@ def fragments(results: dict[str, Any]) -> dict[str, str]:
     """What stands between the markers of a page, by their name."""
     head, interval = results["headline"], results["headline_interval"]["conv"]
     of = results["headline_setting"]
-    visual = next((part for part in results["parts"] if part["part"] == "visual"), None)
-    return (visual_fragments(visual) if visual else {}) | {
+    parts = {part["part"]: part for part in results["parts"]}
+    more = visual_fragments(parts["visual"]) if "visual" in parts else {}
+    more |= {"bench-dealt": dealt_table(parts["dealt"]["rows"])} if "dealt" in parts else {}
+    return more | {
         "bench-machine": machine_line(results),
         "bench-table": markdown_table(results["parts"]),
-        "bench-steps": step_table(next(part for part in results["parts"] if part["part"] == "step_time")["rows"]),
+        "bench-steps": step_table(parts["step_time"]["rows"]),
         "bench-headline": (
             f"{of['model']}, {of['length']} positions, keep ratio {of['keep_ratio']:g}, {of['dense_layers']} dense"
             f" layer: **conv {head['conv']:.3f}** (95 % interval {interval[0]:.3f} to {interval[1]:.3f}), whole step"

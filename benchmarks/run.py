@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.measuring import OUT, write_json  # noqa: E402
 from benchmarks.report import fragments, machine_line, text_table, write_between_markers  # noqa: E402
 
-PARTS = ("step_time", "visual", "alternatives", "planning", "slowest_rank", "teacher", "memory")
+PARTS = ("step_time", "visual", "alternatives", "planning", "slowest_rank", "dealt", "teacher", "memory")
 HEADLINE_PART = "step_time"
 _LIMIT_S = 900  # of one part; a hung one is killed
 
@@ -86,7 +86,8 @@ def write_docs(results: dict[str, Any], picture: Path) -> None:
     if picture.is_file():
         (ROOT / "docs" / "benchmarks.png").write_bytes(picture.read_bytes())
         texts["bench-picture"] = "![all parts](benchmarks.png)"
-    for page in (ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "visual.md", ROOT / "README.md"):
+    pages = [ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "visual", "balance")]
+    for page in (*pages, ROOT / "README.md"):
         print(f"{page.relative_to(ROOT)}: {', '.join(write_between_markers(page, texts)) or 'no markers'}")
 
 

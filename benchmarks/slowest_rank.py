@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """Balance in seconds: the step time of the slowest data-parallel rank under each budget, on skewed rows.
 
-    python -m benchmarks.slowest_rank             # about three minutes; out/bench/slowest_rank.json
+    python -m benchmarks.slowest_rank             # about two minutes; out/bench/slowest_rank.json
     python -m benchmarks.slowest_rank --quick
 
 Rows come from the skew generator (skew.py), an eighth as long. Every budget plans all ranks of a step with the
 planner's own code; then each rank's microbatches run, one rank after the other in this process: forward and backward of
 a GPT with one dense layer through the package's hooks, each microbatch at the length its plan says. A rank's time is
 the CPU time of its microbatches; a step takes as long as its slowest rank. Nothing else that ranks wait for is
-simulated. Under ``dealt`` the very microbatches of ``per-sample`` lie on other ranks: their times are measured once and
-added up for both.
+simulated (dealt.py runs four real ranks). Under ``dealt`` the very microbatches of ``per-sample`` lie on other ranks:
+their times are measured once and added up for both.
 
 * **slowest rank, of dense**: its time ÷ that of the slowest rank of the dense step, on the same rows.
 * **max/mean**: of the ranks' times, beside it that of their positions, which is what the budgets balance.
@@ -60,16 +60,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         size = Size(rows=1, length=mix.length, hidden=256, layers=3, vocab=2048)
         if options.quick:
             size = Size(rows=1, length=mix.length, hidden=32, layers=3, vocab=64)
-        seconds = (options.seconds or (2 if options.quick else 110)) / len(MIX_NAMES)
+        seconds = (options.seconds or (2 if options.quick else 70)) / len(MIX_NAMES)
         rows += _measure_mix(name, mix, size, ranks, seconds, 3 if options.quick else 20)
     figures = [_figure(row, ranks) for row in rows]
-    skewed = {row["budget"]: row for row in rows if row["mix"] == MIX_NAMES[0]}
-    dealt = {
-        "slowest_share": skewed["dealt"]["slowest_share"]["median"],
-        "max_mean": skewed["dealt"]["position_max_mean"]["median"],
-        "uniform_slowest_share": skewed["uniform"]["slowest_share"]["median"],
-    }
-    return {"figures": figures, "rows": rows, "ranks": ranks, "dealt": dealt}
+    return {"figures": figures, "rows": rows, "ranks": ranks}
 
 
 def _measure_mix(name: str, mix: Any, size: Size, ranks: int, seconds: float, rounds: int) -> list[dict[str, Any]]:

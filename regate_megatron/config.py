@@ -120,11 +120,16 @@ class ReGateConfig:
         tuple(SCORES),
     )
     budget: str = _option(
-        "uniform",
+        "dealt",
         "how long rows are in a sparse step; uniform: all rows of all ranks alike, balanced: every data-parallel rank "
         "runs the same total, per-sample: every sample keeps exactly its share, and ranks differ, dealt: so too, but "
-        "microbatches go to the ranks that their lengths ask for",
+        "microbatches go to the ranks that their lengths ask for, so that all run about the same total",
         BUDGETS,
+    )
+    deal_dense: bool = _option(
+        False,
+        "with --regate-budget dealt: microbatches go to other ranks in dense steps too, by their full length; worth it "
+        "where rows have lengths of their own; the gradient is that of the same global batch, summed in another order",
     )
     length_multiple: int | None = _option(
         None,
@@ -210,6 +215,10 @@ class ReGateConfig:
                 "dense_steps",
                 f"0 to {self.cycle_steps}, the length of a cycle",
                 f"it to {min(16, self.cycle_steps)} or raise {flag('cycle_steps')}",
+            )
+        if self.deal_dense and self.budget != "dealt":
+            raise self._refuse(
+                "deal_dense", f"it beside {flag('budget')} dealt", f"{flag('budget')} to dealt, or leave it out"
             )
         self._check_moving_ratio()
         if self.dense_from is not None:

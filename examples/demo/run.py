@@ -78,9 +78,10 @@ LLAVA_FLAGS = """
     --stage llava --load {start} --finetune --no-load-optim --no-load-rng --train-iters {iterations}
     --lr 2e-3 --lr-decay-style linear --lr-warmup-iters {warmup} --eval-interval {eval_interval}
 """
+# Each rank has one microbatch of several rows per step: nothing to deal, and one length for all keeps more targets.
 ELISION_FLAGS = """
     --regate --regate-keep-ratio {keep_ratio} --regate-warmup-steps {warmup_steps}
-    --regate-cycle-steps {cycle_steps} --regate-dense-steps {dense_steps}
+    --regate-cycle-steps {cycle_steps} --regate-dense-steps {dense_steps} --regate-budget uniform
 """
 
 

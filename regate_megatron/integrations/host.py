@@ -103,13 +103,26 @@ def _attached_line(session: Session) -> str:
     parts = [
         *_kept_of(config),
         f"dense layers {config.dense_layers}{last} of {transformer.num_layers}",
-        f"budget {config.budget}",
+        f"budget {config.budget} ({_why(config, session.topology.dp_size)})",
         f"warm-up {config.warmup_steps}, then {config.dense_steps} of {config.cycle_steps} steps dense"
         + ("" if config.dense_from is None else f", all of them after iteration {config.dense_from}"),
         _teacher_of(session),
         compat.versions(),
     ]
     return f"[regate] attached to {type(session.models[0]).__name__} ({layout}): " + "; ".join(parts)
+
+
+def _why(config: ReGateConfig, replicas: int) -> str:
+    """What the budget is taken for, where there are so many data-parallel replicas."""
+    if config.budget == "dealt":
+        also = ", in dense steps too" if config.deal_dense else ""
+        several = f"rows even out {replicas} replicas{also}"
+        return "every sample keeps its share, " + ("one replica has nothing to deal" if replicas == 1 else several)
+    return {
+        "uniform": "all rows are as long",
+        "balanced": "no row moves, and replicas run the same total",
+        "per-sample": "every sample keeps its share, and replicas wait for the longest",
+    }[config.budget]
 
 
 def _kept_of(config: ReGateConfig) -> list[str]:

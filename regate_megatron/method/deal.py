@@ -16,6 +16,10 @@ one whose slowest rank is faster is taken, the first where they are alike.
   each (Michiels et al., balanced LDM; verl balances its sequences alike). The two columns of the largest spread are
   merged, longest to shortest, until one is left.
 
+**Across columns.** Where no rank waits for another before the step ends, totals count alone: then the slowest rank
+swaps a row with the fastest, the pair that brings them closest, until that gains nothing (:func:`by_swaps`). An outlier
+in the first column has no match in the others, whose rows are all but alike.
+
 **Staying home.** Rows of one length (and one form) stand for each other, so what is dealt are lengths: bundles of them,
 one for each rank. Ranks choose bundles by how many lengths they hold of each, the largest number first; a row whose
 length its rank keeps stays. Where rows at home run as well as dealt ones, none moves.
@@ -35,7 +39,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_AT_ONCE = 2048  # rows whose pairs are in memory at a time
+_EVEN = 1.001  # max/mean that no swap is looked for any more
+_FEW = 512  # different numbers
+_AT_ONCE = 8192  # rows whose pairs are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,9 @@ def deal(
     length_N, key_N, form_N = length_DR.ravel(), key_DR.ravel(), form_DR.ravel()
     if (np.unique(form_N, return_counts=True)[1] % rows).any():
         raise ValueError(f"rows of one form that are no multiple of the {rows} rows of a microbatch")
+    if not np.ptp(length_DR):  # nothing to deal, nor another order to run them in
+        from_DR = np.arange(length_DR.size).reshape(length_DR.shape)
+        return Deal(from_DR, "home", length_DR.sum(axis=1), length_DR[0, ::rows])
     order_N = np.lexsort((key_N, -length_N, form_N))
     is_next_N = (np.diff(form_N[order_N], prepend=form_N[order_N[0]]) != 0) | (
         np.diff(length_N[order_N], prepend=length_N[order_N[0]]) != 0
@@ -97,17 +106,46 @@ def deal(
     column_MD = np.argsort(-length_N[group_Gb[:, 0]], kind="stable").reshape(num_micro, num_ranks)
     length_MD = length_N[group_Gb[column_MD, 0]]
     method, place_MD = _better(length_MD)
-    total_D = np.take_along_axis(length_MD, place_MD, axis=1).sum(axis=0) * rows
+    bundle_MD = np.take_along_axis(column_MD, place_MD, axis=1)
+    length_MD = np.take_along_axis(length_MD, place_MD, axis=1)
+    if not in_columns:
+        swapped_MD = by_swaps(length_MD)
+        bundle_MD, length_MD = (values_MD.ravel()[swapped_MD] for values_MD in (bundle_MD, length_MD))
+    total_D, longest_M = length_MD.sum(axis=0) * rows, length_MD.max(axis=1)
     home = _at_home(length_DR, rows)
-    waits_less = not in_columns or home.longest_M.sum() <= length_MD[:, 0].sum()
+    waits_less = not in_columns or home.longest_M.sum() <= longest_M.sum()
     if home.total_D.max() <= total_D.max() and waits_less:
         return home
     middle_M = _longest_in_the_middle(num_micro)
-    bundle_DM = np.take_along_axis(column_MD, place_MD, axis=1)[middle_M].T
+    bundle_DM = bundle_MD[middle_M].T
     kind_DR = kind_N[group_Gb[bundle_DM]].reshape(num_ranks, num_rows)
     chosen_D = _choose(kind_N.reshape(num_ranks, num_rows), kind_DR)
     from_DR = _fill(kind_DR[chosen_D], kind_N.reshape(num_ranks, num_rows), key_N)
-    return Deal(from_DR, method, total_D[chosen_D], length_MD[middle_M, 0])
+    return Deal(from_DR, method, total_D[chosen_D], longest_M[middle_M])
+
+
+def at_best(length_DM: np.ndarray) -> tuple[int, int]:
+    """What no deal of these microbatches, as many to each rank, falls below.
+
+    Of any ``k·D + 1`` microbatches some rank has k + 1, for every k; take the longest ones, and the shortest of all for
+    the rest of that rank's. Totals are multiples of what all lengths are multiples of.
+
+    Args:
+        length_DM: positions of each microbatch, int64.
+
+    Returns:
+        the least total of the slowest rank; and the least sum over microbatches of the longest that any rank runs in
+        each, which sorted columns have (see the module's text).
+    """
+    num_ranks, num_micro = length_DM.shape
+    falling_N = np.sort(length_DM, axis=None)[::-1]
+    step = int(np.gcd.reduce(falling_N)) or 1
+    least = -(-int(falling_N.sum()) // (num_ranks * step)) * step
+    for k in range(num_micro):
+        last = k * num_ranks
+        rest = num_micro - k - 1
+        least = max(least, int(falling_N[last - k : last + 1].sum() + falling_N[len(falling_N) - rest :].sum()))
+    return least, int(falling_N[::num_ranks].sum())
 
 
 def by_turns(length_MD: np.ndarray) -> np.ndarray:
@@ -136,6 +174,27 @@ def by_differencing(length_MD: np.ndarray) -> np.ndarray:
         merged |= {column: place_D[::-1][falling_D] for column, place_D in others.items()}
         heapq.heappush(heap, (-int(np.ptp(sum_D)), index, sum_D[falling_D], merged))
     return np.stack([heap[0][3][column] for column in range(num_micro)])
+
+
+def by_swaps(length_MD: np.ndarray) -> np.ndarray:
+    """Swaps across columns: where in [M, D] each row of the new bundles was, falling by length; int64 [M, D]."""
+    num_ranks = length_MD.shape[1]
+    length_DM, from_DM = length_MD.T.copy(), np.arange(length_MD.size).reshape(length_MD.shape).T.copy()
+    total_D = length_DM.sum(axis=1)
+    enough = _EVEN * total_D.sum() / num_ranks
+    for _ in range(num_ranks):
+        slow, fast = int(total_D.argmax()), int(total_D.argmin())
+        too_much = int(total_D[slow] - total_D[fast])
+        less_MM = length_DM[slow][:, None] - length_DM[fast]
+        own, other = divmod(int(np.abs(2 * less_MM - too_much).argmin()), len(length_MD))
+        less = int(less_MM[own, other])
+        if total_D[slow] <= enough or not 0 < less < too_much:
+            break
+        for one_DM in (length_DM, from_DM):
+            one_DM[slow, own], one_DM[fast, other] = one_DM[fast, other], one_DM[slow, own]
+        total_D[[slow, fast]] += [-less, less]
+    falling_DM = np.argsort(-length_DM, axis=1, kind="stable")
+    return np.take_along_axis(from_DM, falling_DM, axis=1).T
 
 
 def _better(length_MD: np.ndarray) -> tuple[str, np.ndarray]:
@@ -179,28 +238,42 @@ def _choose(home_DR: np.ndarray, kind_DR: np.ndarray) -> np.ndarray:
     """The bundle of each rank, that keeps most of its rows at home, the largest numbers first; int64 [D]."""
     num_ranks = len(kind_DR)
     stays_DD = _count_common(_numbered(home_DR), _numbered(kind_DR))
-    chosen_D, is_free_D = np.full(num_ranks, -1), np.ones(num_ranks, bool)
-    for number in range(int(stays_DD.max()), -1, -1):
-        for rank in np.flatnonzero((chosen_D < 0) & ((stays_DD == number) & is_free_D).any(axis=1)):
-            free = np.flatnonzero((stays_DD[rank] == number) & is_free_D)
-            if len(free):
-                chosen_D[rank], is_free_D[free[0]] = free[0], False
+    chosen_D, is_free_D = np.empty(num_ranks, np.int64), np.ones(num_ranks, bool)
+    waiting = [(-most, rank) for rank, most in enumerate(stays_DD.max(axis=1).tolist())]
+    heapq.heapify(waiting)
+    while waiting:
+        before, rank = heapq.heappop(waiting)
+        own_D = np.where(is_free_D, stays_DD[rank], -1)
+        bundle = int(own_D.argmax())
+        if -int(own_D[bundle]) > before:  # what it had hoped for is gone
+            heapq.heappush(waiting, (-int(own_D[bundle]), rank))
+            continue
+        chosen_D[rank], is_free_D[bundle] = bundle, False
     return chosen_D
 
 
 def _count_common(one_DR: np.ndarray, other_DR: np.ndarray) -> np.ndarray:
-    """How many numbers each row of one table has in common with each of the other; int64 [D, D]."""
+    """How many numbers each row of one table has in common with each of the other; int [D, D]."""
     num_ranks, num_rows = one_DR.shape
+    known_K, one_N = np.unique(one_DR, return_inverse=True)
+    if len(known_K) <= _FEW:  # each is in many rows: as a product of two tables of what is in which
+        has_DK, has_KD = (np.zeros((num_ranks, len(known_K) + 1), np.float32) for _ in range(2))
+        rank_N, at_N = np.arange(one_DR.size) // num_rows, known_K.searchsorted(other_DR.ravel())
+        at_N[known_K[at_N.clip(max=len(known_K) - 1)] != other_DR.ravel()] = len(known_K)
+        has_DK[rank_N, one_N.ravel()] = has_KD[rank_N, at_N] = 1
+        has_KD[:, -1] = 0
+        return (has_DK @ has_KD.T).astype(np.int16)
     order_N = np.argsort(other_DR, axis=None, kind="stable")
     sorted_N, one_N = other_DR.ravel()[order_N], one_DR.ravel()
     first_N = sorted_N.searchsorted(one_N)
     count_N = sorted_N.searchsorted(one_N, side="right") - first_N
-    common_DD = np.zeros(num_ranks * num_ranks, np.int64)
+    common_DD = 0
     for start in range(0, len(one_N), _AT_ONCE):  # a frequent number is in many pairs
         count, first = count_N[start : start + _AT_ONCE], first_N[start : start + _AT_ONCE]
         rank_P = np.repeat((start + np.arange(len(count))) // num_rows, count)
         place_P = np.arange(len(rank_P)) + np.repeat(first - (count.cumsum() - count), count)
-        common_DD += np.bincount(rank_P * num_ranks + order_N[place_P] // num_rows, minlength=len(common_DD))
+        pair_P = rank_P * num_ranks + order_N[place_P] // num_rows
+        common_DD = common_DD + np.bincount(pair_P, minlength=num_ranks * num_ranks).astype(np.int16)
     return common_DD.reshape(num_ranks, num_ranks)
 
 

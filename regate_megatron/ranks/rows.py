@@ -2,12 +2,16 @@
 
 Ranks that hold the same part of a batch (the same tensor, pipeline and context rank of every replica) are *peers*; they
 exchange whole microbatches over a gloo group of their own. A microbatch is described in JSON, tensors by dtype and
-shape, and followed by their bytes: nothing that arrives is run, as a pickle would be.
+shape, and followed by their bytes: nothing that arrives is run, as a pickle would be. A dataclass (the pictures of a
+Megatron-Bridge batch) is described by its name and attributes, and made of a class that this rank has imported already,
+without its constructor.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -135,6 +139,9 @@ def like_at_home(value: dict[str, Any], home: dict[str, Any]) -> dict[str, Any]:
     """A microbatch that came, its tensors where those of this rank lie: on their device, pinned if they are."""
 
     def place(one: Any, own: Any) -> Any:
+        if type(one) is type(own) and dataclasses.is_dataclass(one):
+            for name, part in _attributes(one).items():
+                object.__setattr__(one, name, place(part, getattr(own, name, None)))
         if not (torch.is_tensor(one) and torch.is_tensor(own)):
             return one
         return one.pin_memory() if own.is_pinned() else one.to(own.device)
@@ -149,6 +156,9 @@ def _describe(value: Any, where: str, buffers: list[Tensor]) -> list:
         return [type(value).__name__, [_describe(one, f"{where}[{at}]", buffers) for at, one in enumerate(value)]]
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
         return ["dict", [[key, _describe(one, f"{where}[{key!r}]", buffers)] for key, one in value.items()]]
+    if dataclasses.is_dataclass(value) and _dataclass(*_name_of(value)) is type(value):
+        parts = _attributes(value).items()
+        return ["object", *_name_of(value), [[key, _describe(one, f"{where}.{key}", buffers)] for key, one in parts]]
     kind = "tensor"
     if isinstance(value, bytes):
         kind, value = "bytes", torch.frombuffer(bytearray(value) or bytearray(1), dtype=torch.uint8)[: len(value)]
@@ -158,7 +168,7 @@ def _describe(value: Any, where: str, buffers: list[Tensor]) -> list:
         raise refuse(
             f"{where} under --regate-budget dealt",
             given=f"{type(value).__module__}.{type(value).__qualname__}",
-            allowed="tensors, numbers, text, None, and lists and dictionaries of them",
+            allowed="tensors, numbers, text, None, and lists, dictionaries and dataclasses of them",
             change="the data loader, or --regate-budget to balanced, which moves no row",
         )
     flat = value.detach().cpu().contiguous().reshape(-1)
@@ -166,9 +176,34 @@ def _describe(value: Any, where: str, buffers: list[Tensor]) -> list:
     return [kind, str(value.dtype).removeprefix("torch."), list(value.shape)]
 
 
+def _name_of(value: Any) -> tuple[str, str]:
+    return type(value).__module__, type(value).__qualname__
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """All that a dataclass holds, fields or not."""
+    return (
+        dict(vars(value))
+        if hasattr(value, "__dict__")
+        else {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    )
+
+
+def _dataclass(module: str, name: str) -> type | None:
+    """The class of this name in a module that is imported already; None where there is none. Nothing is run."""
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, "__dict__", {}).get(part)
+    return found if isinstance(found, type) and dataclasses.is_dataclass(found) else None
+
+
 def _whole(part: Tensor) -> Sequence[Tensor]:
     """A part, and what fills it up to the alignment."""
     return part, part.new_zeros(-len(part) % _ALIGNMENT)
+
+
+def _are_pairs(parts: list) -> bool:
+    return all(isinstance(one, list) and len(one) == 2 and isinstance(one[0], str) for one in parts)
 
 
 class _Reader:
@@ -183,10 +218,16 @@ class _Reader:
                 return value
             case ["list" | "tuple" as kind, list() as parts]:
                 return {"list": list, "tuple": tuple}[kind](self.read(one) for one in parts)
-            case ["dict", list() as parts] if all(
-                isinstance(one, list) and len(one) == 2 and isinstance(one[0], str) for one in parts
-            ):
+            case ["dict", list() as parts] if _are_pairs(parts):
                 return {key: self.read(one) for key, one in parts}
+            case ["object", str() as module, str() as name, list() as parts] if _are_pairs(parts):
+                kind = _dataclass(module, name)
+                if kind is None:
+                    raise ValueError(f"a microbatch with a {module[:80]}.{name[:80]}, which is no dataclass here")
+                value = object.__new__(kind)
+                for key, one in parts:
+                    object.__setattr__(value, key, self.read(one))
+                return value
             case ["tensor" | "array" | "bytes" as kind, str() as dtype, list() as shape]:
                 tensor = self._take(dtype, shape)
                 return tensor if kind == "tensor" else tensor.numpy() if kind == "array" else tensor.numpy().tobytes()

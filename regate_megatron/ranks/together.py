@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 
 _REPORT = "nothing in the settings: please report this fault"
+_FLAGS = 4  # whether a rank failed, and what Stage tells of all
 _GLOO_SAYS = ("by peer", "Connection", "Timed out")  # of a rank that is gone, or does not answer
 
 
@@ -50,11 +51,15 @@ class Stage:
 
     Attributes:
         wish: something this rank asks of all.
+        count: a number that all ranks are to have alike.
         anyone_wishes: whether any rank does; known after the stage.
+        counts: the least and the largest count of all ranks; known after the stage.
     """
 
     wish: bool = False
+    count: int = 0
     anyone_wishes: bool = False
+    counts: tuple[int, int] = (0, 0)
 
 
 class Together:
@@ -90,25 +95,26 @@ class Together:
             error = str(_gone(fault) or refuse(doing, given=given, allowed=allowed, change=change))
         finally:
             self._is_open = False
-        stage.anyone_wishes = self._end(error, stage.wish)
+        wish, most, least = self._end(error, [int(stage.wish), stage.count, -stage.count])
+        stage.anyone_wishes, stage.counts = bool(wish), (-least, most)
 
     def meet_planners(self) -> None:
         """Begin an exchange of all planners, in a stage or outside of one; planners only."""
-        self._leave_if_failed(self._over_planners(torch.zeros(2, dtype=torch.int64)), met=2)
+        self._leave_if_failed(self._over_planners(torch.zeros(_FLAGS, dtype=torch.int64)), met=2)
 
     def meet_replica(self) -> None:
         """Begin an exchange of this replica's ranks, in a stage or outside of one."""
-        self._leave_if_failed(self._over_replica(torch.zeros(2, dtype=torch.int64)), met=1)
+        self._leave_if_failed(self._over_replica(torch.zeros(_FLAGS, dtype=torch.int64)), met=1)
 
     def _leave_if_failed(self, flags: torch.Tensor, met: int) -> None:
         if int(flags[0]):
             self._met = met
             raise _AnotherFailed
 
-    def _end(self, error: str | None, wish: bool) -> bool:
-        """The three messages that end a stage, but for those exchanged already."""
+    def _end(self, error: str | None, asked: list[int]) -> list[int]:
+        """The three messages that end a stage, but for those exchanged already; the largest of what ranks asked."""
         topology, known = self._topology, self._met
-        flags = torch.tensor([int(bool(error or known)), int(wish)])
+        flags = torch.tensor([int(bool(error or known)), *asked])
         try:
             if known != 1:
                 flags = self._over_replica(flags)
@@ -117,7 +123,7 @@ class Together:
             if topology.replica_size > 1:
                 dist.broadcast(flags, topology.planner_rank, group=topology.replica_group)
             if not int(flags[0]):
-                return bool(flags[1])
+                return flags[1:].tolist()
             error = self._first(error)
         except RuntimeError as fault:  # gloo's word that a rank is gone
             error = error or str(_gone(fault) or fault)

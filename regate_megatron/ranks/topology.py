@@ -105,23 +105,26 @@ class Topology:
             dist.all_reduce(values, getattr(dist.ReduceOp, op.upper()), group=self.replica_group)
         return values
 
-    def broadcast_from_planner(self, flat: Tensor | None) -> Tensor | None:
+    def broadcast_from_planner(self, flat: Tensor | None, length: int | None = None) -> Tensor | None:
         """Give the planner's int64 vector, of any length, to all ranks of its replica; all of them call this.
 
         Args:
             flat: on the planner the vector, or None where there is nothing to give; elsewhere it is not looked at.
+            length: of the vector, where all ranks know it; else one more small message tells it.
         """
         if self.replica_size == 1:
             return flat
         self.together.meet_replica()
         if not self.is_planner:
             flat = None
-        size = torch.tensor([-1 if flat is None else flat.numel()])
-        dist.broadcast(size, self.planner_rank, group=self.replica_group)
-        if int(size) < 0:
+        if length is None:
+            size = torch.tensor([-1 if flat is None else flat.numel()])
+            dist.broadcast(size, self.planner_rank, group=self.replica_group)
+            length = int(size)
+        if length < 0:
             return None
         if not self.is_planner:
-            flat = torch.empty(int(size), dtype=torch.int64)
+            flat = torch.empty(length, dtype=torch.int64)
         dist.broadcast(flat, self.planner_rank, group=self.replica_group)
         return flat
 

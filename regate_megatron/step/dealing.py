@@ -1,4 +1,4 @@
-"""The rows of a sparse step dealt to ranks, between peek and plan: who gets what, and the exchange itself.
+"""The rows of a step dealt to ranks, between peek and plan: who gets what, and the exchange itself.
 
 Whole microbatches move, so every row keeps its weight in the loss whatever that is divided by. All planners learn the
 lengths that all microbatches ask for and the deal follows (:mod:`regate_megatron.method.deal`); each tells its replica,
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from regate_megatron.errors import refuse
-from regate_megatron.method.deal import deal
+from regate_megatron.method.deal import at_best, deal
 from regate_megatron.ranks.rows import Peers, like_at_home, pack
 from regate_megatron.ranks.topology import Topology
 from regate_megatron.step.planner import Planner
@@ -50,16 +50,28 @@ class Dealing:
                     for batch in pulled or ():
                         pack(batch)
 
-    def decide(self, step: Step) -> tuple[np.ndarray | None, list[dict[int, Any]]]:
+    def decide(self, step: Step, counts: tuple[int, int]) -> tuple[np.ndarray, list[dict[int, Any]]]:
         """What each place gets, and this rank's microbatches that leave it, packed; within a stage of all ranks.
 
+        Args:
+            counts: the fewest and the most microbatches that a rank has in this step.
+
         Raises:
-            ReGateError: replicas have different numbers of microbatches, or data is missing that was there before.
+            ReGateError: these differ, or data is missing that was there before.
         """
-        flat = None
+        least, most = counts
+        if least != most:
+            raise refuse(
+                "global batch",
+                given=f"from {least} to {most} microbatches on data-parallel ranks",
+                allowed="as many on each",
+                change="the data loader",
+            )
+        topology, flat = self._topology, None
         if self._planner:
             flat = torch.from_numpy(self._deal(step)).flatten()
-        from_DM = self._topology.broadcast_from_planner(flat).view(self._topology.dp_size, -1).numpy()
+        flat = topology.broadcast_from_planner(flat, topology.dp_size * most)
+        from_DM = flat.view(topology.dp_size, -1).numpy()
         has_data = any(pulled is not None for pulled in step.batches)
         if has_data != self._peers.has_data:
             raise refuse(
@@ -100,14 +112,7 @@ class Dealing:
     def _deal(self, step: Step) -> np.ndarray:
         """The deal; planners call this, over their group."""
         positions_M, key_M = self._planner.asked(step)
-        count_D = self._topology.all_gather_planners(torch.tensor([len(key_M)])).flatten()
-        if int(count_D.min()) != int(count_D.max()):
-            raise refuse(
-                "global batch",
-                given=f"from {int(count_D.min())} to {int(count_D.max())} microbatches on data-parallel ranks",
-                allowed="as many on each",
-                change="the data loader",
-            )
         table_D2M = self._topology.all_gather_planners(torch.cat([positions_M, key_M])).numpy()
-        num_micro = len(key_M)
-        return deal(table_D2M[:, :num_micro], table_D2M[:, num_micro:], in_columns=self._in_columns).from_DR
+        length_DM, key_DM = np.split(table_D2M, 2, axis=1)
+        step.at_best = at_best(length_DM)[0] * len(length_DM) / max(int(length_DM.sum()), 1)
+        return deal(length_DM, key_DM, in_columns=self._in_columns).from_DR

@@ -63,9 +63,8 @@ class Planner:
         if isinstance(sorts[0], Targets):
             step.scores = scores[0].split(facts.num_target_M)
         finite = all(bool(score_X.isfinite().all()) for score_X in scores)
-        if int(self.topology.all_reduce_planners(torch.tensor([int(not finite)]), "max")):
-            step.fallback = True
-            return
+        if not finite:  # lengths follow from counts, so the others cannot tell until all meet below
+            scores = [torch.zeros_like(score_X) for score_X in scores]
         where = [sort.where(facts) for sort in sorts]
         kept_P = self._always(facts, where)
         candidates = self._candidates(step.number, facts, kept_P, sorts, scores)
@@ -90,15 +89,21 @@ class Planner:
         ]
         microbatches = plan_each(kept, slots)
         own = sum(one.keep_idx_BK.numel() for one in microbatches)
-        positions_D1 = self.topology.all_gather_planners(torch.tensor([own]))
-        step.balance = Balance(int(positions_D1.max()), own, float(positions_D1.double().mean()), chosen.achievable)
+        positions_D, is_finite_D = self.topology.all_gather_planners(torch.tensor([own, int(finite)])).unbind(dim=1)
+        if not bool(is_finite_D.all()):
+            step.fallback = True
+            return
+        achievable = step.at_best if self.config.budget == "dealt" else chosen.achievable
+        step.balance = Balance(int(positions_D.max()), own, float(positions_D.double().mean()), achievable)
         step.plan = StepPlan(step.number, tuple(microbatches))
 
     def asked(self, step: Step) -> tuple[Tensor, Tensor]:
-        """The positions that each microbatch of a sparse step asks for, and its content key; int64 [M] each.
+        """The positions that each microbatch asks for (all, in a dense step), and its content key; int64 [M] each.
 
         They follow from counts alone: before anything is scored. No communication.
         """
+        if not step.elides:
+            return torch.tensor(step.whole.sizes), step.whole.key_M
         facts, sorts = step.whole, self._sorts(step.number)
         always_P = self._always(facts, [sort.where(facts) for sort in sorts])
         candidates = self._candidates(step.number, facts, always_P, sorts, [None] * len(sorts))

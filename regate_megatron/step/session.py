@@ -85,9 +85,9 @@ class Session:
             multiples = length_alignment(transformer), segment_alignment(transformer)
             gathers = config.budget == "dealt" and gathers_over_replicas(transformer)
             self.planner = Planner(config, topology, *multiples, evens_columns=gathers)
-            self.trace = Trace(config.trace, topology.dp_rank) if config.trace else None
+            self.trace = Trace(config.trace, topology.dp_rank, topology.dp_size) if config.trace else None
         self.dealing = None
-        if config.budget == "dealt" and topology.dp_size > 1:
+        if config.budget == "dealt" and config.elides and topology.dp_size > 1:
             shares_experts = bool(transformer.num_moe_experts) and experts_span_replicas(transformer)
             self.dealing = Dealing(topology, self.planner, in_columns=shares_experts)
 
@@ -254,19 +254,20 @@ class Session:
         return Step(self.steps_done, self._phase, elides, elides and self.config.ranks_targets_in(self.steps_done))
 
     def _read(self, step: Step, arguments: dict[str, Any], dealing: Dealing | None) -> None:
-        """Pull this step's batches, read them on the planner, have them dealt in a step that elides, and get that one's
-        reference losses.
+        """Pull this step's batches, read them on the planner, have them dealt where that is asked for, and get the
+        reference losses of a step that ranks targets.
 
         Raises:
             ReGateError: a rank could not; on every rank.
         """
-        deals = step.elides and dealing is not None
+        deals = dealing is not None and (step.elides or self.config.deal_dense)
         allowed = f"a dictionary with {self.adapter.keys}"
         with self.topology.together("batch", allowed=allowed, change="the data loader") as stage:
             with step.enter("peek"):
                 given = arguments["data_iterator"]
                 iterators = given if isinstance(given, list) else [given]
-                step.batches = [_pull(one, arguments["num_microbatches"]) for one in iterators]
+                stage.count = arguments["num_microbatches"]
+                step.batches = [_pull(one, stage.count) for one in iterators]
             if self.planner:
                 self._read_facts(step)
                 if not deals:
@@ -274,7 +275,7 @@ class Session:
         if dealing:
             dealing.meet(step)
         if deals:
-            stage = self._deal(step, dealing)
+            stage = self._deal(step, dealing, stage.counts)
         if step.ranks_targets and self.reference:
             with step.enter("reference"):
                 step.reference = self.reference.fetch(arguments["micro_batch_size"], anyone_misses=stage.anyone_wishes)
@@ -300,14 +301,14 @@ class Session:
             step.num_asked = step.num_found + self.reference.num_computed - before[1]
         return misses
 
-    def _deal(self, step: Step, dealing: Dealing) -> Stage:
+    def _deal(self, step: Step, dealing: Dealing, counts: tuple[int, int]) -> Stage:
         """Have the microbatches that are dealt to this rank in place of its own; returns the stage that ends it.
 
         Raises:
             ReGateError: a rank could not; on every rank.
         """
         with step.enter("deal"), self.topology.together("deal"):
-            from_DM, packed = dealing.decide(step)
+            from_DM, packed = dealing.decide(step, counts)
         with self.topology.together("rows", allowed="what the other rank packed", change="nothing: restart") as stage:
             with step.enter("deal"):
                 dealing.exchange(step, from_DM, packed)

@@ -29,7 +29,7 @@ class Balance:
 
     Attributes:
         slowest, own, mean: of the rank that runs most, of this rank, of all ranks.
-        achievable: the least max/mean that contexts and row lengths allow; None where the budget does not balance.
+        achievable: the least max/mean that contexts and row lengths allow; None where the budget does not even out.
     """
 
     slowest: int
@@ -56,6 +56,7 @@ class Step:
         is_known: per microbatch which of its targets have a difficulty of their own, bool [X], on planners of a sparse
             step whose score needs it.
         num_asked, num_found: samples whose reference losses were looked up, and of them found, on planners.
+        at_best: the least max/mean of any deal of this step's microbatches, on planners of a step that was dealt.
         plan: what runs; dense until planned.
         fallback: whether a score that is no number made a sparse step run dense.
         balance: how positions are spread over ranks, on planners of a sparse step.
@@ -75,6 +76,7 @@ class Step:
     is_known: Sequence[Tensor] | None = None
     num_asked: int = 0
     num_found: int = 0
+    at_best: float | None = None
     plan: StepPlan = field(init=False)
     fallback: bool = False
     balance: Balance | None = None

@@ -41,8 +41,9 @@ class Trace:
     Beside it ``dp00000.history.csv``, a line per scored step: targets with a history, reference losses found.
     """
 
-    def __init__(self, directory: str, dp_rank: int) -> None:
-        self._dp_rank, self._path = dp_rank, Path(directory) / f"dp{dp_rank:05d}.jsonl"
+    def __init__(self, directory: str, dp_rank: int, dp_size: int) -> None:
+        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._path = Path(directory) / f"dp{dp_rank:05d}.jsonl"
         self._file: TextIO | None = None
         self._history: TextIO | None = None
         self.continues = False
@@ -52,7 +53,7 @@ class Trace:
         if self._file is None:  # opened late: a run from the start begins the file anew, a resumed one goes on in it
             self._file = self._path.open("a" if self.continues else "w", buffering=1)
             if not self.continues:
-                self._path.with_suffix(".history.csv").unlink(missing_ok=True)  # of a run before
+                self._forget_a_run_before()
         plan_hash = step.plan.digest()
         for index, one in enumerate(step.facts):
             microbatch = step.plan.microbatches[index] if step.plan.is_sparse else None
@@ -71,6 +72,14 @@ class Trace:
             self._file.write(json.dumps(record) + "\n")
 
         self._write_history(step)
+
+    def _forget_a_run_before(self) -> None:
+        """Remove what it left beside this file, and on the first rank the files of ranks that there are no more."""
+        self._path.with_suffix(".history.csv").unlink(missing_ok=True)
+        for file in self._path.parent.glob("dp*") if self._dp_rank == 0 else ():
+            number = file.name[2:].partition(".")[0]
+            if file.name.endswith((".jsonl", ".history.csv")) and number.isdigit() and int(number) >= self._dp_size:
+                file.unlink(missing_ok=True)
 
     def _write_history(self, step: Step) -> None:
         """A line beside, of steps that were scored: how much of what the score needs was known already."""

@@ -8,6 +8,7 @@ Shapes: B rows, S positions.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -43,8 +44,14 @@ class QwenLike(torch.nn.Module):
 QwenLike.__module__, QwenLike.__qualname__ = "megatron.bridge.models.qwen_vl.modeling_qwen25_vl", "Qwen25VLModel"
 
 
-class _Visual(SimpleNamespace):
+@dataclass
+class _Visual:
     """Stands where Megatron-Bridge's ``GenericVisualInputs`` does."""
+
+    pixel_values: torch.Tensor
+    image_grid_thw: torch.Tensor
+    pixel_values_videos: torch.Tensor
+    video_grid_thw: torch.Tensor
 
     def normalized_for_model(self) -> dict[str, torch.Tensor]:
         """All fields."""

@@ -273,6 +273,7 @@ def check(case: dict) -> dict:
         "loss_error": float(errors[0]),
         "gradient_error": float(errors[1]),
         "moved": dealt.get("moved", 0),
+        "at_best": pending.balance.achievable if pending.balance else None,
         "gradient_sizes": {name: float(value.double().norm()) for name, value in sparse_gradients.items()},
     }
 

@@ -135,7 +135,34 @@ def negative_labels_train_and_a_ratio_of_one_leaves_them_alone(case: dict) -> No
     for (name, a), (_, b) in zip(plain[0].named_parameters(), ours[0].named_parameters(), strict=True):
         assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad), name
     session_of(ours).finish()
+    assert session_of(ours).dealing is None, "a run that elides nothing moves nothing"
     detach(ours)
+
+
+def dense_steps_are_plain_unless_they_are_dealt_and_then_have_the_gradient_of_the_same_batch(case: dict) -> None:
+    """Rows of two lengths, the longer ones on two of four ranks; a warm-up step."""
+    case, losses = dict(case, rows=1, uneven=True, ragged=True), []
+    schedule, found = wrap_forward_backward(get_forward_backward_func()), []
+    for options in (None, {}, {"deal_dense": True}):
+        models, step = build(case), Step()
+        if options is not None:
+            attach(models, config(**options))
+        run(case, models, get_forward_backward_func() if options is None else schedule, step)
+        found.append((step.losses, {name: p.grad for name, p in models[0].named_parameters() if p.grad is not None}))
+        detach(models)
+    (plain, before), (same, after), (dealt, summed) = found
+    assert all(torch.equal(a, b) for a, b in zip(plain, same, strict=True))
+    assert all(torch.equal(gradient, after[name]) for name, gradient in before.items())
+    assert len({len(one[0]) for one in plain}) == 1 and sorted(len(one[0]) for one in dealt) == [21, 24]
+    for one in (plain, dealt):
+        losses.append([None] * dist.get_world_size())
+        dist.all_gather_object(losses[-1], [float(loss_BS.sum()) for loss_BS in one])
+    ours, theirs = (sorted(value for own in of_ranks for value in own) for of_ranks in losses)
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-6, atol=0.0)
+    for name, gradient in before.items():
+        for one in (gradient, summed[name]):
+            dist.all_reduce(one)
+        torch.testing.assert_close(gradient, summed[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def a_cut_that_weighs_targets_is_described(case: dict) -> None:
@@ -176,6 +203,7 @@ def main() -> None:
         (data_that_end_early_are_told_on_every_rank, DP4, "iterator"),
         (data_that_end_early_are_told_on_every_rank, TP2_PP2, "generator"),
         (negative_labels_train_and_a_ratio_of_one_leaves_them_alone, DP4),
+        (dense_steps_are_plain_unless_they_are_dealt_and_then_have_the_gradient_of_the_same_batch, DP4),
         (a_cut_that_weighs_targets_is_described, CP2),
         (a_first_stage_without_layers_is_refused_with_a_way_out, NO_LAYER),
         (a_window_on_one_layer_is_refused, TP2_PP2),

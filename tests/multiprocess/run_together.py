@@ -75,20 +75,28 @@ def no_data(iterator, count):
 
 
 def a_shorter_batch(inner):
-    return lambda step: tuple(values_M[:-1] for values_M in inner(step))
+    return lambda step, arguments, dealing: inner(step, {**arguments, "num_microbatches": 3}, dealing)
+
+
+pull = sessions._pull
+
+
+def too_few(iterator, count):
+    return pull(iterator, count + 1)
 
 
 def faults_of_deals(session) -> dict:
     """As :func:`faults`, where rows are dealt."""
     planner, word = session.planner, "has a fault"
-    fewer = a_shorter_batch(planner.asked) if planner else None
+    fewer = a_shorter_batch(session._read)
     return {
         "before a deal's exchanges": ([2], planner, "asked", fail, "rank 2 " + word),
         "packing what leaves": ([1], dealing, "pack", fail, "rank 1 " + word),
         "reading what came": ([3], rows, "unpack", fail, "rank 3 " + word),
         "bytes that are no microbatch": ([0], rows, "unpack", no_microbatch, "rows: given ValueError: a microbatch"),
         "a rank that has no data any more": ([3], sessions, "_pull", no_data, "data in one step and none in another"),
-        "another number of microbatches": ([2], planner, "asked", fewer, "from 3 to 4 microbatches"),
+        "another number of microbatches": ([2, 3], session, "_read", fewer, "from 3 to 4 microbatches"),
+        "data that end on one rank": ([3], sessions, "_pull", too_few, "the end of its data after 4 of 5"),
     }
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, case, names, run_cases
 from tests.multiprocess.test_parity import OVERLAP
-from tests.multiprocess.test_parity_lengths import PACKED, SENT, each_budget
+from tests.multiprocess.test_parity_lengths import GATHERED, PACKED, SENT, each_budget
 from tests.multiprocess.test_parity_models import MLA, MOE
 
 pytestmark = pytest.mark.full
@@ -23,6 +23,20 @@ ONE_RANK = [
     *each_budget("gpt-by4@dp1", multiple=4),
     *each_budget("llava-by4@dp1", model="llava", multiple=4),
     *each_budget("packed-by4@dp1", multiple=4, **PACKED),
+    # what rows that are dealt keep
+    *(case(f"{m}-dealt-by4", model=m, rows=1, budget="per-sample", multiple=4) for m in ("gpt", "llava")),
+    case("moe-dealt", rows=1, budget="per-sample", **SENT),
+    case("packed-dealt-by4", budget="per-sample", multiple=4, **PACKED),
+]
+DEALT = {"rows": 1, "uneven": True, "budget": "dealt"}
+DEALT_EIGHT = [
+    case("gpt-dealt-by4@tp2-sp-cp2-dp2", tp=2, sp=True, cp=2, multiple=4, recompute="uniform", **DEALT),
+    case("llava-dealt-by4@tp2-sp-cp2-dp2", model="llava", tp=2, sp=True, cp=2, multiple=4, **DEALT),
+    case("llava-dealt-by4@tp2-sp-pp2-dp2", model="llava", tp=2, sp=True, pp=2, multiple=4, **DEALT),
+    case("gpt-dealt-by4@cp2-pp2-vpp2-dp2", cp=2, pp=2, vpp=2, multiple=4, ddp=True, **DEALT, **OVERLAP),
+    case("packed-dealt-by4@cp2-pp2-dp2", cp=2, pp=2, multiple=4, **{**DEALT, **PACKED}),
+    case("moe-dealt@ep2-pp2-dp4", ep=2, pp=2, ddp=True, **DEALT, **SENT),
+    case("moe-dealt@ep2-pp2-dp4-gathered", ep=2, pp=2, recompute="uniform", **DEALT, **GATHERED),
 ]
 EIGHT_RANKS = [
     *(case(f"{m}-by4@tp2-sp-cp2-pp2", model=m, tp=2, sp=True, cp=2, pp=2, multiple=4) for m in ("gpt", "llava")),
@@ -49,6 +63,9 @@ EIGHT_RANKS = [
         "gpt-by4@tp2-sp-pp2-vpp2-cp2", "dp1", tp=2, sp=True, pp=2, vpp=2, cp=2, multiple=4, ddp=True, **OVERLAP
     ),
     *each_budget("moe-sent@tp2-sp-ep2-pp2-dp2", "tp2-sp-cp2-dp2", tp=2, sp=True, ep=2, pp=2, etp=2, multiple=4, **SENT),
+    # one replica has nothing to deal, and keeps what each sample asks for
+    case("gpt-dealt-by4@tp2-sp-cp2-pp2", tp=2, sp=True, cp=2, pp=2, multiple=4, **DEALT),
+    *DEALT_EIGHT,
 ]
 
 
@@ -68,3 +85,9 @@ def test_sparse_step_equals_masked_dense_step_and_keeps_the_same_positions(one_r
     alone = (one_rank | eight_ranks)[one.get("like", name.split("@")[0]) or name]
     assert_exact(eight_ranks[name])
     assert_keeps_the_same(alone, eight_ranks[name], 18 if "packed" in name else 8)
+
+
+@pytest.mark.parametrize("name", names(DEALT_EIGHT))
+def test_dealt_rows_move_and_none_is_lost_or_used_twice(one_rank, eight_ranks, name):
+    found = eight_ranks[name]
+    assert found["moved"] > 0 and found["samples"] == one_rank[name.split("@")[0]]["samples"]

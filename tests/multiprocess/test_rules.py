@@ -14,6 +14,7 @@ CLAIMS = (
     "data_that_end_early_are_told_on_every_rank dp4",
     "data_that_end_early_are_told_on_every_rank tp2-pp2",
     "negative_labels_train_and_a_ratio_of_one_leaves_them_alone dp4",
+    "dense_steps_are_plain_unless_they_are_dealt_and_then_have_the_gradient_of_the_same_batch dp4",
     "a_cut_that_weighs_targets_is_described cp2",
     "a_first_stage_without_layers_is_refused_with_a_way_out nolayer",
     "a_window_on_one_layer_is_refused tp2-pp2",

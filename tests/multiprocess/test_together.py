@@ -36,6 +36,7 @@ PLACES = (
     "bytes that are no microbatch",
     "a rank that has no data any more",
     "another number of microbatches",
+    "data that end on one rank",
 )
 
 

@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import balance, report, run
+from benchmarks import balance, dealt, report, run
 from benchmarks.measuring import figure, median_interval, spread
 from benchmarks.models import Size
 from benchmarks.work import head_work, layer_work
@@ -30,8 +30,12 @@ def test_the_report_of_balance_on_a_few_ranks(tmp_path, rows):
         assert found["per-sample"]["kept"] == pytest.approx(0.5, abs=0.02)  # shares round up
         assert 0.25 <= min(found["uniform"]["kept"], found["balanced"]["kept"])
         assert found["dealt"]["kept"] == found["per-sample"]["kept"]
-        assert found["dealt"]["slowest"] <= found["per-sample"]["slowest"]
-        assert found["dealt"]["each"] <= found["per-sample"]["each"]
+        assert found["dealt"]["slowest"] <= found["dealt, experts"]["slowest"] <= found["per-sample"]["slowest"]
+        assert found["dealt, experts"]["each"] <= min(found["dealt"]["each"], found["per-sample"]["each"])
+        if rows == 1:
+            assert found["dealt, experts"]["each"] == pytest.approx(found["dealt"]["at best"])
+        assert found["dealt"]["achievable"] <= found["dealt"]["max/mean"]
+        assert ("dense-dealt" in found) == (name == "captions") and ("dealt-rows" in found) == (rows > 1)
         assert name in lines[0]
     assert results["mixed-instruct"][4]["uniform"]["max/mean"] == 1
 
@@ -73,6 +77,36 @@ def _step_row() -> dict:
     measured = {name: spread([value] * 3) for name, value in shares.items()}
     setting = {"model": "GPT", "rows": 2, "length": 512, "keep_ratio": 0.5, "dense_layers": 1}
     return {**setting, **measured, "decoder_work_share": 0.59}
+
+
+def test_results_tell_of_rows_that_are_dealt_beside_the_others(tmp_path):
+    keys = {"slowest_share": 0.4, "max_mean": 1.01, "uniform_slowest_share": 0.8}
+    part = {"part": "dealt", "figures": [], "dealt": keys, "machine": {}, "seconds": 1.0, "quick": False}
+    (tmp_path / "dealt.json").write_text(json.dumps(part))
+    assert "dealt" in run.PARTS and run.collect(tmp_path)["dealt"] == keys
+
+
+def test_a_budget_s_figures_are_those_of_the_slowest_rank_beside_the_dense_step_of_the_same_round():
+    def arm(cpu: list, work: list, positions: list) -> dict:
+        return {"cpu": cpu, "work": work, "positions": positions, "planning": [0.01, 0.02], "moving": [0.0, 0.004]}
+
+    dense = arm([2.0, 1.0], [10.0, 10.0], [8, 8])
+    budgets = {name: arm([0.5, 1.0], [3.0, 5.0], [3, 5]) for name in dealt.BUDGETS}
+    measured = {"rounds": [{"dense": dense, **budgets}] * 3, "messages": dict.fromkeys(dealt.BUDGETS, 7)}
+    first, *rows = dealt._rows("DP4", measured)
+    assert first["budget"] == "dense" and first["step_s"]["median"] == 2.0
+    for row in rows:
+        found = {name: value["median"] for name, value in row.items() if isinstance(value, dict)}
+        assert found == {
+            "step_s": 1.0, "slowest_share": 0.5, "work_share": 0.5, "conv": 1.0, "max_mean": 1.25,
+            "planning_share": 0.02, "moving_share": 0.004,
+        }  # fmt: skip
+        assert dealt._figures(row)[1]["goal"] == ">= 0.9"
+    results = _results()
+    results["parts"].append({"part": "dealt", "figures": [], "rows": [first, *rows]})
+    lines = report.fragments(results)["bench-dealt"].splitlines()
+    assert lines[2] == "| DP4 | `uniform` | 50.0% (50.0% to 50.0%) | 50.0% | 1.00 | 1.250 | 2.0% | 0.4% | 7 |"
+    assert len(lines) == 2 + 3
 
 
 def _results() -> dict:

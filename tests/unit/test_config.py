@@ -37,7 +37,8 @@ FLAGS = {  # a change here breaks users' scripts
     "--regate-reference-weight": 0.5,
     "--regate-fusion": "sum",
     "--regate-score": "regate",
-    "--regate-budget": "uniform",
+    "--regate-budget": "dealt",
+    "--regate-deal-dense": False,
     "--regate-length-multiple": None,
     "--regate-packed-ratio": "sample",
     "--regate-context": "all",
@@ -300,6 +301,14 @@ def test_flags_give_the_config_they_spell():
     assert parse(["--regate", *spaced]) == parse([*joined, "--regate"]) == expected
     args = add_arguments(argparse.ArgumentParser()).parse_args(["--regate", *spaced])
     assert ReGateConfig.from_args(args) == expected
+
+
+def test_dense_steps_are_dealt_only_where_sparse_ones_are():
+    assert parse(["--regate", "--regate-deal-dense"]).deal_dense and not parse(["--regate"]).deal_dense
+    with pytest.raises(
+        ReGateError, match="^regate: --regate-deal-dense: given True; allowed it beside --regate-budget"
+    ):
+        parse(["--regate", "--regate-deal-dense", "--regate-budget", "uniform"])
 
 
 def test_flags_of_others_are_left_alone():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regate_megatron.method.deal import by_differencing, by_turns, deal
+from regate_megatron.method.deal import at_best, by_differencing, by_turns, deal
 
 
 @st.composite
@@ -97,7 +97,7 @@ def test_the_slowest_rank_is_within_the_proven_bound_of_the_best_of_every_possib
     length_DR = np.array(length_N).reshape(ranks, micro)
     dealt = deal(length_DR, np.arange(length_DR.size).reshape(length_DR.shape))
     best = min(max(totals) for totals in _every_deal(length_N, ranks))
-    assert best <= dealt.total_D.max() <= bound * best + 1e-9
+    assert at_best(length_DR)[0] <= best <= dealt.total_D.max() <= bound * best + 1e-9
 
 
 @given(batches(max_ranks=4, max_micro=3, max_rows=2, lengths=9))
@@ -106,6 +106,7 @@ def test_no_deal_waits_less_in_its_microbatches(case):
     length_DR, key_DR, rows, _ = case
     dealt = deal(length_DR, key_DR, rows=rows)
     falling_N = np.sort(length_DR.ravel())[::-1]
+    assert rows > 1 or at_best(length_DR)[1] == falling_N[:: len(length_DR)].sum() <= dealt.longest_M.sum()
     assert sorted(dealt.longest_M)[::-1] == falling_N[:: len(length_DR) * rows].tolist() or dealt.method == "home"
     if dealt.method == "home":
         assert dealt.longest_M.sum() <= falling_N[:: len(length_DR) * rows].sum()
@@ -113,7 +114,32 @@ def test_no_deal_waits_less_in_its_microbatches(case):
 
 def test_rows_of_one_length_stay_where_they_are():
     dealt = deal(np.full((4, 3), 7), np.arange(12).reshape(4, 3))
-    assert dealt.method == "home" and dealt.num_moved == 0
+    assert dealt.method == "home" and dealt.from_DR.tolist() == np.arange(12).reshape(4, 3).tolist()
+    assert dealt.total_D.tolist() == [21] * 4 and dealt.longest_M.tolist() == [7] * 3
+
+
+@given(batches(max_ranks=4, max_micro=4, max_rows=2))
+def test_where_totals_count_alone_rows_swap_columns_and_the_slowest_rank_is_no_slower(case):
+    length_DR, key_DR, rows, form_DR = case
+    in_columns = deal(length_DR, key_DR, rows=rows, form_DR=form_DR)
+    across = deal(length_DR, key_DR, rows=rows, form_DR=form_DR, in_columns=False)
+    assert across.total_D.max() <= in_columns.total_D.max()
+
+
+def test_an_outlier_is_made_up_for_across_columns():
+    """The rank with the 9 gets all three 1s, which lie in one column."""
+    length_DR = np.array([[9, 2, 2, 1], [3, 2, 2, 1], [3, 2, 2, 1]])
+    key_DR = np.arange(12).reshape(3, 4)
+    assert deal(length_DR, key_DR).total_D.max() == 14
+    across = deal(length_DR, key_DR, in_columns=False)
+    assert across.total_D.max() == 12 == at_best(length_DR)[0]
+
+
+def test_what_no_deal_falls_below_counts_long_rows_that_must_meet_and_steps_of_length():
+    assert at_best(np.array([[9, 1, 1], [1, 1, 1]])) == (11, 9 + 1 + 1)  # who has the long one has two others
+    assert at_best(np.array([[8, 8, 1], [8, 1, 1]])) == (17, 8 + 8 + 1)  # two of three long ones meet
+    assert at_best(np.array([[4, 4], [4, 8], [4, 4]])) == (12, 8 + 4)  # the mean is 28/3, its next multiple of 4 is 12
+    assert at_best(np.array([[6, 2], [2, 2]])) == (8, 6 + 2)
 
 
 def test_only_the_rows_that_differ_move():

@@ -123,7 +123,7 @@ def test_rows_that_context_parallelism_joins_are_traced_as_rows(tmp_path):
     packing = Packing(torch.tensor([4, 4]), torch.tensor([3, 3]))
     records = []
     for rank, (facts, plan) in enumerate((rows, (joined, MicrobatchPlan.of(kept_BS.view(1, 8), packing)))):
-        trace = Trace(str(tmp_path), rank)
+        trace = Trace(str(tmp_path), rank, 2)
         step = Step(3, "sparse", elides=True, facts=[facts], scores=[torch.arange(5.0, dtype=torch.float64)])
         step.plan = StepPlan(3, (plan,))
         trace.write(step)
@@ -137,7 +137,7 @@ def test_rows_that_context_parallelism_joins_are_traced_as_rows(tmp_path):
 
 def test_what_was_known_before_a_step_is_a_line_of_its_own(tmp_path):
     facts = _facts(torch.tensor([[False, True, True, True], [False, False, True, True]]))
-    trace, known = Trace(str(tmp_path), 0), torch.tensor([True, False, True, True, False])
+    trace, known = Trace(str(tmp_path), 0, 1), torch.tensor([True, False, True, True, False])
     for number, fields in enumerate(({}, {"is_known": [known], "num_asked": 2, "num_found": 1}, {"num_asked": 2})):
         trace.write(Step(number, "sparse", elides=True, facts=[facts], **fields))
     trace.close()
@@ -146,6 +146,20 @@ def test_what_was_known_before_a_step_is_a_line_of_its_own(tmp_path):
         "2,5,3,2,1",
         "3,5,0,2,0",
     ]
+
+
+def test_a_run_from_the_start_leaves_no_traces_of_ranks_it_has_not_and_a_resumed_one_leaves_all(tmp_path):
+    facts = _facts(torch.tensor([[False, True, True, True], [False, False, True, True]]))
+    before = [tmp_path / f"dp{rank:05d}.{kind}" for rank in (1, 2, 13) for kind in ("jsonl", "history.csv")]
+    before.append(tmp_path / "dp.txt")
+    for continues, left in ((True, before), (False, [*before[:2], before[-1]])):
+        for file in before:
+            file.write_text("of a run before")
+        trace = Trace(str(tmp_path), 0, 2)
+        trace.continues = continues
+        trace.write(Step(0, "dense", elides=False, facts=[facts]))
+        trace.close()
+        assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "dp00000.jsonl", *left])
 
 
 def test_the_log_line_says_how_much_was_known():

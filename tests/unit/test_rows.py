@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -10,6 +11,18 @@ import torch
 
 from regate_megatron.errors import ReGateError
 from regate_megatron.ranks.rows import like_at_home, pack, unpack
+
+
+@dataclass
+class Pictures:
+    """As Megatron-Bridge's batches have them."""
+
+    pixels: torch.Tensor | None
+    names: list = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        assert self.pixels is None or not hasattr(self, "came"), "a constructor was run"
+
 
 BATCH = {
     "tokens": torch.arange(6).view(2, 3),
@@ -41,6 +54,23 @@ def test_a_microbatch_arrives_as_it_was():
     found, size = unpack(torch.cat([given, pack({"next": 1})]))
     assert size == len(given) and _same(BATCH, found)
     assert unpack(torch.cat([given, pack({"next": 1})])[size:])[0] == {"next": 1}
+
+
+def test_a_dataclass_arrives_as_one_with_all_it_holds_and_no_constructor_is_run(monkeypatch):
+    given = Pictures(torch.arange(4.0), ["one"])
+    given.came = 3  # no field
+    packed = pack({"visual": given})
+    monkeypatch.setattr(Pictures, "__init__", None)
+    found = unpack(packed)[0]["visual"]
+    assert type(found) is Pictures and _same(vars(found), vars(given))
+    home = {"visual": Pictures.__new__(Pictures)}
+    assert _same(vars(like_at_home({"visual": found}, home)["visual"]), vars(given))
+
+
+def test_a_class_that_is_none_here_is_not_looked_for():
+    for name in (["torch", "Tensor"], ["no.such.module", "One"], ["os", "system"], [__name__, "BATCH"]):
+        with pytest.raises(ValueError, match="which is no dataclass here"):
+            unpack(_with_description(["object", *name, []]))
 
 
 def test_transposed_and_sliced_tensors_arrive_as_they_look():
