@@ -16,6 +16,7 @@ from regate_megatron.method.schedule import Schedule, keep_ratio_of
 from regate_megatron.method.scores import SCORES
 from regate_megatron.method.visual_scores import VISUAL_SCORES
 
+SHARES = ("sample", "batch")
 FUSIONS = ("sum", "convex")
 BUDGETS = ("uniform", "balanced", "per-sample", "dealt")
 PACKED_RATIOS = ("row", "sample")
@@ -58,6 +59,18 @@ class ReGateConfig:
     )
     keep_ratio_steps: int | None = _option(
         None, "iterations from the end of the warm-up until the keep ratio has moved from P to R", metavar="N"
+    )
+    share: str = _option(
+        "sample",
+        "whose answer tokens the keep ratio is a share of; sample: each sample's, batch: those of the global batch, by "
+        "one threshold on the score, so that samples with little to learn leave up to half of their share to others",
+        SHARES,
+    )
+    least_score: float | None = _option(
+        None,
+        "with --regate-share batch: beyond half of the share only answer tokens whose score is above X run, so that "
+        "fewer do the more is learned; none: all of the share runs",
+        metavar="X",
     )
     visual_keep_ratio: float = _option(
         1.0,
@@ -195,6 +208,11 @@ class ReGateConfig:
         for name in ("dense_layers", "dense_last_layers", "warmup_steps", "dense_steps"):
             self._check_number(name, "an integer of 0 or more", lambda v: v >= 0, "1", True)
         self._check_number("cycle_steps", "an integer of 1 or more", lambda v: v >= 1, "128", True)
+        if self.least_score is not None:
+            self._check_number("least_score", "none, or a number", lambda v: True, "0.5")
+            if self.share != "batch":
+                allowed = f"it with {flag('share')} batch"
+                raise self._refuse("least_score", allowed, f"{flag('share')} to batch, or leave it out")
         if self.length_multiple is not None:
             self._check_number("length_multiple", "an integer of 1 or more", lambda v: v >= 1, "64", True)
         self._check_number("seed", "an integer of 0 or more, below 2**63", lambda v: 0 <= v < 2**63, "1234", True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,20 +56,19 @@ class Planner:
     def plan(self, step: Step) -> None:
         """Plan a sparse step: fills its scores, plan, fallback and balance. All planners call this, over their group.
 
-        Needs its facts, and reference losses where the score does. Where any rank met a score that is no number the
-        plan stays dense, on all ranks.
+        Needs its facts, and reference losses where the score does; scores that are known stay. Where any rank met a
+        score that is no number the plan stays dense, on all ranks.
         """
         facts, sorts = step.whole, self._sorts(step.number)
-        scores = [sort.score(step) for sort in sorts]
-        if isinstance(sorts[0], Targets):
-            step.scores = scores[0].split(facts.num_target_M)
-        finite = all(bool(score_X.isfinite().all()) for score_X in scores)
-        if int(self.topology.all_reduce_planners(torch.tensor([int(not finite)]), "max")):
+        scores = [self._score(step, sort) for sort in sorts]
+        if not self._are_numbers(scores):
             step.fallback = True
             return
+        if self._shares_batch(step) and step.above is None:
+            self._find_threshold(step)
         where = [sort.where(facts) for sort in sorts]
         kept_P = self._always(facts, where)
-        candidates = self._candidates(step.number, facts, kept_P, sorts, scores)
+        candidates = self._candidates(step, kept_P, sorts, scores)
         chosen = selection.select(
             candidates,
             kind=self.config.budget,
@@ -97,13 +97,38 @@ class Planner:
     def asked(self, step: Step) -> tuple[Tensor, Tensor]:
         """The positions that each microbatch of a sparse step asks for, and its content key; int64 [M] each.
 
-        They follow from counts alone: before anything is scored. No communication.
+        They follow from counts alone, before anything is scored and without communication. Unless the keep ratio is a
+        share of the batch: then all planners call this, over their group, and the targets are scored here; where a
+        score is no number every sample asks for a share of its own.
         """
-        facts, sorts = step.whole, self._sorts(step.number)
-        always_P = self._always(facts, [sort.where(facts) for sort in sorts])
-        candidates = self._candidates(step.number, facts, always_P, sorts, [None] * len(sorts))
+        sorts = self._sorts(step.number)
+        if self._shares_batch(step) and self._are_numbers([self._score(step, sorts[0])]):
+            self._find_threshold(step)
+        always_P = self._always(step.whole, [sort.where(step.whole) for sort in sorts])
+        candidates = self._candidates(step, always_P, sorts, [None] * len(sorts))
         length_M, _ = budget.per_sample_lengths(candidates, self._alignment)
         return length_M * candidates.rows, candidates.key_M
+
+    def follow(self, step: Step, from_DM: np.ndarray) -> None:
+        """Give what :meth:`asked` found of the targets to the planners whose ranks got them; nothing where it found
+        none. All planners call this, over their group, once they have read what they got.
+
+        Args:
+            from_DM: what each place got, as rank · M + number at home.
+        """
+        if step.scores is None:
+            return
+        found = {name: getattr(step, name) for name in ("scores", "above", "is_known")}
+        found = {name: each for name, each in found.items() if each is not None}
+        home = [torch.stack([one.double() for one in parts], dim=1) for parts in zip(*found.values(), strict=True)]
+        rank, num_micro = self.topology.dp_rank, from_DM.shape[1]
+        sent = [[home[at - rank * num_micro] for at in to_M.tolist() if at // num_micro == rank] for to_M in from_DM]
+        send_D = torch.tensor([sum(map(len, parts)) for parts in sent])
+        came_Xx, _ = self.topology.exchange_planners(torch.cat([one for parts in sent for one in parts]), send_D)
+        places = np.argsort(from_DM[rank] // num_micro, kind="stable").tolist()  # what came lies by where it is from
+        came = dict(zip(places, came_Xx.split([step.whole.num_target_M[at] for at in places]), strict=True))
+        for index, (name, each) in enumerate(found.items()):
+            setattr(step, name, [came[at][:, index].to(each[0].dtype) for at in range(num_micro)])
 
     def learn(self, step: Step, losses: Sequence[Tensor]) -> None:
         """Take in the student's losses of a step that counted; all planners call this, over their group.
@@ -128,6 +153,27 @@ class Planner:
     def _alignment(self) -> Alignment:
         return Alignment(self.multiple, self.config.length_multiple)
 
+    def _shares_batch(self, step: Step) -> bool:
+        return self.config.share == "batch" and step.ranks_targets
+
+    @staticmethod
+    def _score(step: Step, sort: CandidateSort) -> Tensor:
+        """Scores of all candidates of a sort; those of targets are known from before where their rows were dealt."""
+        if not isinstance(sort, Targets):
+            return sort.score(step)
+        if step.scores is None:
+            step.scores = sort.score(step).split(step.whole.num_target_M)
+        return torch.cat(list(step.scores))
+
+    def _are_numbers(self, scores: Sequence[Tensor]) -> bool:
+        """Whether all scores of all planners are; all of them call this."""
+        finite = all(bool(score_X.isfinite().all()) for score_X in scores)
+        return not int(self.topology.all_reduce_planners(torch.tensor([int(not finite)]), "max"))
+
+    def _find_threshold(self, step: Step) -> None:
+        above_X = self.sorts[0].above_threshold(step, torch.cat(list(step.scores)))
+        step.above = above_X.split(step.whole.num_target_M)
+
     def _sorts(self, number: int) -> list[CandidateSort]:
         """The sorts of which step ``number`` leaves any out."""
         return [sort for sort in self.sorts if sort.keep_ratio(number) < 1.0]
@@ -141,14 +187,18 @@ class Planner:
 
     @staticmethod
     def _candidates(
-        number: int, facts: StepFacts, always_P: Tensor, sorts: Sequence[CandidateSort], scores: Sequence[Tensor | None]
+        step: Step, always_P: Tensor, sorts: Sequence[CandidateSort], scores: Sequence[Tensor | None]
     ) -> Candidates:
         """The step's rows with their groups."""
-        found = []
+        facts, found = step.whole, []
         for sort, score_X in zip(sorts, scores, strict=True):
             count_G, row_G, least_G = sort.groups(facts)
-            ratio = sort.keep_ratio(number)
-            found.append(Sort(count_G=count_G, row_G=row_G, keep_ratio=ratio, score_X=score_X, least_G=least_G))
+            asked_G = None
+            if isinstance(sort, Targets) and step.above is not None:
+                group_X = torch.arange(len(count_G)).repeat_interleave(count_G)
+                asked_G = torch.bincount(group_X[torch.cat(list(step.above))], minlength=len(count_G))
+            groups = {"count_G": count_G, "row_G": row_G, "least_G": least_G, "asked_G": asked_G}
+            found.append(Sort(**groups, keep_ratio=sort.keep_ratio(step.number), score_X=score_X))
         return Candidates(
             always_R=facts.count_by_row(always_P),
             dense_M=torch.tensor([one.planned_length for one in facts.microbatches]),

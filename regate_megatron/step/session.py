@@ -10,7 +10,7 @@ Hosts and saved state use the verbs of :class:`Session`; nobody else sets its at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from regate_megatron import compat
@@ -32,6 +32,7 @@ from regate_megatron.step.counters import (
     reduce_counters,
 )
 from regate_megatron.step.dealing import Dealing
+from regate_megatron.step.peek import pull
 from regate_megatron.step.planner import Planner
 from regate_megatron.step.sharing import share_plan
 from regate_megatron.step.step import Step
@@ -261,20 +262,28 @@ class Session:
             ReGateError: a rank could not; on every rank.
         """
         deals = step.elides and dealing is not None
+        asks_scores = deals and self.config.share == "batch"  # which rows move follows from scores
         allowed = f"a dictionary with {self.adapter.keys}"
         with self.topology.together("batch", allowed=allowed, change="the data loader") as stage:
             with step.enter("peek"):
                 given = arguments["data_iterator"]
                 iterators = given if isinstance(given, list) else [given]
-                step.batches = [_pull(one, arguments["num_microbatches"]) for one in iterators]
+                step.batches = [pull(one, arguments["num_microbatches"]) for one in iterators]
             if self.planner:
                 self._read_facts(step)
-                if not deals:
+                if asks_scores or not deals:
                     stage.wish = self._look_up(step)
         if dealing:
             dealing.meet(step)
+        if asks_scores:
+            self._fetch(step, arguments, stage)
         if deals:
-            stage = self._deal(step, dealing)
+            stage = self._deal(step, dealing, looks_up=not asks_scores)
+        if not asks_scores:
+            self._fetch(step, arguments, stage)
+
+    def _fetch(self, step: Step, arguments: dict[str, Any], stage: Stage) -> None:
+        """Get the reference losses that were looked up in ``stage``; all ranks call this."""
         if step.ranks_targets and self.reference:
             with step.enter("reference"):
                 step.reference = self.reference.fetch(arguments["micro_batch_size"], anyone_misses=stage.anyone_wishes)
@@ -300,8 +309,11 @@ class Session:
             step.num_asked = step.num_found + self.reference.num_computed - before[1]
         return misses
 
-    def _deal(self, step: Step, dealing: Dealing) -> Stage:
+    def _deal(self, step: Step, dealing: Dealing, *, looks_up: bool) -> Stage:
         """Have the microbatches that are dealt to this rank in place of its own; returns the stage that ends it.
+
+        Args:
+            looks_up: whether their reference losses are to be looked up; else they are scored already.
 
         Raises:
             ReGateError: a rank could not; on every rank.
@@ -313,7 +325,10 @@ class Session:
                 dealing.exchange(step, from_DM, packed)
             if self.planner:
                 self._read_facts(step)
-                stage.wish = self._look_up(step)
+                if looks_up:
+                    stage.wish = self._look_up(step)
+                else:
+                    self.planner.follow(step, from_DM)
         return stage
 
     def _plan(self, step: Step) -> list[ShardedPlan]:
@@ -371,27 +386,3 @@ class Session:
                 allowed=f"multiples of {multiple}",
                 change="the data loader's padding",
             )
-
-
-def _pull(iterator: Iterator[Any] | None, count: int) -> list[Any] | None:
-    """The next ``count`` microbatches; None where this rank has no data.
-
-    Raises:
-        ReGateError: the data end before.
-    """
-    if iterator is None:
-        return None
-    pulled: list[Any] = []
-    try:
-        while len(pulled) < count:
-            pulled.append(next(iterator))
-    except (StopIteration, RuntimeError) as end:  # a generator turns the end of what it reads into a RuntimeError
-        if not isinstance(end, StopIteration) and not isinstance(end.__cause__, StopIteration):
-            raise
-        raise refuse(
-            "data iterator",
-            given=f"the end of its data after {len(pulled)} of {count} microbatches",
-            allowed=f"all {count} microbatches of every step",
-            change="the data (more of it, or one that repeats), or the number of training iterations",
-        ) from None
-    return pulled

@@ -53,6 +53,8 @@ class Step:
         reference: per sample the teacher's losses of its targets, float32 [T], on planners of a sparse step with a
             teacher.
         scores: per microbatch the scores of its targets, float64 [X], on planners of a sparse step.
+        above: per microbatch which of its targets the batch's threshold keeps, bool [X], on planners of a sparse step
+            whose keep ratio is a share of the batch.
         is_known: per microbatch which of its targets have a difficulty of their own, bool [X], on planners of a sparse
             step whose score needs it.
         num_asked, num_found: samples whose reference losses were looked up, and of them found, on planners.
@@ -72,6 +74,7 @@ class Step:
     facts: list[MicrobatchFacts] | None = None
     reference: Sequence[Tensor] | None = None
     scores: Sequence[Tensor] | None = None
+    above: Sequence[Tensor] | None = None
     is_known: Sequence[Tensor] | None = None
     num_asked: int = 0
     num_found: int = 0
