@@ -105,6 +105,7 @@ def _attached_line(session: Session) -> str:
         f"dense layers {config.dense_layers}{last} of {transformer.num_layers}",
         f"budget {config.budget}",
         f"warm-up {config.warmup_steps}, then {config.dense_steps} of {config.cycle_steps} steps dense"
+        + (", scattered" if config.dense_at == "random" else "")
         + ("" if config.dense_from is None else f", all of them after iteration {config.dense_from}"),
         _teacher_of(session),
         compat.versions(),
@@ -114,7 +115,10 @@ def _attached_line(session: Session) -> str:
 
 def _kept_of(config: ReGateConfig) -> list[str]:
     """What ranks which positions, and how many of them run."""
-    targets = f"score {config.score}, keep {_ratio(config)} of the targets" if config.ranks_targets else "all targets"
+    of_batch = " of the batch" if config.share == "batch" else ""
+    of_batch += "" if config.least_score is None else f" that score above {config.least_score:g}"
+    targets = f"score {config.score}, keep {_ratio(config)} of the targets{of_batch}"
+    targets = targets if config.ranks_targets else "all targets"
     if config.visual_keep_ratio == 1.0:
         return [targets]
     visual = f"visual score {config.visual_score}, keep {config.visual_keep_ratio:g} of the visual positions"

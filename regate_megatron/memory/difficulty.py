@@ -18,8 +18,10 @@ Shapes: N samples of this rank in a step, T targets of a sample, X of all of the
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +33,8 @@ from regate_megatron.ranks.topology import Topology
 
 class TokenPrior:
     """Running mean loss per target token id, shared by all planners."""
+
+    name = "own"
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
@@ -68,6 +72,17 @@ class TokenPrior:
         overall = float(sum_V.sum() / count_V.sum())
         self.overall = self.decay * self.overall + (1 - self.decay) * overall if self.any_seen else overall
         self.any_seen = True
+
+    def snapshot(self) -> tuple[np.ndarray, dict[str, Any]]:
+        """All that is known: the mean of each id, float64, NaN where never seen; and words."""
+        words = {"overall": self.overall, "any_seen": self.any_seen}
+        return self.mean_V.masked_fill(~self.is_seen_V, math.nan).numpy(), words
+
+    def restore(self, values: np.ndarray, words: dict[str, Any]) -> None:
+        """Take what :meth:`snapshot` gave."""
+        mean_V = torch.from_numpy(values)
+        self.mean_V, self.is_seen_V = mean_V.nan_to_num(0.0), ~mean_V.isnan()
+        self.overall, self.any_seen = words["overall"], words["any_seen"]
 
     def _grow(self, size: int) -> None:
         missing = size - len(self.mean_V)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from regate_megatron.memory.difficulty import TokenPrior
+from regate_megatron.memory.kinds import KindMeans
 from regate_megatron.memory.learned import Learned
 from regate_megatron.memory.records import Records
 from regate_megatron.memory.state_files import (
@@ -68,14 +69,15 @@ class SavedState:
     Attributes:
         progress: how far the run was that saved it.
         num_samples, num_targets: of which it remembered the difficulty, over all planners.
-        records, prior: what this planner goes on with; None on ranks that are none.
+        records, prior: what this planner goes on with; None on ranks that are none. The prior is empty where difficulty
+            was of another sort before.
     """
 
     progress: Progress
     num_samples: int
     num_targets: int
     records: Records | None = None
-    prior: TokenPrior | None = None
+    prior: TokenPrior | KindMeans | None = None
 
 
 class StateSave:
@@ -107,9 +109,7 @@ class StateSave:
         if learned is not None:
             self._records = learned.snapshot()
             if topology.dp_rank == 0:
-                prior = learned.prior
-                self._mean_V = prior.mean_V.masked_fill(~prior.is_seen_V, math.nan).numpy()
-                self._content["prior"] = {"overall": prior.overall, "any_seen": prior.any_seen}
+                self._prior_X, self._content["prior"] = learned.prior.snapshot()
 
     def write(self, *, in_background: bool = False) -> None:
         """Write this rank's part; only planners have one."""
@@ -148,7 +148,7 @@ class StateSave:
         try:
             self._facts = write_records(self.aside / records_name(self.topology.dp_rank), self._records)
             if self.topology.dp_rank == 0:
-                self._prior_facts = write_array(self.aside / PRIOR, self._mean_V)
+                self._prior_facts = write_array(self.aside / PRIOR, self._prior_X)
         except Exception as fault:  # raised by finish, on every rank
             self._fault = fault
 
@@ -201,15 +201,15 @@ def files_to_read(rank: int, size: int, num_files: int) -> range:
 
 def _read(
     folder: Path, manifest: dict[str, Any], files: list[FileFacts], topology: Topology, learned: Learned
-) -> tuple[Records, TokenPrior]:
+) -> tuple[Records, TokenPrior | KindMeans]:
     rank, size, records = topology.dp_rank, topology.dp_size, learned.empty_records()
     for index in files_to_read(rank, size, len(files)):
         path = folder / records_name(index)
         for saved in read_records(path, files[index], lambda key_N2: key_N2[:, 0] % size == rank):
             records.append(saved.key_N2, saved.count_N, saved.seen_N, saved.value_X)
     records.evict()
-    prior = TokenPrior(learned.decay)
-    mean_V = torch.from_numpy(read_array(folder / PRIOR, FileFacts(**manifest["prior_file"]), _FLOAT64))
-    prior.mean_V, prior.is_seen_V = mean_V.nan_to_num(0.0), ~mean_V.isnan()
-    prior.overall, prior.any_seen = manifest["prior"]["overall"], manifest["prior"]["any_seen"]
+    prior, words = learned.empty_prior(), manifest["prior"]
+    values = read_array(folder / PRIOR, FileFacts(**manifest["prior_file"]), _FLOAT64)
+    if words.get("of", "own") == prior.name:
+        prior.restore(values, words)
     return records, prior

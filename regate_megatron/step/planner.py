@@ -50,7 +50,7 @@ class Planner:
     ) -> None:
         self.config, self.topology = config, topology
         self.multiple, self.segment_multiple, self.evens_columns = multiple, segment_multiple, evens_columns
-        self.learned = Learned(config.ema_decay, topology, config.difficulty_memory * 1e9)
+        self.learned = Learned(config.ema_decay, topology, config.difficulty_memory * 1e9, config.by_kind)
         self.sorts: tuple[CandidateSort, ...] = (Targets(config, self.learned), Visual(config))
 
     def plan(self, step: Step) -> None:
@@ -140,13 +140,16 @@ class Planner:
         loss_X = masks.take(torch.cat([loss_BS.reshape(-1) for loss_BS in losses]).float(), facts.is_target_P)
         if step.plan.is_sparse:
             loss_X = loss_X.masked_fill(~masks.take(step.plan.kept_P, facts.is_target_P), torch.nan)
+        is_dense = not (step.plan.is_sparse and self.sorts[0].keep_ratio(step.number) < 1.0)
+        by_kind = is_dense and self.config.by_kind
         self.learned.take_in(
             facts.key_N2,
             facts.num_target_N,
             loss_X,
             facts.label_X,
             step=step.number,
-            is_dense=not (step.plan.is_sparse and self.sorts[0].keep_ratio(step.number) < 1.0),
+            is_dense=is_dense,
+            reference_X=torch.cat(list(step.reference)).double() if by_kind else None,
         )
 
     @property

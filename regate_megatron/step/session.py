@@ -262,7 +262,7 @@ class Session:
             ReGateError: a rank could not; on every rank.
         """
         deals = step.elides and dealing is not None
-        asks_scores = deals and self.config.share == "batch"  # which rows move follows from scores
+        asks_scores = deals and step.ranks_targets and self.config.share == "batch"  # rows move by them
         allowed = f"a dictionary with {self.adapter.keys}"
         with self.topology.together("batch", allowed=allowed, change="the data loader") as stage:
             with step.enter("peek"):
@@ -284,7 +284,7 @@ class Session:
 
     def _fetch(self, step: Step, arguments: dict[str, Any], stage: Stage) -> None:
         """Get the reference losses that were looked up in ``stage``; all ranks call this."""
-        if step.ranks_targets and self.reference:
+        if self._asks_teacher(step):
             with step.enter("reference"):
                 step.reference = self.reference.fetch(arguments["micro_batch_size"], anyone_misses=stage.anyone_wishes)
 
@@ -300,7 +300,7 @@ class Session:
 
     def _look_up(self, step: Step) -> bool:
         """Whether reference losses are missing; planners only."""
-        if not (step.ranks_targets and self.reference):
+        if not self._asks_teacher(step):
             return False
         with step.enter("reference"):
             before = self.reference.num_found, self.reference.num_computed
@@ -308,6 +308,10 @@ class Session:
             step.num_found = self.reference.num_found - before[0]
             step.num_asked = step.num_found + self.reference.num_computed - before[1]
         return misses
+
+    def _asks_teacher(self, step: Step) -> bool:
+        """Whether the step needs reference losses: to rank, or to learn by them."""
+        return self.reference is not None and (step.ranks_targets or self.config.by_kind)
 
     def _deal(self, step: Step, dealing: Dealing, *, looks_up: bool) -> Stage:
         """Have the microbatches that are dealt to this rank in place of its own; returns the stage that ends it.

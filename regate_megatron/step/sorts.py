@@ -75,15 +75,16 @@ class Targets:
     def score(self, step: Step) -> Tensor:
         """See :class:`CandidateSort`; communicates where difficulty is asked for, and notes which targets have one."""
         facts, row = step.whole, SCORES[self.config.score]
+        reference_X = torch.cat(list(step.reference)).double() if self.config.needs_teacher else None
         difficulty_X = None
         if row.needs_difficulty:
             difficulty_X, is_known_X = self.learned.look_up(
-                facts.key_N2, facts.num_target_N, facts.label_X, step.number
+                facts.key_N2, facts.num_target_N, facts.label_X, step.number, reference_X
             )
             step.is_known = is_known_X.split(facts.num_target_M)
         signals = Signals(
             difficulty_X=difficulty_X,
-            reference_X=torch.cat(list(step.reference)).double() if row.needs_reference else None,
+            reference_X=reference_X,
             reference_weight=self.config.reference_weight,
             fusion=self.config.fusion,
             keys=lambda: (facts.key_N2, facts.place_X, facts.num_target_N),
