@@ -12,6 +12,7 @@ from regate_megatron.api import attach, session_of
 from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig
 from regate_megatron.integrations.megatron_checkpoints import restore
 from regate_megatron.step.counters import Counters, log_line, ratios, reduce_counters
+from regate_megatron.step.outlook import first_look
 from regate_megatron.step.session import Session
 from regate_megatron.support import HostRun, Setting, hints
 from regate_megatron.teacher.source import TEACHER_FOLDER, hash_of_tokenizer, teacher_of_resumed_run
@@ -76,6 +77,8 @@ def report(
     interval = interval or session.take_interval()
     total = reduce_counters(session.totals, session.topology)
     say(log_line(iteration, session.phase, interval, total, flops=flops))
+    if line := first_look(session):
+        say(line)
     if advice := session.advice(interval, total):
         say(advice)
     values = ratios(interval) | ({} if flops is None else {"regate/flops": flops})

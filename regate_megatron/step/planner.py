@@ -90,8 +90,9 @@ class Planner:
         ]
         microbatches = plan_each(kept, slots)
         own = sum(one.keep_idx_BK.numel() for one in microbatches)
-        positions_D1 = self.topology.all_gather_planners(torch.tensor([own]))
-        step.balance = Balance(int(positions_D1.max()), own, float(positions_D1.double().mean()), chosen.achievable)
+        run_D, dense_D = self.topology.all_gather_planners(torch.tensor([own, sum(facts.sizes)])).unbind(dim=1)
+        mean = float(run_D.double().mean())
+        step.balance = Balance(int(run_D.max()), own, mean, chosen.achievable, int(dense_D.max()))
         step.plan = StepPlan(step.number, tuple(microbatches))
 
     def asked(self, step: Step) -> tuple[Tensor, Tensor]:

@@ -55,6 +55,7 @@ class Session:
         steps_done: steps done before the next one.
         totals: counts of this rank since the run began.
         work: the lengths that Megatron's FLOP count, when asked now, has to count.
+        first_sparse: counts of the first sparse step, until somebody took them.
         counts_own_steps: whether a step counts as soon as the next one begins; False where a host says whether it did.
     """
 
@@ -74,6 +75,8 @@ class Session:
         self.step: Step | None = None
         self.steps_done, self.dense_until = 0, 0
         self.totals, self.work = Counters(), Counters()
+        self.first_sparse: Counters | None = None
+        self._has_been_sparse = False
         self.reference: ReferenceLosses | None = None
         self.counts_own_steps = True
         self.adapter, self.teacher_source = adapter, teacher
@@ -236,6 +239,8 @@ class Session:
                     if self.trace:
                         self.trace.write(step)
                 counters = count_step(step, **self._layers)
+        if step.plan.is_sparse and not self._has_been_sparse:
+            self._has_been_sparse, self.first_sparse = True, counters
         planning = ("read", "deal", "plan", "learned")
         counters.planning_us = round(1e6 * sum(step.seconds.get(stage, 0.0) for stage in planning))
         counters.teacher_us = round(1e6 * step.seconds.get("reference", 0.0))
