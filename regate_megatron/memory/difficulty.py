@@ -138,6 +138,10 @@ class DifficultyStore:
         record_X, _ = self.topology.exchange_planners(answer_X, route.asked_D, route.own_D)
         return torch.empty_like(record_X).index_copy_(0, route.order_X, record_X)
 
+    def forget_route(self) -> None:
+        """The samples of this step have moved between planners since they were fetched; all planners call this."""
+        self._route = None
+
     def update(self, key_N2: Tensor, num_target_N: Tensor, loss_X: Tensor, step: int) -> None:
         """Take in this step's losses: of one sample after the other, float32 [X], NaN where the target did not run.
 

@@ -49,6 +49,10 @@ class Learned:
         is_known_X = ~own_X.isnan()
         return torch.where(is_known_X, own_X, prior_X), is_known_X
 
+    def rows_moved(self) -> None:
+        """The samples that were looked up in this step are on other planners now; all planners call this."""
+        self.difficulty.forget_route()
+
     def take_in(
         self,
         key_N2: Tensor,

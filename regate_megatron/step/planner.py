@@ -119,6 +119,7 @@ class Planner:
         """
         if step.scores is None:
             return
+        self.learned.rows_moved()
         found = {name: getattr(step, name) for name in ("scores", "above", "is_known")}
         found = {name: each for name, each in found.items() if each is not None}
         home = [torch.stack([one.double() for one in parts], dim=1) for parts in zip(*found.values(), strict=True)]
