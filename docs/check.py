@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from regate_megatron.config import ReGateConfig, flag, shown_default  # noqa: E402
+from regate_megatron.method.recipes import RECIPES  # noqa: E402
 from regate_megatron.method.scores import SCORES  # noqa: E402
 from regate_megatron.support import RULES  # noqa: E402
 
@@ -47,6 +48,17 @@ def score_table() -> str:
     return "\n".join(lines)
 
 
+def recipe_table() -> str:
+    """The recipes, from the rows of regate_megatron/method/recipes.py: of each what differs from the defaults."""
+    defaults = {field.name: field.default for field in dataclasses.fields(ReGateConfig)}
+    lines = ["| recipe | for | what differs from the defaults | evidence |", "|---|---|---|---|"]
+    for name, row in RECIPES.items():
+        other = {field: value for field, value in row.values.items() if value != defaults[field]}
+        said = ", ".join(f"`{flag(field)} {value}`" for field, value in other.items()) or "nothing today"
+        lines.append(f"| `{name}` | {row.purpose} | {said} | {row.evidence} |")
+    return "\n".join(lines)
+
+
 def support_table() -> str:
     """What is refused before step 0, from the rules of regate_megatron/support."""
     lines = ["| what | allowed | why | what to change |", "|---|---|---|---|"]
@@ -54,7 +66,7 @@ def support_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"flags": flag_table, "scores": score_table, "support": support_table}
+TABLES = {"flags": flag_table, "scores": score_table, "recipes": recipe_table, "support": support_table}
 
 
 def with_tables(text: str) -> str:

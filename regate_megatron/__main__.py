@@ -3,6 +3,7 @@
     torchrun --nproc-per-node 8 -m regate_megatron SCRIPT <its flags> --regate --regate-teacher-load student
     torchrun --nproc-per-node 4 -m regate_megatron --cpu SCRIPT <its flags> --regate …    the same without a GPU (gloo)
     python -m regate_megatron dry-run torchrun … -m regate_megatron SCRIPT <its flags>    tries a cluster's launch line
+    python -m regate_megatron estimate --length 4096 --targets 300 …    is it worth it on such data?
     python -m regate_megatron doctor    what this environment has, and what is supported
     python -m regate_megatron --help    this text and ReGATE's flags; after SCRIPT: Megatron's flags and ReGATE's
 
@@ -34,6 +35,13 @@ def main(argv: list[str], install: Callable[[ReGateConfig], None] | None = None)
         from regate_megatron import doctor
 
         sys.exit(doctor.main())
+    elif argv[:1] == ["estimate"] and not Path("estimate").is_file():
+        from regate_megatron.cpu import estimate
+
+        if argv[1:] in (["--help"], ["-h"]):
+            print(estimate.__doc__.strip())
+        else:
+            estimate.main(argv[1:])
     elif argv[:1] == ["dry-run"] and not Path("dry-run").is_file():
         from regate_megatron.cpu import dry_run
 

@@ -5,17 +5,21 @@ Every field of :class:`ReGateConfig` becomes one flag ``--regate-<name-with-dash
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from regate_megatron.errors import ReGateError, refuse
+from regate_megatron.errors import refuse
+from regate_megatron.method.recipes import RECIPES
 from regate_megatron.method.schedule import Schedule, keep_ratio_of
 from regate_megatron.method.scores import SCORES
 from regate_megatron.method.visual_scores import VISUAL_SCORES
 
+SHARES = ("sample", "batch")
+DENSE_AT = ("start", "random")
+DIFFICULTIES = ("own", "kind")
 FUSIONS = ("sum", "convex")
 BUDGETS = ("uniform", "balanced", "per-sample", "dealt")
 PACKED_RATIOS = ("row", "sample")
@@ -45,6 +49,12 @@ class ReGateConfig:
     """
 
     enabled: bool = _option(True, "train with ReGATE: in sparse steps easy answer tokens are left out of the decoder")
+    recipe: str | None = _option(
+        None,
+        "take settings by name, but for those given beside it; "
+        + ", ".join(f"{name}: {row.purpose}" for name, row in RECIPES.items()),
+        tuple(RECIPES),
+    )
     keep_ratio: float = _option(
         0.5,
         "share of the answer tokens that runs in a sparse step: above 0, at most 1; 1 leaves nothing out",
@@ -58,6 +68,18 @@ class ReGateConfig:
     )
     keep_ratio_steps: int | None = _option(
         None, "iterations from the end of the warm-up until the keep ratio has moved from P to R", metavar="N"
+    )
+    share: str = _option(
+        "sample",
+        "whose answer tokens the keep ratio is a share of; sample: each sample's, batch: those of the global batch, by "
+        "one threshold on the score, so that samples with little to learn leave up to half of their share to others",
+        SHARES,
+    )
+    least_score: float | None = _option(
+        None,
+        "with --regate-share batch: beyond half of the share only answer tokens whose score is above X run, so that "
+        "fewer do the more is learned; none: all of the share runs",
+        metavar="X",
     )
     visual_keep_ratio: float = _option(
         1.0,
@@ -86,14 +108,27 @@ class ReGateConfig:
     )
     dense_steps: int = _option(
         16,
-        "the first N iterations of each cycle are dense: the student's loss on every answer token is seen again",
+        "N iterations of each cycle are dense, the first ones: the student's loss on every answer token is seen again",
         metavar="N",
+    )
+    dense_at: str = _option(
+        "start",
+        "where in a cycle its dense iterations are; start: they come first, random: anywhere, drawn for each cycle "
+        "from the seed, so that sparse iterations are no long block",
+        DENSE_AT,
     )
     dense_from: int | None = _option(
         None,
         "all iterations after the first N are dense, so that training ends on full rows, as evaluation has them; none: "
         "cycles go on to the end",
         metavar="N",
+    )
+    difficulty: str = _option(
+        "own",
+        "what m is in scores; own: the running average of the student's loss on that very answer token, kind: the mean "
+        "of its loss, in the last dense iterations, on answer tokens with the same label and about the same teacher's "
+        "loss, for samples that come seldom; the teacher then runs in dense iterations too",
+        DIFFICULTIES,
     )
     ema_decay: float = _option(
         0.9,
@@ -186,7 +221,7 @@ class ReGateConfig:
     trace: str | None = _option(
         None, "write one JSON line per microbatch into folder DIR: which tokens ran, with all scores", metavar="DIR"
     )
-    seed: int = _option(1234, "seed of the score 'random'", metavar="N")
+    seed: int = _option(1234, "seed of the score 'random' and of --regate-dense-at random", metavar="N")
 
     def __post_init__(self) -> None:
         self._check_number("keep_ratio", "a number above 0, at most 1", lambda v: 0 < v <= 1, "0.5")
@@ -200,6 +235,11 @@ class ReGateConfig:
         for name in ("dense_layers", "dense_last_layers", "warmup_steps", "dense_steps"):
             self._check_number(name, "an integer of 0 or more", lambda v: v >= 0, "1", True)
         self._check_number("cycle_steps", "an integer of 1 or more", lambda v: v >= 1, "128", True)
+        if self.least_score is not None:
+            self._check_number("least_score", "none, or a number", lambda v: True, "0.5")
+            if self.share != "batch":
+                allowed = f"it with {flag('share')} batch"
+                raise self._refuse("least_score", allowed, f"{flag('share')} to batch, or leave it out")
         if self.length_multiple is not None:
             self._check_number("length_multiple", "an integer of 1 or more", lambda v: v >= 1, "64", True)
         self._check_number("seed", "an integer of 0 or more, below 2**63", lambda v: 0 <= v < 2**63, "1234", True)
@@ -208,7 +248,8 @@ class ReGateConfig:
             raise self._refuse("sample_key", f"{', '.join(SAMPLE_KEYS)}, or a key of the batch", "it to content")
         for field in dataclasses.fields(self):
             choices = field.metadata["choices"]
-            if choices and getattr(self, field.name) not in choices:
+            value = getattr(self, field.name)
+            if choices and value not in choices and (value is not None or field.default is not None):
                 raise self._refuse(field.name, "one of " + ", ".join(choices), f"it to {choices[0]}")
         if self.dense_steps > self.cycle_steps:
             raise self._refuse(
@@ -235,8 +276,8 @@ class ReGateConfig:
         reference losses beside them targets do differ.)
         """
         shows = self.warmup_steps or self.dense_steps or self.keep_ratio == 1.0
-        is_alone = self.learns and (not self.needs_teacher or (self.score == "regate" and not self.reference_weight))
-        if self.enabled and is_alone and not shows:
+        is_blind = SCORES[self.score].is_blind or (self.score == "regate" and not self.reference_weight)
+        if self.enabled and self.learns and is_blind and not shows:
             given = f"{self.score} with {flag('warmup_steps')} 0 and {flag('dense_steps')} 0"
             if self.score == "regate":
                 given += f" and {flag('reference_weight')} 0"
@@ -263,7 +304,8 @@ class ReGateConfig:
     @property
     def schedule(self) -> Schedule:
         """Which iterations are dense, and over how many a keep ratio moves."""
-        return Schedule(self.warmup_steps, self.cycle_steps, self.dense_steps, self.dense_from, self.keep_ratio_steps)
+        numbers = (self.warmup_steps, self.cycle_steps, self.dense_steps, self.dense_from, self.keep_ratio_steps)
+        return Schedule(*numbers, self.seed if self.dense_at == "random" else None)
 
     @property
     def ranks_targets(self) -> bool:
@@ -272,8 +314,8 @@ class ReGateConfig:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the score of targets uses the reference loss."""
-        return self.ranks_targets and SCORES[self.score].needs_reference
+        """Whether ranking the targets uses the reference loss."""
+        return self.ranks_targets and SCORES[self.score].needs_teacher(self.difficulty)
 
     @property
     def elides(self) -> bool:
@@ -305,13 +347,21 @@ class ReGateConfig:
             raise self._refuse(
                 "teacher_load",
                 f"a checkpoint directory or 'student' with {flag('score')} {self.score}",
-                f"it to 'student', or {flag('score')} to one that needs none: {_without_teacher()}",
+                f"it to 'student', or {flag('score')} to one that needs none: {self._without_teacher()}",
             )
 
     @property
     def learns(self) -> bool:
         """Whether the score of targets uses the student's own losses."""
         return self.ranks_targets and SCORES[self.score].needs_difficulty
+
+    @property
+    def by_kind(self) -> bool:
+        """Whether what is learned are the losses of kinds of targets."""
+        return self.learns and self.difficulty == "kind"
+
+    def _without_teacher(self) -> str:
+        return " or ".join(name for name, row in SCORES.items() if not row.needs_teacher(self.difficulty))
 
     def _check_number(self, name: str, allowed: str, ok: Any, example: str, integer: bool = False) -> None:
         value = getattr(self, name)
@@ -326,35 +376,17 @@ class ReGateConfig:
         error.field = name
         return error
 
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> ReGateConfig | None:
-        """The settings in a parsed namespace; None when ``--regate`` is absent.
 
-        Raises:
-            ReGateError: values are out of their range, one line each.
-        """
-        if not getattr(args, "regate", False):
-            return None
-        names = [field.name for field in dataclasses.fields(cls) if field.name != "enabled"]
-        values = {name: getattr(args, f"regate_{name}") for name in names}
-        found: dict[str, ReGateError] = {}
-        while True:
-            try:
-                config = cls(**values)
-            except ReGateError as error:
-                if error.field in values:
-                    found[error.field] = error
-                    del values[error.field]  # its default is in range: what else is wrong?
-                    continue
-                if not found:
-                    raise
-            if found:
-                raise ReGateError("\n".join(map(str, found.values())))
-            return config
+_init = ReGateConfig.__init__
 
 
-def _without_teacher() -> str:
-    return " or ".join(name for name, row in SCORES.items() if not row.needs_reference)
+@functools.wraps(_init)
+def _init_with_recipe(self: ReGateConfig, **given: Any) -> None:
+    name = given.get("recipe")
+    _init(self, **(RECIPES[name].values if name in tuple(RECIPES) else {}) | given)
+
+
+ReGateConfig.__init__ = _init_with_recipe
 
 
 def flag(name: str) -> str:

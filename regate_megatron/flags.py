@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from regate_megatron.config import WORDS, ReGateConfig, flag, shown_default
 from regate_megatron.errors import ReGateError, refuse
+from regate_megatron.method.recipes import RECIPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -26,12 +28,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         choices, metavar = field.metadata["choices"], field.metadata["metavar"]
         group.add_argument(
             flag(field.name),
+            action=_Recipe if field.name == "recipe" else _Given,
             type=types[str(field.type)],
             default=field.default,
             metavar="{" + ",".join(choices) + "}" if choices else metavar,
             help=f"{help_text} (default: {shown_default(field)})",
         )
     return parser
+
+
+class _Given(argparse.Action):
+    """Stores a value, and that it was given: a recipe leaves it as it is."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, value: Any, option: str | None = None) -> None:
+        setattr(namespace, self.dest, value)
+        namespace.regate_given = [*getattr(namespace, "regate_given", ()), self.dest]
+
+
+class _Recipe(_Given):
+    """Stores a recipe's values too, so that every reader of the namespace finds what holds."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, value: Any, option: str | None = None) -> None:
+        super().__call__(parser, namespace, value, option)
+        for name, of_recipe in RECIPES[value].values.items() if value in RECIPES else ():
+            if f"regate_{name}" not in namespace.regate_given:
+                setattr(namespace, f"regate_{name}", of_recipe)
 
 
 def parse(argv: Sequence[str]) -> ReGateConfig | None:
@@ -51,7 +72,33 @@ def parse(argv: Sequence[str]) -> ReGateConfig | None:
     if unknown:
         known = ", ".join(flag(field.name) for field in dataclasses.fields(ReGateConfig))
         raise refuse("command line", given=unknown[0], allowed=known, change="the spelling")
-    return ReGateConfig.from_args(args)
+    return config_of(args)
+
+
+def config_of(args: argparse.Namespace) -> ReGateConfig | None:
+    """The settings in a parsed namespace; None when ``--regate`` is absent.
+
+    Raises:
+        ReGateError: values are out of their range, one line each.
+    """
+    if not getattr(args, "regate", False):
+        return None
+    names = [field.name for field in dataclasses.fields(ReGateConfig) if field.name != "enabled"]
+    values = {name: getattr(args, f"regate_{name}") for name in names}
+    found: dict[str, ReGateError] = {}
+    while True:
+        try:
+            config = ReGateConfig(**values)
+        except ReGateError as error:
+            if error.field in values:
+                found[error.field] = error
+                del values[error.field]  # its default is in range: what else is wrong?
+                continue
+            if not found:
+                raise
+        if found:
+            raise ReGateError("\n".join(map(str, found.values())))
+        return config
 
 
 def parse_command_line(argv: Sequence[str]) -> ReGateConfig | None:

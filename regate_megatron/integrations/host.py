@@ -12,6 +12,7 @@ from regate_megatron.api import attach, session_of
 from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig
 from regate_megatron.integrations.megatron_checkpoints import restore
 from regate_megatron.step.counters import Counters, log_line, ratios, reduce_counters
+from regate_megatron.step.outlook import first_look
 from regate_megatron.step.session import Session
 from regate_megatron.support import HostRun, Setting, hints
 from regate_megatron.teacher.source import TEACHER_FOLDER, hash_of_tokenizer, teacher_of_resumed_run
@@ -76,6 +77,8 @@ def report(
     interval = interval or session.take_interval()
     total = reduce_counters(session.totals, session.topology)
     say(log_line(iteration, session.phase, interval, total, flops=flops))
+    if line := first_look(session):
+        say(line)
     if advice := session.advice(interval, total):
         say(advice)
     values = ratios(interval) | ({} if flops is None else {"regate/flops": flops})
@@ -105,6 +108,7 @@ def _attached_line(session: Session) -> str:
         f"dense layers {config.dense_layers}{last} of {transformer.num_layers}",
         f"budget {config.budget} ({_why(config, session.topology.dp_size)})",
         f"warm-up {config.warmup_steps}, then {config.dense_steps} of {config.cycle_steps} steps dense"
+        + (", scattered" if config.dense_at == "random" else "")
         + ("" if config.dense_from is None else f", all of them after iteration {config.dense_from}"),
         _teacher_of(session),
         compat.versions(),
@@ -127,7 +131,10 @@ def _why(config: ReGateConfig, replicas: int) -> str:
 
 def _kept_of(config: ReGateConfig) -> list[str]:
     """What ranks which positions, and how many of them run."""
-    targets = f"score {config.score}, keep {_ratio(config)} of the targets" if config.ranks_targets else "all targets"
+    of_batch = " of the batch" if config.share == "batch" else ""
+    of_batch += "" if config.least_score is None else f" that score above {config.least_score:g}"
+    targets = f"score {config.score}, keep {_ratio(config)} of the targets{of_batch}"
+    targets = targets if config.ranks_targets else "all targets"
     if config.visual_keep_ratio == 1.0:
         return [targets]
     visual = f"visual score {config.visual_score}, keep {config.visual_keep_ratio:g} of the visual positions"

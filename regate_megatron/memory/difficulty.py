@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,11 +29,12 @@ from torch import Tensor
 from regate_megatron.memory.records import Records
 from regate_megatron.ranks.topology import Topology
 
-MEAN_BY_TOKEN = np.dtype([("token", "<i8"), ("mean", "<f8")])
-
 
 class TokenPrior:
     """Running mean loss per target token id, shared by all planners."""
+
+    name = "own"
+    ROW = np.dtype([("token", "<i8"), ("mean", "<f8")])
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
@@ -72,22 +74,23 @@ class TokenPrior:
         self.any_seen = True
 
     def table(self) -> np.ndarray:
-        """The means of the ids seen, a structured array of :data:`MEAN_BY_TOKEN`."""
-        table = np.empty(int(self.is_seen_V.sum()), MEAN_BY_TOKEN)
+        """All that is known but :meth:`words`: the means of the ids seen, rows of :data:`ROW`."""
+        table = np.empty(int(self.is_seen_V.sum()), self.ROW)
         table["token"] = self.is_seen_V.nonzero().flatten().numpy()
         table["mean"] = self.mean_V[self.is_seen_V].numpy()
         return table
 
-    @classmethod
-    def from_table(cls, table: np.ndarray, overall: float, decay: float) -> TokenPrior:
-        """The prior with these means by id and this one over all targets."""
-        prior = cls(decay)
-        prior.overall, prior.any_seen = overall, len(table) > 0
-        prior._grow(int(table["token"].max(initial=-1)) + 1)
+    def words(self) -> dict[str, Any]:
+        """What stands in the manifest beside the table."""
+        return {"of": self.name, "overall": self.overall}
+
+    def restore(self, table: np.ndarray, words: dict[str, Any]) -> None:
+        """Take what :meth:`table` and :meth:`words` gave; of a prior that knows nothing yet."""
+        self.overall, self.any_seen = words["overall"], len(table) > 0
+        self._grow(int(table["token"].max(initial=-1)) + 1)
         token_X = torch.from_numpy(table["token"].copy())
-        prior.mean_V[token_X] = torch.from_numpy(table["mean"].copy())
-        prior.is_seen_V[token_X] = True
-        return prior
+        self.mean_V[token_X] = torch.from_numpy(table["mean"].copy())
+        self.is_seen_V[token_X] = True
 
     def _grow(self, size: int) -> None:
         missing = size - len(self.mean_V)
@@ -142,6 +145,10 @@ class DifficultyStore:
         answer_X = torch.from_numpy(self.records.read(asked_X3[:, :2], asked_X3[:, 2])).float()
         record_X, _ = self.topology.exchange_planners(answer_X, route.asked_D, route.own_D)
         return torch.empty_like(record_X).index_copy_(0, route.order_X, record_X)
+
+    def forget_route(self) -> None:
+        """The samples of this step have moved between planners since they were fetched; all planners call this."""
+        self._route = None
 
     def update(self, key_N2: Tensor, num_target_N: Tensor, loss_X: Tensor, step: int) -> None:
         """Take in this step's losses: of one sample after the other, float32 [X], NaN where the target did not run.

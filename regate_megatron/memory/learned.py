@@ -1,4 +1,5 @@
-"""What a run learns of its data: the difficulty of each sample's targets, and the prior of targets never seen.
+"""What a run learns of its data: the difficulty of each sample's targets, and the prior of targets never seen; or,
+where difficulty is that of a kind of target, the means of kinds and nothing of single samples.
 
 One object per planner, which outlives steps; saved state takes it out and puts it back whole.
 
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor
 
 from regate_megatron.memory.difficulty import DifficultyStore, TokenPrior
+from regate_megatron.memory.kinds import KindMeans
 from regate_megatron.memory.records import Records, RecordsSnapshot
 from regate_megatron.ranks.topology import Topology
+
+PRIORS = {prior.name: prior for prior in (TokenPrior, KindMeans)}
 
 
 class Learned:
@@ -21,28 +25,46 @@ class Learned:
     Args:
         decay: of both running averages.
         limit_bytes: host memory of the difficulty on each planner.
+        by_kind: whether difficulty is that of a kind of target.
     """
 
-    def __init__(self, decay: float, topology: Topology, limit_bytes: float) -> None:
+    def __init__(self, decay: float, topology: Topology, limit_bytes: float, by_kind: bool = False) -> None:
         self.decay, self.topology = decay, topology
         self.difficulty = DifficultyStore(decay, topology, limit_bytes)
-        self.prior = TokenPrior(decay)
+        self._kind_of_prior = PRIORS["kind" if by_kind else "own"]
+        self.prior = self.empty_prior()
 
     def __len__(self) -> int:
         return len(self.difficulty)
 
-    def look_up(self, key_N2: Tensor, num_target_N: Tensor, label_X: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def look_up(
+        self, key_N2: Tensor, num_target_N: Tensor, label_X: Tensor, step: int, reference_X: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The difficulty of every target, float64 [X], and whether it is its own, bool [X]; else it is the prior's.
 
-        All planners call this, over their group.
+        All planners call this, over their group. By kind: its own is that of a kind that was seen.
         """
+        if isinstance(self.prior, KindMeans):
+            return self.prior.look_up(label_X, reference_X)
         prior_X = self.prior.look_up(label_X)
         own_X = self.difficulty.fetch(key_N2, num_target_N, step).double()
         is_known_X = ~own_X.isnan()
         return torch.where(is_known_X, own_X, prior_X), is_known_X
 
+    def rows_moved(self) -> None:
+        """The samples that were looked up in this step are on other planners now; all planners call this."""
+        self.difficulty.forget_route()
+
     def take_in(
-        self, key_N2: Tensor, num_target_N: Tensor, loss_X: Tensor, label_X: Tensor, *, step: int, is_dense: bool
+        self,
+        key_N2: Tensor,
+        num_target_N: Tensor,
+        loss_X: Tensor,
+        label_X: Tensor,
+        *,
+        step: int,
+        is_dense: bool,
+        reference_X: Tensor | None = None,
     ) -> None:
         """Learn from a step that counted; all planners call this, over their group.
 
@@ -50,12 +72,16 @@ class Learned:
             loss_X: of the targets of one sample after the other, float32, NaN where a target did not run.
             label_X: their labels, int64.
             is_dense: whether all targets ran; else the prior learns nothing, as what ran was hard.
+            reference_X: by kind, in a dense step: the teacher's losses, float64.
         """
-        self.difficulty.update(key_N2, num_target_N, loss_X, step)
+        by_kind = isinstance(self.prior, KindMeans)
+        if not by_kind:
+            self.difficulty.update(key_N2, num_target_N, loss_X, step)
         if is_dense:
             loss_X = loss_X.double()
             is_finite_X = loss_X.isfinite()
-            self.prior.update(label_X[is_finite_X], loss_X[is_finite_X], self.topology)
+            about = (label_X, reference_X) if by_kind else (label_X,)
+            self.prior.update(*(values_X[is_finite_X] for values_X in (*about, loss_X)), self.topology)
 
     def snapshot(self) -> RecordsSnapshot:
         """The difficulty as it is now, to be written while training goes on, until :meth:`release`."""
@@ -65,7 +91,7 @@ class Learned:
         """A snapshot is in use no more."""
         self.difficulty.records.release()
 
-    def adopt(self, records: Records, prior: TokenPrior) -> None:
+    def adopt(self, records: Records, prior: TokenPrior | KindMeans) -> None:
         """Go on with what was learned before."""
         self.difficulty.records, self.prior = records, prior
 
@@ -73,6 +99,12 @@ class Learned:
         """Records with this planner's bound, to be filled and adopted."""
         return Records(self.difficulty.records.limit_bytes)
 
+    def empty_prior(self) -> TokenPrior | KindMeans:
+        """A prior that knows nothing, of the sort that this run has."""
+        return self._kind_of_prior(self.decay)
+
     def describe(self) -> str:
         """One line."""
+        if isinstance(self.prior, KindMeans):
+            return f"difficulty: {int((self.prior.totals_2C[1] > 0).sum()):,} kinds of targets seen"
         return self.difficulty.describe()

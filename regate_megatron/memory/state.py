@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from regate_megatron.errors import refuse
-from regate_megatron.memory.difficulty import MEAN_BY_TOKEN, TokenPrior
+from regate_megatron.memory.difficulty import TokenPrior
 from regate_megatron.memory.files import (
     RECORDS,
     TABLE,
@@ -34,7 +34,8 @@ from regate_megatron.memory.files import (
     write_records,
     write_table,
 )
-from regate_megatron.memory.learned import Learned
+from regate_megatron.memory.kinds import KindMeans
+from regate_megatron.memory.learned import PRIORS, Learned
 from regate_megatron.memory.manifests import FORMAT, OtherFormat, read_manifest, write_manifest
 from regate_megatron.memory.records import Records
 from regate_megatron.ranks.publishing import replace_folder
@@ -75,14 +76,15 @@ class SavedState:
     Attributes:
         progress: how far the run was that saved it.
         num_samples, num_targets: of which it remembered the difficulty, over all planners.
-        records, prior: what this planner goes on with; None on ranks that are none.
+        records, prior: what this planner goes on with; None on ranks that are none. The prior is empty where difficulty
+            was of another sort before.
     """
 
     progress: Progress
     num_samples: int
     num_targets: int
     records: Records | None = None
-    prior: TokenPrior | None = None
+    prior: TokenPrior | KindMeans | None = None
 
 
 class StateSave:
@@ -113,7 +115,7 @@ class StateSave:
         self._learned = learned
         if learned is not None:
             self._records, self._prior = learned.snapshot(), learned.prior.table()
-            self._content["overall"] = learned.prior.overall
+            self._content["means"] = learned.prior.words()
 
     def write(self, *, in_background: bool = False) -> None:
         """Write this rank's part; only planners have one."""
@@ -207,7 +209,7 @@ def files_to_read(rank: int, size: int, num_files: int) -> range:
 
 def _read(
     folder: Path, manifest: dict[str, Any], files: list[FileFacts], topology: Topology, learned: Learned
-) -> tuple[Records, TokenPrior]:
+) -> tuple[Records, TokenPrior | KindMeans]:
     rank, size, records = topology.dp_rank, topology.dp_size, learned.empty_records()
     for index in files_to_read(rank, size, len(files)):
         with _refusing_damage(path := folder / records_name(index)):
@@ -216,10 +218,13 @@ def _read(
             for piece in file.pieces(entry_N, lambda key_N2: key_N2[:, 0] % size == rank):
                 records.append(piece)
     records.evict()
+    prior, words = learned.empty_prior(), manifest["means"]
     with _refusing_damage(folder / PRIOR):
-        table, facts = read_table(folder / PRIOR, MEAN_BY_TOKEN)
+        table, facts = read_table(folder / PRIOR, PRIORS[words["of"]].ROW)
         _compare(facts, FileFacts(**manifest["prior"]))
-    return records, TokenPrior.from_table(table, manifest["overall"], learned.decay)
+    if words["of"] == prior.name:
+        prior.restore(table, words)
+    return records, prior
 
 
 def _compare(found: FileFacts, expected: FileFacts) -> None:

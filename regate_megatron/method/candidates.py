@@ -7,7 +7,8 @@ with a share of its own: the targets of a sample, the visual positions of an ima
 - never gets fewer than its *floor*, ``max(least, ceil(p·n/2))``,
 - where ``least`` (0 unless its sort says more) is at most n.
 
-So how many positions rows ask for follows from counts alone, before any score is known.
+So how many positions rows ask for follows from counts alone, before any score is known. Unless the ratio is a share of
+the global batch: then scores say what each group asks for (:mod:`.threshold`).
 
 Shapes: R rows of this rank in a step, M microbatches of R/M adjacent rows that share one length, G groups, X
 candidates, both in order of rows; within a row by sort, then by position.
@@ -35,6 +36,7 @@ class Sort:
         keep_ratio: p, in (0, 1].
         score_X: larger is kept first, float64; in order of groups, then positions. None: lengths alone are asked for.
         least_G: the fewest of each group that run, int64; None: none.
+        asked_G: how many of each group are asked for, its floor at least, where that is no share of its own; int64.
     """
 
     count_G: Tensor
@@ -42,11 +44,12 @@ class Sort:
     keep_ratio: float
     score_X: Tensor | None = None
     least_G: Tensor | None = None
+    asked_G: Tensor | None = None
 
     @cached_property
     def ask_G(self) -> Tensor:
         """How many of each group are asked for; int64."""
-        return self._at_least(ceil_share(self.keep_ratio, self.count_G))
+        return self.asked_G if self.asked_G is not None else self._at_least(ceil_share(self.keep_ratio, self.count_G))
 
     @cached_property
     def floor_G(self) -> Tensor:

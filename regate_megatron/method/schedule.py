@@ -1,11 +1,12 @@
 """Which phase an iteration is in, and its keep ratio. Pure.
 
-The paper has a warm-up, then cycles of dense and sparse iterations. Ours in addition: a dense end, and a keep ratio
-that moves.
+The paper has a warm-up, then cycles of dense and sparse iterations. Ours in addition: dense iterations scattered over
+their cycle, a dense end, and a keep ratio that moves.
 """
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Literal
 
 Phase = Literal["warmup", "dense", "sparse"]
@@ -20,10 +21,12 @@ class Schedule:
     Attributes:
         warmup_steps: dense iterations at the start.
         cycle_steps: iterations of a cycle; cycles follow the warm-up.
-        dense_steps: how many iterations at the start of each cycle are dense.
+        dense_steps: how many iterations of each cycle are dense: those at its start, unless they are scattered.
         dense_from: all iterations after this many are dense; None: cycles go on to the end.
         ratio_steps: iterations after the warm-up over which the keep ratio moves (``--regate-keep-ratio-steps``); None:
             it does not move.
+        scatter_seed: dense iterations are drawn for each cycle anew, from this; None: they come first
+            (``--regate-dense-at``).
     """
 
     warmup_steps: int
@@ -31,19 +34,46 @@ class Schedule:
     dense_steps: int
     dense_from: int | None = None
     ratio_steps: int | None = None
+    scatter_seed: int | None = None
 
 
 def phase_of(step: int, schedule: Schedule) -> Phase:
     """The phase of training step ``step`` (0-based: the number of steps done before it).
 
-    First "warmup"; then cycles, each of "dense" steps followed by "sparse" ones; once ``dense_from`` steps are done,
-    "dense" to the end. It depends on the step alone, so that a resumed run continues where it stopped.
+    First "warmup"; then cycles, each of "dense" steps followed by "sparse" ones, or of both in an order drawn from the
+    seed; once ``dense_from`` steps are done, "dense" to the end. It depends on the step alone, so that a resumed run
+    continues where it stopped.
     """
     if step < schedule.warmup_steps:
         return "warmup"
     if schedule.dense_from is not None and step >= schedule.dense_from:
         return "dense"
-    return "dense" if (step - schedule.warmup_steps) % schedule.cycle_steps < schedule.dense_steps else "sparse"
+    cycle, place = divmod(step - schedule.warmup_steps, schedule.cycle_steps)
+    if schedule.scatter_seed is not None:
+        place = _shuffled(schedule.scatter_seed, cycle, schedule.cycle_steps)[place]
+    return "dense" if place < schedule.dense_steps else "sparse"
+
+
+@lru_cache(maxsize=2)
+def _shuffled(seed: int, cycle: int, steps: int) -> list[int]:
+    """The numbers below ``steps`` in the order of a cycle; frozen, as a resumed run must draw the same."""
+    state = _mix(_mix(seed + _GOLDEN) + cycle * _GOLDEN)
+    by_chance = sorted(range(steps), key=lambda place: (_mix(state + (place + 1) * _GOLDEN), place))
+    order = [0] * steps
+    for number, place in enumerate(by_chance):
+        order[place] = number
+    return order
+
+
+_WORD, _GOLDEN = 1 << 64, 0x9E3779B97F4A7C15
+
+
+def _mix(x: int) -> int:
+    """The finaliser of splitmix64, as :mod:`.chance` has it for tensors."""
+    x %= _WORD
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % _WORD
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % _WORD
+    return x ^ (x >> 31)
 
 
 def keep_ratio_of(step: int, start: float, end: float | None, schedule: Schedule) -> float:

@@ -48,12 +48,18 @@ class Score:
         of: the score of every target, float64 [X].
         needs_reference: whether a teacher must give reference losses.
         needs_difficulty: whether the student's own losses are learned.
+        is_blind: whether all targets score alike before any loss of the student is known.
     """
 
     formula: str
     of: Callable[[Signals], Tensor]
     needs_reference: bool = False
     needs_difficulty: bool = False
+    is_blind: bool = False
+
+    def needs_teacher(self, difficulty: str) -> bool:
+        """Whether a teacher must give reference losses, for the score or for what m is."""
+        return self.needs_reference or (self.needs_difficulty and difficulty == "kind")
 
 
 def _fused(signals: Signals) -> Tensor:
@@ -70,8 +76,22 @@ def _chance(signals: Signals) -> Tensor:
 
 SCORES: dict[str, Score] = {
     "regate": Score("m + L*ref", _fused, needs_reference=True, needs_difficulty=True),
-    "student": Score("m", lambda signals: signals.difficulty_X, needs_difficulty=True),
+    "student": Score("m", lambda signals: signals.difficulty_X, needs_difficulty=True, is_blind=True),
     "reference": Score("ref", lambda signals: signals.reference_X, needs_reference=True),
+    "product": Score(
+        "m * ref",
+        lambda signals: signals.difficulty_X * signals.reference_X,
+        needs_reference=True,
+        needs_difficulty=True,
+        is_blind=True,
+    ),
+    "minimum": Score(
+        "the smaller of m and ref",
+        lambda signals: signals.difficulty_X.minimum(signals.reference_X),
+        needs_reference=True,
+        needs_difficulty=True,
+        is_blind=True,
+    ),
     "excess": Score(
         "m - ref",
         lambda signals: signals.difficulty_X - signals.reference_X,

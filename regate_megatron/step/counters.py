@@ -46,6 +46,7 @@ class Counters:
     sparse_positions: int = 0  # that this rank ran in sparse steps,
     sparse_positions_slowest: int = 0  # that the slowest rank of each step ran,
     sparse_positions_achievable: int = 0  # that it would have run at the least max/mean that the step's rows allow
+    sparse_positions_dense: int = 0  # that the slowest rank would have run in each of them had it been dense
     layer_squares_dense: int = 0
     layer_squares_run: int = 0
     targets_scored: int = 0  # by the student's own losses; of them
@@ -90,6 +91,7 @@ def count_step(step: Step, *, num_layers: int, dense_layers: int) -> Counters:
     if balance is not None:
         counters.sparse_positions, counters.sparse_positions_slowest = balance.own, balance.slowest
         counters.sparse_positions_achievable = round((balance.achievable or 0) * balance.mean)
+        counters.sparse_positions_dense = balance.dense_slowest
     counters.references_asked, counters.references_found = step.num_asked, step.num_found
     for is_known_X in step.is_known or ():
         counters.targets_scored += len(is_known_X)

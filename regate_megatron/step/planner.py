@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,25 +50,25 @@ class Planner:
     ) -> None:
         self.config, self.topology = config, topology
         self.multiple, self.segment_multiple, self.evens_columns = multiple, segment_multiple, evens_columns
-        self.learned = Learned(config.ema_decay, topology, config.difficulty_memory * 1e9)
+        self.learned = Learned(config.ema_decay, topology, config.difficulty_memory * 1e9, config.by_kind)
         self.sorts: tuple[CandidateSort, ...] = (Targets(config, self.learned), Visual(config))
 
     def plan(self, step: Step) -> None:
         """Plan a sparse step: fills its scores, plan, fallback and balance. All planners call this, over their group.
 
-        Needs its facts, and reference losses where the score does. Where any rank met a score that is no number the
-        plan stays dense, on all ranks.
+        Needs its facts, and reference losses where the score does; scores that are known stay. Where any rank met a
+        score that is no number the plan stays dense, on all ranks.
         """
         facts, sorts = step.whole, self._sorts(step.number)
-        scores = [sort.score(step) for sort in sorts]
-        if isinstance(sorts[0], Targets):
-            step.scores = scores[0].split(facts.num_target_M)
+        scores = [self._score(step, sort) for sort in sorts]
         finite = all(bool(score_X.isfinite().all()) for score_X in scores)
-        if not finite:  # lengths follow from counts, so the others cannot tell until all meet below
+        if not finite:  # the others cannot tell until all meet below
             scores = [torch.zeros_like(score_X) for score_X in scores]
+        if self._shares_batch(step) and step.above is None:
+            self._find_threshold(step)
         where = [sort.where(facts) for sort in sorts]
         kept_P = self._always(facts, where)
-        candidates = self._candidates(step.number, facts, kept_P, sorts, scores)
+        candidates = self._candidates(step, kept_P, sorts, scores)
         chosen = selection.select(
             candidates,
             kind=self.config.budget,
@@ -89,26 +90,54 @@ class Planner:
         ]
         microbatches = plan_each(kept, slots)
         own = sum(one.keep_idx_BK.numel() for one in microbatches)
-        positions_D, is_finite_D = self.topology.all_gather_planners(torch.tensor([own, int(finite)])).unbind(dim=1)
+        own_3 = torch.tensor([own, sum(facts.sizes), int(finite)])
+        run_D, dense_D, is_finite_D = self.topology.all_gather_planners(own_3).unbind(dim=1)
         if not bool(is_finite_D.all()):
             step.fallback = True
             return
         achievable = step.at_best if self.config.budget == "dealt" else chosen.achievable
-        step.balance = Balance(int(positions_D.max()), own, float(positions_D.double().mean()), achievable)
+        mean = float(run_D.double().mean())
+        step.balance = Balance(int(run_D.max()), own, mean, achievable, int(dense_D.max()))
         step.plan = StepPlan(step.number, tuple(microbatches))
 
     def asked(self, step: Step) -> tuple[Tensor, Tensor]:
         """The positions that each microbatch asks for (all, in a dense step), and its content key; int64 [M] each.
 
-        They follow from counts alone: before anything is scored. No communication.
+        They follow from counts alone, before anything is scored and without communication. Unless the keep ratio is a
+        share of the batch: then all planners call this, over their group, and the targets are scored here.
         """
         if not step.elides:
             return torch.tensor(step.whole.sizes), step.whole.key_M
-        facts, sorts = step.whole, self._sorts(step.number)
-        always_P = self._always(facts, [sort.where(facts) for sort in sorts])
-        candidates = self._candidates(step.number, facts, always_P, sorts, [None] * len(sorts))
+        sorts = self._sorts(step.number)
+        if self._shares_batch(step):
+            self._score(step, sorts[0])
+            self._find_threshold(step)
+        always_P = self._always(step.whole, [sort.where(step.whole) for sort in sorts])
+        candidates = self._candidates(step, always_P, sorts, [None] * len(sorts))
         length_M, _ = budget.per_sample_lengths(candidates, self._alignment)
         return length_M * candidates.rows, candidates.key_M
+
+    def follow(self, step: Step, from_DM: np.ndarray) -> None:
+        """Give what :meth:`asked` found of the targets to the planners whose ranks got them; nothing where it found
+        none. All planners call this, over their group, once they have read what they got.
+
+        Args:
+            from_DM: what each place got, as rank · M + number at home.
+        """
+        if step.scores is None:
+            return
+        self.learned.rows_moved()
+        found = {name: getattr(step, name) for name in ("scores", "above", "is_known")}
+        found = {name: each for name, each in found.items() if each is not None}
+        home = [torch.stack([one.double() for one in parts], dim=1) for parts in zip(*found.values(), strict=True)]
+        rank, num_micro = self.topology.dp_rank, from_DM.shape[1]
+        sent = [[home[at - rank * num_micro] for at in to_M.tolist() if at // num_micro == rank] for to_M in from_DM]
+        send_D = torch.tensor([sum(map(len, parts)) for parts in sent])
+        came_Xx, _ = self.topology.exchange_planners(torch.cat([one for parts in sent for one in parts]), send_D)
+        places = np.argsort(from_DM[rank] // num_micro, kind="stable").tolist()  # what came lies by where it is from
+        came = dict(zip(places, came_Xx.split([step.whole.num_target_M[at] for at in places]), strict=True))
+        for index, (name, each) in enumerate(found.items()):
+            setattr(step, name, [came[at][:, index].to(each[0].dtype) for at in range(num_micro)])
 
     def learn(self, step: Step, losses: Sequence[Tensor]) -> None:
         """Take in the student's losses of a step that counted; all planners call this, over their group.
@@ -120,18 +149,40 @@ class Planner:
         loss_X = masks.take(torch.cat([loss_BS.reshape(-1) for loss_BS in losses]).float(), facts.is_target_P)
         if step.plan.is_sparse:
             loss_X = loss_X.masked_fill(~masks.take(step.plan.kept_P, facts.is_target_P), torch.nan)
+        is_dense = not (step.plan.is_sparse and self.sorts[0].keep_ratio(step.number) < 1.0)
+        by_kind = is_dense and self.config.by_kind
         self.learned.take_in(
             facts.key_N2,
             facts.num_target_N,
             loss_X,
             facts.label_X,
             step=step.number,
-            is_dense=not (step.plan.is_sparse and self.sorts[0].keep_ratio(step.number) < 1.0),
+            is_dense=is_dense,
+            reference_X=torch.cat(list(step.reference)).double() if by_kind else None,
         )
 
     @property
     def _alignment(self) -> Alignment:
         return Alignment(self.multiple, self.config.length_multiple)
+
+    def _shares_batch(self, step: Step) -> bool:
+        return self.config.share == "batch" and step.ranks_targets
+
+    @staticmethod
+    def _score(step: Step, sort: CandidateSort) -> Tensor:
+        """Scores of all candidates of a sort; those of targets are known from before where their rows were dealt."""
+        if not isinstance(sort, Targets):
+            return sort.score(step)
+        if step.scores is None:
+            step.scores = sort.score(step).split(step.whole.num_target_M)
+        return torch.cat(list(step.scores))
+
+    def _find_threshold(self, step: Step) -> None:
+        score_X = torch.cat(list(step.scores))
+        if not bool(score_X.isfinite().all()):  # the step will run dense; nobody knows but this planner
+            score_X = torch.zeros_like(score_X)
+        above_X = self.sorts[0].above_threshold(step, score_X)
+        step.above = above_X.split(step.whole.num_target_M)
 
     def _sorts(self, number: int) -> list[CandidateSort]:
         """The sorts of which step ``number`` leaves any out."""
@@ -146,14 +197,18 @@ class Planner:
 
     @staticmethod
     def _candidates(
-        number: int, facts: StepFacts, always_P: Tensor, sorts: Sequence[CandidateSort], scores: Sequence[Tensor | None]
+        step: Step, always_P: Tensor, sorts: Sequence[CandidateSort], scores: Sequence[Tensor | None]
     ) -> Candidates:
         """The step's rows with their groups."""
-        found = []
+        facts, found = step.whole, []
         for sort, score_X in zip(sorts, scores, strict=True):
             count_G, row_G, least_G = sort.groups(facts)
-            ratio = sort.keep_ratio(number)
-            found.append(Sort(count_G=count_G, row_G=row_G, keep_ratio=ratio, score_X=score_X, least_G=least_G))
+            asked_G = None
+            if isinstance(sort, Targets) and step.above is not None:
+                group_X = torch.arange(len(count_G)).repeat_interleave(count_G)
+                asked_G = torch.bincount(group_X[torch.cat(list(step.above))], minlength=len(count_G))
+            groups = {"count_G": count_G, "row_G": row_G, "least_G": least_G, "asked_G": asked_G}
+            found.append(Sort(**groups, keep_ratio=sort.keep_ratio(step.number), score_X=score_X))
         return Candidates(
             always_R=facts.count_by_row(always_P),
             dense_M=torch.tensor([one.planned_length for one in facts.microbatches]),

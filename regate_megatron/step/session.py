@@ -10,7 +10,7 @@ Hosts and saved state use the verbs of :class:`Session`; nobody else sets its at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from regate_megatron import compat
@@ -32,6 +32,7 @@ from regate_megatron.step.counters import (
     reduce_counters,
 )
 from regate_megatron.step.dealing import Dealing
+from regate_megatron.step.peek import pull
 from regate_megatron.step.planner import Planner
 from regate_megatron.step.sharing import share_plan
 from regate_megatron.step.step import Step
@@ -54,6 +55,7 @@ class Session:
         steps_done: steps done before the next one.
         totals: counts of this rank since the run began.
         work: the lengths that Megatron's FLOP count, when asked now, has to count.
+        first_sparse: counts of the first sparse step, until somebody took them.
         counts_own_steps: whether a step counts as soon as the next one begins; False where a host says whether it did.
     """
 
@@ -73,6 +75,8 @@ class Session:
         self.step: Step | None = None
         self.steps_done, self.dense_until = 0, 0
         self.totals, self.work = Counters(), Counters()
+        self.first_sparse: Counters | None = None
+        self._has_been_sparse = False
         self.reference: ReferenceLosses | None = None
         self.counts_own_steps = True
         self.adapter, self.teacher_source = adapter, teacher
@@ -235,6 +239,8 @@ class Session:
                     if self.trace:
                         self.trace.write(step)
                 counters = count_step(step, **self._layers)
+        if step.plan.is_sparse and not self._has_been_sparse:
+            self._has_been_sparse, self.first_sparse = True, counters
         planning = ("read", "deal", "plan", "learned")
         counters.planning_us = round(1e6 * sum(step.seconds.get(stage, 0.0) for stage in planning))
         counters.teacher_us = round(1e6 * step.seconds.get("reference", 0.0))
@@ -261,22 +267,31 @@ class Session:
             ReGateError: a rank could not; on every rank.
         """
         deals = dealing is not None and (step.elides or self.config.deal_dense)
+        # Where rows go follows from scores then.
+        asks_scores = deals and step.elides and step.ranks_targets and self.config.share == "batch"
         allowed = f"a dictionary with {self.adapter.keys}"
         with self.topology.together("batch", allowed=allowed, change="the data loader") as stage:
             with step.enter("peek"):
                 given = arguments["data_iterator"]
                 iterators = given if isinstance(given, list) else [given]
                 stage.count = arguments["num_microbatches"]
-                step.batches = [_pull(one, stage.count) for one in iterators]
+                step.batches = [pull(one, stage.count) for one in iterators]
             if self.planner:
                 self._read_facts(step)
-                if not deals:
+                if asks_scores or not deals:
                     stage.wish = self._look_up(step)
         if dealing:
             dealing.meet(step)
+        if asks_scores:
+            self._fetch(step, arguments, stage)
         if deals:
-            stage = self._deal(step, dealing, stage.counts)
-        if step.ranks_targets and self.reference:
+            stage = self._deal(step, dealing, stage.counts, looks_up=not asks_scores)
+        if not asks_scores:
+            self._fetch(step, arguments, stage)
+
+    def _fetch(self, step: Step, arguments: dict[str, Any], stage: Stage) -> None:
+        """Get the reference losses that were looked up in ``stage``; all ranks call this."""
+        if self._asks_teacher(step):
             with step.enter("reference"):
                 step.reference = self.reference.fetch(arguments["micro_batch_size"], anyone_misses=stage.anyone_wishes)
 
@@ -292,7 +307,7 @@ class Session:
 
     def _look_up(self, step: Step) -> bool:
         """Whether reference losses are missing; planners only."""
-        if not (step.ranks_targets and self.reference):
+        if not self._asks_teacher(step):
             return False
         with step.enter("reference"):
             before = self.reference.num_found, self.reference.num_computed
@@ -301,8 +316,15 @@ class Session:
             step.num_asked = step.num_found + self.reference.num_computed - before[1]
         return misses
 
-    def _deal(self, step: Step, dealing: Dealing, counts: tuple[int, int]) -> Stage:
+    def _asks_teacher(self, step: Step) -> bool:
+        """Whether the step needs reference losses: to rank, or to learn by them."""
+        return self.reference is not None and (step.ranks_targets or self.config.by_kind)
+
+    def _deal(self, step: Step, dealing: Dealing, counts: tuple[int, int], *, looks_up: bool) -> Stage:
         """Have the microbatches that are dealt to this rank in place of its own; returns the stage that ends it.
+
+        Args:
+            looks_up: whether their reference losses are to be looked up; else they are scored already.
 
         Raises:
             ReGateError: a rank could not; on every rank.
@@ -314,7 +336,10 @@ class Session:
                 dealing.exchange(step, from_DM, packed)
             if self.planner:
                 self._read_facts(step)
-                stage.wish = self._look_up(step)
+                if looks_up:
+                    stage.wish = self._look_up(step)
+                else:
+                    self.planner.follow(step, from_DM)
         return stage
 
     def _plan(self, step: Step) -> list[ShardedPlan]:
@@ -372,27 +397,3 @@ class Session:
                 allowed=f"multiples of {multiple}",
                 change="the data loader's padding",
             )
-
-
-def _pull(iterator: Iterator[Any] | None, count: int) -> list[Any] | None:
-    """The next ``count`` microbatches; None where this rank has no data.
-
-    Raises:
-        ReGateError: the data end before.
-    """
-    if iterator is None:
-        return None
-    pulled: list[Any] = []
-    try:
-        while len(pulled) < count:
-            pulled.append(next(iterator))
-    except (StopIteration, RuntimeError) as end:  # a generator turns the end of what it reads into a RuntimeError
-        if not isinstance(end, StopIteration) and not isinstance(end.__cause__, StopIteration):
-            raise
-        raise refuse(
-            "data iterator",
-            given=f"the end of its data after {len(pulled)} of {count} microbatches",
-            allowed=f"all {count} microbatches of every step",
-            change="the data (more of it, or one that repeats), or the number of training iterations",
-        ) from None
-    return pulled

@@ -19,9 +19,11 @@ from regate_megatron.config import ReGateConfig, flag
 from regate_megatron.errors import refuse
 from regate_megatron.memory.learned import Learned
 from regate_megatron.method import masks
+from regate_megatron.method.candidates import ceil_share
 from regate_megatron.method.chance import uniform_in_0_1
 from regate_megatron.method.schedule import keep_ratio_of
 from regate_megatron.method.scores import SCORES, Signals
+from regate_megatron.method.threshold import above_threshold
 from regate_megatron.method.visual_scores import VISUAL_SCORES, VisualSignals
 from regate_megatron.step.step import Step
 
@@ -73,15 +75,16 @@ class Targets:
     def score(self, step: Step) -> Tensor:
         """See :class:`CandidateSort`; communicates where difficulty is asked for, and notes which targets have one."""
         facts, row = step.whole, SCORES[self.config.score]
+        reference_X = torch.cat(list(step.reference)).double() if self.config.needs_teacher else None
         difficulty_X = None
         if row.needs_difficulty:
             difficulty_X, is_known_X = self.learned.look_up(
-                facts.key_N2, facts.num_target_N, facts.label_X, step.number
+                facts.key_N2, facts.num_target_N, facts.label_X, step.number, reference_X
             )
             step.is_known = is_known_X.split(facts.num_target_M)
         signals = Signals(
             difficulty_X=difficulty_X,
-            reference_X=torch.cat(list(step.reference)).double() if row.needs_reference else None,
+            reference_X=reference_X,
             reference_weight=self.config.reference_weight,
             fusion=self.config.fusion,
             keys=lambda: (facts.key_N2, facts.place_X, facts.num_target_N),
@@ -89,6 +92,28 @@ class Targets:
             step=step.number,
         )
         return row.of(signals)
+
+    def above_threshold(self, step: Step, score_X: Tensor) -> Tensor:
+        """Which targets run where the keep ratio is a share of the global batch; bool [X].
+
+        All planners call this, over their group: a few small sums.
+        """
+        facts, topology = step.whole, self.learned.topology
+        count_G, row_G, _ = self.groups(facts)
+        num_micro = len(facts.microbatches)
+        first_G = torch.searchsorted(facts.planned_row_N, row_G) if self.config.packed_ratio == "row" else slice(None)
+        micro_G = row_G * num_micro // (int(row_G[-1]) + 1)
+        number_G = torch.arange(len(row_G)) - torch.searchsorted(micro_G, micro_G)
+        return above_threshold(
+            score_X,
+            count_G,
+            ceil_share(self.keep_ratio(step.number), count_G, 2),
+            key_G2=facts.key_N2[first_G],
+            order_G=((micro_G * topology.dp_size + topology.dp_rank) << 24) + number_G,
+            keep_ratio=self.keep_ratio(step.number),
+            least_score=self.config.least_score,
+            sum_over_planners=lambda values: topology.all_reduce_planners(values, "sum"),
+        )
 
 
 class Visual:

@@ -82,7 +82,8 @@ def load_state(session: Session, folder: Path) -> str:
     totals = Counters(**{name: count for name, count in progress.totals.items() if name in names})
     totals = totals if session.topology.dp_rank == 0 else Counters()  # they are summed over replicas
     session.restore(progress.step, progress.dense_until, totals)
-    if session.config.learns and not progress.learns:
+    was_other = progress.settings.get("difficulty", "own") != session.config.difficulty
+    if session.config.learns and (was_other or not progress.learns):
         session.resume(progress.step)
     return _summary(saved, session.config) + said
 

@@ -30,12 +30,14 @@ class Balance:
     Attributes:
         slowest, own, mean: of the rank that runs most, of this rank, of all ranks.
         achievable: the least max/mean that contexts and row lengths allow; None where the budget does not even out.
+        dense_slowest: what the rank that runs most would run in a dense step.
     """
 
     slowest: int
     own: int
     mean: float
     achievable: float | None = None
+    dense_slowest: int = 0
 
 
 @dataclass
@@ -53,6 +55,8 @@ class Step:
         reference: per sample the teacher's losses of its targets, float32 [T], on planners of a sparse step with a
             teacher.
         scores: per microbatch the scores of its targets, float64 [X], on planners of a sparse step.
+        above: per microbatch which of its targets the batch's threshold keeps, bool [X], on planners of a sparse step
+            whose keep ratio is a share of the batch.
         is_known: per microbatch which of its targets have a difficulty of their own, bool [X], on planners of a sparse
             step whose score needs it.
         num_asked, num_found: samples whose reference losses were looked up, and of them found, on planners.
@@ -73,6 +77,7 @@ class Step:
     facts: list[MicrobatchFacts] | None = None
     reference: Sequence[Tensor] | None = None
     scores: Sequence[Tensor] | None = None
+    above: Sequence[Tensor] | None = None
     is_known: Sequence[Tensor] | None = None
     num_asked: int = 0
     num_found: int = 0

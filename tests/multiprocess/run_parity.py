@@ -185,6 +185,7 @@ def check(case: dict) -> dict:
         dense_last_layers=case.get("dense_last", 0),
         score=case.get("score", "regate"),
         budget=case.get("budget", "uniform"),
+        share=case.get("share", "sample"),
         length_multiple=case.get("multiple", 1),
         context=case.get("context", "all"),
         teacher_load="student",

@@ -94,9 +94,9 @@ def faults_of_deals(session) -> dict:
         "packing what leaves": ([1], dealing, "pack", fail, "rank 1 " + word),
         "reading what came": ([3], rows, "unpack", fail, "rank 3 " + word),
         "bytes that are no microbatch": ([0], rows, "unpack", no_microbatch, "rows: given ValueError: a microbatch"),
-        "a rank that has no data any more": ([3], sessions, "_pull", no_data, "data in one step and none in another"),
+        "a rank that has no data any more": ([3], sessions, "pull", no_data, "data in one step and none in another"),
         "another number of microbatches": ([2, 3], session, "_read", fewer, "from 3 to 4 microbatches"),
-        "data that end on one rank": ([3], sessions, "_pull", too_few, "the end of its data after 4 of 5"),
+        "data that end on one rank": ([3], sessions, "pull", too_few, "the end of its data after 4 of 5"),
     }
 
 
@@ -104,8 +104,8 @@ def faults(session) -> dict:
     """By name: the ranks that fail, what they patch (object, name, value), and what all ranks must hear."""
     planner, word = session.planner, "has a fault"
     places = {
-        "peek on a planner": ([0], sessions, "_pull", data_ends, "data"),
-        "peek on a rank that is no planner": ([1], sessions, "_pull", fail, "rank 1 " + word),
+        "peek on a planner": ([0], sessions, "pull", data_ends, "data"),
+        "peek on a rank that is no planner": ([1], sessions, "pull", fail, "rank 1 " + word),
         "read": ([2], type(session.adapter), "read", fail, "rank 2 " + word),
         "read on both planners": ([0, 2], type(session.adapter), "read", fail, "rank 0 " + word),
         "before the planners' first exchange": ([2], planner, "plan", fail, "rank 2 " + word),
@@ -158,7 +158,7 @@ def patched(place, name, value):
 def fault(session, ranks, place, name, value):
     rank = dist.get_rank()
     if place is None and rank in ranks:
-        place, name, value = (sessions, "_pull", fail) if rank == 1 else (type(session.adapter), "read", fail)
+        place, name, value = (sessions, "pull", fail) if rank == 1 else (type(session.adapter), "read", fail)
     if rank not in ranks:
         yield
     else:
@@ -188,7 +188,7 @@ def try_faults(case: dict, settings: dict, faults_of, heard: dict, expected: dic
         dist.all_gather_object(heard[name], line)  # every rank is there to say so
 
     if session.dealing:  # ranks find their peers in the first step
-        hear("a rank that never has data", [3], sessions, "_pull", no_data, "on some of the ranks [1, 3]")
+        hear("a rank that never has data", [3], sessions, "pull", no_data, "on some of the ranks [1, 3]")
     step()  # the dense one
     for name, what in faults_of(session).items():
         hear(name, *what)

@@ -14,12 +14,15 @@ from tests.multiprocess.test_parity_lengths import GATHERED, PACKED, SENT
 OWN = {"rows": 1, "budget": "per-sample"}
 ONE_ROW = {"rows": 1, "uneven": True}
 MEANS = {"per_token_loss": False, "ddp": True, "uneven": True}
+BATCH = {"share": "batch"}
 ONE_RANK = [
     case("gpt", **OWN),
+    case("gpt-share", **OWN, **BATCH),
     case("gpt-rows2", budget="per-sample"),
     case("moe", **OWN, **SENT),
     case("llava", model="llava", **OWN),
     case("packed", budget="per-sample", **PACKED),
+    case("packed-share", budget="per-sample", **PACKED, **BATCH),
 ]
 FOUR_RANKS = [
     case("gpt@dp4", budget="dealt", **ONE_ROW),
@@ -35,6 +38,9 @@ FOUR_RANKS = [
     case("llava@dp4", model="llava", budget="dealt", **ONE_ROW),
     case("llava@pp2-dp2", model="llava", budget="dealt", pp=2, **ONE_ROW),
     case("packed@dp4", budget="dealt", uneven=True, **PACKED),
+    case("gpt-share@dp4", budget="dealt", **ONE_ROW, **BATCH),
+    case("gpt-share@tp2-dp2", budget="dealt", tp=2, **ONE_ROW, **BATCH),
+    case("packed-share@dp4", budget="dealt", uneven=True, **PACKED, **BATCH),
 ]
 # gradients beside those of rows at home, each microbatch with a mean of its own
 WEIGHED = [
@@ -79,6 +85,14 @@ def test_rows_move_and_ranks_are_as_even_as_they_can_be(results, name):
 def test_microbatches_are_as_long_on_every_rank_where_experts_take_equally_many_of_each(results, name):
     lengths = results[name]["lengths"]
     assert len({tuple(own) for own in lengths}) == 1 and len(set(lengths[0])) > 1
+
+
+@pytest.mark.parametrize("name", ["gpt", "packed"])
+def test_a_share_of_the_batch_goes_to_other_rows(results, name):
+    each, batch = ({key: len(row[0]) for key, row in results[one]["kept"].items()} for one in (name, f"{name}-share"))
+    changes = [batch[key] - each[key] for key in each]
+    assert min(changes) < 0 < max(changes)
+    assert -len(each) <= sum(changes) <= 0  # each sample's share is rounded up, the batch's but once
 
 
 def test_one_microbatch_each_leaves_nothing_to_deal(results):

@@ -117,6 +117,33 @@ def test_dealt_rows_run_once_in_their_step_and_n_and_n_steps_are_2n(runs, tmp_pa
     assert moved and moved <= sparse
 
 
+def test_n_and_n_steps_are_2n_by_kind_by_one_threshold_and_on_a_scattered_schedule(runs, tmp_path):
+    """Rows are dealt by what the threshold keeps of them, and the teacher has run before they travel."""
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    flags = ["--regate-budget", "dealt", "--regate-share", "batch", "--regate-dense-at", "random"]
+    flags += ["--regate-score", "product", "--regate-difficulty", "kind", "--regate-dense-steps", "2"]
+    flags += ["--regate-cycle-steps", "4"]
+    more = {"env": SAMPLES | {"TEST_PROMPTS": "1"}}
+    _train(runs, 2, whole, *flags, **more)
+    _resume(runs, 2, whole, rest, *flags, **more)
+    records = [one for lines in _trace(whole).values() for one in lines]
+    phases = {one["iteration"]: one["phase"] for one in records}
+    assert [phases[step] for step in range(3, 7)].count("dense") == 2
+    assert _trace(rest) == _trace(whole, HALF) and _same_state(_state(rest, STEPS), _state(whole, STEPS))
+    for step in (step for step, phase in phases.items() if phase == "sparse"):
+        rows = [row for one in records if one["iteration"] == step for row in one["rows"]]
+        kept, targets = (sum(row[name] for row in rows) for name in ("num_kept_targets", "num_targets"))
+        assert kept == -(-targets // 2)
+        assert len({row["num_kept_targets"] / row["num_targets"] for row in rows if row["num_targets"]}) > 1
+        kept_scores, left = [], []
+        for row in rows:
+            best = sorted(row["scores"], reverse=True)
+            floor = -(-row["num_targets"] // 4)
+            kept_scores += best[floor : row["num_kept_targets"]]
+            left += best[row["num_kept_targets"] :]
+        assert min(kept_scores) >= max(left)  # one threshold over both ranks, floors aside
+
+
 def _seen(folder: Path) -> list[tuple[int, str, str]]:
     """Every row that ran, as (iteration, sample, rank)."""
     records = [(name, one) for name, lines in _trace(folder).items() for one in lines]

@@ -11,20 +11,27 @@ from regate_megatron import ReGateConfig, ReGateError
 from regate_megatron.config import (
     BUDGETS,
     CONTEXTS,
+    DENSE_AT,
+    DIFFICULTIES,
     FUSIONS,
     PACKED_RATIOS,
+    RECIPES,
     SCORES,
+    SHARES,
     TEACHER_VISUAL,
     VISUAL_SCORES,
     flag,
 )
-from regate_megatron.flags import add_arguments, parse
+from regate_megatron.flags import add_arguments, config_of, parse
 
 FLAGS = {  # a change here breaks users' scripts
     "--regate": False,
+    "--regate-recipe": None,
     "--regate-keep-ratio": 0.5,
     "--regate-keep-ratio-end": None,
     "--regate-keep-ratio-steps": None,
+    "--regate-share": "sample",
+    "--regate-least-score": None,
     "--regate-visual-keep-ratio": 1.0,
     "--regate-visual-score": "random",
     "--regate-dense-layers": 1,
@@ -32,7 +39,9 @@ FLAGS = {  # a change here breaks users' scripts
     "--regate-warmup-steps": 100,
     "--regate-cycle-steps": 128,
     "--regate-dense-steps": 16,
+    "--regate-dense-at": "start",
     "--regate-dense-from": None,
+    "--regate-difficulty": "own",
     "--regate-ema-decay": 0.9,
     "--regate-reference-weight": 0.5,
     "--regate-fusion": "sum",
@@ -55,7 +64,10 @@ FLAGS = {  # a change here breaks users' scripts
 
 CHOICES = {
     "fusion": ("sum", "convex"),
-    "score": ("regate", "student", "reference", "excess", "gain", "random"),
+    "share": ("sample", "batch"),
+    "dense_at": ("start", "random"),
+    "difficulty": ("own", "kind"),
+    "score": ("regate", "student", "reference", "product", "minimum", "excess", "gain", "random"),
     "budget": ("uniform", "balanced", "per-sample", "dealt"),
     "visual_score": ("random", "even", "static", "detail"),
     "packed_ratio": ("row", "sample"),
@@ -77,6 +89,8 @@ OUT_OF_RANGE = [
     *((name, value) for name in FROM_ZERO for value in (-1, 1.0, True, "1")),
     *((name, value) for name in ("cycle_steps", "length_multiple") for value in (0, -1, 1.5, True, "1")),
     ("seed", 2**63),
+    *(("least_score", value) for value in ("1", True, *NOT_FINITE)),
+    *(("recipe", value) for value in ("", "other", 1, ["paper"])),
     *(("keep_ratio_end", value) for value in (0, 0.0, -0.1, 1.5, True, "0.5", *NOT_FINITE)),
     *(("keep_ratio_steps", value) for value in (0, -1, 1.5, True, "1")),
     *(("dense_from", value) for value in (0, -1, 100, 200.0, True, "200")),
@@ -134,6 +148,9 @@ def test_the_ends_of_each_range_are_allowed(settings):
         {"score": "student"},
         {"score": "student", "dense_from": 500},
         {"score": "student", "ema_decay": 0},
+        {"score": "student", "difficulty": "kind"},
+        {"score": "product"},
+        {"score": "minimum"},
         {"score": "regate", "reference_weight": 0},
         {"score": "regate", "reference_weight": 0, "fusion": "convex"},
     ],
@@ -206,6 +223,9 @@ def test_a_cool_down_cannot_begin_in_the_warm_up():
 def test_the_choices_are_the_documented_ones_and_a_refusal_lists_them_all():
     of_code = {
         "visual_score": tuple(VISUAL_SCORES),
+        "share": SHARES,
+        "dense_at": DENSE_AT,
+        "difficulty": DIFFICULTIES,
         "fusion": FUSIONS,
         "score": tuple(SCORES),
         "budget": BUDGETS,
@@ -222,7 +242,7 @@ def test_the_choices_are_the_documented_ones_and_a_refusal_lists_them_all():
 @pytest.mark.parametrize("score", CHOICES["score"])
 def test_a_teacher_is_asked_for_exactly_where_the_score_uses_the_reference_loss(score):
     config = ReGateConfig(score=score)
-    uses_reference = score in ("regate", "reference", "excess", "gain")
+    uses_reference = score not in ("student", "random")
     assert config.needs_teacher is uses_reference
     dataclasses.replace(config, teacher_load="student").require_teacher()
     if not uses_reference:
@@ -261,7 +281,7 @@ def test_the_help_names_every_flag_and_its_default():
 def test_without_the_flag_there_is_no_config():
     assert parse([]) is None
     assert parse(["--regate-keep-ratio", "0.25", "--lr", "1"]) is None
-    assert ReGateConfig.from_args(argparse.Namespace()) is None
+    assert config_of(argparse.Namespace()) is None
 
 
 def test_the_bare_flag_gives_the_defaults():
@@ -273,6 +293,8 @@ def test_flags_give_the_config_they_spell():
         "keep_ratio": 0.25,
         "keep_ratio_end": 0.75,
         "keep_ratio_steps": 1000,
+        "share": "batch",
+        "least_score": -0.5,
         "visual_keep_ratio": 0.125,
         "visual_score": "static",
         "dense_layers": 0,
@@ -280,7 +302,9 @@ def test_flags_give_the_config_they_spell():
         "warmup_steps": 3,
         "cycle_steps": 9,
         "dense_steps": 2,
+        "dense_at": "random",
         "dense_from": 2000,
+        "difficulty": "kind",
         "ema_decay": 0.5,
         "reference_weight": 0.75,
         "fusion": "convex",
@@ -300,7 +324,7 @@ def test_flags_give_the_config_they_spell():
     joined = [f"{flag(name)}={value}" for name, value in words.items()]
     assert parse(["--regate", *spaced]) == parse([*joined, "--regate"]) == expected
     args = add_arguments(argparse.ArgumentParser()).parse_args(["--regate", *spaced])
-    assert ReGateConfig.from_args(args) == expected
+    assert config_of(args) == expected
 
 
 def test_dense_steps_are_dealt_only_where_sparse_ones_are():
@@ -348,3 +372,78 @@ def test_a_range_is_checked_on_the_command_line_too():
 def test_an_integer_beyond_the_floats_is_refused_like_any_other(name):
     with pytest.raises(ReGateError):
         ReGateConfig(**{name: -(10**400)})
+
+
+def test_a_kind_of_target_has_a_reference_loss_so_that_every_score_of_difficulty_needs_a_teacher():
+    needs = {score for score in SCORES if ReGateConfig(score=score, difficulty="kind").needs_teacher}
+    assert needs == set(SCORES) - {"random"}
+    with pytest.raises(ReGateError, match="to one that needs none: random$"):
+        ReGateConfig(score="student", difficulty="kind").require_teacher()
+    assert ReGateConfig(difficulty="kind").by_kind and not ReGateConfig(score="reference", difficulty="kind").by_kind
+
+
+def test_a_least_score_needs_a_share_of_the_batch():
+    assert ReGateConfig(share="batch", least_score=0.5).least_score == 0.5
+    with pytest.raises(ReGateError) as refusal:
+        ReGateConfig(least_score=0.5)
+    assert _is_refusal(str(refusal.value), "least_score") and "change --regate-share to batch" in str(refusal.value)
+
+
+PAPER = {  # all that steers what runs, as it was when the recipe was made; it stays so when defaults move
+    "keep_ratio": 0.5,
+    "keep_ratio_end": None,
+    "keep_ratio_steps": None,
+    "share": "sample",
+    "least_score": None,
+    "visual_keep_ratio": 1.0,
+    "dense_layers": 1,
+    "dense_last_layers": 0,
+    "warmup_steps": 100,
+    "cycle_steps": 128,
+    "dense_steps": 16,
+    "dense_at": "start",
+    "dense_from": None,
+    "difficulty": "own",
+    "ema_decay": 0.9,
+    "reference_weight": 0.5,
+    "fusion": "sum",
+    "score": "regate",
+    "budget": "uniform",
+    "packed_ratio": "sample",
+    "context": "all",
+    "teacher_visual": "drop",
+}
+
+
+def test_the_recipe_of_the_paper_is_frozen():
+    paper = ReGateConfig(recipe="paper")
+    assert RECIPES["paper"].values == PAPER
+    assert {name: getattr(paper, name) for name in PAPER} == PAPER
+    assert parse(["--regate", "--regate-recipe", "paper"]) == paper
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_is_given_beside_a_recipe_wins_even_where_it_is_the_default(recipe):
+    values = RECIPES[recipe].values
+    for name in values:
+        default = next(field.default for field in dataclasses.fields(ReGateConfig) if field.name == name)
+        if default is None:
+            continue
+        assert getattr(ReGateConfig(recipe=recipe, **{name: default}), name) == default
+        words = (["--regate-recipe", recipe], [flag(name), str(default)])
+        for first, last in (words, words[::-1]):
+            assert getattr(parse(["--regate", *first, *last]), name) == default
+    plain = {field.name: field.default for field in dataclasses.fields(ReGateConfig)}
+    assert dataclasses.asdict(ReGateConfig(recipe=recipe)) == plain | values | {"recipe": recipe}
+
+
+def test_every_reader_of_megatrons_arguments_finds_the_recipes_values():
+    parser = add_arguments(argparse.ArgumentParser())
+    args = parser.parse_args(["--regate-budget", "dealt", "--regate-recipe", "paper"])
+    assert (args.regate_score, args.regate_budget) == ("regate", "dealt")
+    assert parser.parse_args([]).regate_recipe is None
+
+
+def test_replacing_a_setting_keeps_the_others_of_a_recipe():
+    config = dataclasses.replace(ReGateConfig(recipe="few-epochs", keep_ratio=0.25), score="random")
+    assert (config.score, config.keep_ratio, config.recipe) == ("random", 0.25, "few-epochs")

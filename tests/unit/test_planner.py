@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,6 +75,47 @@ def test_what_microbatches_ask_for_is_what_they_run_under_dealt_known_before_any
 def test_a_packed_row_that_counts_as_one_has_one_share():
     kept, _ = _plan(PACKED, budget="per-sample", packed_ratio="row")
     assert [(sum(held), context, length) for held, context, length in kept] == [(3, 5, 8), (5, 3, 8)]
+
+
+@pytest.mark.parametrize("budget", ["per-sample", "dealt"])
+@pytest.mark.parametrize("packed_ratio", ["sample", "row"])
+def test_a_share_of_the_batch_leaves_each_its_floor_and_is_rounded_once(budget, packed_ratio):
+    """Of 15 targets in samples of 4, 2, 8 and 1, or in rows of 6 and 9, half is 8."""
+    found = set()
+    for number in range(5, 25):
+        kept, _ = _plan(PACKED, number, budget=budget, share="batch", packed_ratio=packed_ratio)
+        held = [count for own, _, _ in kept for count in own]
+        assert sum(held) == 8
+        if packed_ratio == "row":
+            assert sum(kept[0][0]) >= 2 and sum(kept[1][0]) >= 3
+        else:
+            assert all(own >= least for own, least in zip(held, (1, 1, 2, 1), strict=True))
+        found.add(tuple(held))
+    assert len(found) > 3
+
+
+def test_what_microbatches_ask_for_under_dealt_is_what_they_run_where_the_share_is_the_batchs():
+    planner = Planner(ReGateConfig(score="random", length_multiple=1, budget="dealt", share="batch"), ALONE, 1)
+    step = Step(5, "sparse", elides=True, facts=PACKED)
+    asked_M, _ = planner.asked(step)
+    scores = [one.clone() for one in step.scores]
+    planner.follow(step, np.array([[0, 1]]))
+    planner.plan(step)
+    assert all(torch.equal(*pair) for pair in zip(scores, step.scores, strict=True))
+    assert asked_M.tolist() == [one.keep_idx_BK.numel() for one in step.plan.microbatches]
+
+
+def test_scores_follow_microbatches_to_their_new_place():
+    planner = Planner(ReGateConfig(score="student", length_multiple=1, budget="dealt", share="batch"), ALONE, 1)
+    step = Step(5, "sparse", elides=True, facts=PACKED)
+    planner.asked(step)
+    step.scores = tuple(torch.arange(one.num_targets).double() + 100 * at for at, one in enumerate(PACKED))
+    before = {name: getattr(step, name) for name in ("scores", "above", "is_known")}
+    step.take_facts(PACKED[::-1])
+    planner.follow(step, np.array([[1, 0]]))
+    for name, each in before.items():
+        for one, other in zip(each[::-1], getattr(step, name), strict=True):
+            assert torch.equal(one, other) and one.dtype == other.dtype
 
 
 @pytest.mark.parametrize("budget", ["uniform", "balanced"])

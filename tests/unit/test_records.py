@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regate_megatron.memory.difficulty import MEAN_BY_TOKEN
+from regate_megatron.memory.difficulty import TokenPrior
 from regate_megatron.memory.files import DamagedFile, RecordFile, read_table, write_records, write_table
 from regate_megatron.memory.manifests import OtherFormat, read_manifest, write_manifest
 from regate_megatron.memory.records import BYTES_PER_SAMPLE, Records
@@ -215,19 +215,19 @@ def test_an_array_of_objects_is_never_unpickled(tmp_path):
     path = tmp_path / "prior.table"
     np.save(path.open("wb"), np.array([{"a": 1}, None], dtype=object), allow_pickle=True)
     with pytest.raises(DamagedFile, match="another array"):
-        read_table(path, MEAN_BY_TOKEN)
+        read_table(path, TokenPrior.ROW)
 
 
 def test_no_flipped_bit_of_a_table_goes_unseen(tmp_path):
-    path, table = tmp_path / "prior.table", np.array([(3, 1.0), (70_000, 3.5)], MEAN_BY_TOKEN)
+    path, table = tmp_path / "prior.table", np.array([(3, 1.0), (70_000, 3.5)], TokenPrior.ROW)
     facts = write_table(path, table)
-    found, again = read_table(path, MEAN_BY_TOKEN)
+    found, again = read_table(path, TokenPrior.ROW)
     assert found.tolist() == table.tolist() and again == facts
     whole = path.read_bytes()
     for at in range(len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
         with pytest.raises(DamagedFile):
-            read_table(path, MEAN_BY_TOKEN)
+            read_table(path, TokenPrior.ROW)
 
 
 def test_no_flipped_bit_of_a_manifest_goes_unseen(tmp_path):

@@ -101,3 +101,43 @@ def test_every_whole_cycle_has_exactly_its_dense_steps_wherever_a_run_resumes(wa
     assert all(phase_of(step, **names) == "warmup" for step in range(warmup))
     # A pure function: any order, any number of calls.
     assert [phase_of(step, **names) for step in reversed(window)] == [phase_of(step, **names) for step in window][::-1]
+
+
+SCATTERED = {"warmup_steps": 10, "cycle_steps": 32, "dense_steps": 5}
+
+
+@given(seed=st.integers(0, 2**63 - 1), cycle=st.integers(1, 40), dense=st.data(), start=st.integers(0, 50))
+def test_scattered_dense_steps_are_as_many_in_every_cycle_wherever_a_run_resumes(seed, cycle, dense, start):
+    dense_steps = dense.draw(st.integers(0, cycle))
+    names = {"warmup_steps": 7, "cycle_steps": cycle, "dense_steps": dense_steps, "scatter_seed": seed}
+    window = range(7 + start * cycle, 7 + (start + 1) * cycle)
+    phases = [phase_of(step, **names) for step in window]
+    assert Counter(phases) == Counter({"dense": dense_steps, "sparse": cycle - dense_steps})
+    assert [phase_of(step, **names) for step in reversed(window)] == phases[::-1]
+    assert {phase_of(step, **names) for step in range(7)} == {"warmup"}
+
+
+def test_every_place_of_a_cycle_is_dense_about_equally_often_and_cycles_differ():
+    dense = Counter()
+    patterns = set()
+    for cycle in range(400):
+        steps = range(10 + 32 * cycle, 42 + 32 * cycle)
+        own = [n for n, step in enumerate(steps) if phase_of(step, **SCATTERED, scatter_seed=3) == "dense"]
+        dense.update(own)
+        patterns.add(tuple(own))
+    assert len(patterns) > 390
+    assert all(abs(dense[place] / 400 - 5 / 32) < 0.09 for place in range(32))  # five standard deviations
+
+
+def test_the_seed_scatters_and_a_cool_down_stays_dense():
+    one, other = ([phase_of(step, **SCATTERED, scatter_seed=seed) for step in range(500)] for seed in (1, 2))
+    assert one != other
+    cooled = [phase_of(step, **SCATTERED, scatter_seed=1, dense_from=400) for step in range(500)]
+    assert cooled == one[:400] + ["dense"] * 100
+
+
+def test_the_scattered_schedule_is_frozen():
+    """A resumed run must run dense what the first run would have run dense, whatever version it runs."""
+    config = ReGateConfig(warmup_steps=0, cycle_steps=16, dense_steps=4, dense_at="random", seed=1234)
+    dense = [step for step in range(32) if phase_in(step, config.schedule) == "dense"]
+    assert dense == [3, 4, 11, 13, 23, 24, 26, 27]

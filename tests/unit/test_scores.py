@@ -28,6 +28,8 @@ FORMULAS = {
     ("reference", "convex", 0.25): REFERENCE.tolist(),
     ("excess", "sum", 0.5): [[-3.5, 1.0, 7.75], [-2.0, 1.0, 1.75]],
     ("excess", "convex", 0.5): [[-3.5, 1.0, 7.75], [-2.0, 1.0, 1.75]],
+    ("product", "sum", 0.5): [[2.0, 2.0, 2.0], [0.0, 0.0, 4.875]],
+    ("minimum", "sum", 0.5): [[0.5, 1.0, 0.25], [0.0, 0.0, 1.5]],
     ("gain", "sum", 0.5): [[3.5, -1.0, -7.75], [2.0, -1.0, -1.75]],
     ("gain", "convex", 0.5): [[3.5, -1.0, -7.75], [2.0, -1.0, -1.75]],
 }
@@ -67,6 +69,12 @@ def test_every_score_has_a_formula_here_and_uses_what_it_says():
         fuse(DIFFICULTY, REFERENCE, score="random").tolist()
         == random_score(KEYS, 4, seed=1, step=5).diagonal().tolist()
     )
+
+
+@pytest.mark.parametrize("score", [name for name, row in SCORES.items() if row.needs_difficulty])
+def test_a_score_is_blind_where_nothing_learned_leaves_all_targets_alike(score):
+    got = fuse(torch.zeros(2, 3), REFERENCE, score=score)
+    assert SCORES[score].is_blind == (got.unique().numel() == 1)
 
 
 def test_scores_are_fused_in_double_precision():

@@ -97,6 +97,8 @@ def _fp8_multiple(line: LaunchLine) -> int:
 def _regate(config: ReGateConfig, fp8_multiple: int) -> dict[str, Any]:
     dense = min(config.dense_steps, 1)
     values = {"--regate-warmup-steps": 2 - dense, "--regate-cycle-steps": 8, "--regate-dense-steps": dense}
+    if config.dense_at != "start":
+        values["--regate-dense-at"] = "start"  # the first sparse step is among the four
     if config.keep_ratio_end is not None:  # the first cycle has the first ratio, which may be 1
         values["--regate-keep-ratio"] = min(config.keep_ratio, config.keep_ratio_end)
     if fp8_multiple > 1:
