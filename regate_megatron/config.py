@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from regate_megatron.errors import ReGateError, refuse
-from regate_megatron.method.schedule import Schedule, keep_ratio_of
+from regate_megatron.method.schedule import Schedule, drawn_ratio, keep_ratio_of, least_ratio
 from regate_megatron.method.scores import SCORES
 from regate_megatron.method.visual_scores import VISUAL_SCORES
 
@@ -57,13 +57,24 @@ class ReGateConfig:
         metavar="R",
     )
     keep_ratio_steps: int | None = _option(
-        None, "iterations from the end of the warm-up until the keep ratio has moved from P to R", metavar="N"
+        None,
+        "iterations from the end of the warm-up until the keep ratio, or that of visual tokens, has moved from P to R",
+        metavar="N",
     )
     visual_keep_ratio: float = _option(
         1.0,
         "share of the visual tokens of each image or video that runs in a sparse step: above 0, at most 1; 1 leaves "
         "none out; with --regate-keep-ratio 1 beside it no teacher is needed",
         metavar="P",
+    )
+    visual_keep_ratio_end: float | None = _option(
+        None, "let the visual keep ratio move from P to R likewise, over as many iterations", metavar="R"
+    )
+    visual_keep_ratio_spread: float = _option(
+        0.0,
+        "draw the visual keep ratio of every sparse step from a Beta distribution around P, its standard deviation S "
+        "times that of all or nothing: 0 or more, below 1; 0: no draw",
+        metavar="S",
     )
     visual_score: str = _option(
         "random",
@@ -171,8 +182,8 @@ class ReGateConfig:
     )
     difficulty_memory: float = _option(
         4.0,
-        "host memory for the student's average losses, in GB (10^9 bytes) per data-parallel replica; when it is full, "
-        "the samples seen longest ago are forgotten",
+        "host memory for the student's average losses (and gradients, where visual tokens are ranked by them), in GB "
+        "(10^9 bytes) per data-parallel replica; when it is full, the samples seen longest ago are forgotten",
         metavar="GB",
     )
     reset_difficulty: bool = _option(
@@ -181,11 +192,12 @@ class ReGateConfig:
     trace: str | None = _option(
         None, "write one JSON line per microbatch into folder DIR: which tokens ran, with all scores", metavar="DIR"
     )
-    seed: int = _option(1234, "seed of the score 'random'", metavar="N")
+    seed: int = _option(1234, "seed of all that is drawn by chance: scores, ratios", metavar="N")
 
     def __post_init__(self) -> None:
         self._check_number("keep_ratio", "a number above 0, at most 1", lambda v: 0 < v <= 1, "0.5")
         self._check_number("visual_keep_ratio", "a number above 0, at most 1", lambda v: 0 < v <= 1, "0.25")
+        self._check_number("visual_keep_ratio_spread", "a number of 0 or more, below 1", lambda v: 0 <= v < 1, "0.5")
         self._check_number("ema_decay", "a number of 0 or more, below 1", lambda v: 0 <= v < 1, "0.9")
         top = 1.0 if self.fusion == "convex" else math.inf
         allowed = (
@@ -223,10 +235,17 @@ class ReGateConfig:
 
         All would start with one score, so the first targets of each row would be kept, and kept for ever. (A ratio that
         starts at 1 shows all losses in its first cycle; a cool-down comes when nothing is elided any more. With
-        reference losses beside them targets do differ.)
+        reference losses beside them targets do differ.) Likewise a score of gradients that no step shows.
         """
-        shows = self.warmup_steps or self.dense_steps or self.keep_ratio == 1.0
-        is_alone = self.learns and (not self.needs_teacher or (self.score == "regate" and not self.reference_weight))
+        dense = self.warmup_steps or self.dense_steps
+        if self.enabled and self.learns_gradients and not dense:
+            more = f"{flag('warmup_steps')} or {flag('dense_steps')} to 1 or more"
+            given = f"{self.visual_score} with {flag('warmup_steps')} 0 and {flag('dense_steps')} 0"
+            allowed = "dense steps, which alone show gradients"
+            raise refuse(flag("visual_score"), given=given, allowed=allowed, change=f"{more}, or it to even")
+        shows = dense or self.keep_ratio == 1.0
+        needs_reference = self.needs_teacher and (self.score != "regate" or self.reference_weight)
+        is_alone = self.learns_losses and not needs_reference
         if self.enabled and is_alone and not shows:
             given = f"{self.score} with {flag('warmup_steps')} 0 and {flag('dense_steps')} 0"
             if self.score == "regate":
@@ -239,14 +258,14 @@ class ReGateConfig:
             )
 
     def _check_moving_ratio(self) -> None:
-        if self.keep_ratio_end is not None:
-            allowed = "none, or a number above 0, at most 1"
-            self._check_number("keep_ratio_end", allowed, lambda v: 0 < v <= 1, "0.5")
+        ends = [name for name in ("keep_ratio_end", "visual_keep_ratio_end") if getattr(self, name) is not None]
+        for name in ends:
+            self._check_number(name, "none, or a number above 0, at most 1", lambda v: 0 < v <= 1, "0.5")
         if self.keep_ratio_steps is not None:
             allowed = "none, or an integer of 1 or more"
             self._check_number("keep_ratio_steps", allowed, lambda v: v >= 1, "1000", True)
-        if (self.keep_ratio_end is None) != (self.keep_ratio_steps is None):
-            given, missing = sorted(("keep_ratio_end", "keep_ratio_steps"), key=lambda n: getattr(self, n) is None)
+        if bool(ends) != (self.keep_ratio_steps is not None):
+            given, missing = (ends[0], "keep_ratio_steps") if ends else ("keep_ratio_steps", "keep_ratio_end")
             needed = "the ratio to move to" if missing == "keep_ratio_end" else "a number of iterations"
             change = f"it to {needed}, or leave {flag(given)} out"
             raise self._refuse(missing, f"a value beside {flag(given)} {getattr(self, given)}", change)
@@ -258,8 +277,13 @@ class ReGateConfig:
 
     @property
     def ranks_targets(self) -> bool:
-        """Whether targets are scored: not where visual positions alone are left out."""
-        return min(self.keep_ratio, self.keep_ratio_end or 1.0) < 1.0 or self.visual_keep_ratio == 1.0
+        """Whether any step leaves targets out, so that they are scored."""
+        return least_ratio(self.keep_ratio, self.keep_ratio_end, self.schedule) < 1.0
+
+    @property
+    def ranks_visual(self) -> bool:
+        """Whether any step leaves visual positions out, so that they are scored."""
+        return least_ratio(self.visual_keep_ratio, self.visual_keep_ratio_end, self.schedule) < 1.0
 
     @property
     def needs_teacher(self) -> bool:
@@ -269,16 +293,20 @@ class ReGateConfig:
     @property
     def elides(self) -> bool:
         """Whether any step can be shorter than the dense one."""
-        return min(self.keep_ratio, self.keep_ratio_end or 1.0, self.visual_keep_ratio) < 1.0
+        return self.ranks_targets or self.ranks_visual
 
-    def ranks_targets_in(self, step: int) -> bool:
-        """Whether a sparse step ``step`` leaves targets out."""
-        return keep_ratio_of(step, self.keep_ratio, self.keep_ratio_end, self.schedule) < 1.0
+    def keep_ratio_in(self, step: int) -> float:
+        """The share of targets that a sparse step ``step`` runs."""
+        return keep_ratio_of(step, self.keep_ratio, self.keep_ratio_end, self.schedule)
+
+    def visual_keep_ratio_in(self, step: int) -> float:
+        """The share of visual positions that a sparse step ``step`` runs."""
+        mean = keep_ratio_of(step, self.visual_keep_ratio, self.visual_keep_ratio_end, self.schedule)
+        return drawn_ratio(mean, self.visual_keep_ratio_spread, seed=self.seed, step=step)
 
     def elides_in(self, step: int) -> bool:
         """Whether a sparse step ``step`` leaves anything out."""
-        of_targets = keep_ratio_of(step, self.keep_ratio, self.keep_ratio_end, self.schedule)
-        return min(of_targets, self.visual_keep_ratio) < 1.0
+        return min(self.keep_ratio_in(step), self.visual_keep_ratio_in(step)) < 1.0
 
     @property
     def unused(self) -> list[str]:
@@ -300,9 +328,19 @@ class ReGateConfig:
             )
 
     @property
-    def learns(self) -> bool:
+    def learns_losses(self) -> bool:
         """Whether the score of targets uses the student's own losses."""
         return self.ranks_targets and SCORES[self.score].needs_difficulty
+
+    @property
+    def learns_gradients(self) -> bool:
+        """Whether the score of visual positions uses the gradients that reached them."""
+        return self.ranks_visual and VISUAL_SCORES[self.visual_score].needs_gradient
+
+    @property
+    def learns(self) -> bool:
+        """Whether any score uses what earlier steps showed."""
+        return self.learns_losses or self.learns_gradients
 
     def _check_number(self, name: str, allowed: str, ok: Any, example: str, integer: bool = False) -> None:
         value = getattr(self, name)

@@ -114,17 +114,19 @@ def _attached_line(session: Session) -> str:
 
 def _kept_of(config: ReGateConfig) -> list[str]:
     """What ranks which positions, and how many of them run."""
-    targets = f"score {config.score}, keep {_ratio(config)} of the targets" if config.ranks_targets else "all targets"
-    if config.visual_keep_ratio == 1.0:
-        return [targets]
-    visual = f"visual score {config.visual_score}, keep {config.visual_keep_ratio:g} of the visual positions"
-    return [targets, visual]
+    kept = ["all targets"]
+    if config.ranks_targets:
+        ratio = _ratio(config.keep_ratio, config.keep_ratio_end, config)
+        kept = [f"score {config.score}, keep {ratio} of the targets"]
+    if config.ranks_visual:
+        ratio = _ratio(config.visual_keep_ratio, config.visual_keep_ratio_end, config)
+        drawn = f" (drawn, spread {config.visual_keep_ratio_spread:g})" if config.visual_keep_ratio_spread else ""
+        kept.append(f"visual score {config.visual_score}, keep {ratio}{drawn} of the visual positions")
+    return kept
 
 
-def _ratio(config: ReGateConfig) -> str:
-    if config.keep_ratio_end is None:
-        return f"{config.keep_ratio:g}"
-    return f"{config.keep_ratio:g} to {config.keep_ratio_end:g} (over {config.keep_ratio_steps} iterations)"
+def _ratio(start: float, end: float | None, config: ReGateConfig) -> str:
+    return f"{start:g}" + ("" if end is None else f" to {end:g} (over {config.keep_ratio_steps} iterations)")
 
 
 def _teacher_of(session: Session) -> str:

@@ -60,6 +60,8 @@ class Step:
         fallback: whether a score that is no number made a sparse step run dense.
         balance: how positions are spread over ranks, on planners of a sparse step.
         losses: per-token losses as the loss hooks saw them, on ranks that see losses.
+        norms: by microbatch the norms of gradients as the decoder hooks saw them, on ranks that compact, in steps that
+            are watched; None in others, on every rank.
         seconds: time spent in each stage on this rank.
     """
 
@@ -79,6 +81,7 @@ class Step:
     fallback: bool = False
     balance: Balance | None = None
     losses: list[Tensor] = field(default_factory=list)
+    norms: dict[int, Tensor] | None = None
     seconds: dict[Stage, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
