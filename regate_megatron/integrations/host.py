@@ -132,7 +132,7 @@ def _ratio(start: float, end: float | None, config: ReGateConfig) -> str:
 def _teacher_of(session: Session) -> str:
     if session.reference is None:
         unused = " and ".join(session.config.unused)
-        return f"no teacher ({unused} not used: the score needs none)" if unused else "no teacher"
+        return f"no teacher ({unused} not used: nothing asks it)" if unused else "no teacher"
     reads = {"drop": "reads rows without images", "pad": "reads pad tokens for images"}[session.config.teacher_visual]
     waits = "" if session.reference.run is not None else ", built when the cache lacks a loss"
     return f"teacher {session.config.teacher_load} ({reads}{waits})"
