@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the table is read where neither torch nor numpy is installe
 # fill the unit interval evenly (Roberts' R sequences).
 _PLANE = (0xC13FA9A902A6328F, 0x91E10DA5C79E7B1C)
 _SPACE = (0xD1B54A32D192ED03, 0xABC98388FB8FAC02, 0x8CB92BA72F3D8DD7)
+_ROUNDING = 1e-12  # of what is 0: places that are alike are ties
 FIRST_FRAME = 3.0
 """Above every cosine distance."""
 
@@ -139,7 +140,9 @@ def _static(signals: VisualSignals) -> np.ndarray:
         norms_TN = norm_TN[1:] * norm_TN[:-1]
         alike_TN = norm_TN[1:] == norm_TN[:-1]  # where one of them is all zero
         cosine_TN = np.divide(dot_TN, norms_TN, out=alike_TN.astype(np.float64), where=norms_TN > 0)
-        return np.concatenate([np.full(norm_TN.shape[1], FIRST_FRAME), 1.0 - cosine_TN.ravel()])
+        change_X = 1.0 - cosine_TN.ravel()
+        change_X[change_X < _ROUNDING] = 0.0
+        return np.concatenate([np.full(norm_TN.shape[1], FIRST_FRAME), change_X])
 
     moves_X = signals.grid_I3[signals.medium_X, 0] > 1
     if not moves_X.any():
@@ -159,7 +162,7 @@ def _detail(signals: VisualSignals) -> np.ndarray:
         count = pixel_ND.shape[1]
         squares_N = np.einsum("nd,nd->n", pixel_ND, pixel_ND)
         around_N = squares_N - np.einsum("nd->n", pixel_ND) ** 2 / count
-        return np.sqrt(np.where(around_N > 1e-12 * squares_N, around_N, 0.0) / count)  # less is rounding: all alike
+        return np.sqrt(np.where(around_N > _ROUNDING * squares_N, around_N, 0.0) / count)
 
     return _by_medium(signals, deviation)
 

@@ -357,6 +357,8 @@ def test_static_is_what_changed_since_the_frame_before_and_the_first_frame_comes
     assert score.tolist() == pytest.approx([FIRST_FRAME, FIRST_FRAME, 0, 0, 1, 2], abs=1e-12)
     black = VISUAL_SCORES["static"].of(_signals([(2, 1, 2)], [[[0, 0], [0, 0], [0, 0], [1, 0]]]))
     assert black.tolist() == [FIRST_FRAME, FIRST_FRAME, 0, 1]
+    still = np.random.default_rng(3).uniform(size=(1, 50, 7)).repeat(2, axis=0).reshape(100, 7)
+    assert set(VISUAL_SCORES["static"].of(_signals([(2, 5, 10)], [still]))[50:]) == {0.0}, "rounding is no change"
 
 
 def test_static_keeps_the_whole_first_frame_and_then_what_moves():
