@@ -141,7 +141,7 @@ class Visual:
                 )
 
     def score(self, step: Step) -> Tensor:
-        """See :class:`CandidateSort`; communicates where gradients are asked for."""
+        """See :class:`CandidateSort`; communicates where gradients are asked for, and notes which are known."""
         facts, row = step.whole, VISUAL_SCORES[self.config.visual_score]
         may_go_V, count_I = self._may_go_V(facts), self._count_I(facts)
         before = np.cumsum([0, *(len(one.count_I) for one in facts.media)])
@@ -149,6 +149,7 @@ class Visual:
         if row.needs_gradient:
             count_N = self._count_N(facts)
             gradient_X = self.learned.look_up_gradients(facts.key_N2, count_N, step.number).numpy()
+            step.is_visual_known = torch.from_numpy(~np.isnan(gradient_X))
 
         def pixels(medium: int) -> np.ndarray:
             index = int(before.searchsorted(medium, side="right")) - 1

@@ -55,6 +55,8 @@ class Step:
         scores: per microbatch the scores of its targets, float64 [X], on planners of a sparse step.
         is_known: per microbatch which of its targets have a difficulty of their own, bool [X], on planners of a sparse
             step whose score needs it.
+        is_visual_known: which of its visual candidates a dense step has shown the gradient of, bool, on planners of a
+            sparse step whose visual score needs it.
         num_asked, num_found: samples whose reference losses were looked up, and of them found, on planners.
         plan: what runs; dense until planned.
         fallback: whether a score that is no number made a sparse step run dense.
@@ -75,6 +77,7 @@ class Step:
     reference: Sequence[Tensor] | None = None
     scores: Sequence[Tensor] | None = None
     is_known: Sequence[Tensor] | None = None
+    is_visual_known: Tensor | None = None
     num_asked: int = 0
     num_found: int = 0
     plan: StepPlan = field(init=False)
