@@ -234,6 +234,12 @@ def test_the_report_says_which_start_and_weights_every_figure_is_of(tmp_path):
         (f"start{seed}", f"end-{arm}-{seed}") for arm, seed in (("dense", 1), ("random", 1), ("dense", 2))
     }
     assert all((docs / f"learning_{name}").stat().st_size > 5000 for name in results.PICTURES)
+    (docs / "learning.md").write_text(
+        "<!-- starts-144 --><!-- /starts-144 --><!-- results-144 --><!-- /results-144 -->"
+    )
+    results.write(out, docs, "-144")
+    assert "| random elision" in (docs / "learning.md").read_text()
+    assert all((docs / f"learning-144_{name}").stat().st_size > 5000 for name in results.PICTURES)
 
 
 @pytest.mark.parametrize(("positions", "patch"), [(16, 12), (144, 4), (36, 8)])
