@@ -36,7 +36,8 @@ class Planner:
 
     Attributes:
         learned: what outlives steps.
-        sorts: the sorts of candidates; targets come first.
+        visual: that of visual positions.
+        sorts: all sorts of candidates; targets come first.
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class Planner:
         self.config, self.topology = config, topology
         self.multiple, self.segment_multiple, self.evens_columns = multiple, segment_multiple, evens_columns
         self.learned = Learned(config.ema_decay, topology, config.difficulty_memory * 1e9)
-        self.sorts: tuple[Targets, Visual] = (Targets(config, self.learned), Visual(config, self.learned))
+        self.visual = Visual(config, self.learned)
+        self.sorts: tuple[CandidateSort, ...] = (Targets(config, self.learned), self.visual)
 
     def check(self, facts: StepFacts) -> None:
         """Refuse batches that lack what the scores of this run need, be the step sparse or not; no communication.
@@ -58,9 +60,8 @@ class Planner:
         Raises:
             ReGateError: they do.
         """
-        for sort, is_ranked in zip(self.sorts, (self.config.ranks_targets, self.config.ranks_visual), strict=True):
-            if is_ranked:
-                sort.check(facts)
+        for sort in self.sorts:
+            sort.check(facts)
 
     def plan(self, step: Step) -> None:
         """Plan a sparse step: fills its scores, plan, fallback and balance. All planners call this, over their group.
@@ -124,7 +125,7 @@ class Planner:
         """
         facts = step.whole
         if norm_P is not None:
-            self.sorts[1].learn(facts, norm_P, step.number)
+            self.visual.learn(facts, norm_P, step.number)
         if not self.config.learns_losses:
             return
         loss_X = masks.take(torch.cat([loss_BS.reshape(-1) for loss_BS in losses]).float(), facts.is_target_P)

@@ -41,7 +41,7 @@ class CandidateSort(Protocol):
         ...
 
     def check(self, facts: StepFacts) -> None:
-        """Refuse batches that lack what the score needs; no communication.
+        """Refuse batches that lack what the score of this run needs, be the step sparse or not; no communication.
 
         Raises:
             ReGateError: they do.
@@ -129,7 +129,7 @@ class Visual:
     def check(self, facts: StepFacts) -> None:
         """See :class:`CandidateSort`: the rule may need grids or pixels."""
         row = VISUAL_SCORES[self.config.visual_score]
-        for one in facts.media:
+        for one in facts.media if self.config.ranks_visual else ():
             missing = "no square cells" if row.needs_grid and one.grid_I3 is None else None
             missing = "no pixels in the batch" if row.needs_pixels and one.pixels is None else missing
             if missing and bool(one.count_I.any()):
