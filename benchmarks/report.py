@@ -88,7 +88,7 @@ def visual_table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['conv']['median']:.2f}",
             f"{row['speedup']['median']:.2f} times as fast ({low:.2f} to {high:.2f})",
             f"{row['cycle_speedup']['median']:.2f}",
-            f"{row['tower_work_share_sparse']:.0%}",
+            f"{row['tower_work_share_sparse']:.0%} ({row['tower_work_share_sparse_frozen']:.0%})",
             f"{row['saved_share']:.0%}",
         )
         lines.append("| " + " | ".join(texts) + " |")

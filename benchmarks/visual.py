@@ -144,8 +144,9 @@ def _row(scene: Scene, work: Work, name: str, taken: list[dict[str, Step]], save
         "planning_share": spread([sparse.planning.cpu / sparse.total.cpu for _, sparse in pairs]),
         "planning_ms": spread([1000 * sparse.planning.cpu for _, sparse in pairs]),
         "dense_step_s": spread([plain.total.cpu for plain, _ in pairs]),
-        "tower_work_share": work.vision / work.step(size.length, 0),
-        "tower_work_share_sparse": work.vision / work.step(length, LAYERS),
+        "tower_work_share": work.vision_share(size.length, 0),
+        "tower_work_share_sparse": work.vision_share(length, LAYERS),
+        "tower_work_share_sparse_frozen": work.vision_share(length, LAYERS, is_frozen=True),
         "saved_share": saved[name] / saved["plain"],
     }
 

@@ -36,13 +36,14 @@ class Work:
     def __init__(self, size: Size, model: Any) -> None:
         self.size = size
         self._weights = layer_weights(decoder_of(model).layers[0])
-        self._vision = 0.0
+        self._vision = self._frozen_vision = 0.0
         if size.image:
             layers = model.vision_model.decoder.layers
             rows, patches = size.rows * size.frames, size.image // size.frames
             self._vision = sum(layer_work(rows, patches, size.hidden, layer_weights(one)) for one in layers)
-            projector = layer_weights(model.vision_projection)
-            self._vision += _FORWARD_AND_BACKWARD * 2 * size.rows * size.image * projector
+            projector = _FORWARD_AND_BACKWARD * 2 * size.rows * size.image * layer_weights(model.vision_projection)
+            self._frozen_vision = self._vision / _FORWARD_AND_BACKWARD + projector
+            self._vision += projector
 
     def decoder(self, length: int, dense_layers: int) -> float:
         """The decoder with its first layers on all positions and the others on ``length`` per row."""
@@ -57,6 +58,11 @@ class Work:
     def vision(self) -> float:
         """The vision tower and its projector."""
         return self._vision
+
+    def vision_share(self, length: int, dense_layers: int, *, is_frozen: bool = False) -> float:
+        """The share of a step that the vision tower and its projector are, the tower frozen or trained."""
+        vision = self._frozen_vision if is_frozen else self._vision
+        return vision / (self.step(length, dense_layers) - self._vision + vision)
 
     def step(self, length: int, dense_layers: int) -> float:
         """Decoder, LM head and vision tower."""

@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import tower_share  # noqa: E402
 from regate_megatron.config import ReGateConfig, flag, shown_default  # noqa: E402
 from regate_megatron.method.recipes import RECIPES  # noqa: E402
 from regate_megatron.method.scores import SCORES  # noqa: E402
@@ -66,7 +67,13 @@ def support_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"flags": flag_table, "scores": score_table, "recipes": recipe_table, "support": support_table}
+TABLES = {
+    "flags": flag_table,
+    "scores": score_table,
+    "recipes": recipe_table,
+    "support": support_table,
+    "towers": lambda: "\n".join(tower_share.table()),
+}
 
 
 def with_tables(text: str) -> str:

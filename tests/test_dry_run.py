@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -12,12 +13,22 @@ from pathlib import Path
 
 import pytest
 
+from regate_megatron import ReGateConfig
 from regate_megatron.cpu.dry_run.command import _reason
+from regate_megatron.cpu.dry_run.flags import _regate
 from regate_megatron.cpu.dry_run.line import parse_line
-from regate_megatron.cpu.dry_run.shrink import data_parallel_size, least_ranks, shrink, smaller_layouts, weights_gb
+from regate_megatron.cpu.dry_run.shrink import (
+    TRAIN_STEPS,
+    data_parallel_size,
+    least_ranks,
+    shrink,
+    smaller_layouts,
+    weights_gb,
+)
 from regate_megatron.cpu.emulation import forked
 from regate_megatron.cpu.emulation.forked import Ended
 from regate_megatron.errors import ReGateError
+from regate_megatron.method.schedule import phase_of
 from tests.launch import ROOT, Finished, program
 
 SCRIPT = str(ROOT / "tests/multiprocess/run_pretrain.py")
@@ -49,6 +60,26 @@ def cluster(**changes) -> Namespace:
 def small(dense_layers: int = 1, **changes) -> dict:
     """What shrinking makes of :func:`cluster`."""
     return shrink(cluster(**changes), replicas=1, dense_layers=dense_layers, is_multimodal=False, fp8_multiple=1).values
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"cycle_steps": 16, "dense_steps": 16},
+        {"keep_ratio": 1.0, "keep_ratio_end": 0.4, "keep_ratio_steps": 900},
+        {"keep_ratio": 1.0, "visual_keep_ratio": 1.0, "visual_keep_ratio_end": 0.2, "keep_ratio_steps": 900},
+    ],
+)
+def test_the_small_run_leaves_out_what_the_whole_run_does_and_asks_the_same_teacher(settings):
+    whole = ReGateConfig(**settings)
+    flags = _regate(whole, 1)
+    values = {name.removeprefix("--regate-").replace("-", "_"): value for name, value in flags.items()}
+    few = dataclasses.replace(whole, **values)
+    sparse = [n for n in range(TRAIN_STEPS) if phase_of(n, few.schedule) == "sparse" and few.elides_in(n)]
+    assert sparse == ([2, 3] if whole.elides else [])
+    assert [few.needs_teacher, few.ranks_visual] == [whole.needs_teacher, whole.ranks_visual]
+    few.require_teacher()
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4, 8, 16])

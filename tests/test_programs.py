@@ -55,7 +55,11 @@ def test_quick_demo_leaves_its_files_and_counts_agree(tmp_path):
                 sparse[0] += sum(row["num_kept_targets"] for row in record["rows"])
                 sparse[1] += sum(row["num_targets"] for row in record["rows"])
     assert 0 < sparse[0] <= 0.7 * sparse[1]
-    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("report.html", "kept_words.png"))
+    names = ("report.html", "kept_words.png", "kept_of_a_clip.png")
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in names)
+    assert "Words and patches" in (tmp_path / "report.html").read_text()
+    last = json.loads((tmp_path / "trace_visual" / "dp00000.jsonl").read_text().splitlines()[-1])
+    assert last["phase"] == "sparse" and all(row["num_kept_visual"] < row["num_visual"] for row in last["rows"])
 
 
 def test_benchmarks_leave_one_table_one_picture_and_their_headline(tmp_path):

@@ -7,7 +7,7 @@ import html
 import io
 from pathlib import Path
 
-from pictures import NORM, SCORES
+from pictures import NORM, SCORES, veiled
 from PIL import Image
 from words import Caption
 
@@ -76,7 +76,7 @@ def caption_block(caption: Caption) -> str:
         style = f"background:#{colour};color:{ink}"
         text.append(f'{" " if piece.begins_word else ""}<span title="{piece.score:.2f}" style="{style}">{inner}</span>')
     picture = io.BytesIO()
-    Image.fromarray(caption.image).save(picture, "png")
+    Image.fromarray(veiled(caption.image, caption.has_run)).save(picture, "png")
     body = "".join(text).strip()
     image = f'<img alt="" src="{data_url(picture.getvalue())}">'
     return f"<div class=caption>{image}<p><i>{html.escape(instruction)}</i>{body}</p></div>"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 
@@ -19,6 +20,7 @@ LABEL = {"dense": "dense", "regate": "ReGATE", "random": "random"}
 SCORES = LinearSegmentedColormap.from_list("scores", ["#f4f7fb", "#c6dbef", "#6baed6", "#2171b5", "#08306b"])
 NORM = PowerNorm(0.5, vmin=0, vmax=3, clip=True)
 INK, FAINT = "#1c2530", "#8a94a0"
+VEIL, ENLARGED = (214, 219, 226), 4  # what lies over a patch that did not run, and how much of it shows
 
 plt.rcParams.update({
     "font.size": 11, "axes.edgecolor": FAINT, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK,
@@ -103,7 +105,7 @@ def kept_words(captions: list[Caption], file: Path, *, title: str, note: str) ->
     for index, caption in enumerate(captions):
         top = head + index * row_height
         picture = figure.add_axes((0.3 / width, 1 - (top + 1.4) / height, 1.4 / width, 1.4 / height))
-        picture.imshow(caption.image, interpolation="nearest")
+        picture.imshow(veiled(caption.image, caption.has_run), interpolation="nearest")
         picture.set(xticks=[], yticks=[])
         for spine in picture.spines.values():
             spine.set(visible=True, color="#d5dbe2")
@@ -152,6 +154,43 @@ def extent(page, text: str, font_weight: str, size: float, style: str = "normal"
     font = matplotlib.font_manager.FontProperties(weight=font_weight, style=style, size=size)
     renderer = page.figure.canvas.get_renderer()
     return renderer.get_text_width_height_descent(text, font, False)[0] / page.figure.dpi
+
+
+def veiled(image: np.ndarray, has_run: np.ndarray) -> np.ndarray:
+    """A picture [H, W, 3] uint8 four times as large, a veil over the patches that did not run.
+
+    Args:
+        has_run: bool [rows, columns] of patches.
+    """
+    large = image.repeat(ENLARGED, axis=0).repeat(ENLARGED, axis=1)
+    if has_run.all():
+        return large
+    rows, columns = (size // count for size, count in zip(large.shape[:2], has_run.shape, strict=True))
+    is_veiled = ~has_run.repeat(rows, axis=0).repeat(columns, axis=1)
+    large[is_veiled] = (0.15 * large[is_veiled] + 0.85 * np.array(VEIL)).astype(np.uint8)
+    large[::rows], large[:, ::columns] = 255, 255
+    return large
+
+
+def film(frames: np.ndarray, has_run: np.ndarray, file: Path, *, note: str) -> None:
+    """The frames of a clip side by side, a veil over what did not run.
+
+    Args:
+        frames: [T, H, W, 3] uint8.
+        has_run: bool [T, rows, columns].
+    """
+    count = len(frames)
+    figure, axes = plt.subplots(1, count, figsize=(12, 12 / count + 0.8), dpi=150)
+    for number, (axis, frame, patches) in enumerate(zip(axes, frames, has_run, strict=True), 1):
+        axis.imshow(veiled(frame, patches), interpolation="nearest")
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(f"frame {number}: {patches.sum()} of {patches.size}", fontsize=9.5)
+        for spine in axis.spines.values():
+            spine.set(visible=True, color="#d5dbe2")
+    figure.text(0.012, 0.04, note, fontsize=9.5)
+    figure.tight_layout(rect=(0, 0.1, 1, 1), w_pad=0.6)
+    figure.savefig(file)
+    plt.close(figure)
 
 
 def colour_bar(figure, width: float, height: float) -> None:

@@ -11,6 +11,7 @@ import os
 import textwrap
 from pathlib import Path
 
+import clip
 import numpy as np
 import page
 import pictures
@@ -20,7 +21,8 @@ from counts import Counts, count, count_dense, cumulated
 RUNS = ("dense", "regate", "random")
 NAMES = {"dense": "dense", "regate": "ReGATE", "random": "random"}
 TRACES = {"regate": "trace", "random": "trace_random"}
-LOSS_PICTURE, WORD_PICTURE = "loss_against_targets.png", "kept_words.png"
+VISUAL_TRACE = "trace_visual"  # of a short run that leaves patches out, too
+LOSS_PICTURE, WORD_PICTURE, CLIP_PICTURE = "loss_against_targets.png", "kept_words.png", "kept_of_a_clip.png"
 LEAST_OCCURRENCES = 40  # of a word, to be ranked
 HOW_COUNTED = (
     "targets_total: answer tokens with loss, <eos> included, in all batches of the run. targets_processed: those that "
@@ -57,7 +59,9 @@ def write(out: Path, settings: dict, seconds: dict[str, float]) -> None:
     write_aside(out / "summary.json", json.dumps(summary, indent=1))
     pictures.loss_against_targets(runs, baseline, out / LOSS_PICTURE)
     draw_heldout(out, settings["keep_ratio"])
-    write_page(out, runs, reading, traced["regate"])
+    draw_clip(out / CLIP_PICTURE)
+    both = words.kept_in_training(training, out / VISUAL_TRACE)
+    write_page(out, runs, reading, traced["regate"], both)
     print_results(runs, reading, out)
 
 
@@ -75,10 +79,34 @@ def draw_heldout(out: Path, keep_ratio: float) -> None:
     )
 
 
-def write_page(out: Path, runs: list[dict], reading: list[str], traced: list[tuple[int, words.Caption]]) -> None:
-    """report.html, after the pictures; `traced` is what ReGATE kept in training, with the iterations."""
+def draw_clip(file: Path) -> None:
+    """A clip with what a plan runs of it."""
+    frames = clip.draw()
+    has_run = clip.planned(frames)
+    note = (
+        f"{has_run.sum()} of {has_run.size} patches run; all of the first frame, then those that differ most from the "
+        "same place one frame earlier. Veiled: elided."
+    )
+    pictures.film(frames, has_run, file, note=note)
+
+
+def latest(traced: list[tuple[int, words.Caption]]) -> tuple[int, list[words.Caption]]:
+    """The last iteration and four of its captions."""
     last = max(iteration for iteration, _ in traced)
-    latest = [caption for iteration, caption in traced if iteration == last]
+    return last, words.one_per_instruction([caption for iteration, caption in traced if iteration == last], 4)
+
+
+def write_page(
+    out: Path,
+    runs: list[dict],
+    reading: list[str],
+    traced: list[tuple[int, words.Caption]],
+    both: list[tuple[int, words.Caption]],
+) -> None:
+    """report.html, after the pictures; `traced` is what ReGATE kept in training, with the iterations, and `both` what
+    the run kept that leaves patches out, too.
+    """
+    (last, captions), (visual_last, visual_captions) = latest(traced), latest(both)
     page.write_page(
         out / "report.html",
         title="ReGATE on pictures of emoji: dense, ReGATE and random elision",
@@ -95,7 +123,20 @@ def write_page(out: Path, runs: list[dict], reading: list[str], traced: list[tup
                 f"What ReGATE kept: training captions in iteration {last}",
                 "From the trace: the scores of that step and what ran. In training a row may keep more than the ratio: "
                 "all rows of a step have one length, and shorter captions fill it with their own next best words.",
-                words.one_per_instruction(latest, 4),
+                captions,
+            ),
+            (
+                f"Words and patches: what a run kept that halves the pictures, too ({visual_last} iterations)",
+                "With --regate-visual-keep-ratio 0.5 --regate-visual-score detail. Veiled: the patch leaves "
+                "the decoder after the first layer, as words struck through do; the tower sees them all. The run is "
+                "too short to have learned much, and so are the scores of its words.",
+                visual_captions,
+            ),
+            (
+                "The same of a clip",
+                f"What the plan of a sparse step runs with --regate-visual-keep-ratio {clip.KEEP_RATIO:g} "
+                "--regate-visual-score static; this demo trains on pictures, not on clips.",
+                out / CLIP_PICTURE,
             ),
         ],
         foot=[HOW_COUNTED, json.loads((out / "data" / "about.json").read_text())["licence"]],

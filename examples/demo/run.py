@@ -9,7 +9,8 @@ Everything is Megatron's own training loop on four processes (tensor parallel 2 
    it; tools/extract_teacher.py takes the language model out of it again: the frozen text-only teacher;
 2. three runs from that LLaVA over the same samples in the same order: every target (dense), the half with the best
    scores (regate), any half (random);
-3. a report: out/demo/report.html with its pictures, out/demo/summary.json, out/demo/trace/ (what ReGATE kept).
+3. a short run that leaves half of each picture out, too, for the report to show;
+4. a report: out/demo/report.html with its pictures, out/demo/summary.json, out/demo/trace/ (what ReGATE kept).
 
 The data and the start are kept and used again while their settings and sources stay the same; the runs are always new.
 """
@@ -83,6 +84,7 @@ ELISION_FLAGS = """
     --regate --regate-keep-ratio {keep_ratio} --regate-warmup-steps {warmup_steps}
     --regate-cycle-steps {cycle_steps} --regate-dense-steps {dense_steps} --regate-budget uniform
 """
+VISUAL_FLAGS = "--regate-visual-keep-ratio 0.5 --regate-visual-score detail"
 
 
 class Demo:
@@ -105,6 +107,9 @@ class Demo:
             "regate": self.train("regate", [*elide, *teacher], trace),
             "random": self.train("random", [*elide, "--regate-score", "random"], self.out / "trace_random"),
         }
+        one_cycle = self.scale.warmup_steps + self.scale.cycle_steps
+        flags = [*elide, *teacher, *words(VISUAL_FLAGS)]
+        self.train("visual", flags, self.out / "trace_visual", iterations=one_cycle)
         sys.path.insert(0, str(ROOT))  # the package of this checkout
         import report  # torch and matplotlib: late, so that --help is quick
 
@@ -141,18 +146,18 @@ class Demo:
         shutil.rmtree(self.start, ignore_errors=True)
         aside.rename(self.start)
 
-    def train(self, name: str, flags: list[str], trace: Path | None = None) -> float:
+    def train(self, name: str, flags: list[str], trace: Path | None = None, *, iterations: int | None = None) -> float:
         """One run from the common start; returns the seconds of its training steps."""
-        scale, folder = self.scale, self.out / "runs" / name
+        iterations, folder = iterations or self.scale.iterations, self.out / "runs" / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        values = {"start": self.start / "llava", "iterations": scale.iterations, "eval_interval": scale.eval_interval}
-        flags = words(LLAVA_FLAGS, **values, warmup=min(20, scale.iterations // 4)) + flags
+        values = {"start": self.start / "llava", "iterations": iterations, "eval_interval": self.scale.eval_interval}
+        flags = words(LLAVA_FLAGS, **values, warmup=min(20, iterations // 4)) + flags
         flags += words("--eval-log {to}/heldout.jsonl --eval-losses {to}/losses.npz", to=folder)
         if trace:
             shutil.rmtree(trace, ignore_errors=True)
             flags += ["--regate-trace", str(trace)]
-        return self.megatron(name, self.logs / f"{name}.log", scale.iterations, flags)
+        return self.megatron(name, self.logs / f"{name}.log", iterations, flags)
 
     def megatron(self, title: str, log: Path, iterations: int, flags: list[str]) -> float:
         """Run train.py under torchrun and the launcher; returns the seconds of its training steps."""

@@ -5,6 +5,7 @@ Captions are cut into the tokenizer's pieces; with this vocabulary nearly every 
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from regate_megatron.batches.llava import LLaVABatches
 from regate_megatron.method.candidates import ceil_share
 
 SPACE = "\u2581"  # SentencePiece's mark of a piece that begins a word
+EVERY_PATCH = np.ones((1, 1), bool)
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Caption:
-    """One sample, its picture [H, W, 3] uint8."""
+    """One sample, its picture [H, W, 3] uint8, and which of its patches ran, bool [rows, columns]."""
 
     image: np.ndarray
     pieces: list[Piece]
+    has_run: np.ndarray
 
 
 class Samples:
@@ -52,7 +55,7 @@ class Samples:
             self.arrays = {name: arrays[name] for name in arrays.files}
         self.entries = Captions(data / f"{part}.npz", len(self.arrays["tokens"]), with_image=True)
 
-    def caption(self, row: int, score: dict[int, float], kept: set[int]) -> Caption:
+    def caption(self, row: int, score: dict[int, float], kept: set[int], has_run: np.ndarray = EVERY_PATCH) -> Caption:
         """The caption of a row; `score` and `kept` are by the number of the label, 0 for the first."""
         pieces = []
         for label, token in enumerate(self.arrays["tokens"][row][1:].tolist()):
@@ -63,7 +66,7 @@ class Samples:
             needs_image, is_kept = bool(self.arrays["needs_image"][row][label]), not is_target or label in kept
             begins = text.startswith(SPACE)
             pieces.append(Piece(text.lstrip(SPACE), begins, is_target, needs_image, is_kept, score.get(label)))
-        return Caption(self.arrays["images"][row], pieces)
+        return Caption(self.arrays["images"][row], pieces, has_run)
 
     def rows_by_key(self, image_length: int) -> dict[str, int]:
         """Row of the file by the key that stands for the sample in a trace."""
@@ -82,12 +85,13 @@ def kept_in_training(samples: Samples, trace: Path) -> list[tuple[int, Caption]]
     records = [record for record in read_trace(trace) if record["phase"] == "sparse" and not record["fallback"]]
     # A merged row is the picture's positions, then the text without its placeholder; a position predicts the next.
     num_visual = records[0]["dense_length"] - (samples.arrays["tokens"].shape[1] - 1)
-    rows, result = samples.rows_by_key(num_visual), []
+    rows, side, result = samples.rows_by_key(num_visual), math.isqrt(num_visual), []
     for record in records:
         for row in record["rows"]:
             score = {int(position) - num_visual: value for position, value in row["scores"].items()}
             kept = {position - num_visual for position in row["kept"]}
-            result.append((record["iteration"], samples.caption(rows[row["sample_key"]], score, kept)))
+            patches = np.array([place - num_visual in kept for place in range(num_visual)]).reshape(side, side)
+            result.append((record["iteration"], samples.caption(rows[row["sample_key"]], score, kept, patches)))
     return result
 
 

@@ -11,14 +11,19 @@ import pictures  # the demo's: colours, and matplotlib set up for files
 from pictures import FAINT
 
 TIME = "CPU minutes of training, planning and teacher included"
+SPENT = {  # unit, and what it is called
+    "targets_processed": (1000, "targets processed, thousands"),
+    "compute": (1, "FLOPs of the training steps, in dense steps"),
+    "cpu_seconds": (60, TIME),
+}
 STYLE = pictures.STYLE | {"dense-short": ("#999999", "v")}
 
 
-def against_targets(arms: dict[str, list[dict]], named: dict, file: Path) -> None:
-    """Mean over seeds with the range, against targets processed and against CPU time."""
+def over_training(arms: dict[str, list[dict]], named: dict, file: Path, *, first: str) -> None:
+    """Mean over seeds with the range, against what `first` counts and against CPU time."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), dpi=150, sharey=True)
-    panels = (("targets_processed", 1000, "targets processed, thousands"), ("cpu_seconds", 60, TIME))
-    for axis, (key, unit, label) in zip(axes, panels, strict=True):
+    for axis, key in zip(axes, (first, "cpu_seconds"), strict=True):
+        unit, label = SPENT[key]
         for name, runs in arms.items():
             colour, marker = STYLE.get(name, ("#009E73", "^"))
             points = defaultdict(list)

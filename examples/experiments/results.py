@@ -37,8 +37,12 @@ STEP = re.compile(r"iteration +(\d+)/ *\d+ .*elapsed time per iteration \(ms\): 
 PICTURES = ("accuracy_against_targets.png", "arms.png")
 
 
-def write(out: Path, docs: Path | None = None) -> None:
-    """Write everything into `out` from its finished runs, and a table and pictures into `docs`."""
+def write(out: Path, docs: Path | None = None, of: str = "") -> None:
+    """Write everything into `out` from its finished runs, and a table and pictures into `docs`.
+
+    `of`: which experiment it is, where it is not that of the config's pictures; the end of names in `docs`, as in
+    "-144".
+    """
     runs = [
         read_run(folder, out / "data")
         for folder in sorted((out / "runs").glob("*-*"))
@@ -60,12 +64,13 @@ def write(out: Path, docs: Path | None = None) -> None:
     (out / "summary.md").write_text("\n".join(lines) + "\n")
     import curves
 
-    curves.against_targets({name: grouped[name] for name in grouped if arms[name].get("main")}, arms, out / PICTURES[0])
+    drawn = {name: runs for name, runs in grouped.items() if arms[name].get("main") or arms[name].get("drawn")}
+    curves.over_training(drawn, arms, out / PICTURES[0], first="compute" if of else "targets_processed")
     curves.all_arms(summary, out / PICTURES[1])
     print("\n".join(lines))
     print(f"{out / 'results.csv'}, {out / 'summary.json'}, {', '.join(str(out / name) for name in PICTURES)}")
     if docs is not None:
-        write_docs(out, docs, {"results": lines, "starts": starts_table(out / "starts")})
+        write_docs(out, docs, {"results": lines, "starts": starts_table(out / "starts")}, of)
 
 
 def read_run(folder: Path, data: Path) -> dict:
@@ -202,15 +207,15 @@ def starts_table(folder: Path) -> list[str]:
     return lines
 
 
-def write_docs(out: Path, docs: Path, tables: dict[str, list[str]]) -> None:
+def write_docs(out: Path, docs: Path, tables: dict[str, list[str]], of: str = "") -> None:
     """Put the tables between their markers in learning.md, and pictures and results.csv beside it."""
     page = docs / "learning.md"
     text = page.read_text()
     for name, lines in tables.items():
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        begin, end = f"<!-- {name}{of} -->", f"<!-- /{name}{of} -->"
         before, rest = text.split(begin)
         text = before + "\n".join([begin, *lines, end]) + rest.split(end)[1]
     page.write_text(text)
     for name in PICTURES:
-        shutil.copy(out / name, docs / f"learning_{name}")
-    shutil.copy(out / "results.csv", docs / "learning_results.csv")
+        shutil.copy(out / name, docs / f"learning{of}_{name}")
+    shutil.copy(out / "results.csv", docs / f"learning{of}_results.csv")

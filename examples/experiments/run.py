@@ -386,7 +386,7 @@ def main() -> int:
             with held(out):
                 experiment.prepare()
                 run_all(experiment, runs, options.jobs or config["jobs"])
-        results.write(out, options.docs)
+        results.write(out, options.docs, f"-{options.positions}" if options.positions else "")
     except (CommandError, weights.WeightsError) as error:
         print(f"experiment: {error}", file=sys.stderr)
         return 1

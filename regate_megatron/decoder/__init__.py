@@ -7,6 +7,7 @@ from regate_megatron.decoder.attached import Hooks
 from regate_megatron.decoder.compaction import DecoderHook
 from regate_megatron.decoder.current import CurrentMicrobatch
 from regate_megatron.decoder.exchange import Layout, ShardedPlan, shard_plans
+from regate_megatron.decoder.gradients import own_norms, put_together
 from regate_megatron.decoder.losses import LossHook
 from regate_megatron.decoder.observed import gather_context, to_host
 
@@ -18,6 +19,8 @@ __all__ = [
     "LossHook",
     "ShardedPlan",
     "gather_context",
+    "own_norms",
+    "put_together",
     "shard_plans",
     "to_host",
 ]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from regate_megatron.config import ReGateConfig
 from regate_megatron.decoder.compaction import DecoderHook
@@ -62,6 +65,7 @@ class Hooks:
         batches: list[list[Any] | None],
         plans: Sequence[ShardedPlan],
         observe: Observer | None,
+        norms: dict[int, Tensor] | None = None,
     ) -> Any:
         """Run ``schedule`` with ``arguments`` over fresh copies of ``batches``, short where ``plans`` say so.
 
@@ -69,6 +73,8 @@ class Hooks:
             batches: per data iterator the step's microbatches, or None where this rank has none.
             plans: from :meth:`lay_out`.
             observe: is called with the per-token losses of each microbatch, on ranks that compute them.
+            norms: where dense steps are watched, gets by microbatch the norms of :mod:`.gradients`, float32 [L, B], on
+                the device, on ranks that compact.
         """
         iterators = [None if pulled is None else iter([_fresh(batch) for batch in pulled]) for pulled in batches]
         is_list = isinstance(arguments["data_iterator"], list)
@@ -78,7 +84,8 @@ class Hooks:
         def forward_step(data_iterator: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
             index = done.get(id(model), 0)
             done[id(model)] = index + 1
-            with self._current.running(plans[index] if plans else None, observe):
+            watch = None if norms is None else partial(norms.__setitem__, index)
+            with self._current.running(plans[index] if plans else None, observe, watch):
                 return step(data_iterator, model, *args, **kwargs)
 
         own = {"data_iterator": iterators if is_list else iterators[0], "forward_step_func": forward_step}

@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regate_megatron.decoder.current import CurrentMicrobatch
+from regate_megatron.decoder.current import CurrentMicrobatch, Watcher
 from regate_megatron.decoder.exchange import ShardedPlan
 from regate_megatron.decoder.experts import Experts
+from regate_megatron.decoder.gradients import watched
 from regate_megatron.decoder.hybrid import HybridRange, is_hybrid
 from regate_megatron.decoder.positions import Positions
 from regate_megatron.decoder.ranges import LayerRange
@@ -94,14 +95,14 @@ class DecoderHook:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's forward; short after the dense layers when the current plan says so."""
-        plan = self.current.plan
+        plan, watch = self.current.plan, self.current.watch if self.compacts else None
         self.experts.check(kwargs.get("padding_mask"))
-        if plan is None:
+        if plan is None and watch is None:
             return self._forward(self.block, *args, **kwargs)
         arguments = self._signature.bind(self.block, *args, **kwargs).arguments
         arguments.pop("self")
         with self._one_region():
-            return self._dense_then_short(arguments, plan)
+            return self._all_watched(arguments, watch) if plan is None else self._dense_then_short(arguments, plan)
 
     def _one_region(self) -> Any:
         """One FP8 region round all ranges: delayed scaling rolls and reduces its amax history once per region."""
@@ -111,6 +112,15 @@ class DecoderHook:
         from megatron.core.fp8_utils import get_fp8_context
 
         return get_fp8_context(config)
+
+    def _all_watched(self, arguments: dict[str, Any], watch: Watcher) -> Any:
+        """Every position through every layer; the gradient between the dense range and the next is watched."""
+        if self.num_dense_here:
+            arguments["hidden_states"] = self._forward(self.dense, **arguments)
+        arguments["hidden_states"] = watched(arguments["hidden_states"], watch)
+        if self.comes_back:
+            arguments["hidden_states"] = self._forward(self.short, **arguments)
+        return self._forward(self.last if self.comes_back else self.short, **arguments)
 
     def _dense_then_short(self, arguments: dict[str, Any], plan: ShardedPlan) -> Any:
         if self.num_dense_here:

@@ -131,26 +131,27 @@ def _why(config: ReGateConfig, replicas: int) -> str:
 
 def _kept_of(config: ReGateConfig) -> list[str]:
     """What ranks which positions, and how many of them run."""
-    of_batch = " of the batch" if config.share == "batch" else ""
-    of_batch += "" if config.least_score is None else f" that score above {config.least_score:g}"
-    targets = f"score {config.score}, keep {_ratio(config)} of the targets{of_batch}"
-    targets = targets if config.ranks_targets else "all targets"
-    if config.visual_keep_ratio == 1.0:
-        return [targets]
-    visual = f"visual score {config.visual_score}, keep {config.visual_keep_ratio:g} of the visual positions"
-    return [targets, visual]
+    kept = ["all targets"]
+    if config.ranks_targets:
+        ratio = _ratio(config.keep_ratio, config.keep_ratio_end, config)
+        of_batch = " of the batch" if config.share == "batch" else ""
+        of_batch += "" if config.least_score is None else f" that score above {config.least_score:g}"
+        kept = [f"score {config.score}, keep {ratio} of the targets{of_batch}"]
+    if config.ranks_visual:
+        ratio = _ratio(config.visual_keep_ratio, config.visual_keep_ratio_end, config)
+        drawn = f" (drawn, spread {config.visual_keep_ratio_spread:g})" if config.visual_keep_ratio_spread else ""
+        kept.append(f"visual score {config.visual_score}, keep {ratio}{drawn} of the visual positions")
+    return kept
 
 
-def _ratio(config: ReGateConfig) -> str:
-    if config.keep_ratio_end is None:
-        return f"{config.keep_ratio:g}"
-    return f"{config.keep_ratio:g} to {config.keep_ratio_end:g} (over {config.keep_ratio_steps} iterations)"
+def _ratio(start: float, end: float | None, config: ReGateConfig) -> str:
+    return f"{start:g}" + ("" if end is None else f" to {end:g} (over {config.keep_ratio_steps} iterations)")
 
 
 def _teacher_of(session: Session) -> str:
     if session.reference is None:
         unused = " and ".join(session.config.unused)
-        return f"no teacher ({unused} not used: the score needs none)" if unused else "no teacher"
+        return f"no teacher ({unused} not used: nothing asks it)" if unused else "no teacher"
     reads = {"drop": "reads rows without images", "pad": "reads pad tokens for images"}[session.config.teacher_visual]
     waits = "" if session.reference.run is not None else ", built when the cache lacks a loss"
     return f"teacher {session.config.teacher_load} ({reads}{waits})"

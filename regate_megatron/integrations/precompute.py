@@ -46,7 +46,7 @@ def install(config: ReGateConfig) -> None:
     from megatron.training import training
 
     if not config.enabled or config.reference_cache is None or not config.needs_teacher:
-        given = f"{flag('score')} {config.score}" if config.ranks_targets else f"{flag('keep_ratio')} 1"
+        given = f"{flag('score')} {config.score}" if config.ranks_targets else "a run that leaves no answer token out"
         given = "no directory" if config.reference_cache is None else given
         given = given if config.enabled else "settings that say off"
         error = refuse(

@@ -1,5 +1,9 @@
 """What a run learns of its data: the difficulty of each sample's targets, and the prior of targets never seen; or,
-where difficulty is that of a kind of target, the means of kinds and nothing of single samples.
+where difficulty is that of a kind of target, the means of kinds and nothing of single samples. And how strong the
+gradients at each sample's visual positions are.
+
+Gradients are kept as difficulty is, in the very same records, under keys of their own: bound, forgetting, saved state,
+resume at another size are one for both.
 
 One object per planner, which outlives steps; saved state takes it out and puts it back whole.
 
@@ -17,6 +21,7 @@ from regate_megatron.memory.records import Records, RecordsSnapshot
 from regate_megatron.ranks.topology import Topology
 
 PRIORS = {prior.name: prior for prior in (TokenPrior, KindMeans)}
+_OF_GRADIENTS = 0x5EE1_D6A1_0F6E_77AD  # what tells the key of a sample's gradients from that of its difficulty
 
 
 class Learned:
@@ -31,6 +36,8 @@ class Learned:
     def __init__(self, decay: float, topology: Topology, limit_bytes: float, by_kind: bool = False) -> None:
         self.decay, self.topology = decay, topology
         self.difficulty = DifficultyStore(decay, topology, limit_bytes)
+        self.gradients = DifficultyStore(decay, topology, limit_bytes)
+        self.gradients.records = self.difficulty.records
         self._kind_of_prior = PRIORS["kind" if by_kind else "own"]
         self.prior = self.empty_prior()
 
@@ -83,6 +90,24 @@ class Learned:
             about = (label_X, reference_X) if by_kind else (label_X,)
             self.prior.update(*(values_X[is_finite_X] for values_X in (*about, loss_X)), self.topology)
 
+    def look_up_gradients(self, key_N2: Tensor, count_N: Tensor, step: int) -> Tensor:
+        """The running average of every visual candidate, float64 [X]; NaN where none was seen.
+
+        All planners call this, over their group.
+
+        Args:
+            count_N: candidates of each sample, int64.
+        """
+        return self.gradients.fetch(_key_of_gradients(key_N2), count_N, step).double()
+
+    def take_in_gradients(self, key_N2: Tensor, count_N: Tensor, relative_X: Tensor, step: int) -> None:
+        """Learn from a dense step that counted; all planners call this, over their group.
+
+        Args:
+            relative_X: norms, relative to their mean over the sample, of one sample after the other, float32.
+        """
+        self.gradients.update(_key_of_gradients(key_N2), count_N, relative_X, step)
+
     def snapshot(self) -> RecordsSnapshot:
         """The difficulty as it is now, to be written while training goes on, until :meth:`release`."""
         return self.difficulty.records.snapshot()
@@ -93,7 +118,8 @@ class Learned:
 
     def adopt(self, records: Records, prior: TokenPrior | KindMeans) -> None:
         """Go on with what was learned before."""
-        self.difficulty.records, self.prior = records, prior
+        self.difficulty.records = self.gradients.records = records
+        self.prior = prior
 
     def empty_records(self) -> Records:
         """Records with this planner's bound, to be filled and adopted."""
@@ -108,3 +134,8 @@ class Learned:
         if isinstance(self.prior, KindMeans):
             return f"difficulty: {int((self.prior.totals_2C[1] > 0).sum()):,} kinds of targets seen"
         return self.difficulty.describe()
+
+
+def _key_of_gradients(key_N2: Tensor) -> Tensor:
+    """Keys with the same owner (who owns a record is told by the first half)."""
+    return torch.stack([key_N2[:, 0], key_N2[:, 1] ^ _OF_GRADIENTS], dim=1)

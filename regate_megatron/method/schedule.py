@@ -1,9 +1,10 @@
 """Which phase an iteration is in, and its keep ratio. Pure.
 
 The paper has a warm-up, then cycles of dense and sparse iterations. Ours in addition: dense iterations scattered over
-their cycle, a dense end, and a keep ratio that moves.
+their cycle, a dense end, and a keep ratio that moves, or is drawn around its mean.
 """
 
+import random
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -35,6 +36,13 @@ class Schedule:
     dense_from: int | None = None
     ratio_steps: int | None = None
     scatter_seed: int | None = None
+
+    @property
+    def first_sparse(self) -> int | None:
+        """The first sparse step; None where there is none, however long training goes on."""
+        first = self.warmup_steps + self.dense_steps
+        is_any = self.dense_steps < self.cycle_steps and (self.dense_from is None or first < self.dense_from)
+        return first if is_any else None
 
 
 def phase_of(step: int, schedule: Schedule) -> Phase:
@@ -91,3 +99,29 @@ def keep_ratio_of(step: int, start: float, end: float | None, schedule: Schedule
     share = Fraction(done, schedule.ratio_steps)
     between = Fraction(str(start)) * (1 - share) + Fraction(str(end)) * share
     return min(max(float(round(between, _DECIMALS)), min(start, end)), max(start, end))
+
+
+def least_ratio(start: float, end: float | None, schedule: Schedule) -> float:
+    """The least keep ratio of any sparse step; 1.0 where there is no such step."""
+    if schedule.first_sparse is None:
+        return 1.0
+    if end is None or schedule.dense_from is None:
+        return start if end is None else min(start, end)
+    ends = (schedule.first_sparse, schedule.dense_from - 1)  # it goes one way
+    return min(keep_ratio_of(step, start, end, schedule) for step in ends)
+
+
+def drawn_ratio(mean: float, spread: float, *, seed: int, step: int) -> float:
+    """The ratio that step ``step`` draws from a Beta distribution; the same on every rank and machine.
+
+    Args:
+        mean: of the distribution.
+        spread: its standard deviation, as a share of the largest that a number from 0 to 1 with this mean can have
+            (which is that of all or nothing); 0 draws nothing.
+    """
+    if not spread or mean == 1.0:
+        return mean
+    strength = 1 / spread**2 - 1
+    chance = random.Random(f"visual keep ratio, seed {seed}, step {step}")
+    drawn = chance.betavariate(mean * strength, (1 - mean) * strength)
+    return min(max(round(drawn, _DECIMALS), 10**-_DECIMALS), 1.0)

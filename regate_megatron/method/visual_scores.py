@@ -1,8 +1,8 @@
 """What ranks the visual positions: one row of :data:`VISUAL_SCORES` per rule. Flags, checks and pages follow from it.
 
 Of two positions of an image or clip the one with the larger score is kept first; ties go to the earlier place. Rules
-look at content keys, places and pixels alone, so that every layout ranks alike, and at nothing that a model computed:
-a plan is made before the step.
+look at content keys, places, pixels, and at what earlier steps taught, so that every layout ranks alike: a plan is made
+before the step, from nothing that a model computes in it.
 
 *A picture that does not move* has no earlier frame: what compares frames falls back to ``even`` there.
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the table is read where neither torch nor numpy is installe
 # fill the unit interval evenly (Roberts' R sequences).
 _PLANE = (0xC13FA9A902A6328F, 0x91E10DA5C79E7B1C)
 _SPACE = (0xD1B54A32D192ED03, 0xABC98388FB8FAC02, 0x8CB92BA72F3D8DD7)
+_ROUNDING = 1e-12  # of what is 0: places that are alike are ties
 FIRST_FRAME = 3.0
 """Above every cosine distance."""
 
@@ -39,6 +40,8 @@ class VisualSignals:
         keys: gives the content key of each medium's sample, int64 [I, 2], the place of every candidate in its sample,
             int64 [X], and how many candidates each medium has, int64 [I].
         chance: a number in [0, 1) for each medium that changes with the step; float64 [I].
+        gradient_X: how strong the gradient at each candidate has been in dense steps, 1 being the mean of its sample;
+            float64, NaN where none was seen. None: the row does not ask for it.
     """
 
     medium_X: np.ndarray
@@ -47,6 +50,7 @@ class VisualSignals:
     pixels: Callable[[int], np.ndarray]
     keys: Callable[[], tuple[Tensor, ...]]
     chance: Callable[[], np.ndarray]
+    gradient_X: np.ndarray | None = None
     seed: int
     step: int
 
@@ -60,12 +64,14 @@ class VisualScore:
         of: the score of every candidate, float64 [X], finite.
         needs_grid: whether the grids must be known.
         needs_pixels: whether it reads pixels.
+        needs_gradient: whether dense steps have to be watched for gradients.
     """
 
     formula: str
     of: Callable[[VisualSignals], np.ndarray]
     needs_grid: bool = False
     needs_pixels: bool = False
+    needs_gradient: bool = False
 
 
 def _random(signals: VisualSignals) -> np.ndarray:
@@ -119,7 +125,7 @@ def _by_medium(signals: VisualSignals, of: Callable[[np.ndarray, tuple[int, ...]
 
     score_X = np.empty(len(signals.medium_X))
     for own, grid, medium in _each_medium(signals, range(len(signals.grid_I3))):
-        score_X[own] = of(signals.pixels(medium).astype(np.float64), grid)[signals.place_X[own]]
+        score_X[own] = of(np.asarray(signals.pixels(medium), np.float64), grid)[signals.place_X[own]]
     return score_X
 
 
@@ -129,12 +135,14 @@ def _static(signals: VisualSignals) -> np.ndarray:
 
     def changes(pixel_ND: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
         frame_TND = pixel_ND.reshape(grid[0], -1, pixel_ND.shape[1])
-        norm_TN = np.sqrt((frame_TND**2).sum(axis=-1))
-        dot_TN = (frame_TND[1:] * frame_TND[:-1]).sum(axis=-1)
+        norm_TN = np.sqrt(np.einsum("tnd,tnd->tn", frame_TND, frame_TND))  # a pass each, and nothing in between
+        dot_TN = np.einsum("tnd,tnd->tn", frame_TND[1:], frame_TND[:-1])
         norms_TN = norm_TN[1:] * norm_TN[:-1]
         alike_TN = norm_TN[1:] == norm_TN[:-1]  # where one of them is all zero
         cosine_TN = np.divide(dot_TN, norms_TN, out=alike_TN.astype(np.float64), where=norms_TN > 0)
-        return np.concatenate([np.full(norm_TN.shape[1], FIRST_FRAME), 1.0 - cosine_TN.ravel()])
+        change_X = 1.0 - cosine_TN.ravel()
+        change_X[change_X < _ROUNDING] = 0.0
+        return np.concatenate([np.full(norm_TN.shape[1], FIRST_FRAME), change_X])
 
     moves_X = signals.grid_I3[signals.medium_X, 0] > 1
     if not moves_X.any():
@@ -148,7 +156,23 @@ def _static(signals: VisualSignals) -> np.ndarray:
 
 
 def _detail(signals: VisualSignals) -> np.ndarray:
-    return _by_medium(signals, lambda pixel_ND, _: pixel_ND.std(axis=1))
+    import numpy as np
+
+    def deviation(pixel_ND: np.ndarray, _: tuple[int, ...]) -> np.ndarray:
+        count = pixel_ND.shape[1]
+        squares_N = np.einsum("nd,nd->n", pixel_ND, pixel_ND)
+        around_N = squares_N - np.einsum("nd->n", pixel_ND) ** 2 / count
+        return np.sqrt(np.where(around_N > _ROUNDING * squares_N, around_N, 0.0) / count)
+
+    return _by_medium(signals, deviation)
+
+
+def _gradient(signals: VisualSignals) -> np.ndarray:
+    """What the loss depended on most; samples that no dense step has shown: ``even``, with the same mean."""
+    import numpy as np
+
+    is_new_X = np.isnan(signals.gradient_X)
+    return np.where(is_new_X, 2 * _even(signals), signals.gradient_X) if is_new_X.any() else signals.gradient_X
 
 
 def _only(signals: VisualSignals, where_X: np.ndarray) -> VisualSignals:
@@ -166,4 +190,10 @@ VISUAL_SCORES: dict[str, VisualScore] = {
         needs_pixels=True,
     ),
     "detail": VisualScore("standard deviation of the pixels", _detail, needs_grid=True, needs_pixels=True),
+    "gradient": VisualScore(
+        "running average of the gradient's norm where the row is shortened, in dense steps; new samples: even",
+        _gradient,
+        needs_grid=True,
+        needs_gradient=True,
+    ),
 }

@@ -105,6 +105,20 @@ class Topology:
             dist.all_reduce(values, getattr(dist.ReduceOp, op.upper()), group=self.replica_group)
         return values
 
+    def gather_at_planner(self, values: Tensor) -> list[Tensor] | None:
+        """Give the planner the CPU vectors of its replica's ranks, as long as they are; all of them call this.
+
+        Returns:
+            them, in order of ranks, on the planner; None elsewhere.
+        """
+        if self.replica_size == 1:
+            return [values]
+        most = int(self.all_reduce_replica(torch.tensor([len(values)]), "max"))
+        padded = torch.cat([torch.tensor([len(values)]).to(values), values, values.new_zeros(most - len(values))])
+        parts = [torch.empty_like(padded) for _ in range(self.replica_size)] if self.is_planner else None
+        dist.gather(padded, parts, dst=self.planner_rank, group=self.replica_group)
+        return [part[1 : 1 + int(part[0])] for part in parts] if self.is_planner else None
+
     def broadcast_from_planner(self, flat: Tensor | None, length: int | None = None) -> Tensor | None:
         """Give the planner's int64 vector, of any length, to all ranks of its replica; all of them call this.
 

@@ -51,6 +51,8 @@ class Counters:
     layer_squares_run: int = 0
     targets_scored: int = 0  # by the student's own losses; of them
     targets_known: int = 0  # those with a difficulty of their own, not the prior's
+    visual_scored: int = 0  # visual positions, by the gradient that reached them; of them
+    visual_known: int = 0  # those where a dense step has shown it
     references_asked: int = 0  # samples whose reference losses were wanted; of them
     references_found: int = 0  # those that the teacher did not have to compute
     planning_us: int = _most()
@@ -96,6 +98,9 @@ def count_step(step: Step, *, num_layers: int, dense_layers: int) -> Counters:
     for is_known_X in step.is_known or ():
         counters.targets_scored += len(is_known_X)
         counters.targets_known += int(is_known_X.sum())
+    if step.is_visual_known is not None:
+        counters.visual_scored = len(step.is_visual_known)
+        counters.visual_known = int(step.is_visual_known.sum())
     facts = step.whole
     of_targets_P, of_visual_P = facts.is_target_P, facts.is_visual_P
     counters.targets_total, counters.visual_total = int(of_targets_P.sum()), int(of_visual_P.sum())
@@ -149,6 +154,8 @@ def ratios(counters: Counters) -> dict[str, float]:
     """What the log line, TensorBoard and W&B show, under ``regate/``; of visual positions only where there are any."""
     steps = max(counters.steps, 1)
     visual = {"regate/visual-kept": counters.visual_kept / counters.visual_total} if counters.visual_total else {}
+    if counters.visual_scored:
+        visual["regate/visual-with-history"] = counters.visual_known / counters.visual_scored
     return {
         "regate/targets-kept": counters.targets_kept / max(counters.targets_total, 1),
         **visual,
@@ -210,6 +217,8 @@ def _history(interval: Counters) -> str:
     share, text = ratios(interval), ""
     if interval.targets_scored:
         text += f" | targets with history {share['regate/targets-with-history']:.1%}"
+    if interval.visual_scored:
+        text += f" | visual positions with history {share['regate/visual-with-history']:.1%}"
     if interval.references_asked:
         text += f" | reference losses found {share['regate/references-found']:.1%}"
     return text

@@ -37,7 +37,8 @@ class Planner:
 
     Attributes:
         learned: what outlives steps.
-        sorts: the sorts of candidates; targets come first.
+        visual: that of visual positions.
+        sorts: all sorts of candidates; targets come first.
     """
 
     def __init__(
@@ -51,7 +52,17 @@ class Planner:
         self.config, self.topology = config, topology
         self.multiple, self.segment_multiple, self.evens_columns = multiple, segment_multiple, evens_columns
         self.learned = Learned(config.ema_decay, topology, config.difficulty_memory * 1e9, config.by_kind)
-        self.sorts: tuple[CandidateSort, ...] = (Targets(config, self.learned), Visual(config))
+        self.visual = Visual(config, self.learned)
+        self.sorts: tuple[CandidateSort, ...] = (Targets(config, self.learned), self.visual)
+
+    def check(self, facts: StepFacts) -> None:
+        """Refuse batches that lack what the scores of this run need, be the step sparse or not; no communication.
+
+        Raises:
+            ReGateError: they do.
+        """
+        for sort in self.sorts:
+            sort.check(facts)
 
     def plan(self, step: Step) -> None:
         """Plan a sparse step: fills its scores, plan, fallback and balance. All planners call this, over their group.
@@ -139,13 +150,18 @@ class Planner:
         for index, (name, each) in enumerate(found.items()):
             setattr(step, name, [came[at][:, index].to(each[0].dtype) for at in range(num_micro)])
 
-    def learn(self, step: Step, losses: Sequence[Tensor]) -> None:
-        """Take in the student's losses of a step that counted; all planners call this, over their group.
+    def learn(self, step: Step, losses: Sequence[Tensor], norm_P: Tensor | None) -> None:
+        """Take in what a step that counted has shown; all planners call this, over their group.
 
         Args:
-            losses: per microbatch float [B, S], on the CPU.
+            losses: the student's, per microbatch float [B, S], on the CPU.
+            norm_P: of the gradient at every position, float32, on the CPU; None in steps that are not watched.
         """
         facts = step.whole
+        if norm_P is not None:
+            self.visual.learn(facts, norm_P, step.number)
+        if not self.config.learns_losses:
+            return
         loss_X = masks.take(torch.cat([loss_BS.reshape(-1) for loss_BS in losses]).float(), facts.is_target_P)
         if step.plan.is_sparse:
             loss_X = loss_X.masked_fill(~masks.take(step.plan.kept_P, facts.is_target_P), torch.nan)

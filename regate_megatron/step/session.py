@@ -3,7 +3,7 @@
 Phase from the step number → each rank that has data pulls exactly this step's microbatches → the planner reads them,
 the teacher scores what is new, the planner selects → the plan reaches every rank of the replica and its hash is
 compared → the framework's own schedule runs on fresh copies of the batches, whose only edit is a loss mask of 0 at
-elided targets → per-token losses are learned from once the step counted.
+elided targets → what it showed is learned from once the step counted.
 
 Hosts and saved state use the verbs of :class:`Session`; nobody else sets its attributes.
 """
@@ -16,7 +16,7 @@ from typing import Any
 from regate_megatron import compat
 from regate_megatron.batches import BatchAdapter, MicrobatchFacts
 from regate_megatron.config import ReGateConfig
-from regate_megatron.decoder import Hooks, ShardedPlan, gather_context, to_host
+from regate_megatron.decoder import Hooks, ShardedPlan, gather_context, own_norms, put_together, to_host
 from regate_megatron.errors import ReGateError, refuse
 from regate_megatron.memory.learned import Learned
 from regate_megatron.method.plan import StepPlan
@@ -178,11 +178,7 @@ class Session:
         return interval
 
     def advice(self, interval: Counters, total: Counters) -> str | None:
-        """What to do where no sample ever comes back, said once, two cycles in at the earliest.
-
-        Args:
-            interval, total: reduced counters.
-        """
+        """What to do where no sample ever comes back, of reduced counters; said once, two cycles in at the earliest."""
         if self._is_advised or total.sparse_steps < 2 * self.config.cycle_steps or not interval.targets_scored:
             return None
         self._is_advised = True
@@ -208,7 +204,8 @@ class Session:
         self.work = count_plan(step.plan, **self._layers)
         with step.enter("run"):
             observe = step.losses.append if self.topology.sees_losses else None
-            result = self.hooks.run(schedule, arguments, step.batches, sharded, observe)
+            step.norms = {} if self.config.learns_gradients and not step.plan.is_sparse else None
+            result = self.hooks.run(schedule, arguments, step.batches, sharded, observe, step.norms)
             if self.hooks.layout.cp_size > 1 and self.topology.sees_losses:
                 step.losses = gather_context(step.losses, self.hooks.layout)
         step.batches = []  # their memory is free from here
@@ -231,11 +228,14 @@ class Session:
         self.steps_done = step.number + 1
         counters = Counters(steps=1)
         with self.topology.together("learning"):
+            layout = self.hooks.layout
+            sent = None if step.norms is None else self.topology.gather_at_planner(own_norms(step.norms, layout))
             if self.planner:
                 losses = to_host(step.losses, step.facts)  # waits for the device, so before the clock starts
                 with step.enter("learned"):
+                    norm_P = None if sent is None else put_together(sent, step.facts, layout)
                     if self.config.learns:
-                        self.planner.learn(step, losses)
+                        self.planner.learn(step, losses, norm_P)
                     if self.trace:
                         self.trace.write(step)
                 counters = count_step(step, **self._layers)
@@ -257,7 +257,7 @@ class Session:
         if self._phase == "sparse" and self.steps_done < self.dense_until:
             self._phase = "dense"
         elides = self._phase == "sparse" and self.config.elides_in(self.steps_done)
-        return Step(self.steps_done, self._phase, elides, elides and self.config.ranks_targets_in(self.steps_done))
+        return Step(self.steps_done, self._phase, elides, elides and self.config.keep_ratio_in(self.steps_done) < 1.0)
 
     def _read(self, step: Step, arguments: dict[str, Any], dealing: Dealing | None) -> None:
         """Pull this step's batches, read them on the planner, have them dealt where that is asked for, and get the
@@ -304,6 +304,7 @@ class Session:
             read = iter(self.adapter.read_all(unread) if unread else ())
             step.take_facts([next(read) if facts is None else facts for facts in known])
             self._check_lengths(step.facts)
+            self.planner.check(step.whole)
 
     def _look_up(self, step: Step) -> bool:
         """Whether reference losses are missing; planners only."""

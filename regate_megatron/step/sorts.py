@@ -21,7 +21,6 @@ from regate_megatron.memory.learned import Learned
 from regate_megatron.method import masks
 from regate_megatron.method.candidates import ceil_share
 from regate_megatron.method.chance import uniform_in_0_1
-from regate_megatron.method.schedule import keep_ratio_of
 from regate_megatron.method.scores import SCORES, Signals
 from regate_megatron.method.threshold import above_threshold
 from regate_megatron.method.visual_scores import VISUAL_SCORES, VisualSignals
@@ -43,6 +42,14 @@ class CandidateSort(Protocol):
         """Per group the number of candidates, the row of the step it is planned in, the fewest that run; int64 [G]."""
         ...
 
+    def check(self, facts: StepFacts) -> None:
+        """Refuse batches that lack what the score of this run needs, be the step sparse or not; no communication.
+
+        Raises:
+            ReGateError: they do.
+        """
+        ...
+
     def score(self, step: Step) -> Tensor:
         """The score of every candidate of the step, microbatch by microbatch; float64 [X]. All planners call this."""
         ...
@@ -59,7 +66,7 @@ class Targets:
 
     def keep_ratio(self, number: int) -> float:
         """See :class:`CandidateSort`."""
-        return keep_ratio_of(number, self.config.keep_ratio, self.config.keep_ratio_end, self.config.schedule)
+        return self.config.keep_ratio_in(number)
 
     def where(self, facts: StepFacts) -> Tensor:
         """See :class:`CandidateSort`."""
@@ -71,6 +78,9 @@ class Targets:
             count_R = facts.count_by_row(facts.is_target_P)
             return count_R, torch.arange(len(count_R)), None
         return facts.num_target_N, facts.planned_row_N, None
+
+    def check(self, facts: StepFacts) -> None:
+        """See :class:`CandidateSort`; any batch will do."""
 
     def score(self, step: Step) -> Tensor:
         """See :class:`CandidateSort`; communicates where difficulty is asked for, and notes which targets have one."""
@@ -124,12 +134,12 @@ class Visual:
     what lies behind. An image that is cut by the longest row has a share of what is left of it.
     """
 
-    def __init__(self, config: ReGateConfig) -> None:
-        self.config = config
+    def __init__(self, config: ReGateConfig, learned: Learned) -> None:
+        self.config, self.learned = config, learned
 
     def keep_ratio(self, number: int) -> float:
         """See :class:`CandidateSort`."""
-        return self.config.visual_keep_ratio
+        return self.config.visual_keep_ratio_in(number)
 
     def where(self, facts: StepFacts) -> Tensor:
         """See :class:`CandidateSort`."""
@@ -141,25 +151,30 @@ class Visual:
         least_I = torch.where(frames_I > 1, height_I * width_I, 0)
         return self._count_I(facts), facts.planned_row_N[facts.sample_I], least_I
 
-    def score(self, step: Step) -> Tensor:
-        """See :class:`CandidateSort`; no communication.
-
-        Raises:
-            ReGateError: the rule needs grids or pixels that a batch does not have.
-        """
-        facts, row = step.whole, VISUAL_SCORES[self.config.visual_score]
-        may_go_V, count_I = self._may_go_V(facts), self._count_I(facts)
-        before = np.cumsum([0, *(len(one.count_I) for one in facts.media)])
-        for one, first in zip(facts.media, before.tolist(), strict=False):
+    def check(self, facts: StepFacts) -> None:
+        """See :class:`CandidateSort`: the rule may need grids or pixels."""
+        row = VISUAL_SCORES[self.config.visual_score]
+        for one in facts.media if self.config.ranks_visual else ():
             missing = "no square cells" if row.needs_grid and one.grid_I3 is None else None
             missing = "no pixels in the batch" if row.needs_pixels and one.pixels is None else missing
-            if missing and bool(count_I[first : first + len(one.count_I)].any()):
+            if missing and bool(one.count_I.any()):
                 raise refuse(
                     flag("visual_score"),
                     given=f"{self.config.visual_score} for pictures with {missing}",
                     allowed="random, or pictures that the tower cuts into square cells, with their pixels",
                     change="it to random",
                 )
+
+    def score(self, step: Step) -> Tensor:
+        """See :class:`CandidateSort`; communicates where gradients are asked for, and notes which are known."""
+        facts, row = step.whole, VISUAL_SCORES[self.config.visual_score]
+        may_go_V, count_I = self._may_go_V(facts), self._count_I(facts)
+        before = np.cumsum([0, *(len(one.count_I) for one in facts.media)])
+        gradient_X = None
+        if row.needs_gradient:
+            count_N = self._count_N(facts)
+            gradient_X = self.learned.look_up_gradients(facts.key_N2, count_N, step.number).numpy()
+            step.is_visual_known = torch.from_numpy(~np.isnan(gradient_X))
 
         def pixels(medium: int) -> np.ndarray:
             index = int(before.searchsorted(medium, side="right")) - 1
@@ -179,10 +194,28 @@ class Visual:
             pixels=pixels,
             keys=keys,
             chance=chance,
+            gradient_X=gradient_X,
             seed=self.config.seed,
             step=step.number,
         )
         return torch.from_numpy(row.of(signals))
+
+    def learn(self, facts: StepFacts, norm_P: Tensor, number: int) -> None:
+        """Take in how strong the gradient was at every position of dense step ``number``; all planners call this.
+
+        What is kept is relative to the mean over the candidates of a sample: however a loss is scaled, 1 is as strong
+        as they are on average.
+        """
+        norm_X = masks.take(masks.take(norm_P, facts.is_visual_P), self._may_go_V(facts)).double()
+        count_N = self._count_N(facts)
+        sample_X = torch.arange(len(count_N)).repeat_interleave(count_N)
+        sum_N = torch.zeros(len(count_N), dtype=torch.float64).index_add_(0, sample_X, norm_X)
+        relative_X = norm_X * (count_N / sum_N)[sample_X]  # no number where no gradient came at all: nothing is learned
+        self.learned.take_in_gradients(facts.key_N2, count_N, relative_X.float(), number)
+
+    def _count_N(self, facts: StepFacts) -> Tensor:
+        """Candidates of each sample; int64."""
+        return torch.zeros(len(facts.key_N2), dtype=torch.int64).index_add_(0, facts.sample_I, self._count_I(facts))
 
     def _may_go_V(self, facts: StepFacts) -> Tensor:
         """Which visual positions may be left out; bool [V]."""

@@ -59,12 +59,16 @@ class Step:
             whose keep ratio is a share of the batch.
         is_known: per microbatch which of its targets have a difficulty of their own, bool [X], on planners of a sparse
             step whose score needs it.
+        is_visual_known: which of its visual candidates a dense step has shown the gradient of, bool, on planners of a
+            sparse step whose visual score needs it.
         num_asked, num_found: samples whose reference losses were looked up, and of them found, on planners.
         at_best: the least max/mean of any deal of this step's microbatches, on planners of a step that was dealt.
         plan: what runs; dense until planned.
         fallback: whether a score that is no number made a sparse step run dense.
         balance: how positions are spread over ranks, on planners of a sparse step.
         losses: per-token losses as the loss hooks saw them, on ranks that see losses.
+        norms: by microbatch the norms of gradients as the decoder hooks saw them, on ranks that compact, in steps that
+            are watched; None in others, on every rank.
         seconds: time spent in each stage on this rank.
     """
 
@@ -79,6 +83,7 @@ class Step:
     scores: Sequence[Tensor] | None = None
     above: Sequence[Tensor] | None = None
     is_known: Sequence[Tensor] | None = None
+    is_visual_known: Tensor | None = None
     num_asked: int = 0
     num_found: int = 0
     at_best: float | None = None
@@ -86,6 +91,7 @@ class Step:
     fallback: bool = False
     balance: Balance | None = None
     losses: list[Tensor] = field(default_factory=list)
+    norms: dict[int, Tensor] | None = None
     seconds: dict[Stage, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -49,8 +49,11 @@ def _packed_rows(setting: Setting) -> Any:
 
 
 def _no_pictures(setting: Setting) -> Any:
-    ratio = setting.config.visual_keep_ratio
-    return None if ratio == 1.0 or setting.is_multimodal else f"{ratio:g} for a language model by itself"
+    config = setting.config
+    if setting.is_multimodal or not config.ranks_visual:
+        return None
+    ratio = min(config.visual_keep_ratio, config.visual_keep_ratio_end or 1.0)
+    return f"{ratio:g} for a language model by itself"
 
 
 def _adapters_in_teacher(setting: Setting) -> Any:

@@ -94,8 +94,7 @@ def _check_first_start(run: HostRun) -> None:
     score = SCORES.get(getattr(saved, "regate_score", None))
     needs_teacher = score is not None and score.needs_teacher(getattr(saved, "regate_difficulty", "own"))
     least = min(getattr(saved, "regate_keep_ratio", 1.0), getattr(saved, "regate_keep_ratio_end", None) or 1.0)
-    left_targets_out = least < 1.0 or getattr(saved, "regate_visual_keep_ratio", 1.0) == 1.0
-    if getattr(saved, "regate", False) and left_targets_out and needs_teacher:
+    if getattr(saved, "regate", False) and least < 1.0 and needs_teacher:
         raise teacher_is_gone(f"{iteration} of a run with a teacher, without {run.load / TEACHER_FOLDER}")
 
 

@@ -205,6 +205,8 @@ def check(case: dict) -> dict:
     pending = session.step
     plan, facts = pending.plan, pending.facts
     assert plan.is_sparse and pending.phase == "sparse"
+    if session.planner and case.get("visual_score") == "gradient":
+        assert bool(pending.is_visual_known.any()), "the dense step taught nothing"
     shortened = [one.length < one.dense_length for one in plan.microbatches]
     assert all(shortened) or (case.get("budget", "uniform") != "uniform" and any(shortened)), "nothing was shortened"
     sparse_gradients, sparse_counts = gradients(models, optimizer), router_counts(models)

@@ -137,6 +137,66 @@ def ratio_moves_from_one_and_the_cool_down_is_dense() -> None:
     assert kept == [*ones, ("sparse", 0.6, 1), ("sparse", 0.6, 1), ("sparse", 0.3, 1), ("dense", 1.0, 0)], kept
 
 
+def gradients_that_were_learned_are_those_of_plain_megatron_and_come_back() -> None:
+    """At the input of layer n of the plain model, per visual position, relative to the mean of the sample; also where
+    recompute runs the layers again, where nothing below is trained, and where the last layers are dense again.
+    """
+    rule = {"keep_ratio": 1.0, "visual_keep_ratio": 0.25, "visual_score": "gradient", "score": "random"}
+    frozen = {"frozen": ["vision_model", "vision_projection"]}
+    cases = (
+        (LLAVA | {"side": 32}, {"dense_layers": 1}),
+        (LLAVA | {"side": 32, **frozen}, {"dense_layers": 0}),
+        (LLAVA | {"side": 32, "recompute": "uniform"}, {"dense_layers": 2, "dense_last_layers": 1}),
+    )
+    for case, options in cases:
+        models, session, schedule = attached(case, **rule, **options)
+        ours = Step()
+        run(case, models, schedule, ours)
+        weights = {
+            name: weight.grad.clone() for name, weight in models[0].named_parameters() if weight.grad is not None
+        }
+        facts = session.step.whole
+        session.finish()
+        count_N = torch.full((len(facts.key_N2),), 16)
+        found_NV = session.learned.look_up_gradients(facts.key_N2, count_N, 1).view(-1, 16)
+        with tempfile.TemporaryDirectory() as folder:
+            save_state(models, f"{folder}/state")
+            other, again, _ = attached(case, **rule, **options)
+            load_state(other, f"{folder}/state")
+            same = again.learned.look_up_gradients(facts.key_N2, count_N, 1)
+        assert torch.equal(same.view(-1, 16).nan_to_num(), found_NV.nan_to_num())
+
+        run(case, models, schedule, Step())  # the next step ranks by what this one has shown
+        kept_P = session.step.plan.kept_P[facts.is_visual_P].view(-1, 16)
+        for found_V, kept_V in zip(found_NV, kept_P, strict=True):
+            if not found_V.isnan().any():
+                assert found_V[kept_V].min() >= found_V[~kept_V].max(), (found_V, kept_V)
+
+        plain, states, step = build(case), [], Step()
+        plain[0].language_model.decoder.config.recompute_granularity = None  # or what is watched would be run again
+
+        def watch(_, args, kwargs, states=states):
+            hidden = kwargs.get("hidden_states", args[0] if args else None)
+            if not hidden.requires_grad:
+                hidden.requires_grad_()
+            hidden.retain_grad()
+            states.append(hidden)
+
+        layer = plain[0].language_model.decoder.layers[options["dense_layers"]]
+        layer.register_forward_pre_hook(watch, with_kwargs=True)
+        run(case, plain, get_forward_backward_func(), step)
+        assert all(torch.equal(a, b) for a, b in zip(ours.losses, step.losses, strict=True)), "a dense step has changed"
+        for name, weight in plain[0].named_parameters():
+            assert weight.grad is None or torch.equal(weight.grad, weights[name]), name
+        norm_P = torch.cat([one.grad.norm(dim=-1).t().reshape(-1) for one in states])
+        norm_NV = norm_P[facts.is_visual_P].view(-1, 16)
+        has_any_N = norm_NV.sum(dim=1) > 0
+        assert has_any_N.sum() == 7, "the row without targets gets no gradient"
+        assert bool(found_NV[~has_any_N].isnan().all())
+        expected_NV = norm_NV / norm_NV.mean(dim=1, keepdim=True)
+        torch.testing.assert_close(found_NV[has_any_N].float(), expected_NV[has_any_N], rtol=1e-3, atol=1e-3)
+
+
 def last_layers_that_are_dense_again_are_told_and_counted() -> None:
     models, session, schedule = attached(score="student", dense_layers=1, dense_last_layers=2)
     assert "layers 1-4): compacts after 1 dense layers, the last 2 are dense again" in describe(models)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, case, names, run_cases
+from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, case, names, run_cases, selected
 
 
 def _visual(name: str, **options) -> dict:
@@ -30,7 +30,9 @@ ONE_RANK = [
     *(_visual(f"visual-n{n}{by}", dense_layers=n, multiple=m) for n in (0, 1) for by, m in (("", 1), ("-by4", 4))),
     *(_both(f"both-n{n}{by}", dense_layers=n, multiple=m) for n in (0, 1) for by, m in (("", 1), ("-by4", 4))),
     *(_both(f"both-{budget}", budget=budget) for budget in ("balanced", "per-sample")),
-    *(_visual(f"visual-{score}", visual_score=score) for score in ("even", "static", "detail")),
+    *(_visual(f"visual-{score}", visual_score=score) for score in ("even", "static", "detail", "gradient")),
+    _visual("visual-gradient-by4", visual_score="gradient", multiple=4),
+    _qwen("qwen-gradient", visual_score="gradient"),
     _visual("visual-read-per-sample", context="read", budget="per-sample"),
     _both("both-n1-uniform", recompute="uniform"),
     _both("both-last1", dense_last=1),
@@ -55,6 +57,10 @@ TWO_RANKS = [
       for name, layout in {"pp2": {"pp": 2}, "dp2": {}}.items()),
     _both("both-balanced@dp2", budget="balanced"),
     _visual("visual-even@tp2", visual_score="even", tp=2),
+    *(_visual(f"visual-gradient-by4@{name}", visual_score="gradient", multiple=4, **layout)
+      for name, layout in {"tp2": {"tp": 2}, "tp2-sp": {"tp": 2, "sp": True}, "cp2": {"cp": 2}, "pp2": {"pp": 2},
+                           "dp2": {}}.items()),
+    _qwen("qwen-gradient@pp2", visual_score="gradient", pp=2),
     _both("both-moe@ep2", config=MOE, ep=2),
     *(_qwen(f"qwen-n{n}@tp2", dense_layers=n, tp=2) for n in (0, 1)),
     _qwen("qwen-n1@pp2", pp=2),
@@ -63,13 +69,15 @@ TWO_RANKS = [
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory) -> dict:
-    return run_cases(1, ONE_RANK, tmp_path_factory.mktemp("one"))
+def one_rank(request, tmp_path_factory) -> dict:
+    cases = selected(request, ONE_RANK, "visual-read-per-sample")
+    return run_cases(1, cases, tmp_path_factory.mktemp("one"))
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> dict:
-    return run_cases(2, TWO_RANKS, tmp_path_factory.mktemp("two"))
+def two_ranks(request, tmp_path_factory) -> dict:
+    cases = selected(request, TWO_RANKS, "both-balanced@dp2")
+    return run_cases(2, cases, tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.parametrize("name", names(ONE_RANK))

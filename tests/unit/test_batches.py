@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from regate_megatron.batches import GPTBatches, LLaVABatches, NamedSamples
 from regate_megatron.batches.facts import key_hex
-from regate_megatron.batches.media import cells_of_image, image_grid
+from regate_megatron.batches.media import cells_of_image, image_grid, some_of_each
 
 IMAGE = -200
 
@@ -564,3 +565,20 @@ def test_text_key_is_the_same_padded_and_packed():
 def test_batches_without_one_id_per_sample_are_refused(more, words):
     with pytest.raises(ValueError, match=words):
         _named_keys(_augmented(0.1, **more), "sample_id")
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(4704, torch.float32), (588, torch.bfloat16), (49 * 3, torch.float16)])
+def test_a_few_values_of_each_place_are_of_all_rows_and_columns_and_channels_of_its_patch(width, dtype):
+    place_N1, value_D = torch.arange(3)[:, None], torch.arange(width)
+    one, two = (
+        some_of_each((place_N1 * 10 + value_D % 7).to(dtype)),
+        some_of_each((8 * value_D // width).to(dtype)[None]),
+    )
+    assert one.dtype == np.float32 and 56 <= one.shape[1] <= 64
+    assert set(one[2]) == set(range(20, 27)), "every column of a patch of 7"
+    assert set(two[0]) == set(range(8)), "and every eighth of it"
+
+
+def test_what_a_place_has_little_of_is_looked_at_whole():
+    value_ND = torch.arange(2 * 20.0).view(2, 20)
+    assert some_of_each(value_ND).tolist() == value_ND.tolist()

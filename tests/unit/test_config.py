@@ -8,21 +8,22 @@ import dataclasses
 import pytest
 
 from regate_megatron import ReGateConfig, ReGateError
-from regate_megatron.config import (
+from regate_megatron.config import flag
+from regate_megatron.config.options import (
     BUDGETS,
     CONTEXTS,
     DENSE_AT,
     DIFFICULTIES,
     FUSIONS,
     PACKED_RATIOS,
-    RECIPES,
-    SCORES,
     SHARES,
     TEACHER_VISUAL,
-    VISUAL_SCORES,
-    flag,
 )
 from regate_megatron.flags import add_arguments, config_of, parse
+from regate_megatron.method.recipes import RECIPES
+from regate_megatron.method.schedule import phase_of
+from regate_megatron.method.scores import SCORES
+from regate_megatron.method.visual_scores import VISUAL_SCORES
 
 FLAGS = {  # a change here breaks users' scripts
     "--regate": False,
@@ -33,6 +34,8 @@ FLAGS = {  # a change here breaks users' scripts
     "--regate-share": "sample",
     "--regate-least-score": None,
     "--regate-visual-keep-ratio": 1.0,
+    "--regate-visual-keep-ratio-end": None,
+    "--regate-visual-keep-ratio-spread": 0.0,
     "--regate-visual-score": "random",
     "--regate-dense-layers": 1,
     "--regate-dense-last-layers": 0,
@@ -69,7 +72,7 @@ CHOICES = {
     "difficulty": ("own", "kind"),
     "score": ("regate", "student", "reference", "product", "minimum", "excess", "gain", "random"),
     "budget": ("uniform", "balanced", "per-sample", "dealt"),
-    "visual_score": ("random", "even", "static", "detail"),
+    "visual_score": ("random", "even", "static", "detail", "gradient"),
     "packed_ratio": ("row", "sample"),
     "context": ("all", "read"),
     "teacher_visual": ("drop", "pad"),
@@ -209,6 +212,45 @@ def test_visual_positions_alone_need_no_teacher_and_no_difficulty():
     assert both.needs_teacher and both.learns and both.elides_in(0)
 
 
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        {"cycle_steps": 16, "dense_steps": 16},
+        {"warmup_steps": 4, "dense_steps": 2, "dense_from": 6},
+        {"keep_ratio": 1.0, "visual_keep_ratio": 1.0},
+        {"keep_ratio": 1.0, "keep_ratio_end": 0.5, "keep_ratio_steps": 8, "dense_from": 128, "visual_keep_ratio": 1.0},
+    ],
+)
+def test_a_schedule_in_which_nothing_is_ever_left_out_needs_no_teacher_and_learns_nothing(schedule):
+    config = ReGateConfig(**{"visual_keep_ratio": 0.5, "visual_score": "gradient", **schedule})
+    assert not any(config.elides_in(n) and phase_of(n, config.schedule) == "sparse" for n in range(1000))
+    assert not config.elides and not config.needs_teacher and not config.learns
+    config.require_teacher()
+
+
+def test_one_sparse_step_is_enough_to_need_a_teacher():
+    config = ReGateConfig(warmup_steps=4, dense_steps=2, dense_from=7)
+    assert phase_of(6, config.schedule) == "sparse" and config.elides and config.needs_teacher
+
+
+def test_gradients_alone_are_learned_where_visual_positions_are_ranked_by_them():
+    config = ReGateConfig(keep_ratio=1.0, visual_keep_ratio=0.5, visual_score="gradient")
+    assert config.learns and not config.learns_losses and not config.needs_teacher
+    with pytest.raises(ReGateError) as refusal:
+        dataclasses.replace(config, warmup_steps=0, dense_steps=0)
+    assert _is_refusal(str(refusal.value), "visual_score")
+
+
+def test_the_visual_ratio_moves_and_is_drawn_by_itself():
+    config = ReGateConfig(visual_keep_ratio=0.2, visual_keep_ratio_end=0.4, keep_ratio_steps=256, warmup_steps=0)
+    assert [config.visual_keep_ratio_in(n) for n in (0, 127, 128, 256)] == [0.2, 0.2, 0.3, 0.4]
+    assert config.keep_ratio_in(500) == 0.5
+    drawn = dataclasses.replace(config, visual_keep_ratio_spread=0.5)
+    assert len({drawn.visual_keep_ratio_in(n) for n in range(20)}) > 15 and drawn.keep_ratio_in(3) == 0.5
+    assert drawn.visual_keep_ratio_in(7) == dataclasses.replace(drawn).visual_keep_ratio_in(7)
+    assert drawn.visual_keep_ratio_in(7) != dataclasses.replace(drawn, seed=5).visual_keep_ratio_in(7)
+
+
 def test_nothing_is_left_out_where_both_ratios_are_one():
     config = ReGateConfig(keep_ratio=1.0, visual_keep_ratio=1.0)
     assert not config.elides and not config.elides_in(10**6)
@@ -296,6 +338,8 @@ def test_flags_give_the_config_they_spell():
         "share": "batch",
         "least_score": -0.5,
         "visual_keep_ratio": 0.125,
+        "visual_keep_ratio_end": 0.375,
+        "visual_keep_ratio_spread": 0.5,
         "visual_score": "static",
         "dense_layers": 0,
         "dense_last_layers": 2,

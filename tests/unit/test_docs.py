@@ -42,7 +42,7 @@ def test_what_a_page_says_that_is_not_so_is_found(check, tmp_path, text, problem
 
 def test_a_page_that_is_right_has_no_problems(check, tmp_path):
     text = check.with_tables(
-        "# One heading\n[here](#one-heading) [there](https://example.org/none) `regate_megatron/config.py`\n"
+        "# One heading\n[here](#one-heading) [there](https://example.org/none) `regate_megatron/compat.py`\n"
         "`tests/unit/test_docs.py::check` `--regate --regate-keep-ratio 0.5`\n<!-- flags --><!-- /flags -->"
     )
     page = tmp_path / "page.md"

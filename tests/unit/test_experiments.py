@@ -234,6 +234,12 @@ def test_the_report_says_which_start_and_weights_every_figure_is_of(tmp_path):
         (f"start{seed}", f"end-{arm}-{seed}") for arm, seed in (("dense", 1), ("random", 1), ("dense", 2))
     }
     assert all((docs / f"learning_{name}").stat().st_size > 5000 for name in results.PICTURES)
+    (docs / "learning.md").write_text(
+        "<!-- starts-144 --><!-- /starts-144 --><!-- results-144 --><!-- /results-144 -->"
+    )
+    results.write(out, docs, "-144")
+    assert "| random elision" in (docs / "learning.md").read_text()
+    assert all((docs / f"learning-144_{name}").stat().st_size > 5000 for name in results.PICTURES)
 
 
 @pytest.mark.parametrize(("positions", "patch"), [(16, 12), (144, 4), (36, 8)])
@@ -409,3 +415,28 @@ def test_recall_counts_the_wanted_words_among_the_best():
     logits = torch.tensor([[5.0, 4.0, 3.0, 2.0], [1.0, 2.0, 3.0, 4.0]])
     wanted = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
     assert tower.recall_of(logits, wanted) == pytest.approx(2 / 3)
+
+
+def test_a_veil_lies_over_the_patches_that_did_not_run_and_over_no_other():
+    import pictures
+
+    image, has_run = np.full((4, 4, 3), 100, np.uint8), np.array([[True, False], [True, True]])
+    seen = pictures.veiled(image, has_run)
+    assert seen.shape == (16, 16, 3)
+    inside = {(row, column): seen[8 * row + 4, 8 * column + 4].tolist() for row in (0, 1) for column in (0, 1)}
+    assert [place for place, pixel in inside.items() if pixel != [100] * 3] == [(0, 1)]
+    assert (pictures.veiled(image, np.ones((1, 1), bool)) == 100).all()
+
+
+def test_the_demos_clip_keeps_its_first_frame_and_then_what_moves():
+    import clip
+
+    frames = np.full((8, 48, 48, 3), 200, np.uint8)
+    frames[:, 40:, 40:] = 10  # stays
+    for number in range(8):
+        frames[number, :8, 8 * (number % 6) : 8 * (number % 6) + 8, 0] = 0  # moves along the first row
+    has_run = clip.planned(frames)
+    assert has_run.shape == (8, 6, 6) and has_run[0].all() and has_run.sum() == 72
+    assert all(has_run[number, 0, number % 6] and has_run[number, 0, (number - 1) % 6] for number in range(1, 8))
+    others = has_run.sum(axis=(1, 2))[1:] - [2] * 7
+    assert others.tolist() == [22, 0, 0, 0, 0, 0, 0], "places that did not change are ties: the earlier ones come first"

@@ -164,8 +164,10 @@ def test_a_run_from_the_start_leaves_no_traces_of_ranks_it_has_not_and_a_resumed
 
 def test_the_log_line_says_how_much_was_known():
     counters = Counters(steps=1, targets_scored=8, targets_known=2, references_asked=4, references_found=3)
-    assert "| targets with history 25.0% | reference losses found 75.0% |" in log_line(
-        4, "sparse", counters, Counters()
+    counters.visual_scored, counters.visual_known = 50, 20
+    assert (
+        "| targets with history 25.0% | visual positions with history 40.0% | reference losses found 75.0% |"
+        in log_line(4, "sparse", counters, Counters())
     )
     assert "history" not in log_line(4, "dense", Counters(steps=1), Counters())
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regate_megatron import ReGateConfig
-from regate_megatron.method.schedule import Schedule
+from regate_megatron.method.schedule import Schedule, drawn_ratio
 from regate_megatron.method.schedule import keep_ratio_of as ratio_of
 from regate_megatron.method.schedule import phase_of as phase_in
 
@@ -141,3 +141,22 @@ def test_the_scattered_schedule_is_frozen():
     config = ReGateConfig(warmup_steps=0, cycle_steps=16, dense_steps=4, dense_at="random", seed=1234)
     dense = [step for step in range(32) if phase_in(step, config.schedule) == "dense"]
     assert dense == [3, 4, 11, 13, 23, 24, 26, 27]
+
+
+@pytest.mark.parametrize(("mean", "spread"), [(0.25, 0.5), (0.1, 0.3), (0.5, 0.9)])
+def test_drawn_ratios_have_the_mean_and_the_spread_that_were_asked_for(mean, spread):
+    drawn = [drawn_ratio(mean, spread, seed=1, step=step) for step in range(4000)]
+    assert all(0 < one <= 1 for one in drawn)
+    found = sum(drawn) / len(drawn)
+    deviation = (sum((one - found) ** 2 for one in drawn) / len(drawn)) ** 0.5
+    assert found == pytest.approx(mean, abs=0.02)
+    assert deviation == pytest.approx(spread * (mean * (1 - mean)) ** 0.5, rel=0.1)
+
+
+def test_a_ratio_of_one_and_no_spread_draw_nothing():
+    assert drawn_ratio(1.0, 0.5, seed=1, step=3) == 1.0
+    assert drawn_ratio(0.3, 0.0, seed=1, step=3) == 0.3
+
+
+def test_what_is_drawn_is_the_same_on_every_machine():
+    assert [drawn_ratio(0.25, 0.5, seed=1234, step=step) for step in range(3)] == [0.0193, 0.2489, 0.3112]

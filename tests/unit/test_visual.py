@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -12,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regate_megatron import ReGateConfig, ReGateError
-from regate_megatron.batches import MicrobatchFacts
+from regate_megatron.batches import MicrobatchFacts, StepFacts
 from regate_megatron.batches.media import Media
+from regate_megatron.memory.learned import Learned
 from regate_megatron.method.budget import Alignment, align_up
 from regate_megatron.method.candidates import Candidates, Sort
 from regate_megatron.method.selection import select
@@ -195,7 +197,9 @@ def _plan(facts, number=5, **options) -> list[str]:
     """Per row the symbols that ran, . where one did not."""
     step = Step(number, "sparse", elides=True, facts=[facts])
     settings = {"keep_ratio": 1.0, "length_multiple": 1, "budget": "per-sample", "score": "random"}
-    Planner(ReGateConfig(**{**settings, **options}), ALONE, 1).plan(step)
+    planner = Planner(ReGateConfig(**{**settings, **options}), ALONE, 1)
+    planner.check(step.whole)
+    planner.plan(step)
     assert not step.fallback
     return ["".join("x" if kept else "." for kept in row) for row in step.plan.microbatches[0].kept_mask().tolist()]
 
@@ -261,9 +265,9 @@ def test_a_step_without_pictures_runs_all_that_is_real():
     assert _plan(_facts("cctt..", "cctttt"), visual_keep_ratio=0.25) == ["xxxx..", "xxxxxx"]
 
 
-@pytest.mark.parametrize("score", ["even", "static", "detail"])
+@pytest.mark.parametrize("score", ["even", "static", "detail", "gradient"])
 def test_a_rule_that_lacks_what_it_needs_is_refused_in_one_line(score):
-    needs_pixels = score != "even"
+    needs_pixels = score in ("static", "detail")
     line = (
         rf"^regate: --regate-visual-score: given {score} for pictures with %s; allowed random, .*; change it to random$"
     )
@@ -288,6 +292,7 @@ def _signals(grids, pixels=(), step=5, seed=1) -> VisualSignals:
     place_X = np.concatenate([np.arange(count) for count in count_I])
     key_I2 = torch.tensor([[7 + 5 * medium, medium] for medium in range(len(grids))])
     return VisualSignals(
+        gradient_X=np.full(len(medium_X), np.nan),
         medium_X=medium_X,
         place_X=place_X,
         grid_I3=grid_I3,
@@ -352,6 +357,8 @@ def test_static_is_what_changed_since_the_frame_before_and_the_first_frame_comes
     assert score.tolist() == pytest.approx([FIRST_FRAME, FIRST_FRAME, 0, 0, 1, 2], abs=1e-12)
     black = VISUAL_SCORES["static"].of(_signals([(2, 1, 2)], [[[0, 0], [0, 0], [0, 0], [1, 0]]]))
     assert black.tolist() == [FIRST_FRAME, FIRST_FRAME, 0, 1]
+    still = np.random.default_rng(3).uniform(size=(1, 50, 7)).repeat(2, axis=0).reshape(100, 7)
+    assert set(VISUAL_SCORES["static"].of(_signals([(2, 5, 10)], [still]))[50:]) == {0.0}, "rounding is no change"
 
 
 def test_static_keeps_the_whole_first_frame_and_then_what_moves():
@@ -374,12 +381,48 @@ def test_static_of_a_picture_is_even_beside_a_clip_or_not():
 def test_detail_prefers_places_whose_pixels_differ():
     score = VISUAL_SCORES["detail"].of(_signals([(1, 1, 3)], [[[5, 5], [1, 3], [0, 8]]]))
     assert score.tolist() == [0, 1, 4]
+    flat = VISUAL_SCORES["detail"].of(_signals([(1, 1, 2)], [np.repeat([[0.123], [1e4 / 3]], 64, axis=1)]))
+    assert flat.tolist() == [0, 0], "rounding is no detail"
+
+
+def test_gradient_prefers_what_the_loss_depended_on_and_spreads_over_new_samples_evenly():
+    seen = dataclasses.replace(_signals([(1, 2, 2)]), gradient_X=np.array([0.5, 2.0, 1.25, 0.25]))
+    assert VISUAL_SCORES["gradient"].of(seen).tolist() == [0.5, 2.0, 1.25, 0.25]
+    new = _signals([(1, 4, 4)])
+    assert VISUAL_SCORES["gradient"].of(new).tolist() == (2 * VISUAL_SCORES["even"].of(new)).tolist()
+
+
+def test_what_gradients_taught_is_relative_to_a_samples_mean_and_averaged_as_difficulty_is():
+    facts = StepFacts([_facts("vvvvct", "cvvvct", "ccccct", grids=[(1, 2, 2), (1, 1, 3)])])
+    learned = Learned(0.75, ALONE, 1e9)
+    visual = Visual(ReGateConfig(visual_keep_ratio=0.5, visual_score="gradient"), learned)
+    count_N = torch.tensor([4, 3, 0])
+    norms = torch.tensor([[1, 2, 3, 2, 9, 9], [9, 0, 0, 0, 9, 9], [9] * 6], dtype=torch.float32)
+    visual.learn(facts, norms.reshape(-1), 1)
+    first = [0.5, 1.0, 1.5, 1.0]
+    assert learned.look_up_gradients(facts.key_N2, count_N, 2)[:4].tolist() == first
+    assert learned.look_up_gradients(facts.key_N2, count_N, 2)[4:].isnan().all(), "no gradient came there at all"
+    visual.learn(facts, 1000 * norms.flip(1).roll(-2, 1).reshape(-1), 2)  # a loss scaled otherwise
+    again = learned.look_up_gradients(facts.key_N2, count_N, 3)[:4].tolist()
+    assert again == pytest.approx([0.75 * a + 0.25 * b for a, b in zip(first, first[::-1], strict=True)], rel=1e-3)
+
+
+def test_gradients_and_difficulty_of_a_sample_do_not_mix_and_are_saved_together():
+    learned, key_N2, count_N = Learned(0.9, ALONE, 1e9), torch.tensor([[5, 6]]), torch.tensor([3])
+    losses, norms = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 5.0, 6.0])
+    learned.take_in(key_N2, count_N, losses, torch.tensor([1, 2, 3]), step=1, is_dense=True)
+    learned.take_in_gradients(key_N2, count_N, norms, 1)
+    again = Learned(0.9, ALONE, 1e9)
+    again.adopt(learned.difficulty.records, learned.prior)
+    for one in (learned, again):
+        assert one.look_up(key_N2, count_N, torch.tensor([1, 2, 3]), 2)[0].tolist() == losses.tolist()
+        assert one.look_up_gradients(key_N2, count_N, 2).tolist() == norms.tolist()
 
 
 def test_random_visual_scores_change_with_step_and_key_and_not_with_neighbours():
     facts = _facts("cvvvvvvvvvct", "vvvvvvvvvcct")
     alone = _facts("cvvvvvvvvvct")
-    visual = Visual(ReGateConfig(visual_keep_ratio=0.5))
+    visual = Visual(ReGateConfig(visual_keep_ratio=0.5), Learned(0.9, ALONE, 1e9))
 
     def score(number, *facts):
         return visual.score(Step(number, "sparse", elides=True, facts=list(facts)))

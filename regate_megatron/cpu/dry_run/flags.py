@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from regate_megatron.config import ReGateConfig
+from regate_megatron.config import ReGateConfig, flag
 from regate_megatron.cpu.dry_run import shrink
 from regate_megatron.cpu.dry_run.line import LaunchLine
 from regate_megatron.cpu.emulation.arguments import PRECISION, take_out, what_goes, without
@@ -54,7 +54,8 @@ def small_flags(
     values |= {"--log-interval": 1, "--num-workers": 0}
     if config is not None:
         values |= _regate(config, fp8)
-        small.said.append(f"schedule to {shrink.TRAIN_STEPS} steps, the last two sparse" + _ratio(config))
+        sparse = "the last two sparse" if config.elides else "none sparse, as in the whole run"
+        small.said.append(f"schedule to {shrink.TRAIN_STEPS} steps, {sparse}" + _ratio(config))
     values |= {name: folder / place for name, place in _FOLDERS.items() if name in line.options}
     if "--data-cache-path" in known:  # index files go beside the data otherwise
         values["--data-cache-path"] = folder / "data-cache"
@@ -99,8 +100,9 @@ def _regate(config: ReGateConfig, fp8_multiple: int) -> dict[str, Any]:
     values = {"--regate-warmup-steps": 2 - dense, "--regate-cycle-steps": 8, "--regate-dense-steps": dense}
     if config.dense_at != "start":
         values["--regate-dense-at"] = "start"  # the first sparse step is among the four
-    if config.keep_ratio_end is not None:  # the first cycle has the first ratio, which may be 1
-        values["--regate-keep-ratio"] = min(config.keep_ratio, config.keep_ratio_end)
+    if not config.elides:
+        values["--regate-dense-steps"] = 8
+    values |= {flag(name): least for name, _, least in _moving(config)}
     if fp8_multiple > 1:
         values["--regate-length-multiple"] = math.lcm(config.length_multiple or 1, fp8_multiple)
     if config.needs_teacher:
@@ -109,8 +111,15 @@ def _regate(config: ReGateConfig, fp8_multiple: int) -> dict[str, Any]:
 
 
 def _ratio(config: ReGateConfig) -> str:
-    least = min(config.keep_ratio, config.keep_ratio_end or 1.0)
-    return "" if least == config.keep_ratio else f" with the ratio they end with, {least:g}"
+    changed = [f"{least:g}" for _, start, least in _moving(config) if least != start]
+    return f" with the ratio they end with, {' and '.join(changed)}" if changed else ""
+
+
+def _moving(config: ReGateConfig) -> list[tuple[str, float, float]]:
+    """Ratios that move, their first value, and the least: the first cycle has the first one, which may be 1."""
+    names = ("keep_ratio", "visual_keep_ratio")
+    values = [(name, getattr(config, name), getattr(config, f"{name}_end")) for name in names]
+    return [(name, start, min(start, end)) for name, start, end in values if end is not None]
 
 
 def _data(flags: list[str], given: list[str], said: list[str]) -> list[str]:

@@ -1,0 +1,6 @@
+"""The settings of ReGATE, from which flags are made."""
+
+from regate_megatron.config.options import BUDGETS, STUDENT_AS_TEACHER, WORDS, flag, shown_default
+from regate_megatron.config.settings import ReGateConfig
+
+__all__ = ["BUDGETS", "STUDENT_AS_TEACHER", "WORDS", "ReGateConfig", "flag", "shown_default"]
