@@ -181,7 +181,8 @@ class BatchAdapter(Protocol):
 
     def elide(self, batch: dict[str, Any], is_elided_BS: Tensor) -> dict[str, Any]:
         """A shallow copy of ``batch`` whose loss mask is 0 at elided targets; shapes stay as they are."""
-        ...
+        loss_mask = batch["loss_mask"]
+        return dict(batch, loss_mask=without_loss(loss_mask, is_elided_BS.view(loss_mask.shape)))
 
 
 def targets_of(loss_mask_BS: Tensor, label_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,53 +227,6 @@ def unusual_positions(id_X: np.ndarray) -> list[np.ndarray]:
 def key_hex(key_2: Tensor) -> str:
     """A key as 32 hexadecimal digits."""
     return key_2.numpy().tobytes().hex()
-
-
-def ends_of_samples(
-    token_X: np.ndarray, is_target_X: np.ndarray, length_N: np.ndarray, *, is_real_X: np.ndarray | bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """How many positions of each sample, from its first, its key is made of, and how many are no padding; int64 [N].
-
-    *Padding* is the run of two or more equal tokens that ends a sample after its last target. Megatron's datasets
-    rewrite the pad id, so it cannot be told by its value. No target reads what follows the last target, hence a wrong
-    guess here could not change a loss.
-
-    *The key* is made of everything up to the last target, or of all that is no padding in a sample without targets: no
-    loss depends on what follows, so the same sample has one key however it ends or is padded.
-
-    Args:
-        token_X, is_target_X: of samples that lie one after the other.
-        length_N: positions of each, at least 1.
-        is_real_X: what is no padding, whatever it holds: placeholders of images, positions with a loss.
-    """
-    end_N = length_N.cumsum()
-    start_N = end_N - length_N
-
-    def after_last(where_X: np.ndarray) -> np.ndarray:
-        after_X = np.concatenate([[0], np.flatnonzero(where_X) + 1])
-        return np.maximum(after_X[after_X.searchsorted(end_N, side="right") - 1] - start_N, 0)
-
-    target_N = after_last(is_target_X)
-    real_N = after_last((token_X != np.repeat(token_X[end_N - 1], length_N)) | is_target_X | is_real_X)
-    real_N = np.where(length_N - real_N > 1, real_N, length_N)
-    return np.where(target_N > 0, target_N, real_N), real_N
-
-
-def trailing_padding(token_BS: Tensor, is_target_BS: Tensor) -> Tensor:
-    """Mark the padding of rows, see :func:`ends_of_samples`; bool [B, S]."""
-    rows, length = token_BS.shape
-    _, real_B = ends_of_samples(token_BS.flatten().numpy(), is_target_BS.flatten().numpy(), np.full(rows, length))
-    return torch.arange(length) >= torch.from_numpy(real_B)[:, None]
-
-
-def before_last_target(is_target_BS: Tensor, is_real_BS: Tensor) -> Tensor:
-    """What a row's key is made of: everything up to its last target, or all that is real in a row without targets.
-
-    No loss depends on what follows, so the same sample has one key however it ends or is padded; bool [B, S].
-    """
-    position_S = torch.arange(is_target_BS.shape[1])
-    last_target_B1 = torch.where(is_target_BS, position_S, -1).amax(dim=1, keepdim=True)
-    return torch.where(last_target_B1 >= 0, position_S <= last_target_B1, is_real_BS)
 
 
 def position_ids(batch: dict[str, Any], token_BN: Tensor) -> Tensor:

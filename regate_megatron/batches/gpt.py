@@ -14,17 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regate_megatron.batches.facts import (
-    BatchAdapter,
-    MicrobatchFacts,
-    content_keys,
-    ends_of_samples,
-    position_ids,
-    targets_of,
-    to_cpu,
-    unusual_positions,
-    without_loss,
-)
+from regate_megatron.batches.facts import BatchAdapter, MicrobatchFacts, position_ids, targets_of, to_cpu
+from regate_megatron.batches.samples import Samples
 
 
 @dataclass(frozen=True)
@@ -48,45 +39,33 @@ class GPTBatches(BatchAdapter):
         sample_BS = None
         if batch.get("cu_seqlens") is not None:
             sample_BS = samples_of(to_cpu(batch["cu_seqlens"]).long(), token_BS.shape[1])
-            token_BS, label_BS, is_target_BS, position_id_BS = (
-                value.reshape(1, -1, *value.shape[2:]) for value in (token_BS, label_BS, is_target_BS, position_id_BS)
+            token_BS, label_BS, is_target_BS, has_loss_BS, position_id_BS = (
+                value.reshape(1, -1, *value.shape[2:])
+                for value in (token_BS, label_BS, is_target_BS, has_loss_BS, position_id_BS)
             )
-        length_N = np.full(len(token_BS), token_BS.shape[1]) if sample_BS is None else np.bincount(sample_BS[0].numpy())
-        token_X, is_target_X = token_BS.flatten().numpy(), is_target_BS.flatten().numpy()
-        content = [token_X, np.where(is_target_X, label_BS.flatten().numpy(), -1)]  # no label without loss
-        is_mrope = position_id_BS.dim() == 3
-        id_X = position_id_BS.flatten(0, 1).numpy()
-        key_N, real_N = ends_of_samples(token_X, is_target_X, length_N, is_real_X=has_loss_BS.flatten().numpy())
-        is_context_X, of_keys, start = ~is_target_X, [], 0
-        for length, key, real in zip(length_N.tolist(), key_N.tolist(), real_N.tolist(), strict=True):
-            of_keys.append([part_X[start : start + key] for part_X in content])
-            if is_mrope or self.reads_position_ids:
-                own_X = id_X[start : start + key]
-                of_keys[-1] += unusual_positions(own_X - own_X[:1] if is_mrope else own_X)
-            is_context_X[start + real : start + length] = False
-            start += length
-        key_N2 = content_keys(of_keys)
+        samples = Samples(
+            token_BS,
+            label_BS,
+            is_target_BS,
+            is_real_BN=has_loss_BS,
+            length_N=None if sample_BS is None else np.bincount(sample_BS[0].numpy()),
+        )
+        reads_ids = self.reads_position_ids or position_id_BS.dim() == 3  # of mrope
         return MicrobatchFacts(
             is_target_BS=is_target_BS,
-            is_context_BS=torch.from_numpy(is_context_X).view_as(is_target_BS),
+            is_context_BS=~is_target_BS & ~samples.is_padding_BN,
             is_visual_BS=torch.zeros_like(is_target_BS),
             token_BS=token_BS,
             position_id_BS=position_id_BS,
             label_BS=label_BS,
-            reference_key_N2=key_N2,
-            difficulty_key_N2=key_N2,
             sample_BS=sample_BS,
+            **samples.keys(position_id_BS if reads_ids else None),
         )
 
     def read_all(self, batches: Sequence[dict[str, Any]]) -> list[MicrobatchFacts]:
         """See :meth:`BatchAdapter.read_all`; unpacked rows of one length are read at once."""
         joined = _joined(batches)
         return [self.read(batch) for batch in batches] if joined is None else self.read(joined).split(len(batches))
-
-    def elide(self, batch: dict[str, Any], is_elided_BS: Tensor) -> dict[str, Any]:
-        """See :meth:`BatchAdapter.elide`."""
-        loss_mask = batch["loss_mask"]
-        return dict(batch, loss_mask=without_loss(loss_mask, is_elided_BS.view(loss_mask.shape)))
 
 
 def _joined(batches: Sequence[dict[str, Any]]) -> dict[str, Tensor] | None:

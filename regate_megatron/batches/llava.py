@@ -19,15 +19,13 @@ from torch import Tensor
 from regate_megatron.batches.facts import (
     BatchAdapter,
     MicrobatchFacts,
-    content_keys,
-    ends_of_samples,
     position_ids,
     targets_of,
     to_cpu,
-    unusual_positions,
     without_loss,
 )
 from regate_megatron.batches.media import Media, cells_of_image, image_grid
+from regate_megatron.batches.samples import Samples
 from regate_megatron.method import masks
 from regate_megatron.method.budget import align_up
 
@@ -79,19 +77,12 @@ class LLaVABatches(BatchAdapter):
             merged_BS.reshape(-1)[merged_X] = value_X
             return torch.from_numpy(merged_BS)
 
-        key_B, real_B = ends_of_samples(
-            *(value_BN.flatten().numpy() for value_BN in (token_BN, is_target_BN)),
-            np.full(num_rows, num_entries),
-            is_real_X=(is_image_BN | has_loss_BN).flatten().numpy(),
-        )
-        is_target_BS, is_text_BS = spread(is_target_BN), spread(is_text_BN)
-        is_inside_BS = self._up_to(place_BN, np.full(num_rows, num_entries), length)
-        is_real_BS = self._up_to(place_BN, real_B, length)
-        text_rows, picture_rows = self._content(token_BN, label_BN, is_target_BN, is_image_BN, key_B, batch)
+        samples = Samples(token_BN, label_BN, is_target_BN, is_real_BN=is_image_BN | has_loss_BN)
+        is_target_BS, is_visual_BS = spread(is_target_BN), self._inside(place_BN, length) & ~spread(is_text_BN)
         merged = {
             "is_target_BS": is_target_BS,
-            "is_context_BS": is_real_BS & ~is_target_BS,
-            "is_visual_BS": is_inside_BS & ~is_text_BS,
+            "is_context_BS": is_visual_BS | spread(~samples.is_padding_BN & ~is_target_BN),
+            "is_visual_BS": is_visual_BS,
             "token_BS": spread(token_BN),
             "position_id_BS": self._position_ids(batch, token_BN, is_image_BN, length),
             "label_BS": spread(label_BN),
@@ -105,9 +96,10 @@ class LLaVABatches(BatchAdapter):
             media=self._media(batch, is_image_BN, place_BN),
             sample_BS=sample_BS,
             joins_rows=sample_BS is not None,
-            reference_key_N2=content_keys(text_rows),
-            difficulty_key_N2=content_keys(
-                [text + pictures for text, pictures in zip(text_rows, picture_rows, strict=True)]
+            **samples.keys(
+                position_ids(batch, token_BN) if self.reads_position_ids else None,  # an image's positions have none
+                layout=[np.array([self.image_length])],
+                pixels=self._pixels(batch, is_image_BN),
             ),
         )
 
@@ -199,34 +191,17 @@ class LLaVABatches(BatchAdapter):
             return self.max_length
         return align_up(min(longest, self.max_length), self.multiple)
 
-    def _up_to(self, place_BN: Tensor, num_entries_B: np.ndarray, length: int) -> Tensor:
-        """Mark the merged positions of the first entries of each row that the model does not cut off; bool [B, S]."""
-        last_B = place_BN.numpy()[np.arange(len(place_BN)), num_entries_B - 1]
-        end_B = np.where(num_entries_B > 0, last_B + 1, 0).clip(max=self.max_length)
-        return torch.from_numpy(np.arange(length) < end_B[:, None])
+    def _inside(self, place_BN: Tensor, length: int) -> Tensor:
+        """Mark the merged positions of each row that the model does not cut off; bool [B, S]."""
+        return torch.arange(length) < (place_BN[:, -1:] + 1).clamp_max(self.max_length)
 
-    def _content(
-        self,
-        token_BN: Tensor,
-        label_BN: Tensor,
-        is_target_BN: Tensor,
-        is_image_BN: Tensor,
-        key_B: np.ndarray,
-        batch: dict[str, Any],
-    ) -> tuple[list[list[np.ndarray]], list[list[np.ndarray]]]:
-        """Per row what the reference key is made of (ids, labels, layout), and the pixels the difficulty key adds."""
-        images, token_BN = self._images(batch), token_BN.numpy()
-        label_BN = np.where(is_target_BN.numpy(), label_BN.numpy(), -1)
-        layout, start = np.array([self.image_length]), 0
-        id_BN = position_ids(batch, torch.from_numpy(token_BN)).numpy()
-        text_rows, picture_rows = [], []
-        for row, end in enumerate(is_image_BN.sum(dim=1).cumsum(0).tolist()):
-            text_rows.append([token_BN[row, : key_B[row]], label_BN[row, : key_B[row]], layout])
-            picture_rows.append([_bytes(images[start:end])] if images is not None and end > start else [])
-            if self.reads_position_ids:  # of text entries: an image's positions have none
-                text_rows[-1] += unusual_positions(id_BN[row, : key_B[row]])
-            start = end
-        return text_rows, picture_rows
+    def _pixels(self, batch: dict[str, Any], is_image_BN: Tensor) -> list[list[np.ndarray]] | None:
+        """The bytes of each row's images."""
+        images = self._images(batch)
+        if images is None:
+            return None
+        by_row = images.split(is_image_BN.sum(dim=1).tolist())
+        return [[_bytes(own)] if len(own) else [] for own in by_row]
 
 
 def _bytes(images: Tensor):

@@ -19,20 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regate_megatron.batches.facts import (
-    BatchAdapter,
-    MicrobatchFacts,
-    before_last_target,
-    content_keys,
-    position_ids,
-    targets_of,
-    to_cpu,
-    trailing_padding,
-    unusual_positions,
-    without_loss,
-)
+from regate_megatron.batches.facts import BatchAdapter, MicrobatchFacts, position_ids, targets_of, to_cpu
 from regate_megatron.batches.media import Media, some_of_each
-from regate_megatron.method import masks
+from regate_megatron.batches.samples import Samples
 
 _KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 
@@ -62,27 +51,25 @@ class QwenVLBatches(BatchAdapter):
         is_visual_BS = (token_BS == self.image_token) | (token_BS == self.video_token)
         is_target_BS, has_loss_BS = targets_of(batch["loss_mask"], label_BS)
         is_target_BS, has_visual_loss_BS = is_target_BS & ~is_visual_BS, has_loss_BS & is_visual_BS
-        is_padding_BS = self._padding(batch, token_BS, has_loss_BS) & ~is_visual_BS & ~has_loss_BS
+        samples = Samples(
+            token_BS,
+            label_BS,
+            is_target_BS,
+            is_real_BN=is_visual_BS | has_loss_BS,
+            is_padding_BN=self._padding(batch, token_BS),
+        )
         found = self._found(batch, token_BS)
-        text_rows, picture_rows = self._content(token_BS, label_BS, is_target_BS, is_padding_BS, found)
         return MicrobatchFacts(
             is_target_BS=is_target_BS,
-            is_context_BS=~is_target_BS & ~is_padding_BS,
+            is_context_BS=~is_target_BS & ~samples.is_padding_BN,
             is_visual_BS=is_visual_BS,
             media=self._media(found),
             has_visual_loss_BS=has_visual_loss_BS,
             token_BS=token_BS,
             position_id_BS=self._position_ids(batch, token_BS),
             label_BS=label_BS,
-            reference_key_N2=content_keys(text_rows),
-            difficulty_key_N2=content_keys(
-                [text + pictures for text, pictures in zip(text_rows, picture_rows, strict=True)]
-            ),
+            **samples.keys(**_content(found, len(token_BS))),
         )
-
-    def elide(self, batch: dict[str, Any], is_elided_BS: Tensor) -> dict[str, Any]:
-        """See :meth:`BatchAdapter.elide`."""
-        return dict(batch, loss_mask=without_loss(batch["loss_mask"], is_elided_BS))
 
     @staticmethod
     def _tokens(batch: dict[str, Any]) -> Tensor:
@@ -90,12 +77,10 @@ class QwenVLBatches(BatchAdapter):
         return to_cpu(batch["input_ids"] if given is None else given).long()
 
     @staticmethod
-    def _padding(batch: dict[str, Any], token_BS: Tensor, has_loss_BS: Tensor) -> Tensor:
+    def _padding(batch: dict[str, Any], token_BS: Tensor) -> Tensor | None:
         """Rows are padded twice, by the processor and by the collator, with different ids: believe the mask."""
         mask = batch.get("attention_mask")
-        if mask is not None and tuple(mask.shape) == tuple(token_BS.shape):
-            return to_cpu(mask) == 0
-        return trailing_padding(token_BS, has_loss_BS)
+        return to_cpu(mask) == 0 if mask is not None and tuple(mask.shape) == tuple(token_BS.shape) else None
 
     def _position_ids(self, batch: dict[str, Any], token_BS: Tensor) -> Tensor:
         """As ``Qwen25VLModel.forward`` makes them, axes last: int64 [B, S, 3]; [B, S] without ``rope_index``."""
@@ -107,25 +92,6 @@ class QwenVLBatches(BatchAdapter):
         seconds = visual.get("second_per_grid_ts")
         position_3BS, _ = self.rope_index(token_BS, kind_BS, *grids, second_per_grid_ts=seconds, attention_mask=None)
         return position_3BS.permute(1, 2, 0).long()
-
-    def _content(
-        self, token_BS: Tensor, label_BS: Tensor, is_target_BS: Tensor, is_padding_BS: Tensor, found: Sequence[_Medium]
-    ) -> tuple[list[list[np.ndarray]], list[list[np.ndarray]]]:
-        """Per row what the reference key is made of (ids, labels, grids), and the pixels the difficulty key adds."""
-        is_content_BS = before_last_target(is_target_BS, ~is_padding_BS)
-        target_label_BS = torch.where(is_target_BS, label_BS, -1)
-        rows = zip(token_BS, target_label_BS, is_content_BS, strict=True)
-        text_rows = [
-            [masks.take(token_S, real_S).numpy(), masks.take(label_S, real_S).numpy(), *_gaps(real_S)]
-            for token_S, label_S, real_S in rows
-        ]
-        picture_rows: list[list[np.ndarray]] = [[] for _ in text_rows]
-        for one in found:
-            text_rows[one.row].append(one.grid_3.numpy())
-            if one.second_1 is not None:  # spaces the frames' positions
-                text_rows[one.row].append(one.second_1.double().numpy())
-            picture_rows[one.row].append(one.pixels.contiguous().view(torch.uint8).reshape(-1).numpy())
-        return text_rows, picture_rows
 
     def _found(self, batch: dict[str, Any], token_BS: Tensor) -> list[_Medium]:
         """Images, then videos, each in the order of their placeholders.
@@ -201,10 +167,16 @@ class _Medium:
     second_1: Tensor | None = None
 
 
-def _gaps(real_S: Tensor) -> list[np.ndarray]:
-    """Where the content of a row lies from its first position on, unless it has no gap; padding before it is none."""
-    place_X = real_S.nonzero().flatten().numpy()
-    return unusual_positions(place_X - place_X[:1])
+def _content(found: Sequence[_Medium], num_samples: int) -> dict[str, list[list[np.ndarray]]]:
+    """What keys are made of beside text: the grids of each sample's media, and their pixels."""
+    media: list[list[np.ndarray]] = [[] for _ in range(num_samples)]
+    pixels: list[list[np.ndarray]] = [[] for _ in range(num_samples)]
+    for one in found:
+        media[one.row].append(one.grid_3.numpy())
+        if one.second_1 is not None:  # spaces the frames' positions
+            media[one.row].append(one.second_1.double().numpy())
+        pixels[one.row].append(one.pixels.contiguous().view(torch.uint8).reshape(-1).numpy())
+    return {"media": media, "pixels": pixels}
 
 
 def _visual_inputs(batch: dict[str, Any]) -> dict[str, Tensor]:
