@@ -21,7 +21,7 @@ from regate_megatron.step.state import save_state as save_session
 from regate_megatron.step.trace import check_trace_folder
 from regate_megatron.support import HostRun, Setting, check_support
 from regate_megatron.teacher import TeacherSource
-from regate_megatron.teacher.source import find_teacher
+from regate_megatron.teacher.source import find_teacher, takes_base
 
 _SESSION = "_regate_session"
 
@@ -104,7 +104,8 @@ def _checked_session(
         if teacher is None:
             config.require_teacher()
             checkpoint = find_teacher(language_models, config, run, pad_token=pad_token, vocab_size=vocab_size)
-        source = TeacherSource(teacher, checkpoint, pad_token, tokenizer_hash)
+        is_base = teacher is None and takes_base(language_models, config)
+        source = TeacherSource(teacher, checkpoint, pad_token, tokenizer_hash, is_base)
     if config.trace:
         check_trace_folder(config.trace)
     return Session(chunks, config, topology, run, adapter, source)

@@ -115,7 +115,9 @@ class Session:
     def open_teacher(self) -> ReferenceLosses | None:
         """The reference losses, opened now if they are not; None where the score needs none. All ranks call this."""
         if self.reference is None and self.teacher_source is not None:
-            self.reference = open_reference(self.teacher_source, self.language_models, self.config, self.topology)
+            self.reference = open_reference(
+                self.teacher_source, self.language_models, self.config, self.topology, self.hooks
+            )
         return self.reference
 
     def prepare(self, micro_batch_size: int) -> None:

@@ -120,6 +120,7 @@ CASES |= {f"qwen {name}": dataclasses.replace(case, model="qwen") for name, case
 CASES |= {f"qwen3 {name}": dataclasses.replace(case, model="qwen3") for name, case in BOTH.items()}
 DEEP = {"dense_layers": 3}
 QWEN3 = {
+    "plain tp2": Case(tp=2),
     "deep": Case(regate=STUDENT | DEEP),
     "nothing dense": Case(regate=STUDENT | {"dense_layers": 0}),
     "packs": Case(regate=STUDENT, packs=True),
@@ -150,11 +151,6 @@ class Record(Callback):
         self.lengths: list[tuple] = []
         self.seen: dict[str, Any] = {"evaluations": 0}
 
-    def on_data_init_start(self, context):
-        model = compat.unwrap(context.model[0])
-        if isinstance(model, Qwen25VLModel) and dist.get_world_size() == 1:
-            self.seen["reading"] = reading(model)
-
     def on_train_start(self, context):
         last = compat.language_model_of(compat.unwrap(context.model[-1])).decoder.layers[-1]
         last.register_forward_pre_hook(
@@ -179,6 +175,15 @@ class Record(Callback):
         self.seen["attached at the end"] = session_of(context.model) is not None
 
 
+class RecordAndRead(Record):
+    """Also how a batch is read."""
+
+    def on_data_init_start(self, context):
+        model = compat.unwrap(context.model[0])
+        if isinstance(model, Qwen25VLModel) and dist.get_world_size() == 1:
+            self.seen["reading"] = reading(model)
+
+
 def reading(model: Qwen25VLModel) -> dict[str, Any]:
     """What our adapter sees in a batch, and the positions, [3, B, S], that the model makes for its language model."""
     rows, given = bridge_models.PictureRows(2), []
@@ -200,6 +205,8 @@ def settings(name: str, case: Case, folder: Path) -> ConfigContainer:
     """Bridge's settings of a case."""
     layout = {"tensor_model_parallel_size": case.tp, "pipeline_model_parallel_size": case.pp}
     layout["sequence_parallel"] = case.tp > 1
+    if case.pp > 1 and case.model == "qwen3":
+        layout["num_layers_in_first_pipeline_stage"] = 3  # which take visual features in
     layout |= {"expert_model_parallel_size": case.ep} if case.ep > 1 else {}
     prefix = PREFIX[case.model]
     checkpoint = {"save": str(folder / name / "checkpoints"), "save_interval": SAVE_AT, "ckpt_format": "torch_dist"}
@@ -243,7 +250,7 @@ def functions() -> list[Any]:
 
 def train(name: str, case: Case, folder: Path) -> None:
     """One rank of a case."""
-    record, before = Record(), functions()
+    record, before = RecordAndRead(), functions()
     callbacks: list[Callback] = [record]
     if case.regate is not None:
         chosen = dict(case.regate, warmup_steps=2, cycle_steps=100, dense_steps=1, trace=str(folder / name / "trace"))
