@@ -6,13 +6,16 @@ STATUS_FILE ?= /dev/null
 pytest = $(PYTHON_BIN) -m pytest $(1) $(PYTEST_ARGS) || { status=$$?; echo $$status >$(STATUS_FILE); exit $$status; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-quick experiment test test-full lint bench bench-docs bench-balance docs clean
+.PHONY: help venv venv-frameworks test-frameworks demo demo-quick experiment test test-full lint bench bench-docs bench-balance docs clean
 
 help: ## what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null || cat $(MAKEFILE_LIST)
 
 venv: ## .venv with all packages; finds or fetches Python 3.12 (scripts/venv.sh)
 	@scripts/venv.sh
+
+venv-frameworks: ## .venv-frameworks: Transformer Engine (importable), Megatron-Bridge, mcore-bridge; says how long
+	@scripts/frameworks_venv.sh
 
 demo: venv ## train a small vision-language model with and without ReGATE; report in out/demo
 	$(PYTHON_BIN) examples/demo/run.py
@@ -28,6 +31,9 @@ test: venv ## the tests that take seconds each, two files at a time
 
 test-full: venv ## all tests
 	@$(call pytest,-m "full or not full")
+
+test-frameworks: venv-frameworks ## the tests of Megatron-Bridge, mcore-bridge and Transformer Engine, in it
+	@$(subst $(PYTHON_BIN),.venv-frameworks/bin/python,$(call pytest,-m "full or not full" tests/frameworks tests/te))
 
 lint: venv ## style and formatting
 	$(PYTHON_BIN) -m ruff check .

@@ -22,7 +22,7 @@ from regate_megatron.step.trace import check_trace_folder
 from regate_megatron.support import HostRun, Setting, check_support
 from regate_megatron.teacher import TeacherSource
 from regate_megatron.teacher.given import check_given
-from regate_megatron.teacher.source import check_pad_token, find_teacher
+from regate_megatron.teacher.source import check_pad_token, find_teacher, takes_base
 
 _SESSION = "_regate_session"
 
@@ -108,7 +108,8 @@ def _checked_session(
         else:
             check_pad_token(config, pad_token)
             check_given(teacher, language_models, vocab_size)
-        source = TeacherSource(teacher, checkpoint, pad_token, tokenizer_hash)
+        is_base = teacher is None and takes_base(language_models, config)
+        source = TeacherSource(teacher, checkpoint, pad_token, tokenizer_hash, is_base)
     if config.trace:
         check_trace_folder(config.trace)
     return Session(chunks, config, topology, run, adapter, source)

@@ -26,6 +26,16 @@ def language_model_of(model: Any) -> Any:
     return getattr(model, "language_model", None) or model
 
 
+def adapters_of(model: Any) -> list[Any]:
+    """The adapters in a model (LoRA and the like) that can be switched off; known by their switch, as Bridge has it."""
+    return [one for one in model.modules() if hasattr(one, "disable_adapter_layers")]
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter or a tensor of this name is an adapter's, not its base's."""
+    return "adapter" in name.split(".")
+
+
 def qualified_name(kind: type) -> str:
     """A class by the module that defines it, such as ``megatron.core.models.gpt.gpt_model.GPTModel``."""
     return f"{kind.__module__}.{kind.__qualname__}"

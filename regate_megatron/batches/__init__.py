@@ -10,6 +10,7 @@ from regate_megatron.batches.gpt import GPTBatches
 from regate_megatron.batches.llava import LLaVABatches
 from regate_megatron.batches.media import Media
 from regate_megatron.batches.multimodal import MultimodalBatches
+from regate_megatron.batches.padded_rows import PaddedRows
 from regate_megatron.batches.qwen_vl import QwenVLBatches
 from regate_megatron.batches.sample_key import NamedSamples
 from regate_megatron.batches.step_facts import StepFacts
@@ -24,6 +25,7 @@ __all__ = [
     "MicrobatchFacts",
     "MultimodalBatches",
     "NamedSamples",
+    "PaddedRows",
     "QwenVLBatches",
     "StepFacts",
     "adapter_for",

@@ -107,6 +107,21 @@ def _bridge_qwen_vl(model: Any, pad_token: int | None, args: Any) -> BatchAdapte
     )
 
 
+def _bridge_qwen3_vl(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
+    from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope import get_rope_index
+
+    def rope_index(tokens: Any, _kinds: Any, image_grid: Any, video_grid: Any, **_: Any) -> Any:
+        ids = (model.config.spatial_merge_size, model.image_token_id, model.video_token_id, model.vision_start_token_id)
+        return get_rope_index(*ids, tokens, image_grid_thw=image_grid, video_grid_thw=video_grid)
+
+    return QwenVLBatches(
+        image_token=model.image_token_id,
+        video_token=model.video_token_id,
+        merge_size=model.config.spatial_merge_size,
+        rope_index=rope_index,
+    )
+
+
 FAMILIES = {
     "megatron.core.models.gpt.gpt_model.GPTModel": Family("GPTModel", _text),
     # MambaModel is a HybridModel from core 0.18 on; the class of that name before it is another.
@@ -114,5 +129,8 @@ FAMILIES = {
     "megatron.core.models.multimodal.llava_model.LLaVAModel": Family("LLaVAModel", _llava),
     "megatron.bridge.models.qwen_vl.modeling_qwen25_vl.Qwen25VLModel": Family(
         "Qwen25VLModel of Megatron-Bridge", _bridge_qwen_vl
+    ),
+    "megatron.bridge.models.qwen_vl.modelling_qwen3_vl.model.Qwen3VLModel": Family(
+        "Qwen3VLModel of Megatron-Bridge", _bridge_qwen3_vl
     ),
 }

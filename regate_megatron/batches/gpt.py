@@ -1,7 +1,8 @@
 """Text batches of pretrain_gpt.py: ``tokens``, ``labels``, ``loss_mask`` [B, S], merged positions = text positions.
 
 With ``cu_seqlens`` [B, S+1] (``--sft``, ``--dataloader-inter-document-masking``) rows are packed: Megatron lays the B
-rows of a microbatch one after the other and so do the facts, [1, B·S], one sample per segment.
+rows of a microbatch one after the other and so do the facts, [1, B·S], one sample per segment. With ``cu_seqlens_q``
+(Megatron-Bridge's ``enable_in_batch_packing``) a batch is one packed row.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from regate_megatron.batches.facts import BatchAdapter, MicrobatchFacts, position_ids, targets_of, to_cpu
 from regate_megatron.batches.samples import Samples
+from regate_megatron.batches.segments import Segments, samples_of
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,17 @@ class GPTBatches(BatchAdapter):
 
     reads_position_ids: bool = False
 
-    keys = "tokens, labels and loss_mask; position_ids and cu_seqlens where there are any"
+    keys = "tokens, labels and loss_mask; position_ids and cu_seqlens (cu_seqlens_q) where there are any"
 
     def read(self, batch: dict[str, Any]) -> MicrobatchFacts:
         """See :meth:`BatchAdapter.read`."""
         token_BS, label_BS = to_cpu(batch["tokens"]).long(), to_cpu(batch["labels"]).long()
         is_target_BS, has_loss_BS = targets_of(batch["loss_mask"], label_BS)
         position_id_BS = position_ids(batch, token_BS)
-        sample_BS = None
-        if batch.get("cu_seqlens") is not None:
+        packed, sample_BS = Segments.of(batch, token_BS.shape), None
+        if packed is not None:
+            sample_BS = packed.sample_1S
+        elif batch.get("cu_seqlens") is not None:
             sample_BS = samples_of(to_cpu(batch["cu_seqlens"]).long(), token_BS.shape[1])
             token_BS, label_BS, is_target_BS, has_loss_BS, position_id_BS = (
                 value.reshape(1, -1, *value.shape[2:])
@@ -49,6 +53,7 @@ class GPTBatches(BatchAdapter):
             is_target_BS,
             is_real_BN=has_loss_BS,
             length_N=None if sample_BS is None else np.bincount(sample_BS[0].numpy()),
+            is_padding_BN=None if packed is None else packed.is_padding_1S,
         )
         reads_ids = self.reads_position_ids or position_id_BS.dim() == 3  # of mrope
         return MicrobatchFacts(
@@ -72,27 +77,9 @@ def _joined(batches: Sequence[dict[str, Any]]) -> dict[str, Tensor] | None:
     """The rows of all batches as one batch; None where they are packed, not alike, or no batches of this layout."""
     names = ["tokens", "labels", "loss_mask", "position_ids"][: 3 if batches[0].get("position_ids") is None else 4]
     shapes = {tuple(getattr(batch.get(name), "shape", None) for name in (*names, "position_ids")) for batch in batches}
-    is_packed = any(batch.get("cu_seqlens") is not None for batch in batches)
+    is_packed = any(batch.get(name) is not None for batch in batches for name in ("cu_seqlens", "cu_seqlens_q"))
     if is_packed or len(shapes) > 1 or None in next(iter(shapes))[: len(names)]:
         return None
     columns = {name: [to_cpu(batch[name]) for batch in batches] for name in names}
     row_axis = {"position_ids": 1 if columns.get("position_ids", columns["tokens"])[0].dim() == 3 else 0}  # of mrope
     return {name: torch.cat(values, dim=row_axis.get(name, 0)) for name, values in columns.items()}
-
-
-def samples_of(cu_seqlens_BX: Tensor, length: int) -> Tensor:
-    """The sample of each position when B packed rows of ``length`` lie one after the other; int64 [1, B·S].
-
-    Args:
-        cu_seqlens_BX: where segments start, from 0 to ``length``; repeats of ``length`` at the end are fill.
-
-    Raises:
-        ValueError: a row's segments do not cover it.
-    """
-    if bool((cu_seqlens_BX[:, 0] != 0).any() or (cu_seqlens_BX.amax(dim=1) != length).any()):
-        raise ValueError(f"cu_seqlens that do not run from 0 to {length}")
-    length_BN = cu_seqlens_BX.diff(dim=1)
-    length_N = length_BN[length_BN > 0]
-    if int(length_N.sum()) != length * len(cu_seqlens_BX):
-        raise ValueError("cu_seqlens that go back")
-    return torch.arange(len(length_N)).repeat_interleave(length_N)[None]

@@ -1,5 +1,7 @@
 """Batches of Megatron-Bridge's Qwen-VL models: one input id per visual token, so merged positions = text positions.
 
+With ``cu_seqlens_q`` (``enable_in_batch_packing``) a batch is one packed row, a sample per segment.
+
 The collators of Bridge write the placeholders of an image or video out in full (``image_token`` or ``video_token``, one
 id per merged patch) and put pixels and grids into a ``visual_inputs`` object. The position ids of the batch are
 ignored: the model makes its own, with three axes (mRoPE), from ids and grids, and the adapter asks the same function.
@@ -22,6 +24,7 @@ from torch import Tensor
 from regate_megatron.batches.facts import BatchAdapter, MicrobatchFacts, position_ids, targets_of, to_cpu
 from regate_megatron.batches.media import Media, some_of_each
 from regate_megatron.batches.samples import Samples
+from regate_megatron.batches.segments import Segments
 
 _KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 
@@ -41,13 +44,16 @@ class QwenVLBatches(BatchAdapter):
     merge_size: int
     rope_index: Callable[..., tuple[Tensor, Tensor]] | None = None
 
-    keys = "input_ids or tokens, labels and loss_mask; visual_inputs, attention_mask and cu_seqlens where there are any"
+    keys = (
+        "input_ids or tokens, labels and loss_mask; visual_inputs, attention_mask and cu_seqlens_q where there are any"
+    )
 
     def read(self, batch: dict[str, Any]) -> MicrobatchFacts:
         """See :meth:`BatchAdapter.read`."""
-        if any(batch.get(key) is not None for key in ("cu_seqlens_q", "cu_seqlens")):
-            raise ValueError("packed rows (enable_in_batch_packing) in this version")
         token_BS, label_BS = self._tokens(batch), to_cpu(batch["labels"]).long()
+        if batch.get("cu_seqlens") is not None:
+            raise ValueError("cu_seqlens (rows packed offline) where this version reads cu_seqlens_q")
+        packed = Segments.of(batch, token_BS.shape)
         is_visual_BS = (token_BS == self.image_token) | (token_BS == self.video_token)
         is_target_BS, has_loss_BS = targets_of(batch["loss_mask"], label_BS)
         is_target_BS, has_visual_loss_BS = is_target_BS & ~is_visual_BS, has_loss_BS & is_visual_BS
@@ -56,9 +62,10 @@ class QwenVLBatches(BatchAdapter):
             label_BS,
             is_target_BS,
             is_real_BN=is_visual_BS | has_loss_BS,
-            is_padding_BN=self._padding(batch, token_BS),
+            length_N=None if packed is None else packed.length_N.numpy(),
+            is_padding_BN=self._padding(batch, token_BS) if packed is None else packed.is_padding_1S,
         )
-        found = self._found(batch, token_BS)
+        found = self._found(batch, token_BS, packed)
         return MicrobatchFacts(
             is_target_BS=is_target_BS,
             is_context_BS=~is_target_BS & ~samples.is_padding_BN,
@@ -66,9 +73,10 @@ class QwenVLBatches(BatchAdapter):
             media=self._media(found),
             has_visual_loss_BS=has_visual_loss_BS,
             token_BS=token_BS,
-            position_id_BS=self._position_ids(batch, token_BS),
+            position_id_BS=self._position_ids(batch, token_BS, packed),
             label_BS=label_BS,
-            **samples.keys(**_content(found, len(token_BS))),
+            sample_BS=None if packed is None else packed.sample_1S,
+            **samples.keys(**_content(found, len(token_BS) if packed is None else len(packed.real_N))),
         )
 
     @staticmethod
@@ -82,8 +90,10 @@ class QwenVLBatches(BatchAdapter):
         mask = batch.get("attention_mask")
         return to_cpu(mask) == 0 if mask is not None and tuple(mask.shape) == tuple(token_BS.shape) else None
 
-    def _position_ids(self, batch: dict[str, Any], token_BS: Tensor) -> Tensor:
+    def _position_ids(self, batch: dict[str, Any], token_BS: Tensor, packed: Segments | None) -> Tensor:
         """As ``Qwen25VLModel.forward`` makes them, axes last: int64 [B, S, 3]; [B, S] without ``rope_index``."""
+        if packed is not None:
+            return packed.in_one_row(self._position_ids(batch, packed.as_rows(token_BS), None))
         if self.rope_index is None:
             return position_ids({}, token_BS)
         kind_BS = (token_BS == self.image_token).int() + 2 * (token_BS == self.video_token).int()
@@ -93,7 +103,7 @@ class QwenVLBatches(BatchAdapter):
         position_3BS, _ = self.rope_index(token_BS, kind_BS, *grids, second_per_grid_ts=seconds, attention_mask=None)
         return position_3BS.permute(1, 2, 0).long()
 
-    def _found(self, batch: dict[str, Any], token_BS: Tensor) -> list[_Medium]:
+    def _found(self, batch: dict[str, Any], token_BS: Tensor, packed: Segments | None) -> list[_Medium]:
         """Images, then videos, each in the order of their placeholders.
 
         Raises:
@@ -107,28 +117,33 @@ class QwenVLBatches(BatchAdapter):
                     raise ValueError(f"placeholders {token} without {pixel_name}")
                 continue
             seconds = visual.get("second_per_grid_ts") if token == self.video_token else None
-            found += self._of_kind(token_BS == token, grid_I3, pixels, seconds)
+            is_placeholder_BS = token_BS == token
+            if packed is None:
+                count_N = is_placeholder_BS.sum(dim=1)
+            else:
+                count_N = torch.bincount(packed.sample_1S[is_placeholder_BS], minlength=len(packed.real_N))
+            found += self._of_kind(is_placeholder_BS, count_N, grid_I3, pixels, seconds)
         return found
 
     def _of_kind(
-        self, is_placeholder_BS: Tensor, grid_I3: Tensor, pixels: Tensor, seconds: Tensor | None
+        self, is_placeholder_BS: Tensor, count_N: Tensor, grid_I3: Tensor, pixels: Tensor, seconds: Tensor | None
     ) -> list[_Medium]:
-        """Rows take images in order until their placeholders are used."""
-        count_B, place_P = is_placeholder_BS.sum(dim=1), torch.where(is_placeholder_BS.flatten())[0]
+        """Samples take images in order until their placeholders are used."""
+        place_P = torch.where(is_placeholder_BS.flatten())[0]
         patches_I = grid_I3.prod(dim=-1)
         last_token_I = (patches_I // self.merge_size**2).cumsum(0)
-        last_token_B = count_B.cumsum(0)
-        fits = bool(torch.isin(last_token_B[count_B > 0], last_token_I).all()) and last_token_I[-1] == last_token_B[-1]
+        last_token_N = count_N.cumsum(0)
+        fits = bool(torch.isin(last_token_N[count_N > 0], last_token_I).all()) and last_token_I[-1] == last_token_N[-1]
         if not fits or int(patches_I.sum()) != len(pixels):
             raise ValueError(
-                f"{len(pixels)} patches in grids of {patches_I.tolist()} for rows of {count_B.tolist()} placeholders"
+                f"{len(pixels)} patches in grids of {patches_I.tolist()} for samples of {count_N.tolist()} placeholders"
             )
-        row_I = torch.searchsorted(last_token_B, last_token_I).tolist()
+        sample_I = torch.searchsorted(last_token_N, last_token_I).tolist()
         place_I = place_P[last_token_I - 1].tolist()
         return [
-            _Medium(row, place, grid_I3[image], piece, None if seconds is None else seconds[image : image + 1])
-            for image, (row, place, piece) in enumerate(
-                zip(row_I, place_I, pixels.split(patches_I.tolist()), strict=True)
+            _Medium(sample, place, grid_I3[image], piece, None if seconds is None else seconds[image : image + 1])
+            for image, (sample, place, piece) in enumerate(
+                zip(sample_I, place_I, pixels.split(patches_I.tolist()), strict=True)
             )
         ]
 
@@ -140,7 +155,7 @@ class QwenVLBatches(BatchAdapter):
         grid_I3 = torch.stack([one.grid_3 for one in in_order]).long()
         grid_I3[:, 1:] //= self.merge_size
         return Media(
-            sample_I=torch.tensor([one.row for one in in_order]),
+            sample_I=torch.tensor([one.sample for one in in_order]),
             count_I=grid_I3.prod(dim=1),
             grid_I3=grid_I3,
             # patches that become one position lie one after the other
@@ -153,14 +168,14 @@ class _Medium:
     """An image or video.
 
     Attributes:
-        row: it lies in.
+        sample: it lies in.
         place: of its last placeholder in the rows laid one after the other.
         grid_3: frames, height and width in patches, not merged.
         pixels: its patches [t·h·w, width].
         second_1: seconds between its frames, where the batch says it.
     """
 
-    row: int
+    sample: int
     place: int
     grid_3: Tensor
     pixels: Tensor
@@ -172,10 +187,10 @@ def _content(found: Sequence[_Medium], num_samples: int) -> dict[str, list[list[
     media: list[list[np.ndarray]] = [[] for _ in range(num_samples)]
     pixels: list[list[np.ndarray]] = [[] for _ in range(num_samples)]
     for one in found:
-        media[one.row].append(one.grid_3.numpy())
+        media[one.sample].append(one.grid_3.numpy())
         if one.second_1 is not None:  # spaces the frames' positions
-            media[one.row].append(one.second_1.double().numpy())
-        pixels[one.row].append(one.pixels.contiguous().view(torch.uint8).reshape(-1).numpy())
+            media[one.sample].append(one.second_1.double().numpy())
+        pixels[one.sample].append(one.pixels.contiguous().view(torch.uint8).reshape(-1).numpy())
     return {"media": media, "pixels": pixels}
 
 

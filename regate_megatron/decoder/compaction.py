@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regate_megatron.config import flag
+from regate_megatron.decoder import deepstack
 from regate_megatron.decoder.current import CurrentMicrobatch, Watcher
 from regate_megatron.decoder.exchange import ShardedPlan
 from regate_megatron.decoder.experts import Experts
@@ -62,13 +64,15 @@ class DecoderHook:
         num_dense = dense_layers if self.compacts else 0
         self.num_dense_here = num_dense
         self.num_dense_last = dense_last_layers
-        num_layers, range_of = len(self.block.layers), HybridRange if is_hybrid(self.block) else LayerRange
-        stop, is_end = num_layers - dense_last_layers, not dense_last_layers
-        self.dense = range_of(self.block, 0, num_dense, takes_input=True, is_end=False)
-        self.short = range_of(self.block, num_dense, stop, takes_input=self.is_first_chunk, is_end=is_end)
-        self.last = range_of(self.block, stop, num_layers, takes_input=True, is_end=True)
+        self.stop = len(self.block.layers) - dense_last_layers
+        is_end = not dense_last_layers
+        self.dense = self._range(0, num_dense, takes_input=True)
+        self.short = self._range(num_dense, self.stop, takes_input=self.is_first_chunk, is_end=is_end)
+        self.last = self._range(self.stop, len(self.block.layers), takes_input=True, is_end=True)
         self._forward = type(self.block).forward
         self._signature = inspect.signature(self._forward)
+        self._rest = [one.name for one in self._signature.parameters.values() if one.kind is one.VAR_KEYWORD]
+        self._takes_padding = "padding_mask" in self._signature.parameters
         self.positions, self.experts = Positions(model, arrives_short=arrives_short), Experts(self.block)
         self.block.forward = self.forward
 
@@ -101,6 +105,8 @@ class DecoderHook:
             return self._forward(self.block, *args, **kwargs)
         arguments = self._signature.bind(self.block, *args, **kwargs).arguments
         arguments.pop("self")
+        for name in self._rest:
+            arguments |= arguments.pop(name, {})
         with self._one_region():
             return self._all_watched(arguments, watch) if plan is None else self._dense_then_short(arguments, plan)
 
@@ -115,25 +121,58 @@ class DecoderHook:
 
     def _all_watched(self, arguments: dict[str, Any], watch: Watcher) -> Any:
         """Every position through every layer; the gradient between the dense range and the next is watched."""
+        later = deepstack.take_later(arguments, self.num_dense_here, self.block)
         if self.num_dense_here:
             arguments["hidden_states"] = self._forward(self.dense, **arguments)
+        deepstack.drop(arguments)
         arguments["hidden_states"] = watched(arguments["hidden_states"], watch)
-        if self.comes_back:
-            arguments["hidden_states"] = self._forward(self.short, **arguments)
-        return self._forward(self.last if self.comes_back else self.short, **arguments)
+        arguments["hidden_states"] = self._run_short(arguments, later)
+        return self._forward(self.last, **arguments) if self.comes_back else arguments["hidden_states"]
+
+    def _range(self, start: int, stop: int, *, takes_input: bool, is_end: bool = False) -> LayerRange:
+        range_of = HybridRange if is_hybrid(self.block) else LayerRange
+        return range_of(self.block, start, stop, takes_input=takes_input, is_end=is_end)
 
     def _dense_then_short(self, arguments: dict[str, Any], plan: ShardedPlan) -> Any:
+        later = deepstack.take_later(arguments, self.num_dense_here, self.block)
         if self.num_dense_here:
             arguments["hidden_states"] = self._forward(self.dense, **arguments)
         if self.compacts:
             check_length("hidden states", arguments["hidden_states"].shape[0], plan.local_length)
+        deepstack.drop(arguments)
         short = self._short_arguments(arguments, plan)
+        later = [plan.hidden.to_short(one_LBH) for one_LBH in later]
         dense_LBH = arguments.pop("hidden_states")
         if not self.comes_back:
             del dense_LBH  # its memory is free while the short layers run
-            return self._forward(self.short, **short)
-        arguments["hidden_states"] = plan.put_back(dense_LBH, self._forward(self.short, **short))
+            return self._run_short(short, later)
+        arguments["hidden_states"] = plan.put_back(dense_LBH, self._run_short(short, later))
         return plan.hidden.to_short(self._forward(self.last, **arguments))
+
+    def _run_short(self, short: dict[str, Any], later: list[Tensor]) -> Any:
+        """The short layers; each of the first ones adds what ``later`` has for it, [l, B, H], to its output.
+
+        Raises:
+            ReGateError: a layer that would is among the last dense ones.
+        """
+        padding_mask = None if self._takes_padding else short.pop("padding_mask", None)
+
+        def run(layers: LayerRange) -> Any:
+            return self._forward(layers if padding_mask is None else layers.with_padding(padding_mask), **short)
+
+        first = self.num_dense_here
+        if not later:
+            return run(self.short)
+        if first + len(later) > self.stop:
+            raise refuse(
+                flag("dense_last_layers"),
+                given=f"{self.num_dense_last} in a decoder that adds visual features after layer {first + len(later)}",
+                allowed=f"layers from {first + len(later)} on",
+                change="it to a smaller number",
+            )
+        for index, feature_lBH in enumerate(later, first):
+            short["hidden_states"] = run(self._range(index, index + 1, takes_input=True)) + feature_lBH
+        return run(self._range(first + len(later), self.stop, takes_input=True, is_end=not self.num_dense_last))
 
     def _short_arguments(self, arguments: dict[str, Any], plan: ShardedPlan) -> dict[str, Any]:
         """The block's arguments at the kept positions."""

@@ -6,6 +6,8 @@ import copy
 from types import MethodType
 from typing import Any
 
+from torch import Tensor
+
 
 class LayerRange:
     """Some layers of a ``TransformerBlock``; every other attribute is the block's own.
@@ -31,7 +33,29 @@ class LayerRange:
             self.config = copy.copy(block.config)
             self.config.recompute_num_layers = max(0, block.config.recompute_num_layers - start)
 
+    def with_padding(self, padding_mask: Tensor) -> LayerRange:
+        """The same layers, told where their input is padding: for a block whose forward has no such argument.
+
+        It is a view of its own for every microbatch, which recompute keeps.
+        """
+        view = object.__new__(type(self))
+        vars(view).update(vars(self), layers=[_PaddedLayer(layer, padding_mask) for layer in self.layers])
+        return view
+
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._block, name)
         is_own_method = isinstance(found, MethodType) and found.__self__ is self._block
         return MethodType(found.__func__, self) if is_own_method else found
+
+
+class _PaddedLayer:
+    """A layer that gets a ``padding_mask``, whatever its block passes on."""
+
+    def __init__(self, layer: Any, padding_mask: Tensor) -> None:
+        self._layer, self._padding_mask = layer, padding_mask
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._layer(*args, padding_mask=self._padding_mask, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)

@@ -9,11 +9,12 @@ import torch.distributed as dist
 
 from regate_megatron import compat
 from regate_megatron.api import attach, session_of
-from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig
+from regate_megatron.config import ReGateConfig
 from regate_megatron.integrations.megatron_checkpoints import restore
 from regate_megatron.step.counters import Counters, log_line, ratios, reduce_counters
 from regate_megatron.step.outlook import first_look
 from regate_megatron.step.session import Session
+from regate_megatron.step.state import is_taken_from_student
 from regate_megatron.support import HostRun, Setting, hints
 from regate_megatron.teacher.source import TEACHER_FOLDER, hash_of_tokenizer, teacher_of_resumed_run
 from regate_megatron.teacher.weights import save_language_model
@@ -159,7 +160,7 @@ def _teacher_of(session: Session) -> str:
 
 def _keep_teacher(session: Session, run: HostRun) -> None:
     """Save a teacher taken from the student beside the checkpoints, so that a resumed run has the same one."""
-    if session.config.teacher_load != STUDENT_AS_TEACHER or not session.config.needs_teacher or run.save is None:
+    if not is_taken_from_student(session) or run.save is None:
         return
     target, resumed = run.save / TEACHER_FOLDER, teacher_of_resumed_run(run)
     if resumed is None or resumed.resolve() != target.resolve():

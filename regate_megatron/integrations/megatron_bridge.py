@@ -9,6 +9,7 @@ the three of :mod:`.megatron_checkpoints`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,8 @@ from megatron.bridge.training import train as loop
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 from megatron.bridge.utils.common_utils import print_rank_last
 
-from regate_megatron.api import detach, wrap_forward_backward
+from regate_megatron.api import detach, session_of, wrap_forward_backward
+from regate_megatron.batches import BatchAdapter, PaddedRows
 from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import one_line_refusals
 from regate_megatron.integrations import host
@@ -25,6 +27,8 @@ from regate_megatron.integrations.megatron_checkpoints import CheckpointState
 from regate_megatron.integrations.patching import patch, unpatch
 from regate_megatron.support import HostRun, folder_or_none
 from regate_megatron.support.bridge import check_settings
+
+_PADS_ROWS = "megatron.bridge.models.qwen_vl.qwen3_vl_step"
 
 
 def install(config: ReGateConfig, *, pad_token: int | None = None) -> Callback:
@@ -50,8 +54,35 @@ def uninstall() -> None:
 
 
 def _wrap_schedule_of(inner: Callable[..., Any]) -> Callable[..., Any]:
-    # A refusal in a step would otherwise be a traceback of Bridge's on every rank.
-    return lambda *args, **kwargs: one_line_refusals()(wrap_forward_backward(inner(*args, **kwargs)))
+    def schedule_of(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        run = wrap_forward_backward(inner(*args, **kwargs))
+
+        @one_line_refusals()  # a refusal in a step would otherwise be a traceback of Bridge's on every rank
+        def schedule(**arguments: Any) -> Any:
+            session = session_of(arguments["model"])
+            if session is not None:
+                session.adapter = _as_the_step_lays_rows(session.adapter, arguments["forward_step_func"])
+            return run(**arguments)
+
+        return schedule
+
+    return schedule_of
+
+
+def _as_the_step_lays_rows(adapter: BatchAdapter, step: Any) -> BatchAdapter:
+    """The adapter for a forward step of Bridge's that changes the rows it hands to the model."""
+    if isinstance(adapter, PaddedRows) or getattr(step, "func", step).__module__ != _PADS_ROWS:
+        return adapter
+    settings = step.args[0].cfg  # Bridge binds its state to the step
+    model = settings.model
+    tensor, context = model.tensor_model_parallel_size, model.context_parallel_size
+    takes_whole = model.pipeline_model_parallel_size > 1 or model.expert_model_parallel_size > 1
+    return PaddedRows(
+        adapter=adapter,
+        multiple=math.lcm(16, tensor * 2 * context if context > 1 else tensor),
+        length=model.seq_length if takes_whole else None,
+        end_to_end=bool(getattr(settings.dataset, "enable_in_batch_packing", False)),
+    )
 
 
 class _ReGateCallback(Callback):

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from regate_megatron import compat
-from regate_megatron.batches import BatchAdapter, MicrobatchFacts
+from regate_megatron.batches import BatchAdapter
 from regate_megatron.config import ReGateConfig
 from regate_megatron.decoder import Hooks, ShardedPlan, gather_context, own_norms, put_together, to_host
-from regate_megatron.errors import ReGateError, refuse
+from regate_megatron.errors import ReGateError
 from regate_megatron.memory.learned import Learned
 from regate_megatron.method.plan import StepPlan
 from regate_megatron.method.schedule import Phase, phase_of
@@ -32,7 +32,7 @@ from regate_megatron.step.counters import (
     reduce_counters,
 )
 from regate_megatron.step.dealing import Dealing
-from regate_megatron.step.peek import pull
+from regate_megatron.step.peek import check_lengths, pull
 from regate_megatron.step.planner import Planner
 from regate_megatron.step.sharing import share_plan
 from regate_megatron.step.step import Step
@@ -119,7 +119,9 @@ class Session:
     def open_teacher(self) -> ReferenceLosses | None:
         """The reference losses, opened now if they are not; None where the score needs none. All ranks call this."""
         if self.reference is None and self.teacher_source is not None:
-            self.reference = open_reference(self.teacher_source, self.language_models, self.config, self.topology)
+            self.reference = open_reference(
+                self.teacher_source, self.language_models, self.config, self.topology, self.hooks
+            )
         return self.reference
 
     def prepare(self, micro_batch_size: int) -> None:
@@ -303,7 +305,7 @@ class Session:
             unread = [one for one, facts in zip(own, known, strict=True) if facts is None]
             read = iter(self.adapter.read_all(unread) if unread else ())
             step.take_facts([next(read) if facts is None else facts for facts in known])
-            self._check_lengths(step.facts)
+            check_lengths(step.facts, self.hooks.has_one_dense_length, self.planner.segment_multiple)
             self.planner.check(step.whole)
 
     def _look_up(self, step: Step) -> bool:
@@ -374,27 +376,3 @@ class Session:
             "num_layers": self.language_models[0].config.num_layers,
             "dense_layers": self.config.dense_layers + self.config.dense_last_layers,
         }
-
-    def _check_lengths(self, facts: Sequence[MicrobatchFacts]) -> None:
-        """Refuse dense lengths that the layout cannot cut or send.
-
-        Raises:
-            ReGateError: on this planner; all ranks agree on it.
-        """
-        lengths = sorted({one.dense_length for one in facts})
-        if self.hooks.has_one_dense_length and len(lengths) > 1:
-            raise refuse(
-                "pipeline parallelism",
-                given=f"microbatches of lengths {lengths}",
-                allowed="one length per step before tokens are left out, or a host that sets variable_seq_lengths",
-                change="the data loader, or --pipeline-model-parallel-size to 1",
-            )
-        multiple = self.planner.segment_multiple
-        odd = [n for one in facts for n in one.segment_length_N.tolist() if n % multiple] if multiple > 1 else []
-        if odd:
-            raise refuse(
-                "context parallelism",
-                given=f"rows or segments of {sorted(set(odd))} positions",
-                allowed=f"multiples of {multiple}",
-                change="the data loader's padding",
-            )

@@ -91,7 +91,8 @@ def load_state(session: Session, folder: Path) -> str:
 def is_taken_from_student(session: Session) -> bool:
     """Whether the teacher is the student as it was at the first start."""
     source = session.teacher_source
-    return source is not None and source.model is None and session.config.teacher_load == STUDENT_AS_TEACHER
+    is_taken = source is not None and source.model is None and not source.is_base
+    return is_taken and session.config.teacher_load == STUDENT_AS_TEACHER
 
 
 def _continue_teaching(session: Session, folder: Path, before: dict[str, Any] | None) -> str:

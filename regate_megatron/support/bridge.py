@@ -9,14 +9,13 @@ from regate_megatron.errors import ReGateError, refuse
 # What would stop at the first batch, or make groups that are not Megatron's; how to set each.
 REFUSED = {
     "dist.use_decentralized_pg": "False",
-    "dataset.enable_in_batch_packing": "False",
     "dataset.enable_offline_packing": "False",
     "dataset.packing_buffer_size": "None",
 }
 
 
 def check_settings(settings: Any) -> None:
-    """Refuse a setting of Bridge's ``ConfigContainer`` under which rows are packed or groups are its own.
+    """Refuse a setting of Bridge's ``ConfigContainer`` under which rows are packed offline or groups are its own.
 
     Raises:
         ReGateError: every rank has the same settings, so every rank raises.
@@ -28,7 +27,7 @@ def check_settings(settings: Any) -> None:
             error: ReGateError = refuse(
                 "Megatron-Bridge",
                 given=f"{name}={value}",
-                allowed="it off (packed rows and groups of Bridge's own are not read in this version)",
+                allowed="it off (rows packed offline and groups of Bridge's own are not read in this version)",
                 change=f"{name} to {off}",
             )
             error.everywhere = True

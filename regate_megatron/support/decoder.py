@@ -11,14 +11,20 @@ from regate_megatron.support.setting import Fields, Found, Rule, Setting
 LANGUAGE_MODELS = (
     "megatron.core.models.gpt.gpt_model.GPTModel",
     "megatron.core.models.hybrid.hybrid_model.HybridModel",
+    "megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_model.Qwen3VLGPTModel",
 )
 HYBRID_STACK = "megatron.core.models.hybrid.hybrid_block.HybridStack"
-_BLOCKS = ("megatron.core.transformer.transformer_block.TransformerBlock", HYBRID_STACK)
+_BLOCKS = (
+    "megatron.core.transformer.transformer_block.TransformerBlock",
+    HYBRID_STACK,
+    "megatron.bridge.models.qwen_vl.modelling_qwen3_vl.transformer_block.Qwen3VLTransformerBlock",
+)
 _ATTENTIONS = (
     "megatron.core.transformer.attention.SelfAttention",
     "megatron.core.transformer.multi_latent_attention.MLASelfAttention",
     "megatron.core.transformer.multi_latent_attention.FusedMLASelfAttention",
     "megatron.core.transformer.identity_op.IdentityOp",
+    "megatron.bridge.models.qwen_vl.modelling_qwen3_vl.attention.Qwen3VLSelfAttention",
 )
 # Layers of a HybridModel whose tokens meet in softmax attention over the whole sequence, or not at all.
 _EXACT_LAYERS = "*+-E"

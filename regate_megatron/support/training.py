@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from regate_megatron.compat import adapters_of, is_adapter
 from regate_megatron.config import STUDENT_AS_TEACHER, flag
 from regate_megatron.support.alignment import gathers_over_replicas
 from regate_megatron.support.setting import Fields, Found, Rule, Setting, flag_of, leave_out
@@ -57,8 +58,17 @@ def _no_pictures(setting: Setting) -> Any:
 
 
 def _adapters_in_teacher(setting: Setting) -> Any:
-    takes_student = setting.config.needs_teacher and setting.config.teacher_load == STUDENT_AS_TEACHER
-    return "student, which has adapters" if takes_student and setting.run.has_adapters else None
+    if not setting.config.needs_teacher or setting.config.teacher_load != STUDENT_AS_TEACHER:
+        return None
+    models = [chunk for chunk in setting.chunks if hasattr(chunk, "named_parameters")]
+    if not any(adapters_of(model) for model in models):
+        return "student, whose adapters cannot be switched off" if setting.run.has_adapters else None
+    for model in models:
+        learn = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        if (name := next((name for name in learn if not is_adapter(name)), None)) is not None:
+            return f"student, whose {name} learns beside its adapters"
+    wrong = [name for name in ("sequence_parallel", "fp8", "fp4") if getattr(setting.model, name, None)]
+    return f"student with adapters, and {wrong[0]}" if wrong else None
 
 
 def _fsdp(setting: Setting) -> Any:
@@ -134,9 +144,10 @@ TRAINING_RULES = (
     Rule(
         flag("teacher_load"),
         _adapters_in_teacher,
-        "a checkpoint of the base language model where the student has adapters (peft)",
+        "student with adapters where all else of its language model is frozen, without sequence parallelism and FP8; "
+        "or a checkpoint of the base language model",
         "it to that checkpoint",
-        "the student's weights have other names",
+        "the frozen base, adapters off, must be a model that stays",
     ),
     Rule(
         "loss scaled per turn",

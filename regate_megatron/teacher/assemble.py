@@ -10,12 +10,15 @@ from typing import Any
 import torch.distributed as dist
 
 from regate_megatron.config import ReGateConfig, flag
+from regate_megatron.decoder import Hooks
 from regate_megatron.memory.references import ReferenceCache
 from regate_megatron.ranks.topology import Topology
+from regate_megatron.teacher.base import BaseRun
 from regate_megatron.teacher.build import build_teacher
 from regate_megatron.teacher.fingerprint import fingerprint_of_checkpoint, fingerprint_of_model
 from regate_megatron.teacher.losses import ReferenceLosses
 from regate_megatron.teacher.manifest import claim, teacher_identity
+from regate_megatron.teacher.run import TeacherRun
 from regate_megatron.teacher.settings import settings_of, settle
 from regate_megatron.teacher.weights import LanguageModelCheckpoint
 
@@ -29,16 +32,18 @@ class TeacherSource:
         checkpoint: its weights; None with no ``model``: the student's own, as they are now.
         pad_token: the tokenizer's pad id.
         tokenizer: a hash of the tokenizer, None where none could be made.
+        is_base: whether it is the student's frozen base, adapters off (:mod:`.base`).
     """
 
     model: Any = None
     checkpoint: LanguageModelCheckpoint | None = None
     pad_token: int | None = None
     tokenizer: str | None = None
+    is_base: bool = False
 
 
 def open_reference(
-    source: TeacherSource, students: Sequence[Any], config: ReGateConfig, topology: Topology
+    source: TeacherSource, students: Sequence[Any], config: ReGateConfig, topology: Topology, hooks: Hooks
 ) -> ReferenceLosses:
     """Open the store and, unless a cache may make it needless, build the teacher; all ranks call this.
 
@@ -47,6 +52,7 @@ def open_reference(
 
     Args:
         students: this rank's language-model chunks, their weights loaded.
+        hooks: what is attached to them.
 
     Raises:
         ReGateError: the teacher cannot be read, or the cache is another teacher's; on every rank.
@@ -57,6 +63,8 @@ def open_reference(
     def build() -> list[Any]:
         if source.model is not None:
             return source.model if isinstance(source.model, list) else [source.model]
+        if source.is_base:
+            return list(students)
         return [build_teacher(one, source.checkpoint) for one in students]
 
     teacher, store, directory = None, None, None
@@ -78,9 +86,10 @@ def open_reference(
         pad_token=source.pad_token,
         build=build,
         store=store,
-        offload=config.teacher_offload,
+        offload=config.teacher_offload and not source.is_base,
         identity=identity,
         proof=directory,
+        run_of=(lambda chunks: BaseRun(chunks, hooks)) if source.is_base else TeacherRun,
     )
 
 

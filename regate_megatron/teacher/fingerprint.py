@@ -26,6 +26,7 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
+from regate_megatron.compat import is_adapter
 from regate_megatron.errors import refuse
 from regate_megatron.ranks.publishing import write_aside
 from regate_megatron.ranks.topology import Topology
@@ -141,13 +142,13 @@ def _pieces_of_model(model: Any) -> Iterator[_Piece]:
 
 
 def sharded_tensors(model: Any) -> Iterator[Any]:
-    """The tensors of a language-model chunk as a checkpoint has them: Megatron's ``ShardedTensor``."""
+    """The tensors of a language-model chunk as a checkpoint of its base has them: Megatron's ``ShardedTensor``."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
     state = model.sharded_state_dict()
     apply_factories(state)
     for value in _leaves(state):
-        if isinstance(value, ShardedTensor) and value.key.split(".")[0] in _ROOTS:
+        if isinstance(value, ShardedTensor) and value.key.split(".")[0] in _ROOTS and not is_adapter(value.key):
             yield value
 
 

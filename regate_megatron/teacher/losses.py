@@ -60,6 +60,7 @@ class ReferenceLosses:
         store: what remembers losses, on planners; in memory when None.
         offload: whether the weights leave the device between uses.
         identity: who the teacher is, see :func:`.manifest.teacher_identity`.
+        run_of: makes what runs of the teacher's chunks.
         proof: the cache whose fixed row a teacher is tried on when it is there; None: on none.
 
     Raises:
@@ -79,9 +80,10 @@ class ReferenceLosses:
         offload: bool = False,
         identity: dict[str, Any] | None = None,
         proof: Path | None = None,
+        run_of: Callable[[Sequence[Any]], Any] = TeacherRun,
     ) -> None:
         self.config, self.topology = config, topology
-        self.identity, self._proof = identity, proof
+        self.identity, self._proof, self._run_of = identity, proof, run_of
         self.run: TeacherRun | None = None
         self.visual, self.pad_token = visual, pad_token
         self.store = store
@@ -174,7 +176,7 @@ class ReferenceLosses:
         return "\n".join(lines)
 
     def _adopt(self, chunks: Sequence[Any]) -> None:
-        self.run = TeacherRun(chunks)
+        self.run = self._run_of(chunks)
         if self._offloads:
             self._offloaded = Offloaded(self.run.chunks)
         if self._proof is not None:

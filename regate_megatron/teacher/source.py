@@ -8,6 +8,7 @@ from typing import Any
 
 import xxhash
 
+from regate_megatron.compat import adapters_of
 from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig, flag
 from regate_megatron.errors import ReGateError, refuse
 from regate_megatron.method.budget import align_up
@@ -47,6 +48,8 @@ def find_teacher(
             settle(student, checkpoint)
         _check_vocabulary(students[0], checkpoint, vocab_size)
         return checkpoint
+    if takes_base(students, config):
+        return None
     kept = teacher_of_resumed_run(run)
     if kept is None:
         _check_first_start(run)
@@ -71,6 +74,11 @@ def check_pad_token(config: ReGateConfig, pad_token: int | None) -> None:
             allowed="pad with a tokenizer that has a pad token",
             change="it to drop, or the tokenizer",
         )
+
+
+def takes_base(students: Sequence[Any], config: ReGateConfig) -> bool:
+    """Whether the teacher is the frozen base of a student with adapters."""
+    return config.teacher_load == STUDENT_AS_TEACHER and any(adapters_of(student) for student in students)
 
 
 def teacher_of_resumed_run(run: HostRun) -> Path | None:

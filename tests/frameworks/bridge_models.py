@@ -1,4 +1,4 @@
-"""Tiny models and data for Megatron-Bridge's own loop: a GPT, and a Qwen2.5-VL whose rows have pictures of noise."""
+"""Tiny models and data for Megatron-Bridge's own loop: a GPT, and Qwen-VLs whose rows have pictures of noise."""
 
 from __future__ import annotations
 
@@ -7,13 +7,23 @@ from typing import Any
 
 import torch
 from megatron.bridge.data.base import DatasetProvider
+from megatron.bridge.data.packing.in_batch import pack_right_padded_sequence_batch_to_mcore_thd
 from megatron.bridge.models.gpt_provider import GPTModelProvider, local_layer_spec
-from megatron.bridge.models.qwen_vl import Qwen25VLModelProvider
+from megatron.bridge.models.qwen_vl import Qwen25VLModelProvider, qwen3_vl_provider
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl import model as qwen3_vl_model
+from megatron.bridge.models.qwen_vl.qwen3_vl_provider import Qwen3VLModelProvider, Qwen3VLMoEModelProvider
 from megatron.bridge.training.utils.visual_inputs import GenericVisualInputs
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch.nn.functional import pad, silu
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 
 TEXT, PROMPT, VOCAB, SAMPLES = 24, 8, 128, 64
+TEXT_ALONE = 19  # of a row without a picture
 IMAGE_TOKEN, VIDEO_TOKEN, START_TOKEN = 120, 121, 122
 GRID, MERGE = (1, 4, 6), 2
 VISUAL = GRID[0] * GRID[1] * GRID[2] // MERGE**2
@@ -67,6 +77,56 @@ def qwen(**layout: Any) -> Qwen25VLModelProvider:
     )
 
 
+QWEN3 = {
+    "num_query_groups": 2,
+    "kv_channels": 8,
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "activation_func": silu,
+    "add_bias_linear": False,
+    "mrope_section": [2, 1, 1],
+    "language_max_sequence_length": TEXT,
+    "image_token_id": IMAGE_TOKEN,
+    "video_token_id": VIDEO_TOKEN,
+    "vision_start_token_id": START_TOKEN,
+    "freeze_language_model": False,
+    "freeze_vision_model": False,
+} | {name: value for name, value in TINY.items() if name != "transformer_layer_spec"}
+
+
+def _qwen3_vision() -> Qwen3VLVisionConfig:
+    """Three features of its layers go to the first three layers of the decoder."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_heads": 4, "out_hidden_size": 32, "patch_size": 2}
+    return Qwen3VLVisionConfig(depth=4, deepstack_visual_indexes=[0, 1, 2], num_position_embeddings=16, **sizes)
+
+
+def qwen3(**layout: Any) -> Qwen3VLModelProvider:
+    without_engine()
+    return Qwen3VLModelProvider(vision_config=_qwen3_vision(), **QWEN3, **layout)
+
+
+def qwen3_moe(**layout: Any) -> Qwen3VLMoEModelProvider:
+    without_engine()
+    experts = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "moe_grouped_gemm": False}
+    experts |= {"moe_permute_fusion": False, "moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.0}
+    return Qwen3VLMoEModelProvider(vision_config=_qwen3_vision(), **QWEN3, **experts, **layout)
+
+
+def without_engine() -> None:
+    """Qwen3-VL asks for Transformer Engine's layers by name: give it Megatron's own, which run on a CPU."""
+    qwen3_vl_provider.get_gpt_layer_with_transformer_engine_spec = _local_layer
+    qwen3_vl_model.get_vit_layer_with_transformer_engine_spec = get_vit_layer_with_local_spec
+    qwen3_vl_model.TENorm = WrappedTorchNorm
+    qwen3_vl_model.TEColumnParallelLinear = ColumnParallelLinear
+    qwen3_vl_model.TERowParallelLinear = RowParallelLinear
+
+
+def _local_layer(*, num_experts: int | None, qk_layernorm: bool, **_: Any) -> ModuleSpec:
+    return get_gpt_layer_local_spec(
+        num_experts=num_experts, moe_grouped_gemm=False, qk_layernorm=qk_layernorm, normalization="RMSNorm"
+    )
+
+
 class Rows(torch.utils.data.Dataset):
     """A prompt without loss, then an answer to learn; the same rows for every size and rank."""
 
@@ -96,7 +156,7 @@ class PictureRows(Rows):
             mask[3 + VISUAL : -1] = 1
             row["pixels"] = torch.randn(GRID[0] * GRID[1] * GRID[2], 3 * 2 * 2 * 2, generator=generator)
         else:
-            tokens[19:] = 0
+            tokens[TEXT_ALONE:] = 0
             mask[2:18] = 1
         row["labels"] = pad(tokens[1:], (0, 1), value=-100).masked_fill(mask == 0, -100)
         return row
@@ -114,6 +174,26 @@ class PictureRows(Rows):
         return dict(batch, visual_inputs=visual)
 
 
+class PackedPictureRows(PictureRows):
+    """The same rows, packed as Bridge's collators pack them (``enable_in_batch_packing``)."""
+
+    multiple = 1
+
+    @classmethod
+    def collate_fn(cls, rows: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+        batch = PictureRows.collate_fn(rows)
+        length_B = torch.tensor([TEXT if "pixels" in row else TEXT_ALONE for row in rows])
+        batch["attention_mask"] = (torch.arange(TEXT) < length_B[:, None]).long()
+        pack_right_padded_sequence_batch_to_mcore_thd(batch, pad_to_multiple_of=cls.multiple)
+        return batch
+
+
+class FilledPictureRows(PackedPictureRows):
+    """Every sample filled up to a multiple, as tensor and context parallelism ask for."""
+
+    multiple = 4
+
+
 @dataclass(kw_only=True)
 class Data(DatasetProvider):
     """Bridge's contract for a dataset of one's own."""
@@ -121,6 +201,7 @@ class Data(DatasetProvider):
     rows: type[Rows]
     seq_length: int = TEXT
     skip_getting_attention_mask_from_dataset: bool = True
+    enable_in_batch_packing: bool = False
 
     def build_datasets(self, context):
         return self.rows(context.train_samples), self.rows(context.valid_samples), None

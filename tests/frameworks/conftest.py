@@ -63,8 +63,17 @@ class Trainings:
 @pytest.fixture(scope="session")
 def trainings(tmp_path_factory) -> Trainings:
     """Trained once per session; a case that failed is reported with the output of its ranks."""
-    folder = tmp_path_factory.mktemp("bridge")
-    worker = [sys.executable, "-m", "tests.frameworks.run_bridge", str(folder)]
+    return _trained_by("run_bridge", tmp_path_factory.mktemp("bridge"))
+
+
+@pytest.fixture(scope="session")
+def recipes(tmp_path_factory) -> Trainings:
+    """Megatron-Bridge's official recipes, shrunk, trained once per session."""
+    return _trained_by("run_recipes", tmp_path_factory.mktemp("recipes"))
+
+
+def _trained_by(worker: str, folder: Path) -> Trainings:
+    worker = [sys.executable, "-m", f"tests.frameworks.{worker}", str(folder)]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     run = subprocess.run(worker, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)

@@ -22,6 +22,7 @@ bridge_on_cpu.install()
 
 import torch
 import torch.distributed as dist
+from megatron.bridge.models.qwen_vl import qwen3_vl_step
 from megatron.bridge.models.qwen_vl.modeling_qwen25_vl import Qwen25VLModel
 from megatron.bridge.training import checkpointing, gpt_step, vlm_step
 from megatron.bridge.training import train as loop
@@ -45,7 +46,7 @@ from regate_megatron import ReGateConfig, attach, compat, step_done, wrap_forwar
 from regate_megatron.api import session_of
 from regate_megatron.batches import adapter_for
 from regate_megatron.integrations import megatron_bridge
-from tests.frameworks import bridge_models
+from tests.frameworks import bridge_models, exactness
 from tests.frameworks.forked import run
 
 STEPS, SAVE_AT = 6, 3
@@ -58,6 +59,9 @@ class Case:
     Attributes:
         regate: settings; None for plain Bridge.
         tp, pp, dp: the layout.
+        rows: the class of rows; None: the model's usual one.
+        packs: whether the step is to pack the rows (``enable_in_batch_packing`` without a collator that does).
+        step: the forward step; None: the model's usual one.
         resume: a case whose checkpoint of the third step is continued.
     """
 
@@ -69,8 +73,13 @@ class Case:
     begin: str | None = "start"
     resume: str | None = None
     dataloader: str = "single"
+    rows: str | None = None
+    packs: bool = False
+    step: str | None = None
+    ep: int = 1
 
 
+PREFIX = {"gpt": "", "qwen": "qwen ", "qwen3": "qwen3 ", "qwen3_moe": "qwen3_moe "}
 STUDENT, CHECKPOINT = {"teacher_load": "student"}, {"teacher_load": "start"}
 ALL_KEPT = {"keep_ratio": 1.0, "teacher_load": "student"}
 BOTH = {
@@ -93,8 +102,44 @@ CASES = BOTH | {
     "plain after regate": Case(resume="regate"),
 }
 CASES |= {f"qwen {name}": dataclasses.replace(case, model="qwen") for name, case in BOTH.items()}
-OWN_LOOPS = {"qwen own loop": Case(regate=STUDENT, model="qwen")}
-CASES |= OWN_LOOPS
+EACH = STUDENT | {"budget": "per-sample"}  # others give a row what its microbatch has room for, and packing is room
+VISUAL = {"visual_keep_ratio": 0.5, "visual_score": "random"}
+PACKED = {
+    "packed plain": Case(rows="PackedPictureRows"),
+    "packed all kept": Case(rows="PackedPictureRows", regate=ALL_KEPT),
+    "packed": Case(rows="PackedPictureRows", regate=EACH),
+    "packed filled": Case(rows="FilledPictureRows", regate=EACH),
+    "packed tp2": Case(rows="FilledPictureRows", regate=EACH, tp=2),
+    "packed dp2": Case(rows="PackedPictureRows", regate=EACH, dp=2),
+    "packed tp2 pp2": Case(rows="FilledPictureRows", regate=EACH, tp=2, pp=2),
+    "packed visual": Case(rows="PackedPictureRows", regate=EACH | VISUAL),
+    "each": Case(regate=EACH),
+    "visual": Case(regate=EACH | VISUAL),
+}
+CASES |= {f"qwen {name}": dataclasses.replace(case, model="qwen") for name, case in PACKED.items()}
+CASES |= {f"qwen3 {name}": dataclasses.replace(case, model="qwen3") for name, case in BOTH.items()}
+DEEP = {"dense_layers": 3}
+QWEN3 = {
+    "plain tp2": Case(tp=2),
+    "deep": Case(regate=STUDENT | DEEP),
+    "nothing dense": Case(regate=STUDENT | {"dense_layers": 0}),
+    "packs": Case(regate=STUDENT, packs=True),
+    "packs plain": Case(packs=True),
+    "packs all kept": Case(regate=ALL_KEPT, packs=True),
+    "packs tp2": Case(regate=STUDENT, packs=True, tp=2),
+    "each": Case(regate=EACH),
+    "packed": Case(regate=EACH, rows="PackedPictureRows", step="vlm_step"),
+    "visual": Case(regate=STUDENT | VISUAL),
+    "packs visual": Case(regate=STUDENT | VISUAL, packs=True),
+}
+CASES |= {f"qwen3 {name}": dataclasses.replace(case, model="qwen3") for name, case in QWEN3.items()}
+QWEN3_MOE = {name: BOTH[name] for name in ("start", "plain", "all kept", "regate", "dp2", "resumed")}
+QWEN3_MOE |= {
+    "dp2 ep2": Case(regate=STUDENT, dp=2, ep=2),
+    "packs": Case(regate=STUDENT, packs=True),
+    "visual": Case(regate=STUDENT | VISUAL),
+}
+CASES |= {f"qwen3_moe {name}": dataclasses.replace(case, model="qwen3_moe") for name, case in QWEN3_MOE.items()}
 
 
 class Record(Callback):
@@ -105,11 +150,6 @@ class Record(Callback):
         self.steps: list[list] = []
         self.lengths: list[tuple] = []
         self.seen: dict[str, Any] = {"evaluations": 0}
-
-    def on_data_init_start(self, context):
-        model = compat.unwrap(context.model[0])
-        if isinstance(model, Qwen25VLModel) and dist.get_world_size() == 1:
-            self.seen["reading"] = reading(model)
 
     def on_train_start(self, context):
         last = compat.language_model_of(compat.unwrap(context.model[-1])).decoder.layers[-1]
@@ -135,6 +175,15 @@ class Record(Callback):
         self.seen["attached at the end"] = session_of(context.model) is not None
 
 
+class RecordAndRead(Record):
+    """Also how a batch is read."""
+
+    def on_data_init_start(self, context):
+        model = compat.unwrap(context.model[0])
+        if isinstance(model, Qwen25VLModel) and dist.get_world_size() == 1:
+            self.seen["reading"] = reading(model)
+
+
 def reading(model: Qwen25VLModel) -> dict[str, Any]:
     """What our adapter sees in a batch, and the positions, [3, B, S], that the model makes for its language model."""
     rows, given = bridge_models.PictureRows(2), []
@@ -156,13 +205,16 @@ def settings(name: str, case: Case, folder: Path) -> ConfigContainer:
     """Bridge's settings of a case."""
     layout = {"tensor_model_parallel_size": case.tp, "pipeline_model_parallel_size": case.pp}
     layout["sequence_parallel"] = case.tp > 1
-    prefix = "qwen " if case.model == "qwen" else ""
+    if case.pp > 1 and case.model == "qwen3":
+        layout["num_layers_in_first_pipeline_stage"] = 3  # which take visual features in
+    layout |= {"expert_model_parallel_size": case.ep} if case.ep > 1 else {}
+    prefix = PREFIX[case.model]
     checkpoint = {"save": str(folder / name / "checkpoints"), "save_interval": SAVE_AT, "ckpt_format": "torch_dist"}
     if case.resume:
         checkpoint |= {"load": str(folder / (prefix + case.resume) / "checkpoints"), "ckpt_step": SAVE_AT}
     elif case.begin:
         checkpoint |= {"pretrained_checkpoint": str(folder / (prefix + case.begin) / "checkpoints")}
-    rows = bridge_models.PictureRows if case.model == "qwen" else bridge_models.Rows
+    rows = getattr(bridge_models, case.rows or {"gpt": "Rows"}.get(case.model, "PictureRows"))
     return ConfigContainer(
         model=getattr(bridge_models, case.model)(**layout),
         train=TrainingConfig(micro_batch_size=2, global_batch_size=4, train_iters=STEPS),
@@ -177,7 +229,12 @@ def settings(name: str, case: Case, folder: Path) -> ConfigContainer:
             weight_decay_incr_style="constant",
         ),
         dataset=bridge_models.Data(
-            rows=rows, dataloader_type=case.dataloader, num_workers=0, pin_memory=False, persistent_workers=False
+            rows=rows,
+            dataloader_type=case.dataloader,
+            num_workers=0,
+            pin_memory=False,
+            persistent_workers=False,
+            enable_in_batch_packing=case.packs or issubclass(rows, bridge_models.PackedPictureRows),
         ),
         logger=LoggerConfig(log_interval=2, tensorboard_dir=str(folder / name / "tensorboard")),
         tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=bridge_models.VOCAB - 1),
@@ -193,16 +250,16 @@ def functions() -> list[Any]:
 
 def train(name: str, case: Case, folder: Path) -> None:
     """One rank of a case."""
-    record, before = Record(), functions()
+    record, before = RecordAndRead(), functions()
     callbacks: list[Callback] = [record]
     if case.regate is not None:
         chosen = dict(case.regate, warmup_steps=2, cycle_steps=100, dense_steps=1, trace=str(folder / name / "trace"))
         if chosen["teacher_load"] != "student":
-            prefix = "qwen " if case.model == "qwen" else ""
-            chosen["teacher_load"] = str(folder / (prefix + chosen["teacher_load"]) / "checkpoints")
+            chosen["teacher_load"] = str(folder / (PREFIX[case.model] + chosen["teacher_load"]) / "checkpoints")
         callbacks = [megatron_bridge.install(ReGateConfig(**chosen)), record]
-    step = {"gpt": gpt_step, "qwen": vlm_step}[case.model].forward_step
-    pretrain(settings(name, case, folder), step, callbacks=callbacks)
+    steps = {"gpt_step": gpt_step, "vlm_step": vlm_step, "qwen3_vl_step": qwen3_vl_step}
+    usual = {"gpt": "gpt_step", "qwen": "vlm_step"}.get(case.model, "qwen3_vl_step")
+    pretrain(settings(name, case, folder), steps[case.step or usual].forward_step, callbacks=callbacks)
     record.seen["loop restored"] = functions() == before
     found = {"losses": record.losses, "steps": record.steps, "lengths": record.lengths, **record.seen}
     if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
@@ -233,6 +290,33 @@ def own_loop(name: str, case: Case, folder: Path) -> None:
     (folder / f"{name}.json").write_text(json.dumps({"totals": dataclasses.asdict(session_of(model).totals)}))
 
 
+def exact(name: str, case: Case, folder: Path) -> None:
+    """A sparse step against its oracle, with fewer and more dense layers than take visual features in."""
+    provider = getattr(bridge_models, case.model)()
+    provider.finalize()
+    model = provider.provide_distributed_model(
+        ddp_config=DistributedDataParallelConfig(use_distributed_optimizer=False), use_cpu_initialization=True
+    )
+    rows = bridge_models.PictureRows(2)
+    batch = rows.collate_fn([rows[0], rows[1]])
+
+    def run(schedule, batch):
+        (result,) = schedule(
+            forward_step_func=forward_step,
+            data_iterator=iter([batch]),
+            model=model,
+            num_microbatches=1,
+            seq_length=bridge_models.TEXT,
+            micro_batch_size=2,
+            forward_only=False,
+        )
+        return result["lm loss"][0]
+
+    schedule = get_forward_backward_func()
+    found = {layers: exactness.compare(model, run, schedule, batch, layers) for layers in (0, 1, 3)}
+    (folder / f"{name}.json").write_text(json.dumps(found))
+
+
 def forward_step(iterator, model):
     """What Bridge's ``vlm_step`` passes to the model."""
     batch = dict(next(iterator))
@@ -245,12 +329,20 @@ def forward_step(iterator, model):
     return losses, loss_function
 
 
+OWN_LOOPS = {
+    "qwen own loop": (Case(regate=STUDENT, model="qwen"), own_loop),
+    "qwen3 exact": (Case(model="qwen3"), exact),
+    "qwen3_moe exact": (Case(model="qwen3_moe"), exact),
+}
+CASES |= {name: case for name, (case, _) in OWN_LOOPS.items()}
+
+
 def main(folder: str, *names: str) -> int:
     """Run the cases; the number of those that failed."""
     failed = 0
     for name in names or CASES:
         case = CASES[name]
-        work = partial(own_loop if name in OWN_LOOPS else train, name, case, Path(folder))
+        work = partial(OWN_LOOPS[name][1] if name in OWN_LOOPS else train, name, case, Path(folder))
         failed += not run(name, case.tp * case.pp * case.dp, Path(folder) / f"{name}.log", work)
     return failed
 

@@ -47,6 +47,29 @@ def test_three_steps_and_three_more_are_six(trainings):
     assert (resumed["difficulty"], resumed["prior"]) == (first["difficulty"], first["prior"])
 
 
+def from_their_start(kept):
+    """Kept positions counted from each sample's first, which always runs."""
+    return {at: [position - positions[0] for position in positions] for at, positions in kept.items()}
+
+
+def test_packed_with_keep_ratio_1_trains_bit_for_bit_as_without(trainings):
+    assert trainings["qwen packed all kept"]["losses"] == trainings["qwen packed plain"]["losses"]
+
+
+@pytest.mark.parametrize("packed", ["packed", "packed filled", "packed tp2", "packed dp2", "packed tp2 pp2"])
+def test_packed_rows_keep_what_padded_rows_keep(trainings, packed):
+    assert from_their_start(trainings.kept(f"qwen {packed}")) == trainings.kept("qwen each")
+    assert trainings[f"qwen {packed}"]["losses"] == pytest.approx(trainings["qwen each"]["losses"], rel=1e-5)
+    assert trainings[f"qwen {packed}"]["totals"]["sparse_steps"] == 3
+
+
+def test_visual_positions_of_packed_rows_are_those_of_padded_rows(trainings):
+    assert from_their_start(trainings.kept("qwen packed visual")) == trainings.kept("qwen visual")
+    assert trainings["qwen packed visual"]["losses"] == pytest.approx(trainings["qwen visual"]["losses"], rel=1e-5)
+    rows = [row for record in trainings.trace("qwen visual")[-6:] for row in record["rows"]]
+    assert {(row["num_visual"], row["num_kept_visual"]) for row in rows} == {(6, 3), (0, 0)}
+
+
 def test_attach_is_a_pre_wrap_hook_of_bridge_s_provider(trainings):
     totals = trainings["qwen own loop"]["totals"]
     assert (totals["steps"], totals["sparse_steps"]) == (3, 2)

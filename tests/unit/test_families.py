@@ -45,7 +45,7 @@ def test_a_known_class_gets_the_adapter_of_its_row():
     [
         "megatron.bridge.models.glm_vl.modeling_glm_45v.GLM45VModel",
         "megatron.bridge.models.ernie_vl.modeling_ernie45_vl.model.Ernie45VLModel",
-        "megatron.bridge.models.qwen_vl.modelling_qwen3_vl.model.Qwen3VLModel",
+        "megatron.bridge.models.qwen_vl.modelling_qwen35_vl.model.Qwen35VLModel",
         "somebody.qwen_vl.modeling_qwen25_vl.Qwen25VLModel",  # the right name of another module
     ],
 )
@@ -88,7 +88,6 @@ def _bridge(**settings):
     ("settings", "line"),
     [
         ({"dataset__packing_buffer_size": 32}, "given dataset.packing_buffer_size=32; allowed it off"),
-        ({"dataset__enable_in_batch_packing": True}, "given dataset.enable_in_batch_packing=True; allowed it off"),
         ({"dataset__enable_offline_packing": True}, "given dataset.enable_offline_packing=True; allowed it off"),
         ({"dist__use_decentralized_pg": True}, "given dist.use_decentralized_pg=True; allowed it off"),
     ],

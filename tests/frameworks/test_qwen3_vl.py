@@ -1,0 +1,84 @@
+"""Megatron-Bridge trains its Qwen3-VL, dense and MoE, whose first layers take visual features in (deepstack).
+
+CPU and gloo; Transformer Engine's layers, which the model asks for by name, are replaced by Megatron's own.
+"""
+
+import pytest
+
+from tests.frameworks.conftest import missing
+from tests.frameworks.test_qwen_vl import from_their_start
+
+pytestmark = [pytest.mark.full, pytest.mark.skipif(bool(missing()), reason=missing())]
+
+MODELS = ("qwen3", "qwen3_moe")
+
+
+@pytest.mark.parametrize("pair", [("all kept", "plain"), ("packs all kept", "packs plain")])
+def test_keep_ratio_1_trains_bit_for_bit_as_without(trainings, pair):
+    kept, plain = (trainings[f"qwen3 {name}"] for name in pair)
+    assert kept["losses"] == plain["losses"]
+
+
+def test_keep_ratio_1_with_experts_trains_bit_for_bit_as_without(trainings):
+    assert trainings["qwen3_moe all kept"]["losses"] == trainings["qwen3_moe plain"]["losses"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_sparse_steps_run_shorter(trainings, model):
+    totals = trainings[f"{model} regate"]["totals"]
+    assert (totals["steps"], totals["sparse_steps"], totals["fallback_steps"]) == (6, 3, 0)
+    assert totals["targets_kept"] == 3 * 60 + 3 * 30
+    assert totals["positions_run"] < totals["positions_dense"]
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_sparse_step_is_the_masked_full_length_step(trainings, model, layers):
+    """Also where layers that take features in run short: 3 features, for the first 3 of 4 layers."""
+    result = trainings[f"{model} exact"][str(layers)]
+    assert result["kept"] < result["dense"]
+    assert result["loss_error"] <= 1e-6 and result["gradient_error"] <= 1e-5, result
+
+
+def test_student_and_its_checkpoint_are_the_same_teacher(trainings):
+    assert trainings.kept("qwen3 checkpoint teacher") == trainings.kept("qwen3 regate")
+    assert trainings["qwen3 checkpoint teacher"]["losses"] == trainings["qwen3 regate"]["losses"]
+
+
+@pytest.mark.parametrize("layout", ["tp2", "dp2", "tp2 pp2"])
+def test_every_layout_keeps_the_same_positions(trainings, layout):
+    assert trainings.kept(f"qwen3 {layout}") == trainings.kept("qwen3 regate")
+    assert trainings[f"qwen3 {layout}"]["losses"] == pytest.approx(trainings["qwen3 regate"]["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["dp2", "dp2 ep2"])
+def test_every_layout_of_experts_keeps_the_same_positions(trainings, layout):
+    assert trainings.kept(f"qwen3_moe {layout}") == trainings.kept("qwen3_moe regate")
+    losses = trainings["qwen3_moe regate"]["losses"]
+    assert trainings[f"qwen3_moe {layout}"]["losses"] == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize(("packed", "padded"), [("packs", "regate"), ("packs tp2", "regate"), ("packed", "each")])
+def test_rows_packed_by_the_step_or_the_collator_keep_what_padded_rows_keep(trainings, packed, padded):
+    assert from_their_start(trainings.kept(f"qwen3 {packed}")) == trainings.kept(f"qwen3 {padded}")
+    losses = trainings[f"qwen3 {padded}"]["losses"]
+    assert trainings[f"qwen3 {packed}"]["losses"] == pytest.approx(losses, rel=1e-5)
+
+
+def test_packed_experts_keep_what_padded_rows_keep(trainings):
+    assert trainings.kept("qwen3_moe packs") == trainings.kept("qwen3_moe regate")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_half_of_the_visual_positions_are_kept(trainings, model):
+    rows = [row for record in trainings.trace(f"{model} visual")[-6:] for row in record["rows"]]
+    assert {(row["num_visual"], row["num_kept_visual"]) for row in rows} == {(6, 3), (0, 0)}
+
+
+def test_visual_positions_of_packed_rows_are_those_of_padded_rows(trainings):
+    assert trainings.kept("qwen3 packs visual") == trainings.kept("qwen3 visual")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_three_steps_and_three_more_are_six(trainings, model):
+    assert trainings[f"{model} resumed"]["losses"] == trainings[f"{model} regate"]["losses"][3:]
