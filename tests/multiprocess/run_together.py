@@ -78,7 +78,7 @@ def a_shorter_batch(inner):
     return lambda step, arguments, dealing: inner(step, {**arguments, "num_microbatches": 3}, dealing)
 
 
-pull = sessions._pull
+pull = sessions.pull
 
 
 def too_few(iterator, count):
