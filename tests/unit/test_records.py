@@ -211,6 +211,19 @@ def test_a_file_that_cannot_be_finished_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_first_writers_one_wins_and_nothing_else_is_left(tmp_path, monkeypatch, links):
+    def unsupported(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    if not links:  # such a file system has no first one: the last one stays, whole
+        monkeypatch.setattr("os.link", unsupported)
+    for number in (1, 2):
+        write_manifest(tmp_path / "manifest.json", {"number": number}, first_wins=True)
+    assert read_manifest(tmp_path / "manifest.json") == {"number": 1 if links else 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
 def test_an_array_of_objects_is_never_unpickled(tmp_path):
     path = tmp_path / "prior.table"
     np.save(path.open("wb"), np.array([{"a": 1}, None], dtype=object), allow_pickle=True)
