@@ -6,12 +6,13 @@ import json
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
 from regate_megatron.memory.difficulty import MEAN_BY_TOKEN
 from regate_megatron.memory.files import DamagedFile, RecordFile, read_table, write_records, write_table
-from regate_megatron.memory.manifests import OtherFormat, read_manifest, write_manifest
+from regate_megatron.memory.manifests import FORMAT, OtherFormat, read_manifest, write_manifest
 from regate_megatron.memory.records import BYTES_PER_SAMPLE, Records
 from regate_megatron.memory.state import files_to_read
 
@@ -174,6 +175,14 @@ def test_numpy_reads_a_file_as_its_arrays_and_unpickles_nothing(tmp_path):
     counts = np.diff(entries["end"], prepend=0)
     found = {(int(key[0]), int(count)) for key, count in zip(entries["key"], counts, strict=True)}
     assert found == set(_content(records)) and len(values) == records.num_targets and len(seal) == 1
+
+
+def test_files_are_byte_for_byte_what_this_format_always_was(tmp_path):
+    """Whoever changes this raises FORMAT, so that files of before are refused by name."""
+    _saved(tmp_path, steps=6)
+    write_table(tmp_path / "prior.table", np.array([(3, 1.0), (70_000, 3.5)], MEAN_BY_TOKEN))
+    found = [xxhash.xxh3_64_hexdigest((tmp_path / name).read_bytes()) for name in (NAME, "prior.table")]
+    assert (FORMAT, found) == (3, ["7167db9e96d6cffa", "7952b25c3810a828"])
 
 
 @pytest.mark.parametrize("missing", [1, 9, 300, None])
