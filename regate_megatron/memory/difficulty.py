@@ -18,8 +18,10 @@ Shapes: N samples of this rank in a step, T targets of a sample, X of all of the
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +29,6 @@ from torch import Tensor
 
 from regate_megatron.memory.records import Records
 from regate_megatron.ranks.topology import Topology
-
-MEAN_BY_TOKEN = np.dtype([("token", "<i8"), ("mean", "<f8")])
 
 
 class TokenPrior:
@@ -71,23 +71,16 @@ class TokenPrior:
         self.overall = self.decay * self.overall + (1 - self.decay) * overall if self.any_seen else overall
         self.any_seen = True
 
-    def table(self) -> np.ndarray:
-        """The means of the ids seen, a structured array of :data:`MEAN_BY_TOKEN`."""
-        table = np.empty(int(self.is_seen_V.sum()), MEAN_BY_TOKEN)
-        table["token"] = self.is_seen_V.nonzero().flatten().numpy()
-        table["mean"] = self.mean_V[self.is_seen_V].numpy()
-        return table
+    def snapshot(self) -> tuple[np.ndarray, dict[str, Any]]:
+        """All that is known: the mean of each id, float64, NaN where never seen; and words."""
+        words = {"overall": self.overall, "any_seen": self.any_seen}
+        return self.mean_V.masked_fill(~self.is_seen_V, math.nan).numpy(), words
 
-    @classmethod
-    def from_table(cls, table: np.ndarray, overall: float, decay: float) -> TokenPrior:
-        """The prior with these means by id and this one over all targets."""
-        prior = cls(decay)
-        prior.overall, prior.any_seen = overall, len(table) > 0
-        prior._grow(int(table["token"].max(initial=-1)) + 1)
-        token_X = torch.from_numpy(table["token"].copy())
-        prior.mean_V[token_X] = torch.from_numpy(table["mean"].copy())
-        prior.is_seen_V[token_X] = True
-        return prior
+    def restore(self, values: np.ndarray, words: dict[str, Any]) -> None:
+        """Take what :meth:`snapshot` gave."""
+        mean_V = torch.from_numpy(values)
+        self.mean_V, self.is_seen_V = mean_V.nan_to_num(0.0), ~mean_V.isnan()
+        self.overall, self.any_seen = words["overall"], words["any_seen"]
 
     def _grow(self, size: int) -> None:
         missing = size - len(self.mean_V)

