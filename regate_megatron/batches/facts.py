@@ -70,16 +70,6 @@ class MicrobatchFacts:
         return len(self.difficulty_key_N2)
 
     @cached_property
-    def sample_X(self) -> Tensor:
-        """The sample of each target; int64 [X], ascending."""
-        return torch.arange(self.num_samples).repeat_interleave(self.num_target_N)
-
-    @cached_property
-    def label_X(self) -> Tensor:
-        """The label of each target; int64 [X]."""
-        return masks.take(self.label_BS, self.is_target_BS)
-
-    @cached_property
     def num_target_N(self) -> Tensor:
         """Targets of each sample; int64 [N]. What is kept per target is split by it."""
         return self.count_by_sample(self.is_target_BS)
@@ -106,10 +96,6 @@ class MicrobatchFacts:
         if self.has_visual_loss_BS is not None:
             has_loss_BS = has_loss_BS | self.has_visual_loss_BS
         return read_by_targets(has_loss_BS, self.sample_BS)
-
-    def count_by_row(self, where_BS: Tensor) -> Tensor:
-        """How many positions are marked in each row as it is planned; int64."""
-        return self.count_by_sample(where_BS) if self.joins_rows else where_BS.sum(dim=1)
 
     def count_by_sample(self, where_BS: Tensor) -> Tensor:
         """How many positions are marked in each sample; int64 [N]."""
@@ -152,11 +138,6 @@ class MicrobatchFacts:
         names = [field.name for field in fields(self) if torch.is_tensor(getattr(self, field.name))]
         columns = [getattr(self, name).split(rows) for name in names]
         return [MicrobatchFacts(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
-
-    @cached_property
-    def place_X(self) -> Tensor:
-        """The place of each target in its sample, counted from 0; int64 [X]."""
-        return torch.where(self.is_target_BS)[1] - self.start_N[self.sample_X]
 
 
 _BEFORE = torch.tensor([-1])

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -50,17 +49,6 @@ class Media:
     def none(cls) -> Media:
         """Those of a batch of text."""
         return cls(sample_I=torch.zeros(0, dtype=torch.int64), count_I=torch.zeros(0, dtype=torch.int64))
-
-    @cached_property
-    def medium_V(self) -> Tensor:
-        """The medium of each visual position; int64 [V], ascending."""
-        return torch.arange(len(self.count_I)).repeat_interleave(self.count_I)
-
-    @cached_property
-    def place_V(self) -> Tensor:
-        """The place of each visual position in its medium's grid, from 0; below 0 in the lead; int64 [V]."""
-        before_I = self.count_I.cumsum(0) - self.count_I
-        return torch.arange(len(self.medium_V)) - before_I[self.medium_V] - self.lead
 
 
 def image_grid(num_positions: int, height: int, width: int) -> tuple[int, int, int] | None:

@@ -1,1 +1,1 @@
-"""What is remembered between steps, on the host: records by key, difficulty, and the state that is saved of a run."""
+"""What is remembered on the host: records by key and their files, difficulty, reference losses, a run's saved state."""

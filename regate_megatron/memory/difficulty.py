@@ -18,6 +18,7 @@ Shapes: N samples of this rank in a step, T targets of a sample, X of all of the
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,6 @@ class TokenPrior:
     """Running mean loss per target token id, shared by all planners."""
 
     name = "own"
-    ROW = np.dtype([("token", "<i8"), ("mean", "<f8")])
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
@@ -73,24 +73,16 @@ class TokenPrior:
         self.overall = self.decay * self.overall + (1 - self.decay) * overall if self.any_seen else overall
         self.any_seen = True
 
-    def table(self) -> np.ndarray:
-        """All that is known but :meth:`words`: the means of the ids seen, rows of :data:`ROW`."""
-        table = np.empty(int(self.is_seen_V.sum()), self.ROW)
-        table["token"] = self.is_seen_V.nonzero().flatten().numpy()
-        table["mean"] = self.mean_V[self.is_seen_V].numpy()
-        return table
+    def snapshot(self) -> tuple[np.ndarray, dict[str, Any]]:
+        """All that is known: the mean of each id, float64, NaN where never seen; and words."""
+        words = {"overall": self.overall, "any_seen": self.any_seen}
+        return self.mean_V.masked_fill(~self.is_seen_V, math.nan).numpy(), words
 
-    def words(self) -> dict[str, Any]:
-        """What stands in the manifest beside the table."""
-        return {"of": self.name, "overall": self.overall}
-
-    def restore(self, table: np.ndarray, words: dict[str, Any]) -> None:
-        """Take what :meth:`table` and :meth:`words` gave; of a prior that knows nothing yet."""
-        self.overall, self.any_seen = words["overall"], len(table) > 0
-        self._grow(int(table["token"].max(initial=-1)) + 1)
-        token_X = torch.from_numpy(table["token"].copy())
-        self.mean_V[token_X] = torch.from_numpy(table["mean"].copy())
-        self.is_seen_V[token_X] = True
+    def restore(self, values: np.ndarray, words: dict[str, Any]) -> None:
+        """Take what :meth:`snapshot` gave."""
+        mean_V = torch.from_numpy(values)
+        self.mean_V, self.is_seen_V = mean_V.nan_to_num(0.0), ~mean_V.isnan()
+        self.overall, self.any_seen = words["overall"], words["any_seen"]
 
     def _grow(self, size: int) -> None:
         missing = size - len(self.mean_V)

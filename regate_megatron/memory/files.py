@@ -1,6 +1,6 @@
 """Files of what is remembered: numpy's own format, written once, whole or not at all, and never trusted unread.
 
-A file is numpy arrays one after the other, as ``numpy.save`` writes them:
+A file is numpy arrays one after the other, each as ``numpy.load`` reads it:
 
 - *records*, float16 numbers by 128-bit key (difficulty, reference losses): an entry of 32 bytes per record, then the
   values of all records in that order, then the seal;
@@ -18,7 +18,6 @@ Shapes: N records, X values of all of them.
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import struct
@@ -160,7 +159,7 @@ def write_records(path: Path, num_records: int, pieces: Callable[[], Iterable[Pi
 
 
 def write_table(path: Path, table_N: np.ndarray) -> FileFacts:
-    """Write a structured array, on the disk when this returns."""
+    """Write an array of one dimension, on the disk when this returns."""
     with written_aside(path) as file:
         digest = xxhash.xxh3_64()
         _put(file, _header(table_N.dtype, len(table_N)), digest)
@@ -177,7 +176,7 @@ def read_table(path: Path, dtype: np.dtype) -> tuple[np.ndarray, FileFacts]:
     with path.open("rb") as file:
         size, digest = os.fstat(file.fileno()).st_size, xxhash.xxh3_64()
         table_N = _take_array(file, dtype, size, digest)
-        return table_N, FileFacts(_take_seal(file, size, digest), len(table_N))
+        return table_N.copy(), FileFacts(_take_seal(file, size, digest), len(table_N))
 
 
 _WRONG_RECORD = "a record that does not match its checksum"
@@ -200,19 +199,20 @@ def _bytes(array_X: np.ndarray) -> memoryview:
 
 
 def _header(dtype: np.dtype, length: int) -> bytes:
-    header = io.BytesIO()
-    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
-    np.lib.format.write_array_header_1_0(header, fields)
-    return header.getvalue()
+    """What comes before an array, for :func:`numpy.load`; as long, and as worded, whatever the length and version."""
+    descr = np.lib.format.dtype_to_descr(dtype)
+    text = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': ({length:<18},), }}"
+    size = -(-(_PREFIX.size + len(text) + 1) // 64) * 64 - _PREFIX.size
+    return _PREFIX.pack(b"\x93NUMPY\x01\x00", size) + text.encode().ljust(size - 1) + b"\n"
 
 
-# numpy leaves room in a header, so that it is as long for any length of the array.
+_PREFIX = struct.Struct("<8sH")
 _ENTRY_HEADER, _HEADER = len(_header(_ENTRY, 0)), len(_header(VALUE, 0))
 assert len(_header(_SEAL, 0)) == _HEADER
 
 
 def _length(header: bytes, dtype: np.dtype) -> int:
-    found = re.search(rb"'shape': \((\d{1,18}),\)", header)
+    found = re.search(rb"'shape': \((\d{1,18}) *,\)", header)
     if found is None or _header(dtype, int(found[1])) != header:
         raise DamagedFile("another array than there has to be")
     return int(found[1])

@@ -34,7 +34,6 @@ class KindMeans:
     """
 
     name = "kind"
-    ROW = np.dtype([("sum", "<f8"), ("count", "<f8")])
 
     def __init__(self, decay: float) -> None:
         self.decay = decay
@@ -65,19 +64,13 @@ class KindMeans:
         own_2C[1].index_add_(0, kind_X, torch.ones_like(loss_X))
         self.totals_2C = self.decay * self.totals_2C + topology.all_reduce_planners(own_2C, "sum")
 
-    def table(self) -> np.ndarray:
-        """All that is known but :meth:`words`: a row of :data:`ROW` per kind."""
-        table = np.empty(self.totals_2C.shape[1], self.ROW)
-        table["sum"], table["count"] = self.totals_2C.numpy()
-        return table
+    def snapshot(self) -> tuple[np.ndarray, dict[str, Any]]:
+        """All that is known: numbers, float64, and words."""
+        return self.totals_2C.numpy().copy().reshape(-1), {"of": self.name}
 
-    def words(self) -> dict[str, Any]:
-        """What stands in the manifest beside the table."""
-        return {"of": self.name}
-
-    def restore(self, table: np.ndarray, words: dict[str, Any]) -> None:
-        """Take what :meth:`table` and :meth:`words` gave."""
-        self.totals_2C = torch.from_numpy(np.stack([table["sum"], table["count"]]))
+    def restore(self, values: np.ndarray, words: dict[str, Any]) -> None:
+        """Take what :meth:`snapshot` gave."""
+        self.totals_2C = torch.from_numpy(values.copy()).view(2, -1)
 
     def _kinds(self, label_X: Tensor, reference_X: Tensor) -> Tensor:
         """The kind of each target; int64. Room is made for them."""

@@ -20,7 +20,6 @@ from regate_megatron.memory.kinds import KindMeans
 from regate_megatron.memory.records import Records, RecordsSnapshot
 from regate_megatron.ranks.topology import Topology
 
-PRIORS = {prior.name: prior for prior in (TokenPrior, KindMeans)}
 _OF_GRADIENTS = 0x5EE1_D6A1_0F6E_77AD  # what tells the key of a sample's gradients from that of its difficulty
 
 
@@ -38,7 +37,7 @@ class Learned:
         self.difficulty = DifficultyStore(decay, topology, limit_bytes)
         self.gradients = DifficultyStore(decay, topology, limit_bytes)
         self.gradients.records = self.difficulty.records
-        self._kind_of_prior = PRIORS["kind" if by_kind else "own"]
+        self._kind_of_prior = KindMeans if by_kind else TokenPrior
         self.prior = self.empty_prior()
 
     def __len__(self) -> int:

@@ -1,7 +1,7 @@
 """What a run has learned and how far it is, saved into a folder and loaded from it: at another data-parallel size too.
 
 - ``difficulty-00003.records``: the difficulty of one planner, see :mod:`.files`; nobody holds more than its share.
-- ``prior.table``: the mean loss per token id seen.
+- ``prior.table``: the mean loss per token id, NaN where never seen.
 - ``state.json``, written last: how far the run is, its settings, and the seal of every file, see :mod:`.manifests`.
 
 On loading, a planner reads the files that can hold keys it owns and keeps those. Difficulty, prior, schedule position
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from regate_megatron.errors import refuse
@@ -35,7 +36,7 @@ from regate_megatron.memory.files import (
     write_table,
 )
 from regate_megatron.memory.kinds import KindMeans
-from regate_megatron.memory.learned import PRIORS, Learned
+from regate_megatron.memory.learned import Learned
 from regate_megatron.memory.manifests import FORMAT, OtherFormat, read_manifest, write_manifest
 from regate_megatron.memory.records import Records
 from regate_megatron.ranks.publishing import replace_folder
@@ -44,6 +45,7 @@ from regate_megatron.ranks.topology import Topology
 STATE_FOLDER = "regate"  # in the folder of an iteration
 MANIFEST = "state.json"
 PRIOR = f"prior{TABLE}"
+_FLOAT64 = np.dtype("<f8")
 _NOTHING = FileFacts(0, 0)
 _SAVING = {"doing": "saving difficulty", "allowed": "a folder with room for it", "change": "--save"}
 
@@ -114,8 +116,9 @@ class StateSave:
                 aside.mkdir(parents=True)
         self._learned = learned
         if learned is not None:
-            self._records, self._prior = learned.snapshot(), learned.prior.table()
-            self._content["means"] = learned.prior.words()
+            self._records = learned.snapshot()
+            if topology.dp_rank == 0:
+                self._prior_X, self._content["prior"] = learned.prior.snapshot()
 
     def write(self, *, in_background: bool = False) -> None:
         """Write this rank's part; only planners have one."""
@@ -143,7 +146,7 @@ class StateSave:
                 raise self._fault
             files = self._gather_facts()
             if self.topology.dp_rank == 0:
-                facts = {"difficulty": [vars(one) for one in files], "prior": vars(self._prior_facts)}
+                facts = {"difficulty": [vars(one) for one in files], "prior_file": vars(self._prior_facts)}
                 write_manifest(self.aside / MANIFEST, self._content | facts)
 
     def publish(self, folder: Path) -> None:
@@ -155,7 +158,7 @@ class StateSave:
             path = self.aside / records_name(self.topology.dp_rank)
             self._facts = write_records(path, len(self._records), self._records.pieces)
             if self.topology.dp_rank == 0:
-                self._prior_facts = write_table(self.aside / PRIOR, self._prior)
+                self._prior_facts = write_table(self.aside / PRIOR, self._prior_X)
         except Exception as fault:  # raised by finish, on every rank
             self._fault = fault
 
@@ -218,12 +221,12 @@ def _read(
             for piece in file.pieces(entry_N, lambda key_N2: key_N2[:, 0] % size == rank):
                 records.append(piece)
     records.evict()
-    prior, words = learned.empty_prior(), manifest["means"]
+    prior, words = learned.empty_prior(), manifest["prior"]
     with _refusing_damage(folder / PRIOR):
-        table, facts = read_table(folder / PRIOR, PRIORS[words["of"]].ROW)
-        _compare(facts, FileFacts(**manifest["prior"]))
-    if words["of"] == prior.name:
-        prior.restore(table, words)
+        values, facts = read_table(folder / PRIOR, _FLOAT64)
+        _compare(facts, FileFacts(**manifest["prior_file"]))
+    if words.get("of", "own") == prior.name:
+        prior.restore(values, words)
     return records, prior
 
 

@@ -95,6 +95,7 @@ def replace_folder(aside: Path, target: Path) -> None:
     """Put the finished folder ``aside`` in the place of ``target``; the old one goes last."""
     if not target.exists():
         os.rename(aside, target)
+        _sync_folder(target.parent)
         return
     old = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.replaced")  # a name that nobody's backup has
     os.rename(target, old)
@@ -103,6 +104,7 @@ def replace_folder(aside: Path, target: Path) -> None:
     except OSError:
         os.rename(old, target)
         raise
+    _sync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -126,11 +128,7 @@ def written_aside(path: Path, *, first_wins: bool = False) -> Iterator[BinaryIO]
             os.rename(aside, path)
     finally:
         aside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # so that the name lasts too
-    finally:
-        os.close(folder)
+    _sync_folder(path.parent)
 
 
 def write_aside(path: Path, data: Any, *, first_wins: bool = False) -> None:
@@ -148,3 +146,12 @@ def _linked(aside: Path, path: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

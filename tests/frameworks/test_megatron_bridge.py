@@ -80,7 +80,7 @@ def test_three_steps_and_three_more_are_six(trainings):
     assert trainings["resumed"]["losses"] == trainings["regate"]["losses"][3:]
     assert trainings.kept("resumed") == {at: kept for at, kept in trainings.kept("regate").items() if at[0] > 3}
     first, resumed = trainings.state("regate", 6), trainings.state("resumed", 6)
-    assert (resumed["difficulty"], resumed["prior"]) == (first["difficulty"], first["prior"])
+    assert (resumed["difficulty"], resumed["prior_file"]) == (first["difficulty"], first["prior_file"])
     line = next(line for line in trainings.log("resumed").splitlines() if "resumed at" in line)
     assert line == "[regate] resumed at iteration 3: difficulty of 192 targets in 12 samples restored"
 

@@ -44,7 +44,7 @@ def test_every_layout_keeps_the_same_positions(trainings, layout):
 def test_three_steps_and_three_more_are_six(trainings):
     assert trainings["qwen resumed"]["losses"] == trainings["qwen regate"]["losses"][3:]
     first, resumed = trainings.state("qwen regate", 6), trainings.state("qwen resumed", 6)
-    assert (resumed["difficulty"], resumed["prior"]) == (first["difficulty"], first["prior"])
+    assert (resumed["difficulty"], resumed["prior_file"]) == (first["difficulty"], first["prior_file"])
 
 
 def from_their_start(kept):

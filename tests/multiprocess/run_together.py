@@ -138,7 +138,7 @@ def faults_beside_steps(models, folder: Path) -> dict:
         "renaming what was saved": ([0], publishing, "replace_folder", fail, "rank 0 " + word, save),
         "looking for saved state": ([1], Path, "is_dir", fail, "rank 1 " + word, load),
         "reading the manifest": ([3], state, "read_manifest", fail, "rank 3 " + word, load),
-        "reading one planner's records": ([2], state, "read_records", fail, "rank 2 " + word, load),
+        "reading one planner's records": ([2], state.RecordFile, "open", fail, "rank 2 " + word, load),
         "naming the teacher": ([1], fingerprint, "sums_of", fail, "cannot be read (IndexError)", name_teacher),
     }
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regate_megatron.batches import GPTBatches, LLaVABatches, NamedSamples
+from regate_megatron.batches import GPTBatches, LLaVABatches, NamedSamples, StepFacts
 from regate_megatron.batches.facts import key_hex
 from regate_megatron.batches.media import cells_of_image, image_grid, some_of_each
 
@@ -111,7 +111,7 @@ def test_a_label_below_0_is_no_target_and_its_position_is_context():
     habit = dict(batch, labels=batch["labels"].masked_fill(batch["loss_mask"] == 0, -100))
     habit["loss_mask"] = torch.ones_like(batch["loss_mask"])
     plain, facts = GPTBatches().read(batch), GPTBatches().read(habit)
-    assert torch.equal(facts.is_target_BS, plain.is_target_BS) and bool((facts.label_X >= 0).all())
+    assert torch.equal(facts.is_target_BS, plain.is_target_BS) and bool((facts.label_BS[facts.is_target_BS] >= 0).all())
     assert torch.equal(facts.is_context_BS, ~facts.is_target_BS), "what has a loss is no padding"
     assert torch.equal(facts.reference_key_N2, plain.reference_key_N2), "the keys are those of the usual labels"
     elided = GPTBatches().elide(habit, plain.is_target_BS)
@@ -210,10 +210,10 @@ def _check_against_the_model(llava_model, batch: dict, adapter: LLaVABatches, el
     assert bool(facts.is_context_BS[(loss_mask > 0) & (labels < 0)].all())  # a loss without a label: it runs
     assert torch.equal(facts.label_BS[facts.is_target_BS], labels[facts.is_target_BS])
     assert torch.equal(facts.is_visual_BS, embeddings < 0)
-    media, number_V = facts.media, -1 - embeddings[embeddings < 0]
-    assert torch.equal(media.medium_V, number_V.long() // adapter.image_length)
-    assert torch.equal(media.place_V + media.lead, number_V.long() % adapter.image_length)
-    assert torch.equal(media.sample_I[media.medium_V], torch.where(embeddings < 0)[0])
+    step, number_V = StepFacts([facts]), -1 - embeddings[embeddings < 0]
+    assert torch.equal(step.medium_V, number_V.long() // adapter.image_length)
+    assert torch.equal(step.place_V + facts.media.lead, number_V.long() % adapter.image_length)
+    assert torch.equal(step.sample_I[step.medium_V], torch.where(embeddings < 0)[0])
     is_text = embeddings > 0
     assert torch.equal(facts.token_BS[is_text], embeddings[is_text].long() - 1000)
     # Every position is a target, context or padding; nothing the model leaves empty is context.
@@ -295,9 +295,9 @@ def test_cells_of_a_picture_are_the_pixels_under_its_visual_positions():
     second = media.pixels(1)
     assert second.shape == (6, 12) and second[0, :4].tolist() == [72, 73, 78, 79]  # first channel of the first cell
     assert second[5, :4].tolist() == [88, 89, 94, 95] and second[0, 4] == 96
-    with_class_token = LLaVABatches(7, IMAGE, 64, False).read(batch).media
-    assert with_class_token.lead == 1 and with_class_token.grid_I3.tolist() == [[1, 2, 3]] * 2
-    assert with_class_token.place_V.tolist() == [*range(-1, 6)] * 2
+    with_class_token = LLaVABatches(7, IMAGE, 64, False).read(batch)
+    assert with_class_token.media.lead == 1 and with_class_token.media.grid_I3.tolist() == [[1, 2, 3]] * 2
+    assert StepFacts([with_class_token]).place_V.tolist() == [*range(-1, 6)] * 2
 
 
 @pytest.mark.parametrize(
@@ -434,7 +434,7 @@ def test_packed_rows_are_laid_one_after_the_other():
     assert facts.sample_BS[0].tolist() == [0] * 4 + [1] * 5 + [2] * 9
     assert facts.num_target_N.tolist() == [2, 1, 2] and facts.row_N.tolist() == [0, 0, 0]
     assert facts.start_N.tolist() == [0, 4, 9] and facts.segment_length_N.tolist() == [4, 5, 9]
-    assert facts.place_X.tolist() == [1, 2, 1, 2, 3]
+    assert StepFacts([facts]).place_X.tolist() == [1, 2, 1, 2, 3]
     assert facts.row_of("token_BS", 1).tolist() == [9, 5, 3, 0, 0]
     assert facts.is_context_BS[0].tolist()[:9] == [True, False, False, True, True, False, True, False, False]
 

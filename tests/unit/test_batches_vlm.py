@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from regate_megatron.batches import LLaVABatches, MultimodalBatches, QwenVLBatches
+from regate_megatron.batches import LLaVABatches, MultimodalBatches, QwenVLBatches, StepFacts
 
 IMAGE, PAD, IGNORE = -200, 0, -100
 
@@ -199,7 +199,7 @@ def test_qwen_labels_below_0_are_no_targets(mask):
     plain = dict(_one(1.0), attention_mask=mask)
     habit = dict(plain, loss_mask=torch.ones(1, 6))  # the labels are -100 already where nothing is predicted
     facts, usual = QWEN.read(habit), QWEN.read(plain)
-    assert torch.equal(facts.is_target_BS, usual.is_target_BS) and bool((facts.label_X >= 0).all())
+    assert torch.equal(facts.is_target_BS, usual.is_target_BS) and bool((facts.label_BS[facts.is_target_BS] >= 0).all())
     assert torch.equal(facts.is_context_BS, ~facts.is_target_BS)
     assert torch.equal(facts.difficulty_key_N2, usual.difficulty_key_N2)
 
@@ -230,10 +230,11 @@ def _both_kinds() -> dict:
 
 
 def test_qwen_media_are_images_and_videos_in_the_order_of_their_positions_with_merged_grids():
-    media = QWEN.read(_both_kinds()).media
+    facts = QWEN.read(_both_kinds())
+    media = facts.media
     assert media.grid_I3.tolist() == [[2, 1, 2], [1, 1, 2], [1, 1, 2]]
     assert media.count_I.tolist() == [4, 2, 2] and media.sample_I.tolist() == [0, 0, 1] and media.lead == 0
-    assert media.place_V.tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
+    assert StepFacts([facts]).place_V.tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
     # four patches of six values under each position
     assert [sorted(set(place.tolist())) for place in media.pixels(0)] == [
         [100 + 4 * n + k for k in range(4)] for n in range(4)
@@ -248,8 +249,8 @@ def test_qwen_visual_position_with_a_loss_is_told():
 
 
 def test_qwen_text_has_no_media():
-    media = QWEN.read(_qwen([[7, 8, 9, 5]], [[0, 1, 1, 0]])).media
-    assert len(media.count_I) == len(media.medium_V) == 0
+    facts = QWEN.read(_qwen([[7, 8, 9, 5]], [[0, 1, 1, 0]]))
+    assert len(facts.media.count_I) == len(StepFacts([facts]).medium_V) == 0
 
 
 @pytest.mark.parametrize(

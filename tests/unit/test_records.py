@@ -6,14 +6,15 @@ import json
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regate_megatron.memory.difficulty import TokenPrior
 from regate_megatron.memory.files import DamagedFile, RecordFile, read_table, write_records, write_table
-from regate_megatron.memory.manifests import OtherFormat, read_manifest, write_manifest
+from regate_megatron.memory.manifests import FORMAT, OtherFormat, read_manifest, write_manifest
 from regate_megatron.memory.records import BYTES_PER_SAMPLE, Records
 from regate_megatron.memory.state import files_to_read
+from regate_megatron.memory.token_statistics import SUMS_BY_TOKEN
 
 
 def _keys(*numbers: int) -> np.ndarray:
@@ -176,6 +177,14 @@ def test_numpy_reads_a_file_as_its_arrays_and_unpickles_nothing(tmp_path):
     assert found == set(_content(records)) and len(values) == records.num_targets and len(seal) == 1
 
 
+def test_files_are_byte_for_byte_what_this_format_always_was(tmp_path):
+    """Whoever changes this raises FORMAT, so that files of before are refused by name."""
+    _saved(tmp_path, steps=6)
+    write_table(tmp_path / "prior.table", np.array([(3, 1, 1.0), (70_000, 2, 3.5)], SUMS_BY_TOKEN))
+    found = [xxhash.xxh3_64_hexdigest((tmp_path / name).read_bytes()) for name in (NAME, "prior.table")]
+    assert (FORMAT, found) == (3, ["7167db9e96d6cffa", "9540e5227b7dcf1f"])
+
+
 @pytest.mark.parametrize("missing", [1, 9, 300, None])
 def test_a_truncated_or_missing_file_is_not_read(tmp_path, missing):
     _saved(tmp_path)
@@ -211,23 +220,36 @@ def test_a_file_that_cannot_be_finished_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_first_writers_one_wins_and_nothing_else_is_left(tmp_path, monkeypatch, links):
+    def unsupported(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    if not links:  # such a file system has no first one: the last one stays, whole
+        monkeypatch.setattr("os.link", unsupported)
+    for number in (1, 2):
+        write_manifest(tmp_path / "manifest.json", {"number": number}, first_wins=True)
+    assert read_manifest(tmp_path / "manifest.json") == {"number": 1 if links else 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
 def test_an_array_of_objects_is_never_unpickled(tmp_path):
     path = tmp_path / "prior.table"
     np.save(path.open("wb"), np.array([{"a": 1}, None], dtype=object), allow_pickle=True)
     with pytest.raises(DamagedFile, match="another array"):
-        read_table(path, TokenPrior.ROW)
+        read_table(path, SUMS_BY_TOKEN)
 
 
 def test_no_flipped_bit_of_a_table_goes_unseen(tmp_path):
-    path, table = tmp_path / "prior.table", np.array([(3, 1.0), (70_000, 3.5)], TokenPrior.ROW)
+    path, table = tmp_path / "prior.table", np.array([(3, 1, 1.0), (70_000, 2, 3.5)], SUMS_BY_TOKEN)
     facts = write_table(path, table)
-    found, again = read_table(path, TokenPrior.ROW)
+    found, again = read_table(path, SUMS_BY_TOKEN)
     assert found.tolist() == table.tolist() and again == facts
     whole = path.read_bytes()
     for at in range(len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
         with pytest.raises(DamagedFile):
-            read_table(path, TokenPrior.ROW)
+            read_table(path, SUMS_BY_TOKEN)
 
 
 def test_no_flipped_bit_of_a_manifest_goes_unseen(tmp_path):

@@ -61,8 +61,10 @@ def test_a_batch_of_another_layout_is_told_as_when_it_is_read_alone():
 def test_a_step_says_what_its_microbatches_say(name):
     each = GPTBatches().read_all(STEPS[name])
     step = StepFacts(each)
-    for of_step, of_one in {"num_target_N": "num_target_N", "label_X": "label_X", "place_X": "place_X"}.items():
-        assert torch.equal(getattr(step, of_step), torch.cat([getattr(one, of_one) for one in each])), of_step
+    assert torch.equal(step.num_target_N, torch.cat([one.num_target_N for one in each]))
+    assert torch.equal(step.label_X, torch.cat([one.label_BS[one.is_target_BS] for one in each]))
+    places = [place - one.start_N[sample] for one in each for sample, place in _targets(one)]
+    assert step.place_X.tolist() == places
     assert step.num_target_M == [one.num_targets for one in each]
     assert torch.equal(step.key_M, torch.stack([one.difficulty_key_N2[0, 0] for one in each]))
     rows, before = [], 0
@@ -70,5 +72,11 @@ def test_a_step_says_what_its_microbatches_say(name):
         rows.append(one.planned_row_N + before)
         before = int(rows[-1][-1]) + 1
     assert torch.equal(step.planned_row_N, torch.cat(rows))
-    counts = [one.count_by_row(one.is_target_BS) for one in each]
-    assert torch.equal(step.count_by_row(step.is_target_P), torch.cat(counts))
+    assert torch.equal(step.count_by_row(step.is_target_P), torch.cat([one.is_target_BS.sum(dim=1) for one in each]))
+
+
+def _targets(facts: MicrobatchFacts) -> list[tuple[int, int]]:
+    """Sample and place in its row of each target, in order."""
+    row_X, place_X = torch.where(facts.is_target_BS)
+    sample_X = row_X if facts.sample_BS is None else facts.sample_BS[row_X, place_X]
+    return list(zip(sample_X.tolist(), place_X.tolist(), strict=True))
