@@ -193,7 +193,7 @@ def _count_dealt_rows(tally: Tally, ranks: list[Candidates], alignment: Alignmen
         for own in ranks
     ]
     length_DR = torch.stack([per_sample_lengths(own, alignment)[0] for own in alone]).numpy()
-    dealt = deal(length_DR, torch.stack([own.key_M for own in alone]).numpy(), rows=rows)
+    dealt = deal(length_DR, torch.stack([own.key_M for own in alone]).numpy(), rows=rows, in_columns=False)
     tally.moved += dealt.num_moved // rows
     length_DM = length_DR.ravel()[dealt.from_DR].reshape(len(ranks), -1, rows).max(axis=2)
     count(tally, ranks, torch.from_numpy(length_DM), kept, 0)
