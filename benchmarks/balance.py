@@ -19,7 +19,7 @@ exchange between ranks is simulated. Per mix, number of ranks and budget:
 * **fill**: slots that hold neither context nor a kept candidate ÷ positions run.
 * **lengths**: distinct lengths that occurred.
 * **moved**: microbatches that leave their rank ÷ microbatches; in the file beside it the time one planner takes to deal
-  (`deal_ms`) and what it sends and receives to know all lengths (`table_bytes`).
+  (`deal_ms`, CPU) and what it sends and receives to know all lengths (`table_bytes`).
 
 `dense` runs every position, `dense-dealt` runs them where their lengths even out (`--regate-deal-dense`). With several
 rows per microbatch `dealt-rows` is there too: what single rows would gain over whole microbatches.
@@ -174,9 +174,9 @@ def _count_dealt(
     in_columns: bool = False,
 ) -> None:
     """Add one step of these microbatches, dealt."""
-    start = time.perf_counter()
+    start = time.process_time()
     dealt = deal(length_DM.numpy(), key_DM.numpy(), in_columns=in_columns)
-    tally.deal_s.append(time.perf_counter() - start)
+    tally.deal_s.append(time.process_time() - start)
     tally.moved += dealt.num_moved
     tally.table_bytes = length_DM.nbytes + key_DM.nbytes
     least, least_each = at_best(length_DM.numpy())
@@ -193,7 +193,7 @@ def _count_dealt_rows(tally: Tally, ranks: list[Candidates], alignment: Alignmen
         for own in ranks
     ]
     length_DR = torch.stack([per_sample_lengths(own, alignment)[0] for own in alone]).numpy()
-    dealt = deal(length_DR, torch.stack([own.key_M for own in alone]).numpy(), rows=rows)
+    dealt = deal(length_DR, torch.stack([own.key_M for own in alone]).numpy(), rows=rows, in_columns=False)
     tally.moved += dealt.num_moved // rows
     length_DM = length_DR.ravel()[dealt.from_DR].reshape(len(ranks), -1, rows).max(axis=2)
     count(tally, ranks, torch.from_numpy(length_DM), kept, 0)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Budgets side by side on real ranks: dense, uniform, balanced and dealt steps of a skewed mix, four CPU ranks.
 
-    python -m benchmarks.dealt               # about three minutes; out/bench/dealt.json
+    python -m benchmarks.dealt               # about four minutes; out/bench/dealt.json
     python -m benchmarks.dealt --quick
 
 Four gloo ranks train a GPT (a mixture of experts under EP) on rows of the mix mixed-instruct (skew.py), an eighth as
-long, padded, one row per microbatch, 16 rows per step. Every round gives all arms the same new rows, one arm after the
+long, padded, one row per microbatch, 32 rows per step. Every round gives all arms the same new rows, one arm after the
 other, in turn: plain Megatron, and ReGATE with each budget, one dense layer, score "student", from the pulled batch to
 what is learned, without optimizer.
 
@@ -38,7 +38,7 @@ from benchmarks.measuring import ROOT, figure, rounds_within, run_part, spread
 from benchmarks.models import Size
 from benchmarks.work import head_work, layer_work
 
-MIX, SHRINK, ROWS, RANKS = "mixed-instruct", 8, 16, 4
+MIX, SHRINK, ROWS, RANKS = "mixed-instruct", 8, 32, 4
 BUDGETS = ("uniform", "balanced", "dealt")
 LAYOUTS = {"DP4": {}, "PP2 DP2": {"pipeline_model_parallel_size": 2}, "EP2 DP4": {"expert_model_parallel_size": 2}}
 EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_router_load_balancing_type": "none"}
@@ -50,7 +50,7 @@ _TALK = ("all_reduce", "all_gather", "broadcast", "all_to_all_single", "all_gath
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All layouts, one after the other."""
-    seconds = (options.seconds or (2 if options.quick else 170)) / len(LAYOUTS)
+    seconds = (options.seconds or (2 if options.quick else 240)) / len(LAYOUTS)
     rows = [row for layout in LAYOUTS for row in _rows(layout, _launch(layout, seconds, options.quick))]
     chosen = {row["budget"]: row for row in rows if row["layout"] == HEADLINE}
     by_layout: dict[str, Any] = {}

@@ -78,6 +78,7 @@ def test_sparse_training_runs_and_evaluates_dense(sparse):
     assert len(_losses(run.output)) == 6
     assert "validation loss at iteration 6" in run.output
     assert run.output.count("[regate] attached to GPTModel (TP2 PP2 DP1)") == 1
+    assert "; budget dealt (every sample keeps its share, one replica has nothing to deal); " in run.output
 
 
 def test_log_line_counts_targets_and_positions(sparse):
@@ -137,6 +138,7 @@ def test_balanced_ranks_run_alike_and_the_log_says_so(tmp_path):
             step = record["iteration"]
             by_step[step] = by_step.get(step, 0) + record["kept_length"] * len(record["rows"])
     assert positions[0] == positions[1] and positions[0][4] < positions[0][3] == 4 * 32
+    assert "; budget balanced (no row moves, and replicas run the same total); " in run.output
     lines = [line for line in run.output.splitlines() if line.startswith("[regate] iteration")]
     assert "| max/mean over ranks 1.000 |" in lines[3] and "max/mean" not in lines[2]
 

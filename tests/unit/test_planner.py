@@ -72,6 +72,12 @@ def test_what_microbatches_ask_for_is_what_they_run_under_dealt_known_before_any
     assert key_M.tolist() == [int(one.difficulty_key_N2[0, 0]) for one in PACKED]
 
 
+def test_in_a_dense_step_microbatches_ask_for_all_they_have():
+    planner = Planner(ReGateConfig(score="student", deal_dense=True), ALONE, 1)
+    asked_M, key_M = planner.asked(Step(5, "dense", elides=False, facts=PACKED))
+    assert asked_M.tolist() == [one.is_target_BS.numel() for one in PACKED] and len(key_M) == len(PACKED)
+
+
 def test_a_packed_row_that_counts_as_one_has_one_share():
     kept, _ = _plan(PACKED, budget="per-sample", packed_ratio="row")
     assert [(sum(held), context, length) for held, context, length in kept] == [(3, 5, 8), (5, 3, 8)]
