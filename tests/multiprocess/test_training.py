@@ -88,6 +88,14 @@ def test_log_line_counts_targets_and_positions(sparse):
     assert "dense-equivalent 62.5%" in lines[3]  # one of four layers dense, three at one half
 
 
+def test_the_first_sparse_step_says_once_whether_it_is_worth_it(sparse):
+    lines = [line for line in sparse[0].output.splitlines() if line.startswith("[regate] i")]
+    at = [number for number, line in enumerate(lines) if line.startswith("[regate] is it worth it?")]
+    assert at == [4] and "| sparse (1/1 steps sparse) |" in lines[3]
+    assert "Of the positions 100.0% are answer tokens and 0.0% visual; 50.0% went; a sparse step is" in lines[4]
+    assert "times as fast; the teacher costs" in lines[4] and lines[4].endswith(": worth it")
+
+
 def test_trace_has_the_documented_shape(sparse):
     records = [json.loads(line) for line in (sparse[1] / "dp00000.jsonl").read_text().splitlines()]
     assert len(records) == 6 * 4
