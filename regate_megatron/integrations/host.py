@@ -104,6 +104,7 @@ def _attached_line(session: Session) -> str:
         layout += f" {name}{size}" if size > 1 else ""
     last = f" and the last {config.dense_last_layers}" if config.dense_last_layers else ""
     parts = [
+        *([f"recipe {config.recipe}"] if config.recipe else []),
         *_kept_of(config),
         f"dense layers {config.dense_layers}{last} of {transformer.num_layers}",
         f"budget {config.budget}",
@@ -120,7 +121,8 @@ def _kept_of(config: ReGateConfig) -> list[str]:
     """What ranks which positions, and how many of them run."""
     of_batch = " of the batch" if config.share == "batch" else ""
     of_batch += "" if config.least_score is None else f" that score above {config.least_score:g}"
-    targets = f"score {config.score}, keep {_ratio(config)} of the targets{of_batch}"
+    by_kind = " (difficulty by kind)" if config.by_kind else ""
+    targets = f"score {config.score}{by_kind}, keep {_ratio(config)} of the targets{of_batch}"
     targets = targets if config.ranks_targets else "all targets"
     if config.visual_keep_ratio == 1.0:
         return [targets]
