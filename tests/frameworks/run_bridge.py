@@ -196,7 +196,8 @@ def train(name: str, case: Case, folder: Path) -> None:
     record, before = Record(), functions()
     callbacks: list[Callback] = [record]
     if case.regate is not None:
-        chosen = dict(case.regate, warmup_steps=2, cycle_steps=100, dense_steps=1, trace=str(folder / name / "trace"))
+        chosen = {"score": "regate", **case.regate, "warmup_steps": 2, "cycle_steps": 100, "dense_steps": 1}
+        chosen["trace"] = str(folder / name / "trace")
         if chosen["teacher_load"] != "student":
             prefix = "qwen " if case.model == "qwen" else ""
             chosen["teacher_load"] = str(folder / (prefix + chosen["teacher_load"]) / "checkpoints")
@@ -211,7 +212,7 @@ def train(name: str, case: Case, folder: Path) -> None:
 
 def own_loop(name: str, case: Case, folder: Path) -> None:
     """A loop of one's own over a provider of Bridge's, with ``attach`` as its pre-wrap hook."""
-    config = ReGateConfig(warmup_steps=1, cycle_steps=100, dense_steps=0, **case.regate)
+    config = ReGateConfig(**{"score": "regate", "warmup_steps": 1, "cycle_steps": 100, "dense_steps": 0} | case.regate)
     provider = getattr(bridge_models, case.model)()
     provider.finalize()
     provider.register_pre_wrap_hook(lambda chunks: attach(chunks, config))

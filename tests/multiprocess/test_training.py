@@ -17,7 +17,7 @@ MODEL = """--num-layers 4 --hidden-size 32 --num-attention-heads 4 --micro-batch
  --max-position-embeddings 32 --position-embedding-type rope --eval-iters 1 --eval-interval 6 --log-interval 1
  --num-workers 0 --hidden-dropout 0 --attention-dropout 0 --calculate-per-token-loss
  --untie-embeddings-and-output-weights""".split()
-REGATE = "--regate --regate-warmup-steps 2 --regate-cycle-steps 4 --regate-dense-steps 1".split()
+REGATE = "--regate --regate-score regate --regate-warmup-steps 2 --regate-cycle-steps 4 --regate-dense-steps 1".split()
 
 
 def _train(num_ranks: int, *flags: str, ok: bool = True, iterations: int = 6, how=ranks) -> Finished:
