@@ -202,7 +202,7 @@ def _one_step(planner: Planner, facts: list[MicrobatchFacts], step: int) -> dict
 
 def _whole_step(microbatches: int, length: int, rounds: int) -> dict[str, Any]:
     """Milliseconds of every stage of a sparse step on one rank; score "regate", rows come back every third step."""
-    config, adapter = ReGateConfig(teacher_load="student", budget="uniform"), GPTBatches()
+    config, adapter = ReGateConfig(score="regate", teacher_load="student", budget="uniform"), GPTBatches()
     planner = Planner(config, Simulated.of(1), multiple=16)
     layout, device, layers = Layout(), torch.device("cpu"), {"num_layers": 28, "dense_layers": 1}
     times: dict[str, list[float]] = {}

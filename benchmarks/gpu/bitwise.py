@@ -38,7 +38,7 @@ def train(case: Case, device: torch.device, *, with_regate: bool) -> tuple[list[
     schedule = get_forward_backward_func()
     if with_regate:
         phases = {"warmup_steps": 2, "cycle_steps": 4, "dense_steps": 1}
-        attach([model], ReGateConfig(keep_ratio=1.0, teacher_load="student", **phases), pad_token=0)
+        attach([model], ReGateConfig(keep_ratio=1.0, score="regate", teacher_load="student", **phases), pad_token=0)
         schedule = wrap_forward_backward(schedule)
     length, history = pictures.merged_length(case.model, size_and_length(device)[1]), []
     for _ in range(STEPS[device.type]):

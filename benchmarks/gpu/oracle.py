@@ -180,6 +180,7 @@ def check(case: Case, device: torch.device) -> dict[str, Any]:
         length_multiple=size_and_length(device)[1] // 32 if case.half else 1,
         teacher_visual=case.visual,
         teacher_load="student",
+        score="regate",
     )
     names = list(model.state_dict())
     attach([model], config, pad_token=0)

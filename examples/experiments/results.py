@@ -103,7 +103,8 @@ def read_run(folder: Path, data: Path) -> dict:
 
 def dense_targets(folder: Path, data: Path, about: dict, batch: int) -> np.ndarray:
     """Targets of every step's batch, elided or not."""
-    file = (data / "fresh" if about.get("fresh") else data) / "train.npz"
+    own = data.parent / about["data"] if "data" in about else data / "fresh" if about.get("fresh") else data
+    file = own / "train.npz"
     rows = Captions(file, about["iterations"] * batch, with_image=False, shuffle=True, seed=about["seed"])
     targets = rows.arrays["loss_mask"].sum(axis=1).astype(np.int64)
     order = [rows.row(i) for i in range(len(rows))]

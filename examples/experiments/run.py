@@ -49,6 +49,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE.parent / "demo")]
 
 import captions  # noqa: E402
+import regimes  # noqa: E402
 import results  # noqa: E402
 import weights  # noqa: E402
 from launch import CommandError, run_command, stop_all, torchrun  # noqa: E402
@@ -63,13 +64,13 @@ LOAD = "--finetune --no-load-optim --no-load-rng"
 
 @dataclass(frozen=True)
 class Run:
-    """One arm with one seed; `environment` holds its variables beside the config's."""
+    """One arm with one seed; `data` names its regime, `environment` holds its variables beside the config's."""
 
     arm: str
     seed: int
     flags: str
     iterations: int
-    is_fresh: bool
+    data: str
     environment: dict[str, str]
 
     @property
@@ -84,6 +85,7 @@ class Experiment:
         self.config, self.train, self.out, self.wrap = config, config["train"], out, shlex.split(wrap)
         self.environment = config["environment"]
         self.start_environment = self.environment | config.get("start_environment", {})
+        self.lock = threading.Lock()
         self.logs = out / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
 
@@ -175,8 +177,9 @@ class Experiment:
         flags += f" --load {start / 'llava'} --eval-interval {self.train['eval_interval']} {run.flags}"
         weights_of_start = json.loads((start / "about.json").read_text())["weights"]
         variables = self.environment | run.environment
+        own = ((HERE / "regimes.py").read_text(),) if run.data in regimes.REGIMES else ()
         settings = fingerprint(
-            self.flags, flags.replace(str(self.out), ""), self.about, weights_of_start, variables, sources()
+            self.flags, flags.replace(str(self.out), ""), self.about, weights_of_start, variables, sources(), *own
         )
         if is_done(target, settings):
             return
@@ -184,14 +187,14 @@ class Experiment:
         flags += f" --eval-log {aside / 'heldout.jsonl'} --eval-losses {aside / 'losses.npz'}"
         before = time.perf_counter()
         flags = flags.replace("{teacher}", str(start / "teacher"))
-        data = self.data / "fresh" if run.is_fresh else self.data
+        data = self.data_of(run)
         seconds = self.megatron(run.name, flags, data, run.iterations, variables)
         shutil.copy(self.logs / f"{run.name}.log", aside / "log.txt")
         about = {
             "arm": run.arm,
             "seed": run.seed,
             "iterations": run.iterations,
-            "fresh": run.is_fresh,
+            "data": data.relative_to(self.out).as_posix(),
             "flags": run.flags,
             "start": weights_of_start,
             **machine(),
@@ -199,6 +202,13 @@ class Experiment:
         about |= {"train_seconds": round(seconds, 1), "wall_seconds": round(time.perf_counter() - before, 1)}
         (aside / "about.json").write_text(json.dumps(about, indent=1))
         finish(aside, target, settings)
+
+    def data_of(self, run: Run) -> Path:
+        """The folder of a run's training data."""
+        if run.data in regimes.REGIMES:
+            with self.lock:  # several runs begin side by side
+                regimes.prepare(self.data, run.data, self.config["data"]["seed"])
+        return self.data / run.data
 
     def megatron(self, title: str, flags: str, data: Path, iterations: int, variables: dict[str, str]) -> float:
         """Run train.py; returns the seconds of its training steps."""
@@ -230,7 +240,12 @@ class Experiment:
             values = {"iterations": iterations, "nine_tenths": round(0.9 * iterations)}
             flags = [*regate_flags(name, self.config["regate"] | arm.get("regate", {}), values), *flags]
         environment = {variable: str(value) for variable, value in arm.get("environment", {}).items()}
-        return Run(name, seed, " ".join(flags).strip(), iterations, bool(arm.get("fresh")), environment)
+        data = arm.get("data", "")
+        if data not in ("", "fresh", *regimes.REGIMES):
+            raise CommandError(
+                f"arm {name}: data: given {data}; allowed fresh, {', '.join(regimes.REGIMES)}; change it"
+            )
+        return Run(name, seed, " ".join(flags).strip(), iterations, data, environment)
 
 
 def regate_flags(arm: str, settings: dict[str, Any], values: dict[str, int]) -> list[str]:

@@ -105,6 +105,7 @@ def _attached_line(session: Session) -> str:
         layout += f" {name}{size}" if size > 1 else ""
     last = f" and the last {config.dense_last_layers}" if config.dense_last_layers else ""
     parts = [
+        *([f"recipe {config.recipe}"] if config.recipe else []),
         *_kept_of(config),
         f"dense layers {config.dense_layers}{last} of {transformer.num_layers}",
         f"budget {config.budget} ({_why(config, session.topology.dp_size)})",
@@ -137,7 +138,8 @@ def _kept_of(config: ReGateConfig) -> list[str]:
         ratio = _ratio(config.keep_ratio, config.keep_ratio_end, config)
         of_batch = " of the batch" if config.share == "batch" else ""
         of_batch += "" if config.least_score is None else f" that score above {config.least_score:g}"
-        kept = [f"score {config.score}, keep {ratio} of the targets{of_batch}"]
+        by_kind = " (difficulty by kind)" if config.by_kind else ""
+        kept = [f"score {config.score}{by_kind}, keep {ratio} of the targets{of_batch}"]
     if config.ranks_visual:
         ratio = _ratio(config.visual_keep_ratio, config.visual_keep_ratio_end, config)
         drawn = f" (drawn, spread {config.visual_keep_ratio_spread:g})" if config.visual_keep_ratio_spread else ""

@@ -138,6 +138,7 @@ class Planner:
         if step.scores is None:
             return
         self.learned.rows_moved()
+        step.reference = None  # of the rows that were here
         found = {name: getattr(step, name) for name in ("scores", "above", "is_known")}
         found = {name: each for name, each in found.items() if each is not None}
         home = [torch.stack([one.double() for one in parts], dim=1) for parts in zip(*found.values(), strict=True)]
@@ -167,6 +168,8 @@ class Planner:
             loss_X = loss_X.masked_fill(~masks.take(step.plan.kept_P, facts.is_target_P), torch.nan)
         is_dense = not (step.plan.is_sparse and self.sorts[0].keep_ratio(step.number) < 1.0)
         by_kind = is_dense and self.config.by_kind
+        if by_kind and step.reference is None:  # it fell back after its rows were dealt by their scores
+            is_dense = by_kind = False
         self.learned.take_in(
             facts.key_N2,
             facts.num_target_N,

@@ -253,7 +253,8 @@ def train(name: str, case: Case, folder: Path) -> None:
     record, before = RecordAndRead(), functions()
     callbacks: list[Callback] = [record]
     if case.regate is not None:
-        chosen = dict(case.regate, warmup_steps=2, cycle_steps=100, dense_steps=1, trace=str(folder / name / "trace"))
+        chosen = {"score": "regate", **case.regate, "warmup_steps": 2, "cycle_steps": 100, "dense_steps": 1}
+        chosen["trace"] = str(folder / name / "trace")
         if chosen["teacher_load"] != "student":
             chosen["teacher_load"] = str(folder / (PREFIX[case.model] + chosen["teacher_load"]) / "checkpoints")
         callbacks = [megatron_bridge.install(ReGateConfig(**chosen)), record]
@@ -268,7 +269,7 @@ def train(name: str, case: Case, folder: Path) -> None:
 
 def own_loop(name: str, case: Case, folder: Path) -> None:
     """A loop of one's own over a provider of Bridge's, with ``attach`` as its pre-wrap hook."""
-    config = ReGateConfig(warmup_steps=1, cycle_steps=100, dense_steps=0, **case.regate)
+    config = ReGateConfig(**{"score": "regate", "warmup_steps": 1, "cycle_steps": 100, "dense_steps": 0} | case.regate)
     provider = getattr(bridge_models, case.model)()
     provider.finalize()
     provider.register_pre_wrap_hook(lambda chunks: attach(chunks, config))

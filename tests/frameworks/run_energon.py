@@ -190,7 +190,7 @@ def as_gpt(batches):
 def train(case: dict, step, batches) -> dict:
     """A few steps on energon's batches; what ran, and every sample's key of every step."""
     models = build(case)
-    config = ReGateConfig(warmup_steps=2, cycle_steps=100, dense_steps=0, teacher_load="student")
+    config = ReGateConfig(warmup_steps=2, cycle_steps=100, dense_steps=0, score="regate", teacher_load="student")
     attach(models, config, pad_token=PAD)
     session, schedule = session_of(models), wrap_forward_backward(get_forward_backward_func())
     keys, losses, counted = [], [], 0

@@ -26,7 +26,7 @@ from regate_megatron.api import session_of
 from tests.multiprocess.models import HIDDEN, TEXT, VOCAB, Step, fill_by_name, run
 
 CASE = {"model": "gpt", "tp": 1, "pp": 2}
-SETTINGS = ReGateConfig(teacher_load="student", warmup_steps=1, cycle_steps=100, dense_steps=0)
+SETTINGS = ReGateConfig(score="regate", teacher_load="student", warmup_steps=1, cycle_steps=100, dense_steps=0)
 DDP = DistributedDataParallelConfig(use_distributed_optimizer=False)
 
 

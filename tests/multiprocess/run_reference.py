@@ -41,7 +41,7 @@ from regate_megatron.teacher.weights import open_language_model, save_language_m
 from tests.multiprocess.models import Step, build, parallel, run, shared_store
 
 STEPS = 3
-SETTINGS = {"warmup_steps": 1, "cycle_steps": 100, "dense_steps": 0, "teacher_load": "student"}
+SETTINGS = {"warmup_steps": 1, "cycle_steps": 100, "dense_steps": 0, "teacher_load": "student", "score": "regate"}
 CONSTANTS = {
     "base": {"gpt": {"rotary_base": 100}},
     "percent": {"gpt": {"rotary_percent": 0.5}},

@@ -54,7 +54,8 @@ LLAVA = dict(GPT, model="llava")
 
 def config(**options) -> ReGateConfig:
     return ReGateConfig(
-        **{"warmup_steps": 1, "cycle_steps": 100, "dense_steps": 0, "teacher_load": "student", **options}
+        **{"warmup_steps": 1, "cycle_steps": 100, "dense_steps": 0, "score": "regate", "teacher_load": "student"}
+        | options
     )
 
 

@@ -42,7 +42,7 @@ from regate_megatron.teacher import fingerprint
 from tests.multiprocess.models import Step, build, parallel, run, shared_store
 
 CASE = {"name": "together", "model": "gpt", "tp": 2, "pp": 1, "dense_layers": 1}
-SETTINGS = {"warmup_steps": 1, "cycle_steps": 1000, "dense_steps": 0, "teacher_load": "student"}
+SETTINGS = {"warmup_steps": 1, "cycle_steps": 1000, "dense_steps": 0, "teacher_load": "student", "score": "regate"}
 DEALT = SETTINGS | {"budget": "dealt", "length_multiple": 1}
 
 

@@ -56,7 +56,17 @@ def test_a_teacher_leaves_training_bit_for_bit_alone(teacher, tmp_path):
     first: losses and gradient norms are those of plain Megatron. All targets are kept, so nothing else differs."""
     dropout = ["--hidden-dropout", "0.1", "--attention-dropout", "0.1", *TP2]
     plain = _train(2, *dropout)
-    flags = ["--regate", "--regate-warmup-steps", "1", "--regate-dense-steps", "0", "--regate-keep-ratio", "0.999999"]
+    flags = [
+        "--regate",
+        "--regate-score",
+        "regate",
+        "--regate-warmup-steps",
+        "1",
+        "--regate-dense-steps",
+        "0",
+        "--regate-keep-ratio",
+        "0.999999",
+    ]
     flags += [*teacher, "--regate-teacher-offload", "--regate-reference-cache", str(tmp_path / "cache")]
     ours = _train(2, *dropout, *flags)
     assert "sparse (1/1 steps sparse)" in ours.output

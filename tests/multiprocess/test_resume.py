@@ -137,7 +137,7 @@ def test_n_and_n_steps_are_2n_by_kind_by_one_threshold_and_on_a_scattered_schedu
         assert len({row["num_kept_targets"] / row["num_targets"] for row in rows if row["num_targets"]}) > 1
         kept_scores, left = [], []
         for row in rows:
-            best = sorted(row["scores"], reverse=True)
+            best = sorted(row["scores"].values(), reverse=True)
             floor = -(-row["num_targets"] // 4)
             kept_scores += best[floor : row["num_kept_targets"]]
             left += best[row["num_kept_targets"] :]

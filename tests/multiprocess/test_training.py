@@ -17,7 +17,7 @@ MODEL = """--num-layers 4 --hidden-size 32 --num-attention-heads 4 --micro-batch
  --max-position-embeddings 32 --position-embedding-type rope --eval-iters 1 --eval-interval 6 --log-interval 1
  --num-workers 0 --hidden-dropout 0 --attention-dropout 0 --calculate-per-token-loss
  --untie-embeddings-and-output-weights""".split()
-REGATE = "--regate --regate-warmup-steps 2 --regate-cycle-steps 4 --regate-dense-steps 1".split()
+REGATE = "--regate --regate-score regate --regate-warmup-steps 2 --regate-cycle-steps 4 --regate-dense-steps 1".split()
 
 
 def _train(num_ranks: int, *flags: str, ok: bool = True, iterations: int = 6, how=ranks) -> Finished:
@@ -87,6 +87,14 @@ def test_log_line_counts_targets_and_positions(sparse):
     assert "| warmup (0/1 steps sparse) | targets kept 256/256 (100.0%)" in lines[0]
     assert "| sparse (1/1 steps sparse) | targets kept 128/256 (50.0%) | positions run 128/256 (50.0%)" in lines[3]
     assert "dense-equivalent 62.5%" in lines[3]  # one of four layers dense, three at one half
+
+
+def test_the_first_sparse_step_says_once_whether_it_is_worth_it(sparse):
+    lines = [line for line in sparse[0].output.splitlines() if line.startswith("[regate] i")]
+    at = [number for number, line in enumerate(lines) if line.startswith("[regate] is it worth it?")]
+    assert at == [4] and "| sparse (1/1 steps sparse) |" in lines[3]
+    assert "Of the positions 100.0% are answer tokens and 0.0% visual; 50.0% went; a sparse step is" in lines[4]
+    assert "times as fast; the teacher costs" in lines[4] and lines[4].endswith(": worth it")
 
 
 def test_trace_has_the_documented_shape(sparse):

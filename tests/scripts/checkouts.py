@@ -32,7 +32,7 @@ VLM = """--num-layers 4 --dataloader-seq-length 32 --max-position-embeddings 256
 HYBRID = """--max-position-embeddings 64 --normalization RMSNorm --disable-bias-linear
  --spec hybrid_spec local_hybrid_stack_spec""".split()
 LIMIT_S = 900  # for a hung run; on an idle machine of two cores each takes 5 to 30 s
-REGATE = "--regate --regate-warmup-steps 1 --regate-cycle-steps 3 --regate-dense-steps 1".split()
+REGATE = "--regate --regate-score regate --regate-warmup-steps 1 --regate-cycle-steps 3 --regate-dense-steps 1".split()
 LAYOUTS = {
     "one": (1, []),
     "dp2": (2, []),

@@ -17,7 +17,8 @@ from tests.scripts import multimodal
 from tests.scripts.checkouts import HERE, LIMIT_S, losses, parameters
 
 pytestmark = pytest.mark.parametrize("checkout", parameters())
-SPARSE_AT_ONCE = "--regate --regate-warmup-steps 1 --regate-dense-steps 0 --regate-teacher-load student".split()
+SPARSE_AT_ONCE = "--regate --regate-score regate --regate-warmup-steps 1 --regate-dense-steps 0".split()
+SPARSE_AT_ONCE += ["--regate-teacher-load", "student"]
 
 
 def _missing() -> str:

@@ -94,7 +94,7 @@ def llava() -> LLaVAModel:
 def attach_keeps_names(model: torch.nn.Module) -> None:
     """Attach, look, detach; hooks come and go, no name changes."""
     names, parameters = list(model.state_dict()), [name for name, _ in model.named_parameters()]
-    attach([model], ReGateConfig(teacher_load="student"), pad_token=0)
+    attach([model], ReGateConfig(score="regate", teacher_load="student"), pad_token=0)
     session = session_of([model])
     assert "compacts after 1 dense layers" in describe([model])
     hook = session.hooks.decoders[0]

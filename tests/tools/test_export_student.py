@@ -18,7 +18,7 @@ from tests.tools.test_convert_hf_teacher import printed_flags
 TRAIN = """--micro-batch-size 1 --global-batch-size 2 --train-iters 2 --lr 1e-30 --weight-decay 0 --seq-length 32
  --eval-iters 0 --eval-interval 9 --log-interval 1 --num-workers 0 --save-interval 2
  --ckpt-format torch_dist --finetune""".split()
-REGATE = "--regate --regate-warmup-steps 1 --regate-cycle-steps 4 --regate-dense-steps 1".split()
+REGATE = "--regate --regate-score regate --regate-warmup-steps 1 --regate-cycle-steps 4 --regate-dense-steps 1".split()
 
 
 @pytest.fixture(scope="module")

@@ -440,3 +440,57 @@ def test_the_demos_clip_keeps_its_first_frame_and_then_what_moves():
     assert all(has_run[number, 0, number % 6] and has_run[number, 0, (number - 1) % 6] for number in range(1, 8))
     others = has_run.sum(axis=(1, 2))[1:] - [2] * 7
     assert others.tolist() == [22, 0, 0, 0, 0, 0, 0], "places that did not change are ties: the earlier ones come first"
+
+
+@pytest.fixture
+def usual(tmp_path):
+    """Forty rows: a prompt of two, eight answer pieces of which places 1 and 4 need the picture, <eos>, padding."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(10, 60, (40, 13)).astype(np.int32)
+    tokens[:, 10], tokens[:, 11:] = 2, 0
+    mask, needs = np.zeros((2, 40, 12), np.uint8)
+    mask[:, 1:10] = 1
+    needs[:, 2], needs[:, 5] = 1, 3
+    (tmp_path / "data").mkdir()
+    images = rng.integers(0, 9, (40, 2, 2, 3)).astype(np.uint8)
+    for name in ("train", "heldout"):
+        np.savez(tmp_path / "data" / f"{name}.npz", images=images, tokens=tokens, loss_mask=mask, needs_image=needs)
+    return tmp_path / "data"
+
+
+def _arrays(folder: Path, name: str = "train") -> dict[str, np.ndarray]:
+    with np.load(folder / f"{name}.npz") as arrays:
+        return {key: arrays[key] for key in arrays.files}
+
+
+def test_noise_is_in_one_caption_of_ten_and_never_in_what_is_held_out(usual):
+    import regimes
+
+    before, folder = _arrays(usual), regimes.prepare(usual, "noisy", 1)
+    after = _arrays(folder)
+    noisy = np.flatnonzero((before["tokens"] != after["tokens"]).any(axis=1))
+    assert len(noisy) == 4 and (before["loss_mask"] == after["loss_mask"]).all()
+    changed = before["tokens"][:, 1:] != after["tokens"][:, 1:]
+    assert (before["loss_mask"][changed] == 1).all() and (after["needs_image"][changed] == 0).all()
+    assert (after["tokens"][:, 10] == 2).all() and (after["images"] == before["images"]).all()
+    clean = np.setdiff1d(np.arange(40), noisy)
+    assert (before["needs_image"][clean] == after["needs_image"][clean]).all()
+    assert all((_arrays(usual, "heldout")[key] == value).all() for key, value in _arrays(folder, "heldout").items())
+    again = regimes.prepare(usual, "noisy", 1)
+    assert again == folder and (_arrays(again)["tokens"] == after["tokens"]).all()
+
+
+def test_many_epochs_are_a_quarter_of_the_samples(usual):
+    import regimes
+
+    after = _arrays(regimes.prepare(usual, "few", 1))
+    assert all((after[key] == rows[:10]).all() for key, rows in _arrays(usual).items())
+
+
+def test_an_arm_with_unknown_data_is_refused(tmp_path):
+    import run
+    from launch import CommandError
+
+    config = tomllib.loads((FOLDER / "configs" / "cpu.toml").read_text())
+    with pytest.raises(CommandError, match="arm mine: data: given other; allowed fresh, few, noisy"):
+        run.Experiment(config, tmp_path).describe("mine", {"data": "other", "plain": True}, 1)

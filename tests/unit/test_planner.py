@@ -119,6 +119,7 @@ def test_scores_follow_microbatches_to_their_new_place():
     before = {name: getattr(step, name) for name in ("scores", "above", "is_known")}
     step.take_facts(PACKED[::-1])
     planner.follow(step, np.array([[1, 0]]))
+    assert step.reference is None
     for name, each in before.items():
         for one, other in zip(each[::-1], getattr(step, name), strict=True):
             assert torch.equal(one, other) and one.dtype == other.dtype
