@@ -185,7 +185,7 @@ REFUSED = {
     "hybrid context parallelism": ({"args": {"hybrid_context_parallel": True}}, "given --hybrid-context-parallel"),
     "adapters in the student as teacher": (
         {"config": {"score": "regate", "teacher_load": "student"}, "has_adapters": True},
-        "given student, which has adapters",
+        "given student, whose adapters cannot be switched off",
     ),
     "loss scaled per turn": ({"args": {"use_loss_scaling": True}}, "given --use-loss-scaling"),
     "mrope with context parallelism": (

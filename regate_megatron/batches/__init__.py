@@ -14,6 +14,7 @@ from regate_megatron.batches.padded_rows import PaddedRows
 from regate_megatron.batches.qwen_vl import QwenVLBatches
 from regate_megatron.batches.sample_key import NamedSamples
 from regate_megatron.batches.step_facts import StepFacts
+from regate_megatron.batches.swift import SwiftBatches
 
 __all__ = [
     "FAMILIES",
@@ -28,5 +29,6 @@ __all__ = [
     "PaddedRows",
     "QwenVLBatches",
     "StepFacts",
+    "SwiftBatches",
     "adapter_for",
 ]

@@ -37,12 +37,14 @@ class QwenVLBatches(BatchAdapter):
         image_token, video_token: the placeholders' ids (``config.image_token_id``, ``config.video_token_id``).
         merge_size: patches per side that become one visual token (``vision_config.spatial_merge_size``).
         rope_index: the model's ``get_rope_index``; without one positions are 0, 1, 2 …
+        takes_positions: whether they are the batch's own instead.
     """
 
     image_token: int
     video_token: int
     merge_size: int
     rope_index: Callable[..., tuple[Tensor, Tensor]] | None = None
+    takes_positions: bool = False
 
     keys = (
         "input_ids or tokens, labels and loss_mask; visual_inputs, attention_mask and cu_seqlens_q where there are any"
@@ -92,6 +94,8 @@ class QwenVLBatches(BatchAdapter):
 
     def _position_ids(self, batch: dict[str, Any], token_BS: Tensor, packed: Segments | None) -> Tensor:
         """As ``Qwen25VLModel.forward`` makes them, axes last: int64 [B, S, 3]; [B, S] without ``rope_index``."""
+        if self.takes_positions:
+            return position_ids(batch, token_BS)
         if packed is not None:
             return packed.in_one_row(self._position_ids(batch, packed.as_rows(token_BS), None))
         if self.rope_index is None:

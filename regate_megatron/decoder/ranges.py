@@ -33,6 +33,11 @@ class LayerRange:
             self.config = copy.copy(block.config)
             self.config.recompute_num_layers = max(0, block.config.recompute_num_layers - start)
 
+    @property
+    def __class__(self) -> type:
+        """The block's, as ``super()`` asks for it in a forward of a block below another."""
+        return type(self._block)
+
     def with_padding(self, padding_mask: Tensor) -> LayerRange:
         """The same layers, told where their input is padding: for a block whose forward has no such argument.
 

@@ -12,12 +12,15 @@ LANGUAGE_MODELS = (
     "megatron.core.models.gpt.gpt_model.GPTModel",
     "megatron.core.models.hybrid.hybrid_model.HybridModel",
     "megatron.bridge.models.qwen_vl.modelling_qwen3_vl.text_model.Qwen3VLGPTModel",
+    "mcore_bridge.model.gpt_model.GPTModel",
 )
 HYBRID_STACK = "megatron.core.models.hybrid.hybrid_block.HybridStack"
 _BLOCKS = (
     "megatron.core.transformer.transformer_block.TransformerBlock",
     HYBRID_STACK,
     "megatron.bridge.models.qwen_vl.modelling_qwen3_vl.transformer_block.Qwen3VLTransformerBlock",
+    "mcore_bridge.model.modules.transformer_block.TransformerBlock",
+    "mcore_bridge.model.mm_gpts.qwen3_vl.Qwen3VLTransformerBlock",
 )
 _ATTENTIONS = (
     "megatron.core.transformer.attention.SelfAttention",

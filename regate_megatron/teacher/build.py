@@ -7,6 +7,7 @@ student's random state untouched.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -62,20 +63,22 @@ def build_teacher(student: Any, checkpoint: LanguageModelCheckpoint | None) -> A
             setattr(config, name, value)
     vocab_size = student.vocab_size if checkpoint is None else checkpoint.vocab_size
     with random_state_untouched(), torch.no_grad():
-        teacher = type(student)(
-            config=config,
-            vocab_size=vocab_size,
-            max_sequence_length=student.max_sequence_length,
-            pre_process=student.pre_process,
-            post_process=student.post_process,
-            fp16_lm_cross_entropy=student.fp16_lm_cross_entropy,
-            parallel_output=student.parallel_output,
-            share_embeddings_and_output_weights=student.share_embeddings_and_output_weights,
-            position_embedding_type=student.position_embedding_type,
-            pg_collection=student.pg_collection,
-            vp_stage=getattr(student, "vp_stage", None),
-            **{name: getattr(student, name) for name in _LAYERS_OF[is_hybrid(student.decoder)]},
-        )
+        options = {
+            "config": config,
+            "vocab_size": vocab_size,
+            "max_sequence_length": student.max_sequence_length,
+            "pre_process": student.pre_process,
+            "post_process": student.post_process,
+            "fp16_lm_cross_entropy": student.fp16_lm_cross_entropy,
+            "parallel_output": student.parallel_output,
+            "share_embeddings_and_output_weights": student.share_embeddings_and_output_weights,
+            "position_embedding_type": student.position_embedding_type,
+            "pg_collection": student.pg_collection,
+            "vp_stage": getattr(student, "vp_stage", None),
+        }
+        options |= {name: getattr(student, name) for name in _LAYERS_OF[is_hybrid(student.decoder)]}
+        known = inspect.signature(type(student)).parameters  # mcore-bridge's class has most of them from the config
+        teacher = type(student)(**{name: value for name, value in options.items() if name in known})
         if settings.rotary is not None:
             teacher.rotary_pos_emb = settings.rotary  # no weights; keeps every rope option
         parameter = next(student.parameters(), None)

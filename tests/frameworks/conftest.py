@@ -18,15 +18,18 @@ from tests.launch import ROOT
 SECONDS = 1500
 
 
-def missing() -> str:
-    """Why Megatron-Bridge cannot be imported here; empty where it can."""
-    for name in ("transformer_engine", "megatron.bridge", "modelopt", "nvidia_resiliency_ext"):
+BRIDGE = ("transformer_engine", "megatron.bridge", "modelopt", "nvidia_resiliency_ext")
+
+
+def missing(*names: str) -> str:
+    """Why Megatron-Bridge, or the packages named, cannot be imported here; empty where they can."""
+    for name in names or BRIDGE:
         try:
             found = importlib.util.find_spec(name)
         except ModuleNotFoundError:
             found = None
         if found is None:
-            return f"{name} is not installed (docs/megatron_bridge.md says what Megatron-Bridge needs)"
+            return f"{name} is not installed (make test-frameworks has it)"
     return ""
 
 
@@ -70,6 +73,12 @@ def trainings(tmp_path_factory) -> Trainings:
 def recipes(tmp_path_factory) -> Trainings:
     """Megatron-Bridge's official recipes, shrunk, trained once per session."""
     return _trained_by("run_recipes", tmp_path_factory.mktemp("recipes"))
+
+
+@pytest.fixture(scope="session")
+def swift(tmp_path_factory) -> Trainings:
+    """mcore-bridge's models over ms-swift's batches, trained once per session."""
+    return _trained_by("run_mcore", tmp_path_factory.mktemp("mcore"))
 
 
 def _trained_by(worker: str, folder: Path) -> Trainings:

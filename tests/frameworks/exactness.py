@@ -6,8 +6,10 @@ and their keys are hidden from all others after the dense layers.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -34,16 +36,15 @@ def compare(
     steps = {"warmup_steps": 0, "cycle_steps": 100, "dense_steps": 0}
     attach(model, ReGateConfig(**by_chance, **steps, dense_layers=dense_layers))
     loss, gradients = _step(model, run, wrap_forward_backward(schedule), batch)
-    (plan,) = session_of(model).step.plan.microbatches
+    session = session_of(model)
+    (plan,) = session.step.plan.microbatches
+    masked = session.adapter.elide(batch, ~plan.kept_mask())
     detach(model)
-    is_kept_BS = plan.kept_mask()[:, : batch["loss_mask"].shape[1]]
-    masked = dict(batch, loss_mask=batch["loss_mask"].masked_fill(~is_kept_BS, 0))
-    attentions = [layer.self_attention for layer in language_model_of(unwrap(model[0])).decoder.layers[dense_layers:]]
-    for attention in attentions:
-        attention._local_causal_attention = _hiding(~plan.kept_mask())
-    oracle_loss, oracle_gradients = _step(model, run, schedule, masked)
-    for attention in attentions:
-        del attention._local_causal_attention
+    layers = language_model_of(unwrap(model[0])).decoder.layers[dense_layers:]
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(_hidden_from_others(layer.self_attention, ~plan.kept_mask()))
+        oracle_loss, oracle_gradients = _step(model, run, schedule, masked)
     errors = [
         float((own - theirs).abs().max() / max(1.0, float(theirs.abs().max())))
         for own, theirs in zip(gradients, oracle_gradients, strict=True)
@@ -61,6 +62,20 @@ def _step(model: list[Any], run: Any, schedule: Any, batch: dict[str, Any]) -> t
     model[0].zero_grad_buffer()
     loss = run(schedule, batch)
     return loss, [parameter.main_grad.clone() for parameter in model[0].parameters()]
+
+
+def _hidden_from_others(attention: Any, is_hidden_BS: Tensor) -> Any:
+    """Attention in which hidden keys are seen by themselves alone."""
+    if hasattr(attention, "_local_causal_attention"):  # Qwen3-VL of Megatron-Bridge: no mask reaches it
+        return mock.patch.object(attention, "_local_causal_attention", _hiding(is_hidden_BS))
+    core = attention.core_attention
+    inner = core.forward
+    is_hidden_BSS = is_hidden_BS[:, None, :] & ~torch.eye(is_hidden_BS.shape[1], dtype=torch.bool)
+
+    def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *args: Any, **options: Any) -> Tensor:
+        return inner(query, key, value, mask | is_hidden_BSS[:, None], *args, **options)
+
+    return mock.patch.object(core, "forward", forward)
 
 
 def _hiding(is_hidden_BS: Tensor) -> Callable[..., Tensor]:

@@ -45,10 +45,18 @@ def test_student_and_its_checkpoint_are_the_same_teacher(trainings):
     assert trainings["qwen3 checkpoint teacher"]["losses"] == trainings["qwen3 regate"]["losses"]
 
 
-@pytest.mark.parametrize("layout", ["tp2", "dp2", "tp2 pp2"])
-def test_every_layout_keeps_the_same_positions(trainings, layout):
+@pytest.mark.parametrize(("layout", "like"), [("dp2", "regate"), ("tp2", "regate"), ("tp2 pp2", "tp2")])
+def test_every_layout_keeps_the_same_positions(trainings, layout, like):
     assert trainings.kept(f"qwen3 {layout}") == trainings.kept("qwen3 regate")
-    assert trainings[f"qwen3 {layout}"]["losses"] == pytest.approx(trainings["qwen3 regate"]["losses"], rel=1e-5)
+    if layout != "tp2":
+        assert trainings[f"qwen3 {layout}"]["losses"] == pytest.approx(trainings[f"qwen3 {like}"]["losses"], rel=1e-5)
+
+
+def test_dense_steps_in_tp2_are_those_of_plain_bridge_which_learns_otherwise_there_than_on_one_rank(trainings):
+    """From the second step on plain Bridge's losses in TP2 are its own: 1e-3 away, with Megatron's own layers."""
+    plain, alone = trainings["qwen3 plain tp2"]["losses"], trainings["qwen3 plain"]["losses"]
+    assert trainings["qwen3 tp2"]["losses"][:3] == plain[:3]
+    assert plain[0] == pytest.approx(alone[0], rel=1e-6) and plain[1] != pytest.approx(alone[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["dp2", "dp2 ep2"])
@@ -58,7 +66,7 @@ def test_every_layout_of_experts_keeps_the_same_positions(trainings, layout):
     assert trainings[f"qwen3_moe {layout}"]["losses"] == pytest.approx(losses, rel=1e-5)
 
 
-@pytest.mark.parametrize(("packed", "padded"), [("packs", "regate"), ("packs tp2", "regate"), ("packed", "each")])
+@pytest.mark.parametrize(("packed", "padded"), [("packs", "regate"), ("packs tp2", "tp2"), ("packed", "each")])
 def test_rows_packed_by_the_step_or_the_collator_keep_what_padded_rows_keep(trainings, packed, padded):
     assert from_their_start(trainings.kept(f"qwen3 {packed}")) == trainings.kept(f"qwen3 {padded}")
     losses = trainings[f"qwen3 {padded}"]["losses"]

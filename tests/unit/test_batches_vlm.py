@@ -7,7 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from regate_megatron.batches import LLaVABatches, MultimodalBatches, QwenVLBatches, StepFacts
+from regate_megatron.batches import (
+    GPTBatches,
+    LLaVABatches,
+    MultimodalBatches,
+    PaddedRows,
+    QwenVLBatches,
+    StepFacts,
+)
 
 IMAGE, PAD, IGNORE = -200, 0, -100
 
@@ -256,7 +263,13 @@ def test_qwen_text_has_no_media():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"cu_seqlens_q": torch.tensor([0, 3, 6])}, "packed rows"),
+        ({"cu_seqlens": torch.tensor([[0, 3, 6]])}, "packed offline"),
+        ({"cu_seqlens_q": torch.tensor([0, 3, 5])}, "run from 0 to 6"),
+        ({"cu_seqlens_q": torch.tensor([0, 3, 3, 6])}, r"cu_seqlens_q \[0, 3, 3, 6\]"),
+        (
+            {"cu_seqlens_q": torch.tensor([0, 4, 6]), "cu_seqlens_q_padded": torch.tensor([0, 3, 6])},
+            r"with cu_seqlens_q_padded \[0, 3, 6\]",
+        ),
         ({"visual_inputs": None}, "without pixel_values"),
         (
             {"visual_inputs": _Visual(pixel_values=_pixels(1.0, patches=8), image_grid_thw=_grid((1, 2, 2)))},
@@ -271,6 +284,71 @@ def test_qwen_text_has_no_media():
 def test_qwen_batches_that_cannot_be_read_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
         QWEN.read(dict(_one(1.0), **change))
+
+
+def _packed(lengths: list[int], multiple: int) -> dict:
+    """Rows ROW and OTHER, the first cut to lengths, one after the other as Bridge's collator packs them."""
+    pair, ends, padded = _pair(1.0, 3.0), [0], [0]
+    columns: dict[str, list] = {"input_ids": [], "labels": [], "loss_mask": []}
+    for row, length in enumerate(lengths):
+        fill = -length % multiple
+        for name, value in (("input_ids", 0), ("labels", IGNORE), ("loss_mask", 0.0)):
+            columns[name] += pair[name][row, :length].tolist() + [value] * fill
+        ends.append(ends[-1] + length)
+        padded.append(padded[-1] + length + fill)
+    batch = {name: torch.tensor([values]) for name, values in columns.items()}
+    batch["cu_seqlens_q"] = torch.tensor(ends, dtype=torch.int32)
+    if multiple > 1:
+        batch["cu_seqlens_q_padded"] = torch.tensor(padded, dtype=torch.int32)
+    return dict(batch, attention_mask=None, visual_inputs=pair["visual_inputs"])
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_samples_of_a_packed_row_are_what_they_are_in_rows_of_their_own(multiple):
+    def rope_index(tokens, kinds, *_, **__):
+        return torch.arange(tokens.shape[1]).expand(3, *tokens.shape), None
+
+    adapter = QwenVLBatches(PICTURE_TOKEN, VIDEO_TOKEN, 2, rope_index)
+    rows, packed = adapter.read(_pair(1.0, 3.0)), adapter.read(_packed([6, 6], multiple))
+    fill = -6 % multiple
+    assert packed.num_samples == 2 and packed.segment_length_N.tolist() == [6 + fill] * 2
+    assert torch.equal(packed.reference_key_N2, rows.reference_key_N2)
+    assert torch.equal(packed.difficulty_key_N2, rows.difficulty_key_N2)
+    assert packed.media.sample_I.tolist() == [0, 1] and packed.media.count_I.tolist() == [2, 2]
+    for sample in range(2):
+        own, alone = packed.row_of("is_context_BS", sample), rows.is_context_BS[sample]
+        assert own[:6].tolist() == alone.tolist() and not own[6:].any()
+        assert packed.row_of("position_id_BS", sample)[:6].tolist() == rows.position_id_BS[sample].tolist()
+        assert packed.row_of("is_target_BS", sample)[:6].tolist() == rows.is_target_BS[sample].tolist()
+
+
+def test_a_text_batch_packed_by_bridge_has_a_sample_per_segment():
+    batch = _packed([6, 5], 4)
+    batch = {"tokens": batch.pop("input_ids"), **batch}
+    facts = GPTBatches().read(batch)
+    assert facts.segment_length_N.tolist() == [8, 8]
+    real_BS = facts.is_context_BS | facts.is_target_BS
+    assert real_BS[0].tolist() == [True] * 6 + [False] * 2 + [True] * 5 + [False] * 3
+
+
+def test_rows_that_the_step_pads_are_read_as_long_as_the_model_sees_them():
+    adapter, batch = PaddedRows(adapter=QWEN, multiple=4), _pair(1.0, 3.0)
+    facts, plain = adapter.read(batch), QWEN.read(batch)
+    assert facts.dense_length == 8 and facts.num_targets == plain.num_targets
+    assert not (facts.is_context_BS | facts.is_target_BS)[:, 6:].any()
+    assert torch.equal(facts.difficulty_key_N2, plain.difficulty_key_N2)
+    assert PaddedRows(adapter=QWEN, multiple=4, length=16).read(batch).dense_length == 16
+
+
+def test_rows_that_the_step_lays_end_to_end_are_segments_planned_as_rows():
+    adapter, batch = PaddedRows(adapter=QWEN, multiple=4, end_to_end=True), _pair(1.0, 3.0)
+    facts = adapter.read(batch)
+    assert facts.joins_rows and facts.planned_length == 8 and facts.segment_length_N.tolist() == [8, 8]
+    assert torch.where(facts.is_target_BS[0])[0].tolist() == [3, 4, 11, 12]
+    is_elided_BS = torch.zeros(1, 16, dtype=torch.bool)
+    is_elided_BS[0, [4, 11]] = True
+    elided = adapter.elide(batch, is_elided_BS)
+    assert elided["loss_mask"].tolist() == [[0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0]]
 
 
 def test_qwen_elide_edits_the_loss_mask_only():

@@ -1,0 +1,80 @@
+"""Batches of ms-swift, whose models are mcore-bridge's: labels not shifted yet, no loss mask, media beside the tokens.
+
+The trainer rolls labels by one when it takes a batch, and gives every label that is not −100 a loss. Placeholders are
+written out in full and positions (mRoPE) come with the batch. With ``padding_free`` (``--packing true``) a batch is one
+row: a sample begins wherever the text positions begin anew, and ``seq_lens`` says where the last one ends.
+
+Shapes: B rows, S positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regate_megatron.batches.facts import BatchAdapter, MicrobatchFacts, to_cpu
+from regate_megatron.batches.qwen_vl import QwenVLBatches
+
+_MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+
+
+@dataclass(frozen=True)
+class SwiftBatches(BatchAdapter):
+    """Adapter for ms-swift batches of models whose media have grids.
+
+    Attributes:
+        adapter: reads tokens and media.
+    """
+
+    adapter: QwenVLBatches
+
+    keys = "input_ids, labels and position_ids; seq_lens, text_position_ids, attention_mask_2d, media and grids"
+
+    def read(self, batch: dict[str, Any]) -> MicrobatchFacts:
+        """See :meth:`BatchAdapter.read`."""
+        token_BS, label_BS = to_cpu(batch["input_ids"]).long(), _shifted(to_cpu(batch["labels"]).long())
+        has_loss_BS = label_BS >= 0
+        if batch.get("loss_scale") is not None:
+            has_loss_BS = has_loss_BS & (_shifted(to_cpu(batch["loss_scale"])) > 0)
+        given = {"input_ids": token_BS, "labels": label_BS, "loss_mask": has_loss_BS.float()}
+        given |= {"visual_inputs": _Media({name: batch[name] for name in _MEDIA if batch.get(name) is not None})}
+        given |= {"attention_mask": batch.get("attention_mask_2d")}
+        return self.adapter.read(given | _packing(batch, token_BS.shape) | {"position_ids": batch["position_ids"]})
+
+    def elide(self, batch: dict[str, Any], is_elided_BS: Tensor) -> dict[str, Any]:
+        """A shallow copy of ``batch`` whose labels are −100 where elided targets predict them."""
+        labels = batch["labels"]
+        is_gone_BS = torch.roll(is_elided_BS.view(labels.shape), 1, dims=-1).to(labels.device)
+        return dict(batch, labels=labels.masked_fill(is_gone_BS, -100))
+
+
+@dataclass(frozen=True)
+class _Media:
+    """Stands where Megatron-Bridge's ``visual_inputs`` does."""
+
+    values: dict[str, Tensor]
+
+    def normalized_for_model(self) -> dict[str, Tensor]:
+        """All of them; they are flat already."""
+        return self.values
+
+
+def _shifted(value_BS: Tensor) -> Tensor:
+    """As the trainer shifts labels: what follows the last is the first."""
+    return torch.roll(value_BS, -1, dims=-1)
+
+
+def _packing(batch: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """Where samples of the one row start and end; nothing for rows of one sample each."""
+    text = batch.get("text_position_ids")
+    text = batch["position_ids"] if text is None else text
+    text_S = to_cpu(text).reshape(-1, shape[1])[0]
+    real = sum(batch["seq_lens"]) if batch.get("seq_lens") is not None else shape[1]
+    starts = torch.where(text_S[:real] == 0)[0]
+    if shape[0] > 1 or len(starts) < 2:
+        return {}
+    end = torch.tensor([shape[1]])
+    return {"cu_seqlens_q": torch.cat([starts, torch.tensor([real])]), "cu_seqlens_q_padded": torch.cat([starts, end])}

@@ -1,0 +1,45 @@
+"""mcore-bridge under the emulation, and its models from a tiny Hugging Face folder.
+
+It names classes of Transformer Engine when it is imported, and builds every layer of them: empty classes stand in their
+place, and layers are Megatron's own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.frameworks import bridge_on_cpu
+
+
+def install() -> None:
+    """Put Megatron on the CPU and let mcore-bridge be imported, for the rest of this process."""
+    bridge_on_cpu.install()
+    import megatron.core.extensions.transformer_engine as extensions
+
+    for name in ("TEFusedMLP", "TEGroupedLinear", "TELayerNormColumnParallelLinear", "TELinear"):
+        if not isinstance(getattr(extensions, name, None), type):
+            setattr(extensions, name, type(name, (torch.nn.Module,), {}))
+    from mcore_bridge.model import register
+
+    original = register.get_gpt_decoder_block_spec
+
+    def local_layers(config: Any, **options: Any) -> Any:
+        return original(config, **options | {"use_transformer_engine": False})
+
+    register.get_gpt_decoder_block_spec = local_layers
+
+
+def model(folder: Path, **settings: Any) -> list[Any]:
+    """The chunks of the model in a Hugging Face folder, random weights."""
+    from mcore_bridge import ModelConfig, get_mcore_model, hf_to_mcore_config
+    from transformers import AutoConfig
+
+    plain = {"use_cpu_initialization": True, "perform_initialization": True, "params_dtype": torch.float32}
+    plain |= {f"{kernel}_fusion": False for kernel in ("gradient_accumulation", "masked_softmax", "bias_dropout")}
+    plain |= {"bias_activation_fusion": False, "apply_rope_fusion": False, "persist_layer_norm": False}
+    plain |= {"moe_grouped_gemm": False, "attention_softmax_in_fp32": True}
+    config = ModelConfig(**hf_to_mcore_config(AutoConfig.from_pretrained(folder)) | plain | settings)
+    return get_mcore_model(config)
