@@ -58,11 +58,11 @@ def killed(inner):
 
 
 def some_not_finite(inner):
-    def learn(self, step, losses):
+    def learn(self, step, losses, norm_P):
         losses = [loss_BS.clone() for loss_BS in losses]
         for loss_BS in losses:
             loss_BS[:, 3], loss_BS[:, 7], loss_BS[:, 11] = torch.nan, torch.inf, 1e30
-        inner(self, step, losses)
+        inner(self, step, losses, norm_P)
 
     return learn
 
