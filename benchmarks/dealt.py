@@ -280,7 +280,7 @@ def on_a_rank(layout: str, seconds: float, result: Path, quick: bool) -> None:
     from benchmarks.slowest_rank import shrunken
 
     mix = shrunken(MIXES[MIX], 64 if quick else SHRINK)
-    size = Size(rows=1, length=mix.length, hidden=32 if quick else 256, layers=4, vocab=64 if quick else 2048)
+    size = Size(rows=1, length=mix.length, hidden=32 if quick else 256, layers=4, vocab=64 if quick else 8192)
     arms = {budget or "dense": Arm(size, layout, budget) for budget in (None, *BUDGETS)}
     replica, replicas = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     stage, rank, found = mpu.get_pipeline_model_parallel_rank(), dist.get_rank(), []

@@ -13,6 +13,8 @@ from tests.multiprocess.test_parity_lengths import GATHERED, PACKED, SENT
 
 OWN = {"rows": 1, "budget": "per-sample"}
 ONE_ROW = {"rows": 1, "uneven": True}
+# its pictures are in an object, as Megatron-Bridge has them
+QWEN = {"model": "qwen", "visual_keep": 0.25, "visual_score": "static", "config": {"mrope_section": [2, 1, 1]}}
 MEANS = {"per_token_loss": False, "ddp": True, "uneven": True}
 BATCH = {"share": "batch"}
 ONE_RANK = [
@@ -21,6 +23,7 @@ ONE_RANK = [
     case("gpt-rows2", budget="per-sample"),
     case("moe", **OWN, **SENT),
     case("llava", model="llava", **OWN),
+    case("qwen", **OWN, **QWEN),
     case("packed", budget="per-sample", **PACKED),
     case("packed-share", budget="per-sample", **PACKED, **BATCH),
 ]
@@ -37,6 +40,7 @@ FOUR_RANKS = [
     case("moe@ep2-pp2-dp2-gathered", budget="dealt", ep=2, pp=2, ddp=True, **ONE_ROW, **GATHERED),
     case("llava@dp4", model="llava", budget="dealt", **ONE_ROW),
     case("llava@pp2-dp2", model="llava", budget="dealt", pp=2, **ONE_ROW),
+    case("qwen@dp4", budget="dealt", **ONE_ROW, **QWEN),
     case("packed@dp4", budget="dealt", uneven=True, **PACKED),
     case("gpt-share@dp4", budget="dealt", **ONE_ROW, **BATCH),
     case("gpt-share@tp2-dp2", budget="dealt", tp=2, **ONE_ROW, **BATCH),
