@@ -36,6 +36,12 @@ class Schedule:
     ratio_steps: int | None = None
     scatter_seed: int | None = None
 
+    def describe(self) -> str:
+        """For people."""
+        scattered = "" if self.scatter_seed is None else ", scattered"
+        end = "" if self.dense_from is None else f", all of them after iteration {self.dense_from}"
+        return f"warm-up {self.warmup_steps}, then {self.dense_steps} of {self.cycle_steps} steps dense{scattered}{end}"
+
 
 def phase_of(step: int, schedule: Schedule) -> Phase:
     """The phase of training step ``step`` (0-based: the number of steps done before it).

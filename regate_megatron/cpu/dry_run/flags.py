@@ -120,7 +120,8 @@ def _regate(config: ReGateConfig, fp8_multiple: int) -> dict[str, Any]:
 
 def _ratio(config: ReGateConfig) -> str:
     least = min(config.keep_ratio, config.keep_ratio_end or 1.0)
-    return "" if least == config.keep_ratio else f" with the ratio they end with, {least:g}"
+    text = "" if least == config.keep_ratio else f" with the ratio they end with, {least:g}"
+    return text + ("; dense ones are not scattered here" if config.dense_at == "random" else "")
 
 
 def _data(flags: list[str], given: list[str], said: list[str]) -> list[str]:
