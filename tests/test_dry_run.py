@@ -260,6 +260,18 @@ def test_a_cluster_line_runs_in_its_layout():
     assert not Path("/no").exists()  # what the run writes goes to its temporary folder
 
 
+def test_estimate_reads_the_batches_of_a_line_at_their_full_length():
+    """On one rank here, for the eight and the model of the line; the teacher of a score that needs one is counted."""
+    lengths = ["--seq-length", "256", "--max-position-embeddings", "256", "--regate-teacher-load=/no/teacher"]
+    command = ["-m", "regate_megatron", "estimate", "--max-ranks", "1", "--nproc", "8", SCRIPT]
+    run = program([*command, *MODEL, *lengths, "--regate", "--regate-score", "reference"])
+    assert run.returncode == 0, run.output + run.errors
+    assert re.search(r"^\[estimate\] \d+ rows of 256 positions \(mean\): [\d.]+% answer tokens", run.output, re.M)
+    assert "[estimate] 8 ranks of 32 rows" in run.output
+    assert re.search(r"^\[estimate\] with --regate-budget .* teacher costs .*worth it", run.output, re.M)
+    assert "[dry run] ok" in run.output and "seq-length" not in run.output.partition("shrunk")[2]
+
+
 @pytest.mark.full
 def test_a_cluster_line_with_a_ratio_that_moves_and_dense_ends_runs():
     run = _dry_run(*MODEL, *REGATE, *MOVING, "--tensor-model-parallel-size", "2")

@@ -1,12 +1,15 @@
 """Say before a run whether elision is worth it on one's data.
 
+    python -m regate_megatron estimate torchrun --nnodes 4 --nproc-per-node 8 -m regate_megatron SCRIPT <its flags>
     python -m regate_megatron estimate --trace DIR --ranks 64 <model> <ReGATE's flags>
     python -m regate_megatron estimate --length 4096 --targets 300 --visual 2880 --ranks 64 <model> <ReGATE's flags>
 
-Rows come from a trace (``--regate-trace`` of any run of the script on the data, with or without sparse steps: one of a
-few iterations is enough), or are all alike, in positions of the merged row: ``--length`` of them (what the batch is
-padded to), ``--real`` that are no padding (default: all), ``--targets`` with a loss, ``--visual`` of images or video,
-of ``--images`` (1).
+With a launch line the script's own batches are read, in a dry run whose rows are as long as the line says; the model
+and the ranks are the line's. (Where its data are not on this machine, mock data take their place, and the summary says
+so.) Otherwise rows come from a trace (``--regate-trace`` of any run of the script on the data, with or without sparse
+steps: one of a few iterations is enough), or are all alike, in positions of the merged row: ``--length`` of them (what
+the batch is padded to), ``--real`` that are no padding (default: all), ``--targets`` with a loss, ``--visual`` of
+images or video, of ``--images`` (1).
 
 ``--ranks`` data-parallel replicas run ``--rows`` rows each in a step (8). The model: ``--layers``, ``--hidden``,
 ``--ffn``, ``--vocabulary`` (32, 4096, 11008, 32000); ``--kv`` is the width of keys (default: hidden).
@@ -20,13 +23,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from regate_megatron.config import BUDGETS, ReGateConfig, flag
+from regate_megatron.cpu.dry_run import command as dry_run
+from regate_megatron.cpu.dry_run.shrink import dense_group
 from regate_megatron.errors import one_line_refusals, refuse
 from regate_megatron.flags import parse
 from regate_megatron.method import balance, budget
@@ -41,28 +48,68 @@ _STEPS = 20
 
 def main(words: Sequence[str]) -> None:
     """Run the command; exits with 1 and one line where it cannot."""
+    at = next((number for number, word in enumerate(words) if _begins_line(word)), None)
+    if at is not None:
+        dry_run.main(_with_trace([str(word) for word in words], at), sample=_of_line)
+        return
     with one_line_refusals():
-        config = parse(["--regate", *(word for word in words if word != "--regate")])
-        options = _options(words)
-        rows_R4 = _rows(options)
-        total = rows_R4.sum(axis=0)
-        length, real, targets, visual = (total / len(rows_R4)).tolist()
-        ratio, visual_ratio = config.keep_ratio, config.visual_keep_ratio
-        gone = (1 - ratio) * targets + (1 - visual_ratio) * visual
-        print(
-            f"[estimate] {len(rows_R4):,} rows of {length:,.0f} positions (mean): {targets / length:.1%} answer tokens,"
-            f" {visual / length:.1%} visual, {1 - real / length:.1%} padding; {gone / length:.1%} could go with keep"
-            f" ratio {ratio:g} and {visual_ratio:g} of the visual"
-        )
-        found = {kind: estimate(rows_R4, config, options, kind) for kind in BUDGETS}
-        setting = f"{options.ranks} ranks of {options.rows} rows"
-        print(f"[estimate] {setting:<24} sparse step   cycle   times as fast   if all new")
-        for kind, one in found.items():
-            times = f"{one.speedup:>15.2f} {one.speedup_if_new:>12.2f}"
-            print(f"[estimate] {kind:<24} {one.step:>11.1%} {one.cycle:>7.1%} {times}")
-        chosen = found[config.budget]
-        said = advice(chosen, targets / length, visual / length, config)
-        print(f"[estimate] with {flag('budget')} {config.budget}: {chosen.words()}{said}")
+        config, options = parse(["--regate", *(word for word in words if word != "--regate")]), _options(words)
+        say(_rows(options), config, options)
+
+
+def say(rows_R4: np.ndarray, config: ReGateConfig, options: argparse.Namespace) -> None:
+    """Print what to expect of rows, as :func:`_rows` gives them."""
+    total = rows_R4.sum(axis=0)
+    length, real, targets, visual = (total / len(rows_R4)).tolist()
+    ratio, visual_ratio = config.keep_ratio, config.visual_keep_ratio
+    gone = (1 - ratio) * targets + (1 - visual_ratio) * visual
+    print(
+        f"[estimate] {len(rows_R4):,} rows of {length:,.0f} positions (mean): {targets / length:.1%} answer tokens,"
+        f" {visual / length:.1%} visual, {1 - real / length:.1%} padding; {gone / length:.1%} could go with keep"
+        f" ratio {ratio:g} and {visual_ratio:g} of the visual"
+    )
+    found = {kind: estimate(rows_R4, config, options, kind) for kind in BUDGETS}
+    setting = f"{options.ranks} ranks of {options.rows} rows"
+    print(f"[estimate] {setting:<24} sparse step   cycle   times as fast   if all new")
+    for kind, one in found.items():
+        times = f"{one.speedup:>15.2f} {one.speedup_if_new:>12.2f}"
+        print(f"[estimate] {kind:<24} {one.step:>11.1%} {one.cycle:>7.1%} {times}")
+    chosen = found[config.budget]
+    said = advice(chosen, targets / length, visual / length, config)
+    print(f"[estimate] with {flag('budget')} {config.budget}: {chosen.words()}{said}")
+
+
+def _begins_line(word: str) -> bool:
+    name = Path(word).name
+    return name == "torchrun" or name.endswith(".py") or re.fullmatch(r"python[\d.]*", name) is not None
+
+
+def _with_trace(words: list[str], at: int) -> list[str]:
+    """A launch line that is on and writes a trace."""
+    given = {word.partition("=")[0] for word in words[at:]}
+    on = [] if "--regate" in given else ["--regate", "--regate-teacher-load", "student"]
+    return [*words, *on, *([] if "--regate-trace" in given else ["--regate-trace", "trace"])]
+
+
+def _of_line(trace: Path, cluster: Any, config: ReGateConfig) -> None:
+    """What to expect of a launch line whose rows were traced."""
+    ranks = cluster.world_size // dense_group(cluster)
+    groups = cluster.num_query_groups if cluster.group_query_attention else cluster.num_attention_heads
+    ffn = cluster.ffn_hidden_size
+    if getattr(cluster, "num_experts", None):
+        shared = cluster.moe_shared_expert_intermediate_size or 0
+        ffn = cluster.moe_router_topk * (cluster.moe_ffn_hidden_size or ffn) + shared
+    words = {
+        "ranks": ranks,
+        "rows": max(cluster.global_batch_size // ranks, 1),
+        "layers": cluster.num_layers,
+        "hidden": cluster.hidden_size,
+        "ffn": ffn,
+        "kv": groups * cluster.kv_channels,
+        "vocabulary": getattr(cluster, "padded_vocab_size", None) or getattr(cluster, "vocab_size", None) or 32000,
+    }
+    options = _options([f"--trace={trace}", *(f"--{name}={value}" for name, value in words.items())])
+    say(_rows(options), config, options)
 
 
 def estimate(rows_R4: np.ndarray, config: ReGateConfig, options: argparse.Namespace, kind: str) -> Outlook:

@@ -109,9 +109,7 @@ def _attached_line(session: Session) -> str:
         *_kept_of(config),
         f"dense layers {config.dense_layers}{last} of {transformer.num_layers}",
         f"budget {config.budget} ({_why(config, session.topology.dp_size)})",
-        f"warm-up {config.warmup_steps}, then {config.dense_steps} of {config.cycle_steps} steps dense"
-        + (", scattered" if config.dense_at == "random" else "")
-        + ("" if config.dense_from is None else f", all of them after iteration {config.dense_from}"),
+        config.schedule.describe(),
         _teacher_of(session),
         compat.versions(),
     ]

@@ -40,9 +40,15 @@ class Schedule:
     @property
     def first_sparse(self) -> int | None:
         """The first sparse step; None where there is none, however long training goes on."""
-        first = self.warmup_steps + self.dense_steps
-        is_any = self.dense_steps < self.cycle_steps and (self.dense_from is None or first < self.dense_from)
-        return first if is_any else None
+        end = self.warmup_steps + self.cycle_steps
+        end = end if self.dense_from is None else min(end, self.dense_from)
+        return next((step for step in range(self.warmup_steps, end) if phase_of(step, self) == "sparse"), None)
+
+    def describe(self) -> str:
+        """For people."""
+        scattered = "" if self.scatter_seed is None else ", scattered"
+        end = "" if self.dense_from is None else f", all of them after iteration {self.dense_from}"
+        return f"warm-up {self.warmup_steps}, then {self.dense_steps} of {self.cycle_steps} steps dense{scattered}{end}"
 
 
 def phase_of(step: int, schedule: Schedule) -> Phase:

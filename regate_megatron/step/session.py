@@ -189,7 +189,7 @@ class Session:
     def describe(self) -> str:
         """What is attached where, one line per hook."""
         lines = [f"regate on data-parallel rank {self.topology.dp_rank}" + (", planner" if self.planner else "")]
-        lines += self.hooks.describe()
+        lines += [f"schedule: {self.config.schedule.describe()}", *self.hooks.describe()]
         lines += hints(Setting(self.language_models, self.config, self._run_of_host))
         if self.planner:
             lines.append(self.learned.describe())

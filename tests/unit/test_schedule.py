@@ -136,6 +136,12 @@ def test_the_seed_scatters_and_a_cool_down_stays_dense():
     assert cooled == one[:400] + ["dense"] * 100
 
 
+def test_a_schedule_says_what_it_is():
+    assert Schedule(**PAPER).describe() == "warm-up 100, then 16 of 128 steps dense"
+    whole = Schedule(**PAPER, scatter_seed=1, dense_from=900).describe()
+    assert whole == "warm-up 100, then 16 of 128 steps dense, scattered, all of them after iteration 900"
+
+
 def test_the_scattered_schedule_is_frozen():
     """A resumed run must run dense what the first run would have run dense, whatever version it runs."""
     config = ReGateConfig(warmup_steps=0, cycle_steps=16, dense_steps=4, dense_at="random", seed=1234)

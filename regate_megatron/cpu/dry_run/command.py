@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,12 @@ _SECONDS_TO_START, _SECONDS_PER_RANK = 15.0, 8.0  # measured: 32 ranks on two co
 _NOT_CHECKED = "GPU kernels and memory, NCCL, FP8 arithmetic, speed, the values of your data"
 
 
-def main(words: list[str]) -> None:
-    """Run the command; exits with 1 and one line per refusal when the line would not run."""
+def main(words: list[str], *, sample: Callable[[Path, Any, ReGateConfig], None] | None = None) -> None:
+    """Run the command; exits with 1 and one line per refusal when the line would not run.
+
+    Args:
+        sample: takes the trace of rows as long as the line says, Megatron's namespace of the line and the settings.
+    """
     with one_line_refusals():
         line = parse_line(words)
         sys.dont_write_bytecode = True  # nothing is written but to the temporary folder
@@ -53,7 +58,8 @@ def main(words: list[str]) -> None:
         with tempfile.TemporaryDirectory(prefix="regate-dry-run-") as name:
             folder = Path(name)
             emulation.compile_helpers(folder)
-            flags, said = small_flags(line, cluster, config, replicas=replicas, folder=folder)
+            own = {"replicas": replicas, "folder": folder, "keeps_lengths": sample is not None}
+            flags, said = small_flags(line, cluster, config, **own)
             print(f"[dry run] Megatron's flags pass at {asked.world_size} ranks: {_layout(asked)}")
             if cluster is not asked:
                 said.insert(0, f"{_layout(asked)} -> {_layout(cluster)}: the same kinds, as far as this machine goes")
@@ -64,6 +70,8 @@ def main(words: list[str]) -> None:
                 flush=True,
             )
             output = _run(line, flags, num_ranks, folder)
+            if sample is not None:
+                sample(folder / "trace", asked, config)
         _report(line, asked, cluster, config, replicas, said, output)
 
 

@@ -29,7 +29,13 @@ def parser_of_megatron() -> argparse.ArgumentParser:
 
 
 def small_flags(
-    line: LaunchLine, cluster: Any, config: ReGateConfig | None, *, replicas: int, folder: Path
+    line: LaunchLine,
+    cluster: Any,
+    config: ReGateConfig | None,
+    *,
+    replicas: int,
+    folder: Path,
+    keeps_lengths: bool = False,
 ) -> tuple[list[str], list[str]]:
     """The flags to run here, and what to say of them.
 
@@ -37,9 +43,10 @@ def small_flags(
         cluster: Megatron's validated namespace of the line.
         replicas: data-parallel replicas to run.
         folder: a temporary folder for everything the run writes.
+        keeps_lengths: see :func:`.shrink.shrink`.
     """
     known = parser_of_megatron()._option_string_actions
-    small = _shrunk(line, cluster, config, replicas)
+    small = _shrunk(line, cluster, config, replicas, keeps_lengths)
     fp8 = _fp8_multiple(line)
     cluster_replicas = cluster.world_size // shrink.dense_group(cluster)
     if replicas != cluster_replicas:
@@ -75,13 +82,16 @@ def small_values(line: LaunchLine, cluster: Any) -> dict[str, Any]:
     return _shrunk(line, cluster, None, 1).values
 
 
-def _shrunk(line: LaunchLine, cluster: Any, config: ReGateConfig | None, replicas: int) -> shrink.Shrunk:
+def _shrunk(
+    line: LaunchLine, cluster: Any, config: ReGateConfig | None, replicas: int, keeps_lengths: bool = False
+) -> shrink.Shrunk:
     return shrink.shrink(
         cluster,
         replicas=replicas,
         dense_layers=config.dense_layers + config.dense_last_layers if config else 0,
         is_multimodal="vlm" in Path(line.script).name or not line.options.isdisjoint(_MULTIMODAL[:2]),
         fp8_multiple=_fp8_multiple(line),
+        keeps_lengths=keeps_lengths,
     )
 
 
@@ -112,7 +122,8 @@ def _regate(config: ReGateConfig, fp8_multiple: int) -> dict[str, Any]:
 
 def _ratio(config: ReGateConfig) -> str:
     changed = [f"{least:g}" for _, start, least in _moving(config) if least != start]
-    return f" with the ratio they end with, {' and '.join(changed)}" if changed else ""
+    text = f" with the ratio they end with, {' and '.join(changed)}" if changed else ""
+    return text + ("; dense ones are not scattered here" if config.dense_at == "random" else "")
 
 
 def _moving(config: ReGateConfig) -> list[tuple[str, float, float]]:

@@ -108,13 +108,27 @@ def weights_gb(values: dict[str, Any], cluster: Any) -> float:
     return 24 * per_layer * -(-layers // cluster.pipeline_model_parallel_size) / 1e9
 
 
-def shrink(cluster: Any, *, replicas: int, dense_layers: int, is_multimodal: bool, fp8_multiple: int) -> Shrunk:
-    """The changes to the line's numbers; see the module."""
+def shrink(
+    cluster: Any,
+    *,
+    replicas: int,
+    dense_layers: int,
+    is_multimodal: bool,
+    fp8_multiple: int,
+    keeps_lengths: bool = False,
+) -> Shrunk:
+    """The changes to the line's numbers; see the module.
+
+    Args:
+        keeps_lengths: whether rows are as long as the line says, so that they are a sample of its data.
+    """
     small = Shrunk()
     _layers(small, cluster, dense_layers)
     _width(small, cluster)
     _experts(small, cluster)
-    _lengths(small, cluster, is_multimodal, fp8_multiple)
+    if not keeps_lengths:
+        _lengths(small, cluster, is_multimodal, fp8_multiple)
+    _scales(small, cluster)
     _batch(small, cluster, replicas)
     return small
 
@@ -211,6 +225,9 @@ def _lengths(small: Shrunk, cluster: Any, is_multimodal: bool, fp8_multiple: int
     else:
         small.put("--seq-length", min(length, cluster.seq_length), cluster.seq_length)
         small.put("--max-position-embeddings", small.values["--seq-length"])
+
+
+def _scales(small: Shrunk, cluster: Any) -> None:
     small.put("--make-vocab-size-divisible-by", 16)
     if getattr(cluster, "fp16", False):  # the scaler begins far too high and skips steps until it has come down
         small.put("--initial-loss-scale", max(1.0, getattr(cluster, "min_loss_scale", 1.0)))
