@@ -5,6 +5,7 @@
     python -m regate_megatron dry-run torchrun … -m regate_megatron SCRIPT <its flags>    tries a cluster's launch line
     python -m regate_megatron estimate --length 4096 --targets 300 …    is it worth it on such data?
     python -m regate_megatron doctor    what this environment has, and what is supported
+    python -m regate_megatron doctor --model NAME_OR_FOLDER    whether a Hugging Face model is, in which host, and how
     python -m regate_megatron --help    this text and ReGATE's flags; after SCRIPT: Megatron's flags and ReGATE's
 
 The script runs unmodified; its own checkout comes first on the path, before an installed megatron-core. Without a flag
@@ -31,10 +32,10 @@ def main(argv: list[str], install: Callable[[ReGateConfig], None] | None = None)
     """
     if argv in (["--help"], ["-h"], ["help"], ["--cpu", "--help"]):
         print(_help())
-    elif argv == ["doctor"] and not Path("doctor").is_file():
+    elif argv[:1] == ["doctor"] and len(argv) in (1, 3) and not Path("doctor").is_file():
         from regate_megatron import doctor
 
-        sys.exit(doctor.main())
+        sys.exit(doctor.main(argv[1:]))
     elif argv[:1] == ["estimate"] and not Path("estimate").is_file():
         from regate_megatron.cpu import estimate
 

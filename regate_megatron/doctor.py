@@ -1,6 +1,8 @@
 """``python -m regate_megatron doctor``: what this environment has, and what is supported. No communication.
+With ``--model NAME_OR_FOLDER``: whether a Hugging Face model is supported, in which host, and how.
 
-Exit code 0, or 1 where training with ReGATE could not start here. What is not installed is not imported.
+Exit code 0, or 1 where training with ReGATE could not start here, or the model is not supported. What is not installed
+is not imported.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from importlib import metadata, util
 from pathlib import Path
 
 from regate_megatron import compat
-from regate_megatron.support import RULES
+from regate_megatron.errors import ReGateError, refuse
+from regate_megatron.support import RULES, models
 
 _WIDTH = 116
 
@@ -26,8 +29,10 @@ class Finding:
     text: str
 
 
-def main() -> int:
-    """Print the report; returns the exit code."""
+def main(argv: list[str] = ()) -> int:
+    """Print the report, or with ``--model NAME_OR_FOLDER`` what is known of a model; returns the exit code."""
+    if argv:
+        return _model(*argv)
     findings = [finding for check in CHECKS for finding in check()]
     print("environment")
     for finding in findings:
@@ -38,6 +43,20 @@ def main() -> int:
     failed = sum(finding.state == "FAIL" for finding in findings)
     print(f"\n{failed} of {len(findings)} checks failed" if failed else f"\nall {len(findings)} checks passed")
     return 1 if failed else 0
+
+
+def _model(option: str, name: str) -> int:
+    if option != "--model":
+        print(refuse("doctor", given=option, allowed="--model NAME_OR_FOLDER", change="it"), file=sys.stderr)
+        return 1
+    try:
+        verdict = models.judge(models.config_of(name))
+    except ReGateError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for line in verdict.lines():
+        _print("  ", line)
+    return 1 if verdict.reasons else 0
 
 
 def _print(head: str, text: str) -> None:

@@ -40,6 +40,8 @@ class Schedule:
     @property
     def first_sparse(self) -> int | None:
         """The first sparse step; None where there is none, however long training goes on."""
+        if self.dense_steps >= self.cycle_steps:
+            return None
         end = self.warmup_steps + self.cycle_steps
         end = end if self.dense_from is None else min(end, self.dense_from)
         return next((step for step in range(self.warmup_steps, end) if phase_of(step, self) == "sparse"), None)

@@ -35,6 +35,8 @@ def _packed_rows(setting: Setting) -> Any:
     packs = flag_of(names[0]) if names else None
     if setting.megatron_flag("hybrid_context_parallel"):
         return Found("--hybrid-context-parallel", leave_out(setting, "hybrid_context_parallel"))
+    if setting.run.packs_rows and setting.model.apply_rope_fusion:
+        return Found(f"{setting.run.packs_rows} with fused RoPE", "apply_rope_fusion of the model's config to False")
     if packs is None:
         return None
     out = f"leave {packs} out"

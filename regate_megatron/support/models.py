@@ -1,0 +1,150 @@
+"""Which Hugging Face models can be trained with ReGATE, in which host, and how; by the model type that they state.
+
+A table of what was run, and of what is refused by name with the reason. What a model's own configuration adds (sliding
+windows, linear attention, heads that predict ahead) is looked at too. No weights are read, nothing is imported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regate_megatron.errors import refuse
+
+BRIDGE = "Megatron-Bridge"
+SWIFT = "ms-swift, over mcore-bridge"
+MEGATRON = "Megatron-LM"
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host that trains a model.
+
+    Attributes:
+        name: of it.
+        how: what to call or to pass.
+    """
+
+    name: str
+    how: str
+
+
+_CALLBACK = "finetune(config, {step}.forward_step, callbacks=[megatron_bridge.install(ReGateConfig(…))])"
+_PACKED = (
+    "; rows may be packed (enable_in_batch_packing), then --regate-budget per-sample keeps each sample's own share"
+)
+_ATTACH = "attach(model, ReGateConfig(…)) and wrap_forward_backward in its train step; padded or packed rows"
+_GPT = Host(MEGATRON, "-m regate_megatron pretrain_gpt.py …; weights by tools/convert_hf_teacher.py or Megatron-Bridge")
+_BRIDGE_GPT = Host(BRIDGE, _CALLBACK.format(step="gpt_step"))
+_LLAVA = Host(MEGATRON, "-m regate_megatron pretrain_vlm.py …; weights by tools/import_student.py")
+
+SUPPORTED = {
+    "qwen2_5_vl": (Host(BRIDGE, _CALLBACK.format(step="vlm_step") + _PACKED), Host(SWIFT, _ATTACH)),
+    "qwen3_vl": (Host(BRIDGE, _CALLBACK.format(step="qwen3_vl_step") + _PACKED), Host(SWIFT, _ATTACH)),
+    "qwen3_vl_moe": (Host(BRIDGE, _CALLBACK.format(step="qwen3_vl_step") + _PACKED),),
+    "llava": (_LLAVA,),
+    "llama": (_GPT, _BRIDGE_GPT),
+    "mistral": (_GPT, _BRIDGE_GPT),
+    "qwen2": (_GPT, _BRIDGE_GPT),
+    "qwen3": (_GPT, _BRIDGE_GPT),
+}
+_UNTRIED = "nobody has run it with ReGATE"
+REFUSED = {
+    "glm4v": _UNTRIED,
+    "glm4v_moe": f"{_UNTRIED}: its videos use the ids of images, and positions stop at the batch",
+    "ernie4_5_moe_vl": "a mask of token kinds, global to its module, keeps the dense length",
+    "gemma3": "pictures are read in both directions and windows slide, as biases of the dense length",
+    "gemma4": "pictures are read in both directions and windows slide, as biases of the dense length",
+    "mistral3": f"{_UNTRIED}: its query scale counts positions of the short row past the original maximum",
+    "kimi_vl": _UNTRIED,
+    "kimi_k25": f"{_UNTRIED}: flex dispatcher, latent attention, pipeline layouts",
+    "internvl": f"{_UNTRIED}: tiles without grids",
+    "internvl_chat": f"{_UNTRIED}: tiles without grids",
+    "llava_onevision1_5": _UNTRIED,
+    "qwen2_vl": _UNTRIED,
+    "ovis2_5": f"{_UNTRIED}: its placeholders are negative ids",
+    "qwen3_5": "three of four layers are gated delta nets: their state would skip what is left out",
+    "qwen3_5_moe": "three of four layers are gated delta nets: their state would skip what is left out",
+    "qwen3_next": "three of four layers are gated delta nets: their state would skip what is left out",
+    "qwen2_5_omni": f"{_UNTRIED}: its language model lies in a thinker, and audio has ids of its own",
+    "qwen3_omni_moe": f"{_UNTRIED}: its language model lies in a thinker, and audio has ids of its own",
+    "nemotron_h": "Mamba layers: their state would skip what is left out",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of a model.
+
+    Attributes:
+        kind: its model type.
+        hosts: where it trains; none where it does not.
+        reasons: why not.
+        notes: what else to know.
+    """
+
+    kind: str
+    hosts: tuple[Host, ...] = ()
+    reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def lines(self) -> Iterator[str]:
+        """The answer, in lines for a person."""
+        if self.hosts and not self.reasons:
+            yield f"{self.kind}: supported"
+            yield from (f"in {host.name}: {host.how}" for host in self.hosts)
+            yield from self.notes
+        else:
+            yield f"{self.kind}: not supported: {'; '.join(self.reasons)}"
+            yield f"supported are {', '.join(SUPPORTED)}"
+
+
+def judge(config: dict[str, Any]) -> Verdict:
+    """Judge a Hugging Face configuration, as its ``config.json`` has it."""
+    kind = str(config.get("model_type"))
+    text = config.get("text_config") or config.get("llm_config") or config
+    reasons = [*_inexact(text)]
+    if kind not in SUPPORTED:
+        reasons.insert(0, REFUSED.get(kind, _UNTRIED))
+    notes = []
+    if deep := (config.get("vision_config") or {}).get("deepstack_visual_indexes"):
+        notes.append(f"its first {len(deep)} layers take visual features in: any --regate-dense-layers is exact")
+    if config.get("vision_config"):
+        notes.append("--regate-visual-keep-ratio leaves visual positions out, too")
+    return Verdict(kind, SUPPORTED.get(kind, ()), tuple(reasons), tuple(notes))
+
+
+def _inexact(text: dict[str, Any]) -> Iterator[str]:
+    """What of a language model's configuration cannot be exact."""
+    window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
+    layers = set(text.get("layer_types") or ())
+    if window and (not layers or "sliding_attention" in layers):
+        yield f"sliding_window {window}: distances would count kept tokens only"
+    if other := sorted(layers - {"full_attention", "sliding_attention"}):
+        yield f"layers of {', '.join(other)}: state would skip what is left out"
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """The configuration of a folder, of a ``config.json``, or of a name on the Hugging Face hub (or in its cache).
+
+    Raises:
+        ReGateError: there is none.
+    """
+    path = Path(name)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        if not path.is_file():
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(name, "config.json"))
+        return json.loads(path.read_text())
+    except Exception as fault:  # the hub and its library raise whatever they like
+        raise refuse(
+            "--model",
+            given=f"{name}, of which there is no config.json ({type(fault).__name__})",
+            allowed="a folder with one, that file, or a name on the Hugging Face hub",
+            change="the name, or download the file",
+        ) from None

@@ -1,0 +1,63 @@
+"""``doctor --model``: what a Hugging Face configuration tells, without weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from regate_megatron import doctor
+from regate_megatron.support import models
+
+
+def _answer(tmp_path, capsys, **config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    code = doctor.main(["--model", str(tmp_path)])
+    return code, " ".join(capsys.readouterr().out.split())
+
+
+def test_a_supported_model_is_told_its_hosts_and_how(tmp_path, capsys):
+    vision = {"deepstack_visual_indexes": [8, 16, 24]}
+    code, said = _answer(tmp_path, capsys, model_type="qwen3_vl", text_config={}, vision_config=vision)
+    assert code == 0 and said.startswith("qwen3_vl: supported in Megatron-Bridge: finetune(config, qwen3_vl_step")
+    assert "in ms-swift, over mcore-bridge: attach" in said and "its first 3 layers take visual features in" in said
+
+
+@pytest.mark.parametrize("kind", ["glm4v_moe", "ernie4_5_moe_vl", "qwen3_5", "never_heard_of"])
+def test_a_model_that_nobody_has_run_is_not_supported_and_the_reason_is_told(tmp_path, capsys, kind):
+    code, said = _answer(tmp_path, capsys, model_type=kind)
+    assert code == 1 and said.startswith(f"{kind}: not supported: ") and "supported are qwen2_5_vl" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ({"sliding_window": 4096}, "sliding_window 4096"),
+        ({"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
+    ],
+)
+def test_what_a_configuration_adds_can_rule_a_known_model_out(tmp_path, capsys, text, word):
+    code, said = _answer(tmp_path, capsys, model_type="qwen2_5_vl", text_config=text)
+    assert code == 1 and word in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"sliding_window": 4096, "use_sliding_window": False},
+        {"sliding_window": 4096, "layer_types": ["full_attention"] * 2},
+    ],
+)
+def test_a_window_that_is_switched_off_rules_nothing_out(tmp_path, capsys, text):
+    assert _answer(tmp_path, capsys, model_type="qwen2_5_vl", text_config=text)[0] == 0
+
+
+def test_a_folder_without_a_configuration_is_refused_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert doctor.main(["--model", str(tmp_path / "none")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("regate: --model: given ") and error.count("\n") == 1 and "change" in error
+
+
+def test_no_model_is_supported_and_refused():
+    assert not models.SUPPORTED.keys() & models.REFUSED.keys()
