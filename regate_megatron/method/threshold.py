@@ -19,7 +19,7 @@ Shapes: G groups of this planner, X of their candidates.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -33,6 +33,9 @@ _PLACES, _ORDERS = 33, 55  # bits of a place in a group, and of a group's number
 
 Sum = Callable[[Tensor], Tensor]
 """``f(counts)``: the sum of an int64 vector over all planners; each calls it."""
+
+Word = tuple[Callable[[np.ndarray], np.ndarray], int]
+"""What orders candidates, of those at some places: unsigned integers, larger first; and how many bits they have."""
 
 
 def above_threshold(
@@ -57,53 +60,48 @@ def above_threshold(
         least_score: beyond floors only what scores more runs; None: all may.
     """
     group_X = torch.arange(len(count_G)).repeat_interleave(count_G)
-    place_X = torch.arange(len(score_X)) - (count_G.cumsum(0) - count_G)[group_X]
     kept_X = rank_targets(score_X, group_X, group_X, floor_G) < floor_G[group_X]
     is_open_X = ~kept_X if least_score is None else ~kept_X & (score_X > least_score)
     own_3 = torch.stack([count_G.sum(), kept_X.sum(), is_open_X.sum()])
     total, floors, others = sum_over_planners(own_3).tolist()
     number = min(others, math.ceil(Fraction(str(keep_ratio)) * total) - floors)
-    group_Y, place_Y, open_X = group_X[is_open_X].numpy(), place_X[is_open_X].numpy(), is_open_X.numpy().nonzero()[0]
-    words = (
-        (_rising(score_X.numpy()[open_X]), 64),
-        ((1 << _PLACES) - 1 - place_Y.astype(np.uint64), _PLACES),
-        *((~_unsigned(half_G.numpy())[group_Y], 64) for half_G in key_G2.unbind(dim=1)),
-        ((1 << _ORDERS) - 1 - order_G.numpy().astype(np.uint64)[group_Y], _ORDERS),
+    group, score, first_G = group_X.numpy(), score_X.numpy(), (count_G.cumsum(0) - count_G).numpy()
+    key_G2, order = key_G2.numpy(), order_G.numpy()
+    words: tuple[Word, ...] = (
+        (lambda at: _rising(score[at]), 64),
+        (lambda at: (1 << _PLACES) - 1 - (at - first_G[group[at]]).astype(np.uint64), _PLACES),
+        (lambda at: ~_unsigned(key_G2[group[at], 0]), 64),
+        (lambda at: ~_unsigned(key_G2[group[at], 1]), 64),
+        (lambda at: (1 << _ORDERS) - 1 - order[group[at]].astype(np.uint64), _ORDERS),
     )
-    kept_X[torch.from_numpy(open_X[_largest(words, number, others, sum_over_planners)])] = True
+    for taken_Y in _largest(is_open_X.numpy().nonzero()[0], words, number, others, sum_over_planners):
+        kept_X.numpy()[taken_Y] = True
     return kept_X
 
 
-def _largest(words: Sequence[tuple[np.ndarray, int]], number: int, total: int, sum_over_planners: Sum) -> np.ndarray:
-    """Mark the ``number`` largest of the ``total`` that all planners hold; bool [X].
+def _largest(
+    open_Y: np.ndarray, words: Sequence[Word], number: int, total: int, sum_over_planners: Sum
+) -> Iterator[np.ndarray]:
+    """Where the ``number`` largest of the ``total`` are that all planners hold, part by part.
 
     Args:
-        words: what orders them, the first first: unsigned integers [X], and how many bits of them there are. No two
-            candidates have all alike.
+        open_Y: where this planner's are.
+        words: what orders them, the first first. No two candidates have all alike.
     """
-    taken_X = np.zeros(len(words[0][0]), bool)
-    open_Y = np.arange(len(taken_X))
     if number <= 0:
-        return taken_X
-    for word_X, high, low in _digits(words):
-        if number == total:
-            break
-        digit_Y = (word_X[open_Y] >> np.uint64(low)).astype(np.int64) & ((1 << (high - low)) - 1)
+        return
+    digits = ((word, high, max(high - DIGIT, 0)) for word, bits in words for high in range(bits, 0, -DIGIT))
+    while number < total:
+        word, high, low = next(digits)
+        digit_Y = (word(open_Y) >> np.uint64(low)).astype(np.int64) & ((1 << (high - low)) - 1)
         own_C = torch.from_numpy(np.bincount(digit_Y, minlength=1 << DIGIT))
         count_C = sum_over_planners(own_C).numpy()
         reached_C = count_C[::-1].cumsum()[::-1]  # by this digit or a larger one
         edge = int(np.flatnonzero(reached_C >= number)[-1])
-        taken_X[open_Y[digit_Y > edge]] = True
+        yield open_Y[digit_Y > edge]
         number, total = number - int(reached_C[edge] - count_C[edge]), int(count_C[edge])
         open_Y = open_Y[digit_Y == edge]
-    assert number == total, f"{total} candidates that nothing tells apart, {number} of them to keep"
-    taken_X[open_Y] = True
-    return taken_X
-
-
-def _digits(words: Sequence[tuple[np.ndarray, int]]) -> list[tuple[np.ndarray, int, int]]:
-    """The word and the bits of each digit, from the first to the last."""
-    return [(word_X, high, max(high - DIGIT, 0)) for word_X, bits in words for high in range(bits, 0, -DIGIT)]
+    yield open_Y
 
 
 def _rising(score_X: np.ndarray) -> np.ndarray:

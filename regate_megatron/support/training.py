@@ -183,4 +183,10 @@ def hints(setting: Setting) -> list[str]:
             "context parallelism without --calculate-per-token-loss: each context rank divides its loss by its own"
             " targets (Megatron's rule), so the weight of a target depends on the cut; with the flag it does not"
         )
+    budget = setting.config.budget
+    if setting.config.share == "batch" and budget in ("uniform", "balanced"):
+        lines.append(
+            f"{flag('share')} batch with {flag('budget')} {budget}, whose lengths follow other rules: the threshold"
+            " says only how much runs in all; with dealt or per-sample every sample runs what it keeps"
+        )
     return lines

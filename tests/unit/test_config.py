@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,6 +25,7 @@ from regate_megatron.method.recipes import RECIPES
 from regate_megatron.method.schedule import phase_of
 from regate_megatron.method.scores import SCORES
 from regate_megatron.method.visual_scores import VISUAL_SCORES
+from regate_megatron.support import hints
 
 FLAGS = {  # a change here breaks users' scripts
     "--regate": False,
@@ -431,6 +433,15 @@ def test_a_least_score_needs_a_share_of_the_batch():
     with pytest.raises(ReGateError) as refusal:
         ReGateConfig(least_score=0.5)
     assert _is_refusal(str(refusal.value), "least_score") and "change --regate-share to batch" in str(refusal.value)
+
+
+@pytest.mark.parametrize("budget", CHOICES["budget"])
+def test_a_share_of_the_batch_that_moves_nothing_between_samples_is_said(budget):
+    setting = SimpleNamespace(model=SimpleNamespace(context_parallel_size=1), config=ReGateConfig(budget=budget))
+    assert hints(setting) == []
+    setting.config = dataclasses.replace(setting.config, share="batch")
+    said = hints(setting)
+    assert len(said) == (budget in ("uniform", "balanced")) and all(budget in line for line in said)
 
 
 PAPER = {  # all that steers what runs, as it was when the recipe was made; it stays so when defaults move
