@@ -13,7 +13,7 @@ NEWEST=12 # Megatron-Bridge 0.6.2 is for Python 3.12
 
 TE=2.20.2
 # Their requirements ask for Transformer Engine built elsewhere, or for packages that do not fit together.
-UNBOUND="megatron-bridge==0.6.2 mcore-bridge==1.6.5 transformer_engine==$TE"
+UNBOUND="megatron-bridge==0.6.2 mcore-bridge==1.6.5 ms-swift==4.6.0 transformer_engine==$TE"
 
 fingerprint() { cat requirements-frameworks.txt pyproject.toml scripts/frameworks_venv.sh | cksum; }
 up_to_date() { [ -f $STAMP ] && [ "$(cat $STAMP)" = "$(fingerprint)" ] && suits $VENV/bin/python; }
@@ -67,7 +67,7 @@ cuda-cudart-dev-13-0), or put transformer_engine_torch-$TE-*.whl into $wheels"
 imports() {
     run_python -c 'import torch, transformer_engine.pytorch' || return
     run_python -c 'import megatron.bridge, modelopt, nvidia_resiliency_ext' || return
-    run_python -c 'import mcore_bridge'
+    run_python -c 'import mcore_bridge, swift'
 }
 
 up_to_date && exit 0

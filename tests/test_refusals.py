@@ -108,7 +108,6 @@ REFUSED = {
         {"model": {"moe_pad_expert_input_to_capacity": True}},
         "given moe_pad_expert_input_to_capacity=True",
     ),
-    "DeepEP": ({"model": {"moe_enable_deepep": True}}, "given moe_enable_deepep=True"),
     "a variant of attention": (
         {"model": {"experimental_attention_variant": "dsa"}},
         "given experimental_attention_variant=dsa",
@@ -144,8 +143,8 @@ REFUSED = {
         "given moe_expert_rank_capacity_factor=1.5",
     ),
     "flex dispatcher": (
-        {"model": {"num_moe_experts": 4, "moe_token_dispatcher_type": "flex"}},
-        "given moe_token_dispatcher_type=flex",
+        {"model": {"num_moe_experts": 4, "moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "ncclep"}},
+        "given moe_token_dispatcher_type=flex with ncclep",
     ),
     "paged stash": ({"model": {"moe_paged_stash": True}}, "given moe_paged_stash=True"),
     "positions of another kind": ({"position_embedding_type": "relative"}, "given relative"),
@@ -447,3 +446,11 @@ def test_context_parallelism_without_the_loss_per_token_is_told():
     assert "--calculate-per-token-loss" in line
     assert hints(_setting(model={**with_cp, "calculate_per_token_loss": True})) == []
     assert hints(_setting()) == []
+
+
+@pytest.mark.parametrize(("backend", "named"), [(None, "deepep"), ("hybridep", "hybridep")])
+def test_the_flex_dispatcher_is_taken_and_told_to_be_unproven(backend, named):
+    flex = {"num_moe_experts": 4, "moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": backend}
+    assert check_support(_setting(model=flex)) == (True, "")
+    (line,) = hints(_setting(model=flex))
+    assert f"the flex dispatcher ({named}) was never run" in line

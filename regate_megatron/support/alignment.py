@@ -36,7 +36,13 @@ def experts_span_replicas(model: Any) -> bool:
 
 
 def gathers_over_replicas(model: Any) -> bool:
-    """Whether ranks of several replicas gather one another's tokens in expert layers, equally many of each."""
-    if not model.num_moe_experts or model.moe_token_dispatcher_type != "allgather":
+    """Whether ranks of several replicas exchange tokens in expert layers in a way that takes equally many of each.
+
+    Allgather does, and HybridEP where Megatron does not fill up what is uneven.
+    """
+    if not model.num_moe_experts:
         return False
-    return experts_span_replicas(model)
+    kind, backend = model.moe_token_dispatcher_type, getattr(model, "moe_flex_dispatcher_backend", None)
+    is_even = kind == "flex" and backend == "hybridep"
+    is_even = is_even and not getattr(model, "moe_hybridep_pad_uneven_dispatch_inputs", False)
+    return (kind == "allgather" or is_even) and experts_span_replicas(model)

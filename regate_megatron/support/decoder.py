@@ -112,12 +112,17 @@ _FORCED_ROUTING = Fields("moe_router_force_load_balancing", "moe_enable_routing_
 
 def _dispatcher(setting: Setting) -> Any:
     kind = setting.model.moe_token_dispatcher_type
-    if setting.model.num_moe_experts and kind not in ("allgather", "alltoall"):
+    if setting.model.num_moe_experts and kind == "flex":
+        backend = getattr(setting.model, "moe_flex_dispatcher_backend", None) or "deepep"
+        if backend not in ("deepep", "hybridep"):
+            given = f"moe_token_dispatcher_type=flex with {backend}"
+            return Found(given, "--moe-flex-dispatcher-backend to deepep, or --moe-token-dispatcher-type to alltoall")
+    elif setting.model.num_moe_experts and kind not in ("allgather", "alltoall"):
         return Found(f"moe_token_dispatcher_type={kind}", "--moe-token-dispatcher-type to alltoall")
     return _FIXED_BUFFERS(setting)
 
 
-_FIXED_BUFFERS = Fields("moe_enable_deepep", "moe_paged_stash")
+_FIXED_BUFFERS = Fields("moe_paged_stash")
 
 
 def _position_embedding(setting: Setting) -> Any:
@@ -214,9 +219,9 @@ DECODER_RULES = (
     Rule(
         "expert dispatcher",
         _dispatcher,
-        "allgather or alltoall, without fixed buffers",
+        "allgather, alltoall, or flex with DeepEP or HybridEP (not tried without a GPU); without fixed buffers",
         "--moe-token-dispatcher-type to alltoall, or leave the flag out",
-        "buffers are sized at first use",
+        "other buffers are sized at first use",
     ),
     Rule(
         "position embedding",

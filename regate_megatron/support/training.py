@@ -16,7 +16,7 @@ def _several_lengths(setting: Setting) -> Any:
     budget = setting.config.budget
     if budget in ("uniform", "dealt") or not gathers_over_replicas(setting.model):
         return None
-    return f"{budget} with allgather dispatch over several replicas"
+    return f"{budget} with {setting.model.moe_token_dispatcher_type} dispatch over several replicas"
 
 
 def _cuda_graphs(setting: Setting) -> Any:
@@ -87,9 +87,9 @@ TRAINING_RULES = (
     Rule(
         flag("budget"),
         _several_lengths,
-        "uniform or dealt where replicas share experts by allgather",
+        "uniform or dealt where replicas share experts by allgather, or by HybridEP that does not pad uneven inputs",
         "--moe-token-dispatcher-type to alltoall, or --regate-budget to dealt",
-        "allgather takes equally many tokens of every rank",
+        "it takes equally many tokens of every rank",
     ),
     Rule(
         "FP4",
@@ -178,6 +178,12 @@ TRAINING_RULES = (
 def hints(setting: Setting) -> list[str]:
     """What is allowed, and still worth knowing before step 0; one line each."""
     lines = []
+    if setting.model.num_moe_experts and setting.model.moe_token_dispatcher_type == "flex":
+        backend = getattr(setting.model, "moe_flex_dispatcher_backend", None) or "deepep"
+        lines.append(
+            f"the flex dispatcher ({backend}) was never run with ReGATE, for want of a GPU: compare a few steps at"
+            " --regate-keep-ratio 1 and at your ratio with --moe-token-dispatcher-type alltoall first"
+        )
     if setting.model.context_parallel_size > 1 and not getattr(setting.model, "calculate_per_token_loss", False):
         lines.append(
             "context parallelism without --calculate-per-token-loss: each context rank divides its loss by its own"

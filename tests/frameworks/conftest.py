@@ -81,6 +81,12 @@ def swift(tmp_path_factory) -> Trainings:
     return _trained_by("run_mcore", tmp_path_factory.mktemp("mcore"))
 
 
+@pytest.fixture(scope="session")
+def trainer(tmp_path_factory) -> Trainings:
+    """ms-swift's trainer, trained once per session."""
+    return _trained_by("run_swift", tmp_path_factory.mktemp("swift"))
+
+
 def _trained_by(worker: str, folder: Path) -> Trainings:
     worker = [sys.executable, "-m", f"tests.frameworks.{worker}", str(folder)]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

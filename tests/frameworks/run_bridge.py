@@ -129,15 +129,15 @@ QWEN3 = {
     "packs tp2": Case(regate=STUDENT, packs=True, tp=2),
     "each": Case(regate=EACH),
     "packed": Case(regate=EACH, rows="PackedPictureRows", step="vlm_step"),
-    "visual": Case(regate=STUDENT | VISUAL),
-    "packs visual": Case(regate=STUDENT | VISUAL, packs=True),
+    "visual": Case(regate=EACH | VISUAL),
+    "packs visual": Case(regate=EACH | VISUAL, packs=True),
 }
 CASES |= {f"qwen3 {name}": dataclasses.replace(case, model="qwen3") for name, case in QWEN3.items()}
 QWEN3_MOE = {name: BOTH[name] for name in ("start", "plain", "all kept", "regate", "dp2", "resumed")}
 QWEN3_MOE |= {
     "dp2 ep2": Case(regate=STUDENT, dp=2, ep=2),
     "packs": Case(regate=STUDENT, packs=True),
-    "visual": Case(regate=STUDENT | VISUAL),
+    "visual": Case(regate=EACH | VISUAL),
 }
 CASES |= {f"qwen3_moe {name}": dataclasses.replace(case, model="qwen3_moe") for name, case in QWEN3_MOE.items()}
 
