@@ -437,7 +437,8 @@ def test_a_least_score_needs_a_share_of_the_batch():
 
 @pytest.mark.parametrize("budget", CHOICES["budget"])
 def test_a_share_of_the_batch_that_moves_nothing_between_samples_is_said(budget):
-    setting = SimpleNamespace(model=SimpleNamespace(context_parallel_size=1), config=ReGateConfig(budget=budget))
+    model = SimpleNamespace(context_parallel_size=1, num_moe_experts=None)
+    setting = SimpleNamespace(model=model, config=ReGateConfig(budget=budget))
     assert hints(setting) == []
     setting.config = dataclasses.replace(setting.config, share="batch")
     said = hints(setting)
