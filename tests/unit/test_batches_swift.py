@@ -1,0 +1,70 @@
+"""ms-swift's batches: labels that are not shifted yet, samples that begin where text positions do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from regate_megatron.batches import QwenVLBatches, SwiftBatches
+
+PICTURE, VIDEO = 91, 92
+SWIFT = SwiftBatches(QwenVLBatches(PICTURE, VIDEO, merge_size=2, takes_positions=True))
+FIRST, SECOND = [7, PICTURE, PICTURE, 8, 9, 6], [5, 4, 3, 2]
+LABELS = [-100, -100, -100, -100, 9, 6], [-100, 4, 3, -100]
+
+
+def _packed(fill: int = 0) -> dict:
+    """Both rows as one, with what pads it to a multiple."""
+    text = [*range(6), *range(4), *[0] * fill]
+    tokens = torch.tensor([[*FIRST, *SECOND, *[0] * fill]])
+    return {
+        "input_ids": tokens,
+        "labels": torch.tensor([[*LABELS[0], *LABELS[1], *[-100] * fill]]),
+        "text_position_ids": torch.tensor([text]),
+        "position_ids": torch.tensor([text]).expand(3, 1, -1),
+        "seq_lens": [6, 4],
+        "pixel_values": torch.ones(8, 6),
+        "image_grid_thw": torch.tensor([[1, 2, 4]]),
+    }
+
+
+def _padded() -> dict:
+    """The same rows, each in a row of its own."""
+    text = torch.stack([torch.arange(6), torch.tensor([0, 1, 2, 3, 0, 0])])
+    real = torch.tensor([[1] * 6, [1, 1, 1, 1, 0, 0]])
+    tokens = torch.tensor([FIRST, [*SECOND, 0, 0]])
+    labels = torch.tensor([LABELS[0], [*LABELS[1], -100, -100]])
+    packed = _packed()
+    media = {name: packed[name] for name in ("pixel_values", "image_grid_thw", "seq_lens")}
+    positions = {"text_position_ids": text, "position_ids": text.expand(3, -1, -1), "attention_mask_2d": real}
+    return {"input_ids": tokens, "labels": labels} | positions | media
+
+
+def test_a_label_is_a_target_where_it_is_predicted():
+    facts = SWIFT.read(_padded())
+    assert [torch.where(row)[0].tolist() for row in facts.is_target_BS] == [[3, 4], [0, 1]]
+    assert facts.label_X.tolist() == [9, 6, 4, 3]
+
+
+@pytest.mark.parametrize("fill", [0, 2])
+def test_samples_of_a_packed_row_are_those_of_padded_rows(fill):
+    rows, packed = SWIFT.read(_padded()), SWIFT.read(_packed(fill))
+    assert packed.segment_length_N.tolist() == [6, 4 + fill]
+    assert torch.equal(packed.difficulty_key_N2, rows.difficulty_key_N2)
+    assert packed.media.sample_I.tolist() == [0]
+    real_BS = packed.is_context_BS | packed.is_target_BS
+    assert real_BS[0].tolist() == [True] * 10 + [False] * fill
+
+
+def test_what_has_no_weight_in_the_loss_is_no_target():
+    batch = _padded() | {"loss_scale": torch.tensor([[1.0, 1, 1, 1, 0, 1], [1.0] * 6])}
+    assert SWIFT.read(batch).label_X.tolist() == [6, 4, 3]
+
+
+def test_an_elided_target_loses_the_label_that_it_predicts_and_nothing_else_changes():
+    batch = _packed()
+    is_elided_BS = torch.zeros(1, 10, dtype=torch.bool)
+    is_elided_BS[0, [4, 6]] = True
+    elided = SWIFT.elide(batch, is_elided_BS)
+    assert SWIFT.read(elided).label_X.tolist() == [9, 3]
+    assert all(elided[name] is batch[name] for name in batch if name != "labels") and batch["labels"][0, 5] == 6
