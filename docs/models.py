@@ -87,7 +87,7 @@ ROWS = {
 
 HEAD = """# Models, hosts and what was run
 
-Written by `docs/models.py` from one run of `make test-frameworks`: on CPU and gloo, tiny models with random weights
+Written by `docs/models.py` from the results of `make test-frameworks`: on CPU and gloo, tiny models with random weights
 in their host's own classes, Megatron's own layers in place of Transformer Engine's. *passed* means that all tests
 behind the cell ran and passed; what no test runs says so. `python -m regate_megatron doctor --model NAME_OR_FOLDER`
 answers for a model.
