@@ -54,7 +54,7 @@ def _mcore(name: str) -> tuple[str, ...]:
 ROWS = {
     ("GPT", "Megatron-Bridge"): (
         *(_GPT + _ONE, AS_CORE, f"{_GPT}{_LAYOUT}[tp2]", f"{_GPT}{_LAYOUT}[pp2]", NOT_RUN, NOT_RUN),
-        *(f"{_GPT}{_LAYOUT}[dp2]", NOT_RUN, NONE, _GPT + _SIX, NOT_RUN),
+        *(f"{_GPT}{_LAYOUT}[dp2]", f"{_GPT}test_packed_rows_of_text", NONE, _GPT + _SIX, NOT_RUN),
     ),
     ("Qwen2.5-VL", "Megatron-Bridge"): (
         *(_Q25 + _ONE, AS_CORE, f"{_Q25}{_LAYOUT}[tp2]", f"{_Q25}{_LAYOUT}[tp2 pp2]", MROPE, NO_EXPERTS),

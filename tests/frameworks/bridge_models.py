@@ -144,6 +144,17 @@ class Rows(torch.utils.data.Dataset):
         return {"tokens": text[:-1], "labels": text[1:], "loss_mask": mask, "position_ids": torch.arange(TEXT)}
 
 
+class PackedRows(Rows):
+    """The same rows, packed (``enable_in_batch_packing``)."""
+
+    @staticmethod
+    def collate_fn(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        batch["attention_mask"] = torch.ones_like(batch["tokens"])
+        pack_right_padded_sequence_batch_to_mcore_thd(batch)
+        return batch
+
+
 class PictureRows(Rows):
     """Every second row: a picture and a caption; the others: a caption alone, padded."""
 

@@ -117,6 +117,12 @@ PACKED = {
     "visual": Case(regate=EACH | VISUAL),
 }
 CASES |= {f"qwen {name}": dataclasses.replace(case, model="qwen") for name, case in PACKED.items()}
+CASES |= {
+    "each": Case(regate=EACH),
+    "packed plain": Case(rows="PackedRows"),
+    "packed all kept": Case(rows="PackedRows", regate=ALL_KEPT),
+    "packed": Case(rows="PackedRows", regate=EACH),
+}
 CASES |= {f"qwen3 {name}": dataclasses.replace(case, model="qwen3") for name, case in BOTH.items()}
 DEEP = {"dense_layers": 3}
 QWEN3 = {
@@ -234,7 +240,7 @@ def settings(name: str, case: Case, folder: Path) -> ConfigContainer:
             num_workers=0,
             pin_memory=False,
             persistent_workers=False,
-            enable_in_batch_packing=case.packs or issubclass(rows, bridge_models.PackedPictureRows),
+            enable_in_batch_packing=case.packs or case.rows is not None,
         ),
         logger=LoggerConfig(log_interval=2, tensorboard_dir=str(folder / name / "tensorboard")),
         tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=bridge_models.VOCAB - 1),

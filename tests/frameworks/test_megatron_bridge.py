@@ -71,6 +71,14 @@ def test_global_batches_of_finetuning_are_elided_too(trainings):
     assert case["totals"]["targets_kept"] == trainings["regate"]["totals"]["targets_kept"]
 
 
+def test_packed_rows_of_text_keep_what_rows_of_their_own_keep(trainings):
+    """Packed, all kept: plain Bridge bit for bit. Sparse: each sample's own share, as in rows."""
+    assert trainings["packed all kept"]["losses"] == trainings["packed plain"]["losses"]
+    kept = {at: [position - own[0] for position in own] for at, own in trainings.kept("packed").items()}
+    assert kept == trainings.kept("each")
+    assert trainings["packed"]["losses"] == pytest.approx(trainings["each"]["losses"], rel=1e-5)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_keeps_the_same_positions(trainings, layout):
     assert trainings.kept(layout) == trainings.kept("regate")
