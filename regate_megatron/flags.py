@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from regate_megatron.config import WORDS, ReGateConfig, flag, shown_default
@@ -49,10 +49,16 @@ class _Recipe(_Given):
     """Stores a recipe's values too, so that every reader of the namespace finds what holds."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, value: Any, option: str | None = None) -> None:
+        before = getattr(namespace, self.dest)  # the last of several wins, and nothing of the others stays
         super().__call__(parser, namespace, value, option)
-        for name, of_recipe in RECIPES[value].values.items() if value in RECIPES else ():
+        values = {name: parser.get_default(f"regate_{name}") for name in _values_of(before)} | dict(_values_of(value))
+        for name, of_recipe in values.items():
             if f"regate_{name}" not in namespace.regate_given:
                 setattr(namespace, f"regate_{name}", of_recipe)
+
+
+def _values_of(recipe: str | None) -> Mapping[str, Any]:
+    return RECIPES[recipe].values if recipe in RECIPES else {}
 
 
 def parse(argv: Sequence[str]) -> ReGateConfig | None:

@@ -62,19 +62,26 @@ class Peers:
         if self._group is not None:
             dist.destroy_process_group(self._group)
 
-    def exchange(self, packed: dict[int, Tensor], from_DM: np.ndarray) -> dict[int, Any]:
+    def exchange(self, packed: Sequence[dict[int, Tensor]], from_DM: np.ndarray) -> list[dict[int, Any]]:
         """Give every peer its microbatches; all peers call this, and none fails before it gets here.
 
+        All that is sent is there before any of it is read, so that a rank that cannot read it leaves no peer waiting.
+
         Args:
-            packed: by its number at home each microbatch that leaves this rank, from :func:`pack`.
+            packed: of each data iterator, by its number at home each microbatch that leaves this rank, from
+                :func:`pack`.
             from_DM: what each place gets, as rank · M + number at home.
 
         Returns:
-            by its place here each microbatch that came.
+            of each data iterator, by its place here each microbatch that came.
 
         Raises:
             ValueError: what came is no microbatch.
         """
+        return [self._read(came, from_DM) for came in [self._send(one, from_DM) for one in packed]]
+
+    def _send(self, packed: dict[int, Tensor], from_DM: np.ndarray) -> Tensor:
+        """The bytes of all microbatches that come, by the rank that sends them."""
         num_ranks, num_micro = from_DM.shape
         parts: list[list[Tensor]] = [[] for _ in range(num_ranks)]
         for to, source in enumerate((from_DM // num_micro == self._rank).tolist()):
@@ -86,12 +93,15 @@ class Peers:
         came = torch.empty(int(receive_D.sum()), dtype=torch.uint8)
         given = torch.cat([one for part in parts for one in part] or [came[:0]])
         dist.all_to_all_single(came, given, receive_D.tolist(), send_D.tolist(), group=self._group)
-        found, at = {}, 0
-        for source in range(num_ranks):
-            for place in np.flatnonzero(from_DM[self._rank] // num_micro == source):
-                if source != self._rank:
-                    found[int(place)], size = unpack(came[at:])
-                    at += size
+        return came
+
+    def _read(self, came: Tensor, from_DM: np.ndarray) -> dict[int, Any]:
+        source_M, at = from_DM[self._rank] // from_DM.shape[1], 0
+        found = {}
+        for place in np.argsort(source_M, kind="stable").tolist():
+            if source_M[place] != self._rank:
+                found[place], size = unpack(came[at:])
+                at += size
         if at != len(came):
             raise ValueError(f"{len(came)} bytes of microbatches that say they have {at}")
         return found

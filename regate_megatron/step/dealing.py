@@ -96,11 +96,11 @@ class Dealing:
         """
         num_micro, rank = from_DM.shape[1], self._topology.dp_rank
         is_moved = bool((from_DM // num_micro != np.arange(len(from_DM))[:, None]).any())
-        parts = iter(packed)
+        came_by_iterator = iter(self._peers.exchange(packed, from_DM) if is_moved else [{} for _ in packed])
         for index, pulled in enumerate(step.batches):
             if pulled is None:
                 continue
-            came = self._peers.exchange(next(parts), from_DM) if is_moved else {}
+            came = next(came_by_iterator)
             step.batches[index] = [
                 like_at_home(came[at], pulled[0]) if at in came else pulled[source - rank * num_micro]
                 for at, source in enumerate(from_DM[rank].tolist())

@@ -40,7 +40,7 @@ def begin_save(session: Session, aside: Path, steps_done: int) -> StateSave:
     progress = Progress(
         step=steps_done,
         dense_until=session.dense_until,
-        learns=session.config.learns,
+        learns=session.config.learns_losses,
         settings=_settings(session.config),
         totals=dataclasses.asdict(reduce_counters(session.totals, session.topology)),
         teacher=session.reference.identity if session.reference else None,
@@ -82,10 +82,16 @@ def load_state(session: Session, folder: Path) -> str:
     totals = Counters(**{name: count for name, count in progress.totals.items() if name in names})
     totals = totals if session.topology.dp_rank == 0 else Counters()  # they are summed over replicas
     session.restore(progress.step, progress.dense_until, totals)
-    was_other = progress.settings.get("difficulty", "own") != session.config.difficulty
-    if session.config.learns and (was_other or not progress.learns):
+    if lacks_what_it_scores_by(progress, session.config):
         session.resume(progress.step)
     return _summary(saved, session.config) + said
+
+
+def lacks_what_it_scores_by(before: Progress, config: ReGateConfig) -> bool:
+    """Whether scores use losses, of the sort that they use now, or gradients that the run ``before`` did not learn."""
+    difficulty, visual_score = (before.settings.get(name) for name in ("difficulty", "visual_score"))
+    has_losses = before.learns and (difficulty or "own") == config.difficulty
+    return config.learns_losses and not has_losses or config.learns_gradients and visual_score != config.visual_score
 
 
 def is_taken_from_student(session: Session) -> bool:

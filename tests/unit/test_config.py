@@ -500,6 +500,11 @@ def test_every_reader_of_megatrons_arguments_finds_the_recipes_values():
     assert parser.parse_args([]).regate_recipe is None
 
 
+def test_the_last_of_several_recipes_holds_and_nothing_of_the_others():
+    words = ["--regate-ema-decay", "0.5", "--regate-recipe", "paper", "--regate-recipe", "few-epochs"]
+    assert parse(["--regate", *words]) == ReGateConfig(recipe="few-epochs", ema_decay=0.5)
+
+
 def test_replacing_a_setting_keeps_the_others_of_a_recipe():
     config = dataclasses.replace(ReGateConfig(recipe="few-epochs", keep_ratio=0.25), score="random")
     assert (config.score, config.keep_ratio, config.recipe) == ("random", 0.25, "few-epochs")

@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from regate_megatron.errors import ReGateError
-from regate_megatron.ranks.rows import like_at_home, pack, unpack
+from regate_megatron.ranks.rows import Peers, like_at_home, pack, unpack
+from regate_megatron.ranks.topology import Topology
+from regate_megatron.step.dealing import Dealing
+from regate_megatron.step.step import Step
 
 
 @dataclass
@@ -136,3 +139,22 @@ def test_cut_bytes_are_refused():
 def test_a_microbatch_is_put_where_its_rank_has_its_own():
     came = like_at_home({"tokens": torch.ones(2), "name": "a"}, {"tokens": torch.empty(2, device="meta")})
     assert came["tokens"].device.type == "meta" and came["name"] == "a"
+
+
+def test_a_rank_that_cannot_read_what_came_has_exchanged_all_that_its_peers_wait_for(monkeypatch):
+    """With two data iterators (virtual pipeline stages) the peers are in the second exchange by then."""
+    topology = Topology(0, 2, False, 1, 2, None, None, None)
+    dealing, step = Dealing(topology, None, in_columns=False), Step(0, "sparse", elides=True)
+    dealing._peers = object.__new__(Peers)
+    vars(dealing._peers).update(_group=None, _rank=0, has_data=True)
+    step.batches, exchanged = [[{"a": 1}], [{"a": 2}]], []
+
+    def exchange(out, given, *sizes, group):
+        exchanged.append(len(given))
+        out.copy_(torch.tensor([0, 32]) if not sizes else torch.zeros(32))
+
+    monkeypatch.setattr(torch.distributed, "all_to_all_single", exchange)
+    from_DM = np.array([[1], [0]])
+    with pytest.raises(ValueError, match="a microbatch of 0 bytes"):
+        dealing.exchange(step, from_DM, [{0: pack(batch)} for (batch,) in step.batches])
+    assert len(exchanged) == 4

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import pytest
 import torch
 
+from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import ReGateError
 from regate_megatron.memory.learned import Learned
 from regate_megatron.memory.state import Progress, StateSave, has_state, read_state
 from regate_megatron.ranks.topology import Topology
+from regate_megatron.step.state import lacks_what_it_scores_by
 
 ALONE = Topology(0, 1, True, 0, 1, None, None, None)
 BESIDE = Topology(0, 1, False, 0, 1, None, None, None)  # a rank that is no planner, and alone here
 KEYS_N2, LABELS_X = torch.tensor([[1, 2], [3, 4]]), torch.tensor([5, 6, 7])
 LOSSES = [torch.tensor([4.0, 2.0]), torch.tensor([0.5])]
 COUNT_N = torch.tensor([len(loss_T) for loss_T in LOSSES])
+GRADIENT = {"visual_score": "gradient", "visual_keep_ratio": 0.5}
 PROGRESS = Progress(step=7, dense_until=9, learns=True, settings={"seed": 3}, totals={"steps": 7}, teacher={"a": [1]})
 
 
@@ -49,6 +53,26 @@ def test_what_was_known_when_the_save_began_comes_back(tmp_path, in_background):
     learned.adopt(found.records, found.prior)
     assert _look_up(learned) == [4.0, 2.0, 0.5]
     assert learned.prior.look_up(torch.tensor([5, 6, 7, 8])).tolist() == [4.0, 2.0, 0.5, pytest.approx(6.5 / 3)]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "lacks"),
+    [
+        ({}, {}, False),
+        ({}, {"score": "student", "ema_decay": 0.5}, False),
+        ({}, {"difficulty": "kind"}, True),
+        ({"score": "random"}, {"score": "student"}, True),
+        ({"score": "random"} | GRADIENT, {"score": "student"} | GRADIENT, True),  # gradients alone were learned
+        ({"score": "student"}, {"score": "student"} | GRADIENT, True),
+        ({"score": "student"} | GRADIENT, {"score": "random"} | GRADIENT, False),
+        ({"score": "random"}, {"score": "reference"}, False),
+    ],
+)
+def test_a_resumed_run_begins_dense_where_it_scores_by_what_the_run_before_did_not_learn(before, now, lacks):
+    old = ReGateConfig(**before)
+    settings = {name: getattr(old, name) for name in ("difficulty", "visual_score")}
+    progress = dataclasses.replace(PROGRESS, learns=old.learns_losses, settings=settings)
+    assert lacks_what_it_scores_by(progress, ReGateConfig(**now)) is lacks
 
 
 def test_a_rank_that_is_no_planner_learns_how_far_the_run_was_and_reads_no_records(tmp_path):
