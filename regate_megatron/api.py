@@ -6,9 +6,12 @@ Megatron-LM's integration does the latter three by itself.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from regate_megatron import compat
 from regate_megatron.batches import adapter_for
@@ -95,6 +98,8 @@ def _checked_session(
     """
     models = [compat.unwrap(chunk) for chunk in chunks]
     language_models = [compat.language_model_of(model) for model in models]
+    switches = torch.tensor([any(compat.adapters_of(model) for model in language_models)], dtype=torch.int64)
+    run = dataclasses.replace(run, switches_adapters=bool(topology.all_reduce_replica(switches, "max")))
     adapter = adapter_for(models[0], pad_token, run.flags, config.sample_key)
     setting = Setting(language_models, config, run, is_multimodal=language_models[0] is not models[0])
     supported, reason = check_support(setting)
@@ -108,7 +113,7 @@ def _checked_session(
         else:
             check_pad_token(config, pad_token)
             check_given(teacher, language_models, vocab_size)
-        is_base = teacher is None and takes_base(language_models, config)
+        is_base = teacher is None and takes_base(config, run)
         source = TeacherSource(teacher, checkpoint, pad_token, tokenizer_hash, is_base)
     if config.trace:
         check_trace_folder(config.trace)

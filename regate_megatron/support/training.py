@@ -63,7 +63,7 @@ def _adapters_in_teacher(setting: Setting) -> Any:
     if not setting.config.needs_teacher or setting.config.teacher_load != STUDENT_AS_TEACHER:
         return None
     models = [chunk for chunk in setting.chunks if hasattr(chunk, "named_parameters")]
-    if not any(adapters_of(model) for model in models):
+    if not setting.run.switches_adapters and not any(adapters_of(model) for model in models):
         return "student, whose adapters cannot be switched off" if setting.run.has_adapters else None
     for model in models:
         learn = (name for name, parameter in model.named_parameters() if parameter.requires_grad)

@@ -8,7 +8,6 @@ from typing import Any
 
 import xxhash
 
-from regate_megatron.compat import adapters_of
 from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig, flag
 from regate_megatron.errors import ReGateError, refuse
 from regate_megatron.method.budget import align_up
@@ -48,7 +47,7 @@ def find_teacher(
             settle(student, checkpoint)
         _check_vocabulary(students[0], checkpoint, vocab_size)
         return checkpoint
-    if takes_base(students, config):
+    if takes_base(config, run):
         return None
     kept = teacher_of_resumed_run(run)
     if kept is None:
@@ -76,9 +75,9 @@ def check_pad_token(config: ReGateConfig, pad_token: int | None) -> None:
         )
 
 
-def takes_base(students: Sequence[Any], config: ReGateConfig) -> bool:
-    """Whether the teacher is the frozen base of a student with adapters."""
-    return config.teacher_load == STUDENT_AS_TEACHER and any(adapters_of(student) for student in students)
+def takes_base(config: ReGateConfig, run: HostRun) -> bool:
+    """Whether the teacher is the frozen base of a student with adapters; the same on stages that have none."""
+    return config.teacher_load == STUDENT_AS_TEACHER and run.switches_adapters
 
 
 def teacher_of_resumed_run(run: HostRun) -> Path | None:

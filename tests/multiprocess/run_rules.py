@@ -21,6 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from regate_megatron import ReGateConfig, ReGateError, attach, describe, detach, wrap_forward_backward
 from regate_megatron.api import session_of
+from regate_megatron.support import HostRun
 from tests.multiprocess.models import Step, batches, build, language_models, merged_length, parallel, run, shared_store
 
 DP4 = {"name": "dp4", "model": "gpt", "tp": 1, "pp": 1}
@@ -89,6 +90,33 @@ def refused_attach_leaves_no_group(case: dict) -> None:
     on_one = config(trace="/proc/nowhere" if dist.get_rank() == 2 else None)  # a fault of one rank alone
     refused("--regate-trace: given", lambda: attach(build(case), on_one))
     assert num_groups() == before
+
+
+class Switched(torch.nn.Module):
+    """An adapter as Megatron-Bridge has it, as far as it is looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapter, self._adapter_enabled = torch.nn.Linear(1, 1), True
+
+    def disable_adapter_layers(self) -> None:
+        self._adapter_enabled = False
+
+    def enable_adapter_layers(self) -> None:
+        self._adapter_enabled = True
+
+
+def a_stage_without_adapters_takes_the_frozen_base_as_teacher_where_another_has_some(case: dict) -> None:
+    """Else it would save, or look for, a copy that the other stages know nothing of."""
+    models = build(case)
+    for language_model in language_models(models):
+        language_model.requires_grad_(False)
+        if language_model.pre_process:
+            language_model.decoder.layers[0].switched = Switched()
+    own = config(score="reference", teacher_load="student")
+    attach(models, own, run=HostRun(has_adapters=True))
+    assert session_of(models).teacher_source.is_base
+    detach(models)
 
 
 def data_that_end_early_are_told_on_every_rank(case: dict, how: str) -> None:
@@ -206,6 +234,7 @@ def main() -> None:
         (dense_steps_are_plain_unless_they_are_dealt_and_then_have_the_gradient_of_the_same_batch, DP4),
         (a_cut_that_weighs_targets_is_described, CP2),
         (a_first_stage_without_layers_is_refused_with_a_way_out, NO_LAYER),
+        (a_stage_without_adapters_takes_the_frozen_base_as_teacher_where_another_has_some, TP2_PP2),
         (a_window_on_one_layer_is_refused, TP2_PP2),
     ]
     for number, (check, case, *more) in enumerate(checks):

@@ -17,6 +17,7 @@ CLAIMS = (
     "dense_steps_are_plain_unless_they_are_dealt_and_then_have_the_gradient_of_the_same_batch dp4",
     "a_cut_that_weighs_targets_is_described cp2",
     "a_first_stage_without_layers_is_refused_with_a_way_out nolayer",
+    "a_stage_without_adapters_takes_the_frozen_base_as_teacher_where_another_has_some tp2-pp2",
     "a_window_on_one_layer_is_refused tp2-pp2",
 )
 
