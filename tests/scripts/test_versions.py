@@ -11,7 +11,7 @@ STUDENT = [*REGATE, "--regate-teacher-load", "student"]
 HALF_OF_TEXT = "sparse (1/1 steps sparse) | targets kept 256/512 (50.0%) | positions run 256/512 (50.0%)"
 SPARSE = {
     "pretrain_gpt.py": HALF_OF_TEXT,
-    "pretrain_vlm.py": "sparse (1/1 steps sparse) | targets kept 128/256 (50.0%) | positions run 264/392 (67.3%)",
+    "pretrain_vlm.py": "targets kept 128/256 (50.0%) | visual kept 136/136 (100.0%) | positions run 264/392 (67.3%)",
     "pretrain_hybrid.py": HALF_OF_TEXT,
 }
 _plain: dict = {}
@@ -38,7 +38,7 @@ def test_regate_elides_half_and_leaves_dense_steps_alone(server, checkout, scrip
     flags = [*STUDENT, "--regate-trace", str(tmp_path)]
     if script == "pretrain_hybrid.py" and checkout.version.startswith("0.17."):  # before HybridModel
         refused = server.run(LAYOUTS[layout][0], command(checkout, script, layout, *flags), ok=False).output
-        assert refused.count("regate: model: given MambaModel; allowed ") == 1 and "; change " in refused
+        assert refused.count("regate: model: given MambaModel (") == 1 and "; change " in refused
         assert not losses(refused) and "Traceback" not in refused
         record_property("outcome", "refused")
         return
@@ -56,4 +56,4 @@ def test_regate_elides_half_and_leaves_dense_steps_alone(server, checkout, scrip
 def test_help_prints_megatrons_flags_and_ours(checkout):
     run = torchrun(checkout, "pretrain_gpt.py", "one", "--help")
     assert "--tensor-model-parallel-size" in run.output
-    assert "--regate-keep-ratio REGATE_KEEP_RATIO" in run.output and "(default: 0.5)" in run.output
+    assert "--regate-keep-ratio P" in run.output and "(default: 0.5)" in run.output
