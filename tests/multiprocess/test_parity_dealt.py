@@ -15,6 +15,7 @@ OWN = {"rows": 1, "budget": "per-sample"}
 ONE_ROW = {"rows": 1, "uneven": True}
 # its pictures are in an object, as Megatron-Bridge has them
 QWEN = {"model": "qwen", "visual_keep": 0.25, "visual_score": "static", "config": {"mrope_section": [2, 1, 1]}}
+LEARNED = QWEN | {"visual_score": "gradient"}
 MEANS = {"per_token_loss": False, "ddp": True, "uneven": True}
 BATCH = {"share": "batch"}
 ONE_RANK = [
@@ -24,6 +25,7 @@ ONE_RANK = [
     case("moe", **OWN, **SENT),
     case("llava", model="llava", **OWN),
     case("qwen", **OWN, **QWEN),
+    case("qwen-share", **OWN, **LEARNED, **BATCH),
     case("packed", budget="per-sample", **PACKED),
     case("packed-share", budget="per-sample", **PACKED, **BATCH),
 ]
@@ -44,6 +46,7 @@ FOUR_RANKS = [
     case("packed@dp4", budget="dealt", uneven=True, **PACKED),
     case("gpt-share@dp4", budget="dealt", **ONE_ROW, **BATCH),
     case("gpt-share@tp2-dp2", budget="dealt", tp=2, **ONE_ROW, **BATCH),
+    case("qwen-share@dp4", budget="dealt", **ONE_ROW, **LEARNED, **BATCH),
     case("packed-share@dp4", budget="dealt", uneven=True, **PACKED, **BATCH),
 ]
 # gradients beside those of rows at home, each microbatch with a mean of its own
