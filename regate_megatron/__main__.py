@@ -9,7 +9,7 @@
     python -m regate_megatron --help    this text and ReGATE's flags; after SCRIPT: Megatron's flags and ReGATE's
 
 The script runs unmodified; its own checkout comes first on the path, before an installed megatron-core. Without a flag
-that starts with ``--regate`` nothing of Megatron is touched.
+that starts with ``--regate`` nothing of Megatron is touched; without ``--regate`` itself nothing but its arguments.
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ def main(argv: list[str], install: Callable[[ReGateConfig], None] | None = None)
     """
     if argv in (["--help"], ["-h"], ["help"], ["--cpu", "--help"]):
         print(_help())
-    elif argv[:1] == ["doctor"] and len(argv) in (1, 3) and not Path("doctor").is_file():
+    elif argv[:1] == ["doctor"] and not Path("doctor").is_file():
         from regate_megatron import doctor
 
-        sys.exit(doctor.main(argv[1:]))
+        if argv[1:] in (["--help"], ["-h"]):
+            print(doctor.__doc__.strip())
+        else:
+            sys.exit(doctor.main(argv[1:]))
     elif argv[:1] == ["estimate"] and not Path("estimate").is_file():
         from regate_megatron.cpu import estimate
 

@@ -32,7 +32,7 @@ class Finding:
 def main(argv: list[str] = ()) -> int:
     """Print the report, or with ``--model NAME_OR_FOLDER`` what is known of a model; returns the exit code."""
     if argv:
-        return _model(*argv)
+        return _model(argv[0], " ".join(argv[1:]))
     findings = [finding for check in CHECKS for finding in check()]
     print("environment")
     for finding in findings:
@@ -41,13 +41,15 @@ def main(argv: list[str] = ()) -> int:
     for rule in RULES:
         _print("  ", f"{rule.what}: allowed {rule.allowed} ({rule.why}); change {rule.change}")
     failed = sum(finding.state == "FAIL" for finding in findings)
-    print(f"\n{failed} of {len(findings)} checks failed" if failed else f"\nall {len(findings)} checks passed")
+    notes = sum(finding.state == "note" for finding in findings)
+    print(f"\n{len(findings) - failed - notes} ok, {notes} to know, {failed} failed")
     return 1 if failed else 0
 
 
 def _model(option: str, name: str) -> int:
-    if option != "--model":
-        print(refuse("doctor", given=option, allowed="--model NAME_OR_FOLDER", change="it"), file=sys.stderr)
+    if option != "--model" or not name:
+        given = f"{option} {name}".strip()
+        print(refuse("doctor", given=given, allowed="--model NAME_OR_FOLDER", change="it"), file=sys.stderr)
         return 1
     try:
         verdict = models.judge(models.config_of(name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,8 @@ def check(config: ReGateConfig) -> None:
         choices = field.metadata["choices"]
         value = getattr(config, field.name)
         if choices and value not in choices and (value is not None or field.default is not None):
-            raise refused(config, field.name, "one of " + ", ".join(choices), f"it to {choices[0]}")
+            near = difflib.get_close_matches(str(value), choices, n=1) or [field.default or choices[0]]
+            raise refused(config, field.name, "one of " + ", ".join(choices), f"it to {near[0]}")
     if config.dense_steps > config.cycle_steps:
         raise refused(
             config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +12,9 @@ from regate_megatron import compat
 from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import ReGateError, one_line_refusals, refuse
 
-USAGE = "torchrun … -m regate_megatron [--cpu] SCRIPT [its flags] [--regate …], dry-run LINE, doctor or --help"
+USAGE = (
+    "torchrun … -m regate_megatron [--cpu] SCRIPT [its flags] [--regate …], dry-run LINE, estimate …, doctor or --help"
+)
 
 
 def run_script(
@@ -40,13 +43,22 @@ def run_script(
             compat.require_megatron()
             megatron_lm.add_flags()
             config = megatron_lm.read_flags(flags, script)
-            if config is not None:
+            if config is None:
+                _say_what_is_idle(flags)
+            else:
                 megatron_lm.install(config)
                 if install is not None:
                     install(config)
         runpy.run_path(script, run_name="__main__")
         if on_cpu:
             emulation.leave()
+
+
+def _say_what_is_idle(flags: Sequence[str]) -> None:
+    """Say on rank 0 which of our flags do nothing: a line may keep them while ReGATE is switched off and on."""
+    idle = [word.partition("=")[0] for word in flags if word.startswith("--regate")]
+    if idle and int(os.environ.get("RANK", 0)) == 0:
+        print(f"[regate] off: {', '.join(idle)} given without --regate; add --regate to train with it", flush=True)
 
 
 def use_checkout_of(script: str) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from regate_megatron import compat
 from regate_megatron.api import attach, session_of
 from regate_megatron.config import ReGateConfig
 from regate_megatron.integrations.megatron_checkpoints import restore
+from regate_megatron.step.attached_line import attached_line
 from regate_megatron.step.counters import Counters, log_line, ratios, reduce_counters
 from regate_megatron.step.outlook import first_look
 from regate_megatron.step.session import Session
@@ -47,7 +47,7 @@ def begin(model: list[Any], config: ReGateConfig, run: HostRun) -> Session | Non
     if line := restore(session, run):
         _say_once(line)
     _keep_teacher(session, run)
-    _say_once(_attached_line(session))
+    _say_once(f"[regate] {attached_line(session)}")
     for line in hints(Setting(session.language_models, config, run)):
         _say_once(f"[regate] {line}")
     return session
@@ -93,69 +93,6 @@ def report(
 def _say_once(line: str) -> None:
     if dist.get_rank() == 0:
         print(line, flush=True)
-
-
-def _attached_line(session: Session) -> str:
-    """What was attached, where, and to which versions."""
-    config, transformer = session.config, session.language_models[0].config
-    sizes = (transformer.tensor_model_parallel_size, transformer.pipeline_model_parallel_size, session.topology.dp_size)
-    layout = " ".join(f"{name}{size}" for name, size in zip(("TP", "PP", "DP"), sizes, strict=True))
-    for name, field in (("CP", "context"), ("EP", "expert_model"), ("VPP", "virtual_pipeline_model")):
-        size = getattr(transformer, f"{field}_parallel_size", None) or 1
-        layout += f" {name}{size}" if size > 1 else ""
-    last = f" and the last {config.dense_last_layers}" if config.dense_last_layers else ""
-    parts = [
-        *([f"recipe {config.recipe}"] if config.recipe else []),
-        *_kept_of(config),
-        f"dense layers {config.dense_layers}{last} of {transformer.num_layers}",
-        f"budget {config.budget} ({_why(config, session.topology.dp_size)})",
-        config.schedule.describe(),
-        _teacher_of(session),
-        compat.versions(),
-    ]
-    return f"[regate] attached to {type(session.models[0]).__name__} ({layout}): " + "; ".join(parts)
-
-
-def _why(config: ReGateConfig, replicas: int) -> str:
-    """What the budget is taken for, where there are so many data-parallel replicas."""
-    if config.budget == "dealt":
-        also = ", in dense steps too" if config.deal_dense else ""
-        several = f"rows even out {replicas} replicas{also}"
-        return "every sample keeps its share, " + ("one replica has nothing to deal" if replicas == 1 else several)
-    return {
-        "uniform": "all rows are as long",
-        "balanced": "no row moves, and replicas run the same total",
-        "per-sample": "every sample keeps its share, and replicas wait for the longest",
-    }[config.budget]
-
-
-def _kept_of(config: ReGateConfig) -> list[str]:
-    """What ranks which positions, and how many of them run."""
-    kept = ["all targets"]
-    if config.ranks_targets:
-        ratio = _ratio(config.keep_ratio, config.keep_ratio_end, config)
-        of_batch = " of the batch" if config.share == "batch" else ""
-        of_batch += "" if config.least_score is None else f" that score above {config.least_score:g}"
-        by_kind = " (difficulty by kind)" if config.by_kind else ""
-        kept = [f"score {config.score}{by_kind}, keep {ratio} of the targets{of_batch}"]
-    if config.ranks_visual:
-        ratio = _ratio(config.visual_keep_ratio, config.visual_keep_ratio_end, config)
-        drawn = f" (drawn, spread {config.visual_keep_ratio_spread:g})" if config.visual_keep_ratio_spread else ""
-        kept.append(f"visual score {config.visual_score}, keep {ratio}{drawn} of the visual positions")
-    return kept
-
-
-def _ratio(start: float, end: float | None, config: ReGateConfig) -> str:
-    return f"{start:g}" + ("" if end is None else f" to {end:g} (over {config.keep_ratio_steps} iterations)")
-
-
-def _teacher_of(session: Session) -> str:
-    if session.reference is None:
-        unused = " and ".join(session.config.unused)
-        return f"no teacher ({unused} not used: nothing asks it)" if unused else "no teacher"
-    reads = {"drop": "reads rows without images", "pad": "reads pad tokens for images"}[session.config.teacher_visual]
-    waits = "" if session.reference.run is not None else ", built when the cache lacks a loss"
-    return f"teacher {session.config.teacher_load} ({reads}{waits})"
 
 
 def _keep_teacher(session: Session, run: HostRun) -> None:

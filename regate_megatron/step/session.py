@@ -23,6 +23,7 @@ from regate_megatron.method.plan import StepPlan
 from regate_megatron.method.schedule import Phase, phase_of
 from regate_megatron.ranks.together import Stage
 from regate_megatron.ranks.topology import Topology
+from regate_megatron.step.attached_line import attached_line
 from regate_megatron.step.counters import (
     Counters,
     count_plan,
@@ -188,8 +189,9 @@ class Session:
 
     def describe(self) -> str:
         """What is attached where, one line per hook."""
-        lines = [f"regate on data-parallel rank {self.topology.dp_rank}" + (", planner" if self.planner else "")]
-        lines += [f"schedule: {self.config.schedule.describe()}", *self.hooks.describe()]
+        lines = [attached_line(self)]
+        lines += [f"regate on data-parallel rank {self.topology.dp_rank}" + (", planner" if self.planner else "")]
+        lines += self.hooks.describe()
         lines += hints(Setting(self.language_models, self.config, self._run_of_host))
         if self.planner:
             lines.append(self.learned.describe())

@@ -20,6 +20,7 @@ from regate_megatron.config.options import (
     SHARES,
     TEACHER_VISUAL,
 )
+from regate_megatron.cpu import launch
 from regate_megatron.flags import add_arguments, config_of, parse
 from regate_megatron.method.recipes import RECIPES
 from regate_megatron.method.schedule import phase_of
@@ -508,3 +509,19 @@ def test_the_last_of_several_recipes_holds_and_nothing_of_the_others():
 def test_replacing_a_setting_keeps_the_others_of_a_recipe():
     config = dataclasses.replace(ReGateConfig(recipe="few-epochs", keep_ratio=0.25), score="random")
     assert (config.score, config.keep_ratio, config.recipe) == ("random", 0.25, "few-epochs")
+
+
+@pytest.mark.parametrize(("given", "named"), [("deal", "dealt"), ("persample", "per-sample"), ("7", "dealt")])
+def test_a_choice_that_is_none_is_answered_by_the_nearest_one_or_the_default(given, named):
+    with pytest.raises(ReGateError, match=rf"given {given}; .* change it to {named}$"):
+        ReGateConfig(budget=given)
+
+
+def test_flags_without_the_switch_are_said_to_do_nothing(monkeypatch, capsys):
+    flags = ["--lr", "1", "--regate-keep-ratio", "0.3", "--regate-trace=/logs"]
+    for rank, said in (("1", ""), ("0", "[regate] off: --regate-keep-ratio, --regate-trace given without --regate")):
+        monkeypatch.setenv("RANK", rank)
+        launch._say_what_is_idle(flags)
+        assert capsys.readouterr().out.startswith(said)
+    launch._say_what_is_idle(["--lr", "1"])
+    assert capsys.readouterr().out == ""
