@@ -191,3 +191,4 @@ def test_only_what_stands_between_markers_is_written(tmp_path):
     row = "| GPT | 2 x 512 | 0.5 | 1 | 59.0% | 58.0% | 1.02 (1.02 to 1.02) | 1.70 times as fast | 0.30% |"
     assert texts["bench-steps"].splitlines()[2] == row
     assert "conv 1.000** (95 % interval 0.900 to 1.100)" in texts["bench-headline"]
+    assert "A sparse step, without teacher and optimizer: **1.70 times as fast**." in texts["bench-headline"]
