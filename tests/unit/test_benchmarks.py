@@ -30,10 +30,10 @@ def test_the_report_of_balance_on_a_few_ranks(tmp_path, rows):
         assert found["per-sample"]["kept"] == pytest.approx(0.5, abs=0.02)  # shares round up
         assert 0.25 <= min(found["uniform"]["kept"], found["balanced"]["kept"])
         assert found["dealt"]["kept"] == found["per-sample"]["kept"]
-        assert found["dealt"]["slowest"] <= found["dealt, experts"]["slowest"] <= found["per-sample"]["slowest"]
-        assert found["dealt, experts"]["each"] <= min(found["dealt"]["each"], found["per-sample"]["each"])
+        assert found["dealt"]["slowest"] <= found["dealt, shared experts"]["slowest"] <= found["per-sample"]["slowest"]
+        assert found["dealt, shared experts"]["each"] <= min(found["dealt"]["each"], found["per-sample"]["each"])
         if rows == 1:
-            assert found["dealt, experts"]["each"] == pytest.approx(found["dealt"]["at best"])
+            assert found["dealt, shared experts"]["each"] == pytest.approx(found["dealt"]["at best"])
         assert found["dealt"]["achievable"] <= found["dealt"]["max/mean"]
         assert ("dense-dealt" in found) == (name == "captions") and ("dealt-rows" in found) == (rows > 1)
         assert name in lines[0]
