@@ -124,15 +124,15 @@ class ReGateConfig:
     )
     difficulty: str = option(
         "own",
-        "what m is in scores; own: the running average of the student's loss on that very answer token, kind: the mean "
-        "of its loss, in the last dense iterations, on answer tokens with the same label and about the same teacher's "
-        "loss, for samples that come seldom; the teacher then runs in dense iterations too",
+        "what difficulty, m in scores, is; own: the running average of the student's loss on that very answer token, "
+        "kind: the mean of its loss, in the last dense iterations, on answer tokens with the same label and about the "
+        "same teacher's loss, for samples that come seldom; the teacher then runs in dense iterations too",
         DIFFICULTIES,
     )
     ema_decay: float = option(
         0.9,
-        "how slowly m, the running average of the student's loss on an answer token, changes: m = B*m + (1-B)*loss; "
-        "0 or more, below 1",
+        "how slowly difficulty, the running average m of the student's loss on an answer token, changes: m = B*m + "
+        "(1-B)*loss; 0 or more, below 1",
         metavar="B",
     )
     reference_weight: float = option(
@@ -142,15 +142,15 @@ class ReGateConfig:
     )
     fusion: str = option(
         "sum",
-        "how the score 'regate' is made of m, the student's average loss, and ref, the teacher's loss; sum: m + L*ref, "
-        "convex: (1-L)*m + L*ref, L the reference weight",
+        "how the score 'regate' is made of difficulty, m, and the teacher's loss, ref; sum: m + L*ref, convex: (1-L)*m "
+        "+ L*ref, L the reference weight",
         FUSIONS,
     )
     score: str = option(
         "regate",
         "which answer tokens run in sparse steps, those with the highest score; "
         + ", ".join(f"{name}: {row.formula}" for name, row in SCORES.items())
-        + "; m is the student's average loss on the token, ref the teacher's loss",
+        + "; m is difficulty, the student's average loss on the token, ref the teacher's loss",
         tuple(SCORES),
     )
     budget: str = option(
@@ -204,19 +204,19 @@ class ReGateConfig:
     teacher_offload: bool = option(False, "keep the teacher's weights in host memory while it does not run")
     sample_key: str = option(
         "content",
-        "how a sample is recognised when it comes again, so that its answer tokens keep their average losses; content: "
+        "how a sample is recognised when it comes again, so that its answer tokens keep their difficulty; content: "
         "by its text and pictures, text: by its text alone (for augmented pictures), NAME: by the id under that key of "
         "the batch",
         metavar="{content,text}|NAME",
     )
     difficulty_memory: float = option(
         4.0,
-        "host memory for the student's average losses (and gradients, where visual positions are ranked by them), in "
-        "GB (10^9 bytes) per data-parallel replica; when it is full, the samples seen longest ago are forgotten",
+        "host memory for difficulty (and gradients, where visual positions are ranked by them), in GB (10^9 bytes) per "
+        "data-parallel replica; when it is full, the samples seen longest ago are forgotten",
         metavar="GB",
     )
     reset_difficulty: bool = option(
-        False, "resume without the student's average losses that the checkpoint holds: start to learn them anew"
+        False, "resume without the difficulty that the checkpoint holds: start to learn it anew"
     )
     trace: str | None = option(
         None, "write one JSON line per microbatch into folder DIR: which tokens ran, with all scores", metavar="DIR"
