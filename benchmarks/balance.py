@@ -140,7 +140,7 @@ def count(tally: Tally, ranks: list[Candidates], length_DM: torch.Tensor, kept: 
 def measure(mix: Mix, num_ranks: int, steps: int, options: argparse.Namespace, extra: int | None) -> dict[str, Any]:
     """All budgets on the same rows."""
     rng = np.random.default_rng(options.seed)
-    names = ("dense", "dense-dealt", *BUDGETS, "dealt, experts", "dealt-rows")
+    names = ("dense", "dense-dealt", *BUDGETS, "dealt, shared experts", "dealt-rows")
     tallies = {name: Tally() for name in names}
     choice = {"alignment": Alignment(options.layout_multiple, extra)}
     for _ in range(steps):
@@ -159,7 +159,7 @@ def measure(mix: Mix, num_ranks: int, steps: int, options: argparse.Namespace, e
             count(tallies[kind], ranks, length_DM, kept, chosen[0].achievable or 0)
             if kind == "per-sample":  # the very lengths, elsewhere
                 _count_dealt(tallies["dealt"], ranks, length_DM, key_DM, kept)
-                _count_dealt(tallies["dealt, experts"], ranks, length_DM, key_DM, kept, in_columns=True)
+                _count_dealt(tallies["dealt, shared experts"], ranks, length_DM, key_DM, kept, in_columns=True)
                 if options.micro_batch_size > 1:
                     _count_dealt_rows(tallies["dealt-rows"], ranks, choice["alignment"], kept)
     return {name: tally.report() for name, tally in tallies.items() if tally.run}

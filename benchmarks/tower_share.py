@@ -95,7 +95,8 @@ def share(name: str, *, is_frozen: bool) -> tuple[float, float, float]:
 def table() -> list[str]:
     """Markdown."""
     lines = [
-        "| row | tower | of the dense step | of the sparse step | patches left out, too |",
+        "| row | tower | of the dense step | of the sparse step "
+        "| if patches were left out before the tower (not built) |",
         "|---|---|---|---|---|",
     ]
     for name in MODELS:

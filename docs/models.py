@@ -89,8 +89,8 @@ HEAD = """# Models, hosts and what was run
 
 Written by `docs/models.py` from the results of `make test-frameworks`: on CPU and gloo, tiny models with random weights
 in their host's own classes, Megatron's own layers in place of Transformer Engine's. *passed* means that all tests
-behind the cell ran and passed; what no test runs says so. `python -m regate_megatron doctor --model NAME_OR_FOLDER`
-answers for a model.
+behind the cell ran and passed; (n): tests behind the cell; –: does not apply. What no test runs says so. `python -m
+regate_megatron doctor --model NAME_OR_FOLDER` answers for a model.
 
 GPT, HybridModel and LLaVA in Megatron-LM's own scripts: [what is supported](../README.md#what-is-supported), held by
 `tests/multiprocess`. The official recipes of Megatron-Bridge, Qwen2.5-VL 3B and Qwen3-VL 8B, SFT and PEFT, train
@@ -100,8 +100,9 @@ through its `finetune` with our callback alone: {recipes}.
 
 TAIL = """
 *Oracle*: the same model at full length in which nobody reads what was left out; losses to 1e-6, gradients to 1e-5,
-with 0, 1 and 3 dense layers. *Packed* rows keep what padded rows keep. *Layouts* keep what one rank keeps. PP2
-stands for TP2×PP2 where a picture is: plain Bridge, too, sends a tensor in PP2 alone that gloo does not take.
+with 0, 1 and 3 dense layers. *Packed* rows keep what padded rows keep. *TP2+SP, PP2, CP2, EP2, DP2*: keep the positions
+that one rank keeps. PP2 stands for TP2×PP2 where a picture is: plain Bridge, too, sends a tensor in PP2 alone that gloo
+does not take.
 *LoRA*: the frozen base, adapters off, is the teacher of its checkpoint, bit for bit; adapters of peft, as ms-swift
 has them, are refused.
 

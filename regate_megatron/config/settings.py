@@ -56,7 +56,7 @@ class ReGateConfig:
     )
     keep_ratio_steps: int | None = option(
         None,
-        "iterations from the end of the warm-up until the keep ratio, or that of visual tokens, has moved from P to R",
+        "iterations from the end of the warm-up until the keep ratio, or the visual one, has moved from P to R",
         metavar="N",
     )
     share: str = option(
@@ -67,14 +67,14 @@ class ReGateConfig:
     )
     least_score: float | None = option(
         None,
-        "with --regate-share batch: beyond half of the share only answer tokens whose score is above X run, so that "
-        "fewer do the more is learned; none: all of the share runs",
+        "with --regate-share batch: beyond half of the share only answer tokens whose score is above X run, so fewer "
+        "run as the model learns; none: all of the share runs",
         metavar="X",
     )
     visual_keep_ratio: float = option(
         1.0,
-        "share of the visual tokens of each image or video that runs in a sparse step: above 0, at most 1; 1 leaves "
-        "none out; with --regate-keep-ratio 1 beside it no teacher is needed",
+        "share of the visual positions (tokens of a picture) of each image or video that runs in a sparse step: above "
+        "0, at most 1; 1 leaves none out; with --regate-keep-ratio 1 beside it no teacher is needed",
         metavar="P",
     )
     visual_keep_ratio_end: float | None = option(
@@ -82,13 +82,13 @@ class ReGateConfig:
     )
     visual_keep_ratio_spread: float = option(
         0.0,
-        "draw the visual keep ratio of every sparse step from a Beta distribution around P, its standard deviation S "
-        "times that of all or nothing: 0 or more, below 1; 0: no draw",
+        "draw the visual keep ratio of every sparse step from a Beta distribution around P: 0 or more, below 1; 0: "
+        "always P; near 1: nearly all or nothing",
         metavar="S",
     )
     visual_score: str = option(
         "random",
-        "which visual tokens run in sparse steps, those with the highest score; "
+        "which visual positions run in sparse steps, those with the highest score; "
         + ", ".join(f"{name}: {row.formula}" for name, row in VISUAL_SCORES.items()),
         tuple(VISUAL_SCORES),
     )
@@ -124,15 +124,15 @@ class ReGateConfig:
     )
     difficulty: str = option(
         "own",
-        "what m is in scores; own: the running average of the student's loss on that very answer token, kind: the mean "
-        "of its loss, in the last dense iterations, on answer tokens with the same label and about the same teacher's "
-        "loss, for samples that come seldom; the teacher then runs in dense iterations too",
+        "what difficulty, m in scores, is; own: the running average of the student's loss on that very answer token, "
+        "kind: the mean of its loss, in the last dense iterations, on answer tokens with the same label and about the "
+        "same teacher's loss, for samples that come seldom; the teacher then runs in dense iterations too",
         DIFFICULTIES,
     )
     ema_decay: float = option(
         0.9,
-        "how slowly m, the running average of the student's loss on an answer token, changes: m = B*m + (1-B)*loss; "
-        "0 or more, below 1",
+        "how slowly difficulty, the running average m of the student's loss on an answer token, changes: m = B*m + "
+        "(1-B)*loss; 0 or more, below 1",
         metavar="B",
     )
     reference_weight: float = option(
@@ -142,15 +142,15 @@ class ReGateConfig:
     )
     fusion: str = option(
         "sum",
-        "how the score 'regate' is made of m, the student's average loss, and ref, the teacher's loss; sum: m + L*ref, "
-        "convex: (1-L)*m + L*ref, L the reference weight",
+        "how the score 'regate' is made of difficulty, m, and the teacher's loss, ref; sum: m + L*ref, convex: (1-L)*m "
+        "+ L*ref, L the reference weight",
         FUSIONS,
     )
     score: str = option(
         "regate",
         "which answer tokens run in sparse steps, those with the highest score; "
         + ", ".join(f"{name}: {row.formula}" for name, row in SCORES.items())
-        + "; m is the student's average loss on the token, ref the teacher's loss",
+        + "; m is difficulty, the student's average loss on the token, ref the teacher's loss",
         tuple(SCORES),
     )
     budget: str = option(
@@ -162,13 +162,14 @@ class ReGateConfig:
     )
     deal_dense: bool = option(
         False,
-        "with --regate-budget dealt: microbatches go to other ranks in dense steps too, by their full length; worth it "
-        "where rows have lengths of their own; the gradient is that of the same global batch, summed in another order",
+        "with --regate-budget dealt: microbatches go to other ranks in dense steps too, by their dense length; worth "
+        "it where rows have lengths of their own; the gradient is that of the same global batch, summed in another "
+        "order",
     )
     length_multiple: int | None = option(
         None,
         "lengths of shortened rows are rounded up to a multiple of N, so that few different ones occur; none: N is the "
-        "largest power of two up to 1/32 of the full length; what parallelism or FP8 need is seen to without this",
+        "largest power of two up to 1/32 of the dense length; what parallelism and FP8 need is added by itself",
         metavar="N",
     )
     packed_ratio: str = option(
@@ -203,19 +204,19 @@ class ReGateConfig:
     teacher_offload: bool = option(False, "keep the teacher's weights in host memory while it does not run")
     sample_key: str = option(
         "content",
-        "how a sample is recognised when it comes again, so that its answer tokens keep their average losses; content: "
+        "how a sample is recognised when it comes again, so that its answer tokens keep their difficulty; content: "
         "by its text and pictures, text: by its text alone (for augmented pictures), NAME: by the id under that key of "
         "the batch",
         metavar="{content,text}|NAME",
     )
     difficulty_memory: float = option(
         4.0,
-        "host memory for the student's average losses (and gradients, where visual tokens are ranked by them), in GB "
-        "(10^9 bytes) per data-parallel replica; when it is full, the samples seen longest ago are forgotten",
+        "host memory for difficulty (and gradients, where visual positions are ranked by them), in GB (10^9 bytes) per "
+        "data-parallel replica; when it is full, the samples seen longest ago are forgotten",
         metavar="GB",
     )
     reset_difficulty: bool = option(
-        False, "resume without the student's average losses that the checkpoint holds: start to learn them anew"
+        False, "resume without the difficulty that the checkpoint holds: start to learn it anew"
     )
     trace: str | None = option(
         None, "write one JSON line per microbatch into folder DIR: which tokens ran, with all scores", metavar="DIR"

@@ -33,17 +33,18 @@ class Host:
 
 
 _CALLBACK = "finetune(config, {step}.forward_step, callbacks=[megatron_bridge.install(ReGateConfig(…))])"
-_PACKED = (
-    "; rows may be packed (enable_in_batch_packing), then --regate-budget per-sample keeps each sample's own share"
+_PACKED = "; rows may be packed (enable_in_batch_packing): with the default budget each sample keeps its own share"
+_PLUGIN = (
+    "ms_swift.install(ReGateConfig(…)) in a plugin, then megatron sft --external_plugins FILE --callbacks regate; full"
+    " tuning alone; padded or packed rows"
 )
-_ATTACH = "attach(model, ReGateConfig(…)) and wrap_forward_backward in its train step; padded or packed rows"
 _GPT = Host(MEGATRON, "-m regate_megatron pretrain_gpt.py …; weights by tools/convert_hf_teacher.py or Megatron-Bridge")
 _BRIDGE_GPT = Host(BRIDGE, _CALLBACK.format(step="gpt_step"))
 _LLAVA = Host(MEGATRON, "-m regate_megatron pretrain_vlm.py …; weights by tools/import_student.py")
 
 SUPPORTED = {
-    "qwen2_5_vl": (Host(BRIDGE, _CALLBACK.format(step="vlm_step") + _PACKED), Host(SWIFT, _ATTACH)),
-    "qwen3_vl": (Host(BRIDGE, _CALLBACK.format(step="qwen3_vl_step") + _PACKED), Host(SWIFT, _ATTACH)),
+    "qwen2_5_vl": (Host(BRIDGE, _CALLBACK.format(step="vlm_step") + _PACKED), Host(SWIFT, _PLUGIN)),
+    "qwen3_vl": (Host(BRIDGE, _CALLBACK.format(step="qwen3_vl_step") + _PACKED), Host(SWIFT, _PLUGIN)),
     "qwen3_vl_moe": (Host(BRIDGE, _CALLBACK.format(step="qwen3_vl_step") + _PACKED),),
     "llava": (_LLAVA,),
     "llama": (_GPT, _BRIDGE_GPT),

@@ -30,10 +30,10 @@ def test_the_report_of_balance_on_a_few_ranks(tmp_path, rows):
         assert found["per-sample"]["kept"] == pytest.approx(0.5, abs=0.02)  # shares round up
         assert 0.25 <= min(found["uniform"]["kept"], found["balanced"]["kept"])
         assert found["dealt"]["kept"] == found["per-sample"]["kept"]
-        assert found["dealt"]["slowest"] <= found["dealt, experts"]["slowest"] <= found["per-sample"]["slowest"]
-        assert found["dealt, experts"]["each"] <= min(found["dealt"]["each"], found["per-sample"]["each"])
+        assert found["dealt"]["slowest"] <= found["dealt, shared experts"]["slowest"] <= found["per-sample"]["slowest"]
+        assert found["dealt, shared experts"]["each"] <= min(found["dealt"]["each"], found["per-sample"]["each"])
         if rows == 1:
-            assert found["dealt, experts"]["each"] == pytest.approx(found["dealt"]["at best"])
+            assert found["dealt, shared experts"]["each"] == pytest.approx(found["dealt"]["at best"])
         assert found["dealt"]["achievable"] <= found["dealt"]["max/mean"]
         assert ("dense-dealt" in found) == (name == "captions") and ("dealt-rows" in found) == (rows > 1)
         assert name in lines[0]
@@ -191,3 +191,4 @@ def test_only_what_stands_between_markers_is_written(tmp_path):
     row = "| GPT | 2 x 512 | 0.5 | 1 | 59.0% | 58.0% | 1.02 (1.02 to 1.02) | 1.70 times as fast | 0.30% |"
     assert texts["bench-steps"].splitlines()[2] == row
     assert "conv 1.000** (95 % interval 0.900 to 1.100)" in texts["bench-headline"]
+    assert "A sparse step, without teacher and optimizer: **1.70 times as fast**." in texts["bench-headline"]

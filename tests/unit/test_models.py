@@ -20,7 +20,8 @@ def test_a_supported_model_is_told_its_hosts_and_how(tmp_path, capsys):
     vision = {"deepstack_visual_indexes": [8, 16, 24]}
     code, said = _answer(tmp_path, capsys, model_type="qwen3_vl", text_config={}, vision_config=vision)
     assert code == 0 and said.startswith("qwen3_vl: supported in Megatron-Bridge: finetune(config, qwen3_vl_step")
-    assert "in ms-swift, over mcore-bridge: attach" in said and "its first 3 layers take visual features in" in said
+    assert "in ms-swift, over mcore-bridge: ms_swift.install(ReGateConfig(…))" in said
+    assert "its first 3 layers take visual features in" in said
 
 
 @pytest.mark.parametrize("kind", ["glm4v_moe", "ernie4_5_moe_vl", "qwen3_5", "never_heard_of"])
