@@ -40,10 +40,15 @@ def _padded() -> dict:
     return {"input_ids": tokens, "labels": labels} | positions | media
 
 
+def _labels(facts) -> list[int]:
+    """Those of all targets, in order of positions."""
+    return facts.label_BS[facts.is_target_BS].tolist()
+
+
 def test_a_label_is_a_target_where_it_is_predicted():
     facts = SWIFT.read(_padded())
     assert [torch.where(row)[0].tolist() for row in facts.is_target_BS] == [[3, 4], [0, 1]]
-    assert facts.label_X.tolist() == [9, 6, 4, 3]
+    assert _labels(facts) == [9, 6, 4, 3]
 
 
 @pytest.mark.parametrize("fill", [0, 2])
@@ -58,7 +63,7 @@ def test_samples_of_a_packed_row_are_those_of_padded_rows(fill):
 
 def test_what_has_no_weight_in_the_loss_is_no_target():
     batch = _padded() | {"loss_scale": torch.tensor([[1.0, 1, 1, 1, 0, 1], [1.0] * 6])}
-    assert SWIFT.read(batch).label_X.tolist() == [6, 4, 3]
+    assert _labels(SWIFT.read(batch)) == [6, 4, 3]
 
 
 def test_an_elided_target_loses_the_label_that_it_predicts_and_nothing_else_changes():
@@ -66,5 +71,5 @@ def test_an_elided_target_loses_the_label_that_it_predicts_and_nothing_else_chan
     is_elided_BS = torch.zeros(1, 10, dtype=torch.bool)
     is_elided_BS[0, [4, 6]] = True
     elided = SWIFT.elide(batch, is_elided_BS)
-    assert SWIFT.read(elided).label_X.tolist() == [9, 3]
+    assert _labels(SWIFT.read(elided)) == [9, 3]
     assert all(elided[name] is batch[name] for name in batch if name != "labels") and batch["labels"][0, 5] == 6
