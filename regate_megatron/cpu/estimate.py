@@ -206,9 +206,9 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
     own = {f"--{name}" for name in ("trace", *_NUMBERS)}
     if unknown := [word for word in rest if word.startswith("--") and not word.startswith("--regate")]:
         raise refuse("estimate", given=unknown[0], allowed=", ".join(sorted(own)), change="the spelling")
-    if options.trace is None and options.length is None:
-        allowed = "--trace DIR, or --length and --targets"
-        raise refuse("estimate", given="no rows", allowed=allowed, change="the command")
+    if (options.trace is None) == (options.length is None):
+        given = "no rows" if options.trace is None else "--length beside --trace, which has the rows"
+        raise refuse("estimate", given=given, allowed="--trace DIR, or --length and --targets", change="the command")
     for name in _NUMBERS:
         value = getattr(options, name)
         if value is not None and value < (name not in ("targets", "visual")):

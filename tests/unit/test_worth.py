@@ -132,6 +132,7 @@ def test_estimate_takes_rows_of_a_trace_and_knows_that_the_slowest_rank_decides(
         (("--length", 10, "--targets", 1, "--ranks", 0), "0"),
         (("--length", 10, "--regate-score", "other"), "other"),
         (("--trace", "nowhere"), "nowhere without rows"),
+        (("--trace", "nowhere", "--length", 10), "--length beside --trace"),
     ],
     ids=str,
 )

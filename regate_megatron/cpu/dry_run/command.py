@@ -145,6 +145,9 @@ def _run(line: LaunchLine, flags: list[str], num_ranks: int, folder: Path) -> st
 def _failed(line: LaunchLine, reason: str, output: str) -> Exception:
     kept = Path(tempfile.gettempdir()) / f"regate-dry-run-{os.getpid()}.log"
     kept.write_text(output)
+    if reason.startswith("regate: "):  # says all of it
+        print(f"[dry run] stopped by a refusal; all output is in {kept}", flush=True)
+        return ReGateError(reason)
     return refuse(
         f"dry run of {Path(line.script).name}",
         given=reason,
