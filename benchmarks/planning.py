@@ -42,6 +42,7 @@ from regate_megatron.batches import GPTBatches
 from regate_megatron.batches.facts import MicrobatchFacts
 from regate_megatron.config import ReGateConfig
 from regate_megatron.decoder import Layout, shard_plans
+from regate_megatron.memory.files import Piece
 from regate_megatron.memory.records import Records
 from regate_megatron.method import selection
 from regate_megatron.method.deal import deal
@@ -108,7 +109,7 @@ def fill(records: Records, samples: int, per_sample: int) -> np.ndarray:
     for first in range(0, samples, batch):
         keys = key_N2[first : first + batch]
         counts = np.full(len(keys), per_sample)
-        records.append(keys, counts, np.full(len(keys), first), value_X[: len(keys) * per_sample])
+        records.append(Piece(keys, counts, np.full(len(keys), first), value_X[: len(keys) * per_sample]))
     return key_N2
 
 
@@ -191,11 +192,11 @@ def _one_step(planner: Planner, facts: list[MicrobatchFacts], step: int) -> dict
             deal(table_D2M[:, : len(facts)], table_D2M[:, len(facts) :])
             one.take_facts(facts)  # as others came
         planner.plan(one)
-        planner.learn(one, losses)
+        planner.learn(one, losses, None)
 
     spent = cpu_seconds(sparse)
     before = dict(planner.topology.sent)
-    dense = cpu_seconds(lambda: planner.learn(Step(step, "dense", elides=False, facts=facts), losses))
+    dense = cpu_seconds(lambda: planner.learn(Step(step, "dense", elides=False, facts=facts), losses, None))
     planner.topology.sent.update(before)  # what is reported is of sparse steps
     return {"sparse_ms": spent, "dense_learn_ms": dense}
 
@@ -233,7 +234,7 @@ def _whole_step(microbatches: int, length: int, rounds: int) -> dict[str, Any]:
             timed("plan", planner.plan, step)
             timed("lay out", run_short, step, batches)
             losses = [torch.rand(1, length) for _ in facts]
-            timed("learn", planner.learn, step, losses)
+            timed("learn", planner.learn, step, losses, None)
             times.setdefault("all", []).append(1000 * sum(spent.values()))
             timed("exchange", lambda plan=step.plan: StepPlan.unpack(plan.pack()).digest())
             for name, seconds in spent.items():
