@@ -36,7 +36,7 @@ def _why(config: ReGateConfig, replicas: int) -> str:
     """What the budget is taken for, where there are so many data-parallel replicas."""
     if config.budget == "dealt":
         also = ", in dense steps too" if config.deal_dense else ""
-        several = f"rows even out {replicas} replicas{also}"
+        several = f"rows move so that {replicas} replicas run alike{also}"
         return "every sample keeps its share, " + ("one replica has nothing to deal" if replicas == 1 else several)
     return {
         "uniform": "all rows are as long",

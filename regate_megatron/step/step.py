@@ -29,7 +29,7 @@ class Balance:
 
     Attributes:
         slowest, own, mean: of the rank that runs most, of this rank, of all ranks.
-        achievable: the least max/mean that contexts and row lengths allow; None where the budget does not even out.
+        achievable: the least max/mean that contexts and row lengths allow; None where the budget does not balance.
         dense_slowest: what the rank that runs most would run in a dense step.
     """
 

@@ -192,3 +192,13 @@ def test_only_what_stands_between_markers_is_written(tmp_path):
     assert texts["bench-steps"].splitlines()[2] == row
     assert "conv 1.000** (95 % interval 0.900 to 1.100)" in texts["bench-headline"]
     assert "A sparse step, without teacher and optimizer: **1.70 times as fast**." in texts["bench-headline"]
+
+
+def test_the_benchmark_of_planning_runs_what_a_planner_has():
+    from benchmarks import planning
+
+    records = planning.Records(1e9)
+    key_N2 = planning.fill(records, 8, 4)
+    assert len(records) == 8 and key_N2.shape == (8, 2)
+    stages = {name for name, found in planning._whole_step(2, 64, 2).items() if isinstance(found, dict)}
+    assert stages == {"all", "read", "score", "select", "plan", "lay out", "learn", "exchange"}
