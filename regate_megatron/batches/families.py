@@ -17,11 +17,13 @@ from regate_megatron import compat
 from regate_megatron.batches.facts import BatchAdapter
 from regate_megatron.batches.gpt import GPTBatches
 from regate_megatron.batches.llava import LLaVABatches
+from regate_megatron.batches.mimo import MimoBatches
 from regate_megatron.batches.multimodal import MultimodalBatches
 from regate_megatron.batches.qwen_vl import QwenVLBatches
 from regate_megatron.batches.sample_key import BY_CONTENT, NamedSamples
+from regate_megatron.batches.sized_pictures import SizedPictures
 from regate_megatron.batches.swift import SwiftBatches
-from regate_megatron.errors import refuse
+from regate_megatron.errors import ReGateError, refuse
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,20 @@ def adapter_for(model: Any, pad_token: int | None, args: Any = None, sample_key:
     """
     name = compat.known_as(model, FAMILIES)
     if name is None:
-        error = refuse(
-            "model",
-            given=f"{type(model).__name__} ({compat.qualified_name(type(model))})",
-            allowed=", ".join(family.title for family in FAMILIES.values()) + " (no other was ever run)",
-            change="the model class, or train it without --regate",
+        raise _refused(
+            f"{type(model).__name__} ({compat.qualified_name(type(model))})",
+            ", ".join(family.title for family in FAMILIES.values()) + " (no other was ever run)",
+            "the model class, or train it without --regate",
         )
-        error.everywhere = True
-        raise error
     adapter = FAMILIES[name].adapter(model, pad_token, args)
     return adapter if sample_key == BY_CONTENT else NamedSamples(adapter, sample_key)
+
+
+def _refused(given: str, allowed: str, change: str) -> ReGateError:
+    """Every rank has the same model, so every rank raises it."""
+    error = refuse("model", given=given, allowed=allowed, change=change)
+    error.everywhere = True
+    return error
 
 
 def _reads_position_ids(model: Any) -> bool:
@@ -123,6 +129,47 @@ def _bridge_qwen3_vl(model: Any, pad_token: int | None, args: Any) -> BatchAdapt
     )
 
 
+def _bridge_glm(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
+    def rope_index(tokens: Any, kinds: Any, image_grid: Any, video_grid: Any, *, attention_mask: Any, **_: Any) -> Any:
+        is_real = (tokens != 0).long() if attention_mask is None else attention_mask  # what the model takes for padding
+        grids = {"image_grid_thw": image_grid, "video_grid_thw": video_grid}
+        return model.get_rope_index(tokens, mm_token_type_ids=kinds, **grids, attention_mask=is_real)
+
+    return QwenVLBatches(
+        image_token=model.config.image_token_id,
+        video_token=model.config.image_token_id,
+        merge_size=model.config.vision_config.spatial_merge_size,
+        rope_index=rope_index,
+        takes_kinds=True,
+    )
+
+
+def _bridge_ministral(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
+    vision = model.config.hf_config
+    cell = vision.vision_config.patch_size * vision.spatial_merge_size
+    return SizedPictures(image_token=model.config.image_token_id, cell=cell)
+
+
+_VISION = ("megatron.core.models.mimo.submodules.vision.VisionModalitySubmodules",)
+
+
+def _mimo(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
+    """Pictures of one encoder, all modules on every rank."""
+    language, wrong = model.language_model, []
+    if getattr(model.mimo_config, "module_to_grid_map", None):
+        wrong.append("modules with grids of ranks of their own (module_to_grid_map)")
+    elif language.position_embedding_type not in ("rope", "yarn", "none"):
+        wrong.append(f"{language.position_embedding_type} positions")
+    for name, modality in model.modality_submodules.items():
+        if not compat.is_one_of(modality, _VISION) or len(modality.encoders) != 1:
+            wrong.append(f"modality {name} of {type(modality).__name__} with {len(modality.encoders)} encoders")
+    if wrong:
+        allowed = "rope, yarn or none, and pictures of one encoder, in one grid of ranks (nothing else was ever run)"
+        raise _refused(f"MimoModel: {', '.join(wrong)}", allowed, "the model, or train it without --regate")
+    names = tuple(model.modality_submodules)
+    return MimoBatches(names, tuple(model.special_token_ids[name] for name in names))
+
+
 # The kinds of mcore-bridge's one multimodal class that were run, by the model type of their Hugging Face configuration.
 SWIFT_MODELS = ("qwen2_5_vl", "qwen3_vl")
 
@@ -131,9 +178,7 @@ def _swift(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
     kind, ids = model.config.hf_model_type, model.config.hf_config
     if kind not in SWIFT_MODELS:
         given, allowed = f"{type(model).__name__} of {kind}", ", ".join(SWIFT_MODELS) + " (no other was ever run)"
-        error = refuse("model", given=given, allowed=allowed, change="the model, or train it without ReGATE")
-        error.everywhere = True
-        raise error
+        raise _refused(given, allowed, "the model, or train it without ReGATE")
     merge_size = ids.vision_config.spatial_merge_size
     return SwiftBatches(QwenVLBatches(ids.image_token_id, ids.video_token_id, merge_size, takes_positions=True))
 
@@ -149,6 +194,8 @@ FAMILIES = {
     "megatron.bridge.models.qwen_vl.modelling_qwen3_vl.model.Qwen3VLModel": Family(
         "Qwen3VLModel of Megatron-Bridge", _bridge_qwen3_vl
     ),
+    "megatron.bridge.models.glm_vl.modeling_glm_45v.GLM45VModel": Family("GLM45VModel of Megatron-Bridge", _bridge_glm),
+    "megatron.core.models.mimo.model.base.MimoModel": Family("MimoModel", _mimo),
     "mcore_bridge.model.mm_gpt_model.MultimodalGPTModel": Family(
         f"MultimodalGPTModel of mcore-bridge ({', '.join(SWIFT_MODELS)})", _swift
     ),

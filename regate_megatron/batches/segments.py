@@ -64,17 +64,18 @@ class Segments:
     def as_rows(self, value_1S: Tensor) -> Tensor:
         """Each sample in a row of its own, zeros behind it; [N, M]."""
         value_NM = value_1S.new_zeros(len(self.real_N), int(self.real_N.max()))
-        value_NM[self._is_real_NM] = value_1S[~self.is_padding_1S]
+        value_NM[self.is_real_NM] = value_1S[~self.is_padding_1S]
         return value_NM
 
     def in_one_row(self, value_NMx: Tensor) -> Tensor:
         """The inverse of :meth:`as_rows`, zeros where a sample is filled up; [1, S, …]."""
         value_1Sx = value_NMx.new_zeros(*self.sample_1S.shape, *value_NMx.shape[2:])
-        value_1Sx[~self.is_padding_1S] = value_NMx[self._is_real_NM]
+        value_1Sx[~self.is_padding_1S] = value_NMx[self.is_real_NM]
         return value_1Sx
 
     @property
-    def _is_real_NM(self) -> Tensor:
+    def is_real_NM(self) -> Tensor:
+        """Where :meth:`as_rows` holds a sample's own positions; bool [N, M]."""
         return torch.arange(int(self.real_N.max())) < self.real_N[:, None]
 
 

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from megatron.bridge.data.base import DatasetProvider
 from megatron.bridge.data.packing.in_batch import pack_right_padded_sequence_batch_to_mcore_thd
+from megatron.bridge.models.glm_vl.glm_45v_provider import GLM45VModelProvider
 from megatron.bridge.models.gpt_provider import GPTModelProvider, local_layer_spec
+from megatron.bridge.models.ministral3.ministral3_provider import (
+    Ministral3ModelProvider,
+    MinistralTEDotProductAttention,
+)
 from megatron.bridge.models.qwen_vl import Qwen25VLModelProvider, qwen3_vl_provider
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl import model as qwen3_vl_model
 from megatron.bridge.models.qwen_vl.qwen3_vl_provider import Qwen3VLModelProvider, Qwen3VLMoEModelProvider
 from megatron.bridge.training.utils.visual_inputs import GenericVisualInputs
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch.nn.functional import pad, silu
+from transformers.models.glm4v.configuration_glm4v import Glm4vVisionConfig
+from transformers.models.ministral3.configuration_ministral3 import Ministral3Config
+from transformers.models.mistral3.configuration_mistral3 import Mistral3Config
+from transformers.models.pixtral.configuration_pixtral import PixtralVisionConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 
@@ -77,6 +87,57 @@ def qwen(**layout: Any) -> Qwen25VLModelProvider:
     )
 
 
+SMALL = {"num_query_groups": 2, "normalization": "RMSNorm", "gated_linear_unit": True, "activation_func": silu}
+SMALL |= {"add_bias_linear": False, "image_token_id": IMAGE_TOKEN, "bf16": False, "params_dtype": torch.float32}
+EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "moe_grouped_gemm": False}
+EXPERTS |= {"moe_permute_fusion": False, "moe_aux_loss_coeff": 0.0}
+
+
+def glm(**layout: Any) -> GLM45VModelProvider:
+    """A dense layer, then experts, as GLM-4.5V has them."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_heads": 4, "out_hidden_size": 32, "patch_size": 2}
+    layers = {"transformer_layer_spec": partial(get_gpt_decoder_block_spec, use_transformer_engine=False)}
+    shared = {"moe_shared_expert_intermediate_size": 32, "moe_shared_expert_overlap": False}
+    return GLM45VModelProvider(
+        vision_config=Glm4vVisionConfig(depth=1, image_size=16, **sizes),
+        kv_channels=16,
+        mrope_section=[2, 1, 1],
+        moe_layer_freq=[0, 1, 1, 1],
+        mtp_num_layers=0,
+        **TINY | SMALL | EXPERTS | shared | layers,
+        **layout,
+    )
+
+
+ORIGINAL_MAXIMUM = 8  # positions before the query scale of Ministral 3 grows
+
+
+def ministral(**layout: Any) -> Ministral3ModelProvider:
+    """Rows are three times as long as its original maximum."""
+    vision = PixtralVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, patch_size=2, image_size=16
+    )
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": ORIGINAL_MAXIMUM}
+    rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    text = Ministral3Config(**sizes, num_key_value_heads=2, head_dim=8, vocab_size=VOCAB, rope_parameters=rope)
+    layers = {"transformer_layer_spec": _ministral_layers}
+    return Ministral3ModelProvider(
+        hf_config=Mistral3Config(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN),
+        kv_channels=8,
+        yarn_rotary_scaling_factor=4.0,
+        yarn_original_max_position_embeddings=ORIGINAL_MAXIMUM,
+        **TINY | SMALL | layers,
+        **layout,
+    )
+
+
+def _ministral_layers(config: Any) -> ModuleSpec:
+    layer = local_layer_spec(config)
+    layer.submodules.self_attention.submodules.core_attention = MinistralTEDotProductAttention
+    return layer
+
+
 QWEN3 = {
     "num_query_groups": 2,
     "kv_channels": 8,
@@ -107,9 +168,8 @@ def qwen3(**layout: Any) -> Qwen3VLModelProvider:
 
 def qwen3_moe(**layout: Any) -> Qwen3VLMoEModelProvider:
     without_engine()
-    experts = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 32, "moe_grouped_gemm": False}
-    experts |= {"moe_permute_fusion": False, "moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.0}
-    return Qwen3VLMoEModelProvider(vision_config=_qwen3_vision(), **QWEN3, **experts, **layout)
+    routing = {"moe_router_load_balancing_type": "aux_loss"}
+    return Qwen3VLMoEModelProvider(vision_config=_qwen3_vision(), **QWEN3, **EXPERTS, **routing, **layout)
 
 
 def without_engine() -> None:
@@ -172,35 +232,105 @@ class PictureRows(Rows):
         row["labels"] = pad(tokens[1:], (0, 1), value=-100).masked_fill(mask == 0, -100)
         return row
 
-    @staticmethod
-    def collate_fn(rows: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    @classmethod
+    def collate_fn(cls, rows: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
         """What Bridge's collators make: placeholders written out, pixels and grids in one object."""
         pixels = [row["pixels"] for row in rows if "pixels" in row]
         batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "pixels"}
-        visual = GenericVisualInputs()
-        if pixels:
-            visual = GenericVisualInputs(
-                pixel_values=torch.cat(pixels), image_grid_thw=torch.tensor([[GRID]] * len(pixels))
-            )
-        return dict(batch, visual_inputs=visual)
+        return dict(batch, visual_inputs=GenericVisualInputs(**cls.visual(pixels, batch) if pixels else {}))
+
+    @staticmethod
+    def visual(pixels: list[torch.Tensor], batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The fields of the object that there are."""
+        return {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.tensor([[GRID]] * len(pixels))}
 
 
 class PackedPictureRows(PictureRows):
     """The same rows, packed as Bridge's collators pack them (``enable_in_batch_packing``)."""
 
     multiple = 1
+    aligned: ClassVar[dict[str, int]] = {}
 
     @classmethod
     def collate_fn(cls, rows: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
-        batch = PictureRows.collate_fn(rows)
+        batch = super().collate_fn(rows)
         length_B = torch.tensor([TEXT if "pixels" in row else TEXT_ALONE for row in rows])
         batch["attention_mask"] = (torch.arange(TEXT) < length_B[:, None]).long()
-        pack_right_padded_sequence_batch_to_mcore_thd(batch, pad_to_multiple_of=cls.multiple)
+        pack_right_padded_sequence_batch_to_mcore_thd(
+            batch, pad_to_multiple_of=cls.multiple, sequence_tensor_pad_values=cls.aligned
+        )
         return batch
 
 
 class FilledPictureRows(PackedPictureRows):
     """Every sample filled up to a multiple, as tensor and context parallelism ask for."""
+
+    multiple = 4
+
+
+def in_two_parts(tokens: torch.Tensor) -> None:
+    """The placeholders of a row's picture, with a token of text between them."""
+    tokens[2 + VISUAL // 2], tokens[2 + VISUAL] = 7, IMAGE_TOKEN
+
+
+class GlmRows(PictureRows):
+    """As GLM-4.5V's: every other medium is a video of two frames, whose placeholders are pictures' too, and the batch
+    says which is which. Its model takes no batch with both."""
+
+    kind, frames = "mm_token_type_ids", (2, 2, 6)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = super().__getitem__(index)
+        if index % 4 == 2:
+            in_two_parts(row["input_ids"])
+        return row | {self.kind: (row["input_ids"] == IMAGE_TOKEN).long() * (1 + index % 4 // 2)}
+
+    @classmethod
+    def collate_fn(cls, rows: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+        batch = super().collate_fn(rows)
+        setattr(batch["visual_inputs"], cls.kind, batch.pop(cls.kind))
+        return batch
+
+    @classmethod
+    def visual(cls, pixels: list[torch.Tensor], batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        if int(batch[cls.kind].max()) == 1:
+            return super().visual(pixels, batch)
+        return {"pixel_values_videos": torch.cat(pixels), "video_grid_thw": torch.tensor([cls.frames] * len(pixels))}
+
+
+class PackedGlmRows(GlmRows, PackedPictureRows):
+    """The same rows, packed."""
+
+    aligned: ClassVar[dict[str, int]] = {GlmRows.kind: 0}
+
+
+class FilledGlmRows(PackedGlmRows):
+    """Every sample filled up to a multiple."""
+
+    multiple = 4
+
+
+class MinistralRows(PictureRows):
+    """As Ministral 3's: pictures of 8 by 12 pixels in a square, with their sizes, and a token at the end of a line."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = super().__getitem__(index)
+        if "pixels" in row:
+            in_two_parts(row["input_ids"])
+        return row
+
+    @staticmethod
+    def visual(pixels: list[torch.Tensor], batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        square = torch.stack([pad(one.flatten()[: 3 * 8 * 12].view(3, 8, 12), (0, 0, 0, 4)) for one in pixels])
+        return {"pixel_values": square, "image_sizes": torch.tensor([[8, 12]] * len(pixels))}
+
+
+class PackedMinistralRows(MinistralRows, PackedPictureRows):
+    """The same rows, packed."""
+
+
+class FilledMinistralRows(PackedMinistralRows):
+    """Every sample filled up to a multiple."""
 
     multiple = 4
 

@@ -1,7 +1,8 @@
 """Megatron-Bridge under the emulation: it imports Transformer Engine unconditionally, Megatron must not use it here.
 
 Megatron-Core chooses its norms, optimizer and checkpointing when it is imported; while Transformer Engine is hidden it
-takes torch's. Bridge, imported afterwards, finds the real package and uses none of it for a local layer spec.
+takes torch's. Bridge, imported afterwards, finds the real package and uses none of it for a local layer spec. Core
+attentions of its own, which are Transformer Engine's with something before the kernel, become Megatron's with the same.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ def install() -> None:
     import megatron.core.models.multimodal.llava_model
     import megatron.core.optimizer
     import megatron.training  # noqa: F401
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     assert not extensions.HAVE_TE
+    extensions.TEDotProductAttention = DotProductAttention
     del sys.modules["transformer_engine"]

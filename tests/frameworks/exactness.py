@@ -70,10 +70,14 @@ def _hidden_from_others(attention: Any, is_hidden_BS: Tensor) -> Any:
         return mock.patch.object(attention, "_local_causal_attention", _hiding(is_hidden_BS))
     core = attention.core_attention
     inner = core.forward
-    is_hidden_BSS = is_hidden_BS[:, None, :] & ~torch.eye(is_hidden_BS.shape[1], dtype=torch.bool)
+    length = is_hidden_BS.shape[1]
+    is_hidden_BSS = is_hidden_BS[:, None, :] & ~torch.eye(length, dtype=torch.bool)
+    causal_SS = torch.ones(length, length, dtype=torch.bool).triu(1)
 
-    def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *args: Any, **options: Any) -> Tensor:
-        return inner(query, key, value, mask | is_hidden_BSS[:, None], *args, **options)
+    def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **options: Any) -> Tensor:
+        return inner(
+            query, key, value, (causal_SS if mask is None else mask) | is_hidden_BSS[:, None], *args, **options
+        )
 
     return mock.patch.object(core, "forward", forward)
 

@@ -22,6 +22,7 @@ bridge_on_cpu.install()
 
 import torch
 import torch.distributed as dist
+from megatron.bridge.models.glm_vl.modeling_glm_45v import GLM45VModel
 from megatron.bridge.models.qwen_vl import qwen3_vl_step
 from megatron.bridge.models.qwen_vl.modeling_qwen25_vl import Qwen25VLModel
 from megatron.bridge.training import checkpointing, gpt_step, vlm_step
@@ -79,7 +80,8 @@ class Case:
     ep: int = 1
 
 
-PREFIX = {"gpt": "", "qwen": "qwen ", "qwen3": "qwen3 ", "qwen3_moe": "qwen3_moe "}
+PREFIX = {"gpt": ""} | {name: f"{name} " for name in ("qwen", "qwen3", "qwen3_moe", "glm", "ministral")}
+ROWS = {"gpt": "Rows", "glm": "GlmRows", "ministral": "MinistralRows"}
 STUDENT, CHECKPOINT = {"teacher_load": "student"}, {"teacher_load": "start"}
 ALL_KEPT = {"keep_ratio": 1.0, "teacher_load": "student"}
 BOTH = {
@@ -146,6 +148,15 @@ QWEN3_MOE |= {
     "visual": Case(regate=EACH | VISUAL),
 }
 CASES |= {f"qwen3_moe {name}": dataclasses.replace(case, model="qwen3_moe") for name, case in QWEN3_MOE.items()}
+MORE = BOTH | {name: case for name, case in PACKED.items() if name not in ("packed filled", "packed tp2 pp2")}
+MORE = {(model, name): case for model in ("glm", "ministral") for name, case in MORE.items()}
+MORE |= {("glm", "dp2 ep2"): Case(regate=STUDENT, dp=2, ep=2)}
+CASES |= {
+    f"{model} {name}": dataclasses.replace(
+        case, model=model, rows=case.rows and case.rows.replace("Picture", model.capitalize())
+    )
+    for (model, name), case in MORE.items()
+}
 
 
 class Record(Callback):
@@ -186,14 +197,18 @@ class RecordAndRead(Record):
 
     def on_data_init_start(self, context):
         model = compat.unwrap(context.model[0])
-        if isinstance(model, Qwen25VLModel) and dist.get_world_size() == 1:
-            self.seen["reading"] = reading(model)
+        if dist.get_world_size() == 1:
+            if isinstance(model, Qwen25VLModel):
+                self.seen["reading"] = reading(model, bridge_models.PictureRows(2), 0)
+            if isinstance(model, GLM45VModel):
+                of_video = reading(model, bridge_models.GlmRows(4), 2)
+                self.seen |= {"reading": reading(model, bridge_models.GlmRows(4), 0), "reading of a video": of_video}
 
 
-def reading(model: Qwen25VLModel) -> dict[str, Any]:
-    """What our adapter sees in a batch, and the positions, [3, B, S], that the model makes for its language model."""
-    rows, given = bridge_models.PictureRows(2), []
-    batch = rows.collate_fn([rows[0], rows[1]])
+def reading(model: Any, rows: bridge_models.PictureRows, first: int) -> dict[str, Any]:
+    """What our adapter sees in two rows, and the positions, [3, B, S], that the model makes for its language model."""
+    given: list[Any] = []
+    batch = rows.collate_fn([rows[first], rows[first + 1]])
     facts, forward = adapter_for(model, None).read(batch), model.language_model.forward
     model.language_model.forward = lambda **inputs: (given.append(inputs["position_ids"]), forward(**inputs))[1]
     visual = batch.pop("visual_inputs").normalized_for_model()
@@ -220,7 +235,7 @@ def settings(name: str, case: Case, folder: Path) -> ConfigContainer:
         checkpoint |= {"load": str(folder / (prefix + case.resume) / "checkpoints"), "ckpt_step": SAVE_AT}
     elif case.begin:
         checkpoint |= {"pretrained_checkpoint": str(folder / (prefix + case.begin) / "checkpoints")}
-    rows = getattr(bridge_models, case.rows or {"gpt": "Rows"}.get(case.model, "PictureRows"))
+    rows = getattr(bridge_models, case.rows or ROWS.get(case.model, "PictureRows"))
     return ConfigContainer(
         model=getattr(bridge_models, case.model)(**layout),
         train=TrainingConfig(micro_batch_size=2, global_batch_size=4, train_iters=STEPS),
@@ -265,7 +280,7 @@ def train(name: str, case: Case, folder: Path) -> None:
             chosen["teacher_load"] = str(folder / (PREFIX[case.model] + chosen["teacher_load"]) / "checkpoints")
         callbacks = [megatron_bridge.install(ReGateConfig(**chosen)), record]
     steps = {"gpt_step": gpt_step, "vlm_step": vlm_step, "qwen3_vl_step": qwen3_vl_step}
-    usual = {"gpt": "gpt_step", "qwen": "vlm_step"}.get(case.model, "qwen3_vl_step")
+    usual = {"gpt": "gpt_step", "qwen3": "qwen3_vl_step", "qwen3_moe": "qwen3_vl_step"}.get(case.model, "vlm_step")
     pretrain(settings(name, case, folder), steps[case.step or usual].forward_step, callbacks=callbacks)
     record.seen["loop restored"] = functions() == before
     found = {"losses": record.losses, "steps": record.steps, "lengths": record.lengths, **record.seen}
@@ -304,8 +319,8 @@ def exact(name: str, case: Case, folder: Path) -> None:
     model = provider.provide_distributed_model(
         ddp_config=DistributedDataParallelConfig(use_distributed_optimizer=False), use_cpu_initialization=True
     )
-    rows = bridge_models.PictureRows(2)
-    batch = rows.collate_fn([rows[0], rows[1]])
+    rows = getattr(bridge_models, ROWS.get(case.model, "PictureRows"))(4)
+    batch = rows.collate_fn([rows[2], rows[3]] if case.model == "glm" else [rows[0], rows[1]])
 
     def run(schedule, batch):
         (result,) = schedule(
@@ -328,6 +343,7 @@ def forward_step(iterator, model):
     """What Bridge's ``vlm_step`` passes to the model."""
     batch = dict(next(iterator))
     losses = model(attention_mask=None, **batch.pop("visual_inputs").normalized_for_model(), **batch)
+    losses = losses[0] if isinstance(losses, tuple) else losses
 
     def loss_function(losses_BS):
         total, count = (losses_BS * batch["loss_mask"]).sum(), batch["loss_mask"].sum().int()
@@ -340,6 +356,8 @@ OWN_LOOPS = {
     "qwen own loop": (Case(regate=STUDENT, model="qwen"), own_loop),
     "qwen3 exact": (Case(model="qwen3"), exact),
     "qwen3_moe exact": (Case(model="qwen3_moe"), exact),
+    "glm exact": (Case(model="glm"), exact),
+    "ministral exact": (Case(model="ministral"), exact),
 }
 CASES |= {name: case for name, (case, _) in OWN_LOOPS.items()}
 

@@ -21,15 +21,19 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.mimo import MimoModel, MimoModelConfig
+from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
 from megatron.core.models.multimodal.llava_model import DEFAULT_IMAGE_TOKEN_INDEX, LLaVAModel
 from megatron.core.models.multimodal.llava_spec import decoder_model_with_local_default_spec
+from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
-from megatron.core.transformer.spec_utils import get_submodules
+from megatron.core.transformer.spec_utils import ModuleSpec, get_submodules
 
 from regate_megatron.compat import unwrap
 from regate_megatron.method.budget import align_up
@@ -38,6 +42,7 @@ from tests.multiprocess.qwen_like import QwenLike, put_media
 
 LAYERS, HIDDEN, VOCAB, TEXT, GLOBAL_ROWS = 4, 32, 64, 24, 8
 IMAGE, PATCH = 16, 8
+MIMO_TOKEN = 60  # stands for a position of a picture in MIMO
 VISUAL = (IMAGE // PATCH) ** 2  # positions of a picture, unless a case has larger ones ("side", in pixels)
 
 
@@ -71,7 +76,7 @@ def build(case: dict) -> list[torch.nn.Module]:
         )
         for name, value in case.get("set", {}).items():  # what Megatron's scripts set on a finished config
             setattr(config, name, value)
-        make = {"llava": _llava, "hybrid": _hybrid, "qwen": _qwen}.get(case["model"], _gpt)
+        make = {"llava": _llava, "hybrid": _hybrid, "qwen": _qwen, "mimo": _mimo}.get(case["model"], _gpt)
         chunks.append(make(config, case, first, last, vp_stage if virtual else None))
     for chunk in chunks:
         chunk.model_type = ModelType.encoder_or_decoder  # Megatron's get_model sets it
@@ -144,8 +149,8 @@ def _qwen(config, case, first, last, vp_stage):
     return QwenLike(_gpt(config, {"positions": "mrope", **case}, first, last, vp_stage))
 
 
-def _llava(config, case, first, last, _):
-    spec = decoder_model_with_local_default_spec(config.num_moe_experts, False)
+def _vision(case):
+    """The transformer configs of a tower and of its projection."""
     vision = TransformerConfig(
         num_layers=1,
         hidden_size=HIDDEN,
@@ -164,6 +169,35 @@ def _llava(config, case, first, last, _):
         use_cpu_initialization=True,
         tensor_model_parallel_size=case["tp"],
     )
+    return vision, projection, get_submodules(decoder_model_with_local_default_spec(None, False).submodules.mlp)
+
+
+def _mimo(config, case, first, last, _):
+    """As the llava_vlm example builds it: a tower of CLIP's, its projection, and a language model."""
+    vision, projection, layers = _vision(case)
+    side, language = case.get("side", IMAGE), {"vocab_size": VOCAB, "max_sequence_length": TEXT}
+    tower = {"transformer_config": vision, "transformer_layer_spec": get_vit_layer_with_local_spec()}
+    tower |= {"patch_dim": PATCH, "img_h": side, "img_w": side, "add_class_token": False, "class_token_len": 0}
+    project = {"config": projection, "submodules": layers, "projector_type": "mlp", "input_size": HIDDEN}
+    pictures = {
+        "encoders": {"clip_encoder": ModuleSpec(module=CLIPViTModel, params=tower)},
+        "input_projections": [ModuleSpec(module=MultimodalProjector, params=project)],
+    }
+    language |= {"transformer_layer_spec": get_gpt_decoder_block_spec(config, use_transformer_engine=False)}
+    language |= {"position_embedding_type": "rope", "scatter_embedding_sequence_parallel": False, "config": config}
+    return MimoModel(
+        MimoModelConfig(
+            language_model_spec=ModuleSpec(module=GPTModel, params=language),
+            modality_submodules_spec={"images": ModuleSpec(module=VisionModalitySubmodules, submodules=pictures)},
+            special_token_ids={"images": MIMO_TOKEN},
+            kv_format="thd" if case.get("packed") else "sbhd",
+        )
+    )
+
+
+def _llava(config, case, first, last, _):
+    spec = decoder_model_with_local_default_spec(config.num_moe_experts, False)
+    vision, projection, layers = _vision(case)
     return LLaVAModel(
         language_transformer_config=config,
         language_transformer_layer_spec=spec,
@@ -173,7 +207,7 @@ def _llava(config, case, first, last, _):
         vision_transformer_layer_spec=get_vit_layer_with_local_spec(),
         drop_vision_class_token=True,
         vision_projection_config=projection,
-        vision_projection_layer_spec=get_submodules(decoder_model_with_local_default_spec(None, False).submodules.mlp),
+        vision_projection_layer_spec=layers,
         language_position_embedding_type=case.get("positions", "rope"),
         pre_process=first,
         post_process=last,
@@ -235,6 +269,8 @@ def batches(case: dict) -> list[dict]:
             batch["labels"] = torch.cat([batch["tokens"][:, 1:], batch["labels"][:, -1:]], dim=1).clamp_min(0)
             batch["loss_mask"][:, : place + 1] = 0
             batch["image"] = image[rows]
+        if case["model"] == "mimo":
+            put_pictures(batch, image[rows], 0 if start // 2 % 2 else 3)
         if case.get("unlabelled"):  # as Hugging Face marks what is no target, in prompts and padding; with a loss mask
             is_marked = (batch["loss_mask"] == 0) & (torch.arange(TEXT) % 3 == 0) & (torch.arange(TEXT) < 12)
             batch["labels"].masked_fill_(is_marked, -100)
@@ -242,11 +278,32 @@ def batches(case: dict) -> list[dict]:
         if case["model"] == "qwen":
             put_media(batch, start)
         if case.get("packed"):
-            pack(batch, start)
+            (pack_for_mimo if case["model"] == "mimo" else pack)(batch, start)
         if case.get("ragged"):  # rows of two lengths, by global row
             batch = {name: values[:, : TEXT - 3 * (start // 2 % 2)] for name, values in batch.items()}
         own.append(batch)
     return own
+
+
+def put_pictures(batch: dict, image: torch.Tensor, place: int) -> None:
+    """Write a picture into every row of a batch for MIMO, and what its encoder is called with beside it."""
+    tokens, visual = batch["tokens"], (image.shape[-1] // PATCH) ** 2
+    tokens[tokens >= MIMO_TOKEN] = 1
+    tokens[:, place : place + visual] = MIMO_TOKEN
+    batch["labels"] = torch.cat([tokens[:, 1:], batch["labels"][:, -1:]], dim=1)
+    batch["loss_mask"][:, max(0, place - 1) : place + visual] = 0
+    batch["modality_inputs"] = {"images": {"clip_encoder": {"x": image}}}
+
+
+def pack_for_mimo(batch: dict, start: int) -> None:
+    """Lay rows end to end, a sample each, as MIMO's task encoder packs."""
+    rows = len(batch["tokens"])
+    for name in ("tokens", "labels", "loss_mask"):
+        batch[name] = batch[name].reshape(1, -1)
+    batch["position_ids"] = torch.arange(rows * TEXT)[None]
+    starts, most = torch.arange(rows + 1, dtype=torch.int32) * TEXT, torch.tensor(TEXT, dtype=torch.int32)
+    ends = {f"cu_seqlens_{one}": starts for one in ("q", "kv", "q_padded", "kv_padded")}
+    batch["packing_kwargs"] = ends | {"max_seqlen_q": most, "max_seqlen_kv": most}
 
 
 def pack(batch: dict, start: int) -> None:
@@ -278,13 +335,17 @@ class Step:
             batch = flat_rows(batch)
             lengths, longest = batch["cu_seqlens"].squeeze(0), int(batch["max_seqlen"])
             packed_seq_params = PackedSeqParams("thd", lengths, lengths, max_seqlen_q=longest, max_seqlen_kv=longest)
-        if "image" not in batch:  # a LLaVAModel cuts its merged rows itself
+        if "image" not in batch and "modality_inputs" not in batch:  # these cut their merged rows themselves
             batch = own_part(batch)
         mask = batch["loss_mask"]
         if "image" in batch:
             output, mask = model(
                 batch["image"], batch["tokens"], batch["position_ids"], None, batch["labels"], batch["loss_mask"]
             )
+        elif "modality_inputs" in batch:
+            names = ("position_ids", "labels", "loss_mask", "modality_inputs")
+            packing = {"packing_kwargs": batch.get("packing_kwargs")}
+            output, mask = model(batch["tokens"], **{name: batch[name] for name in names}, **packing)
         else:
             output = model(
                 batch["tokens"],

@@ -43,7 +43,6 @@ def test_a_known_class_gets_the_adapter_of_its_row():
 @pytest.mark.parametrize(
     "name",
     [
-        "megatron.bridge.models.glm_vl.modeling_glm_45v.GLM45VModel",
         "megatron.bridge.models.ernie_vl.modeling_ernie45_vl.model.Ernie45VLModel",
         "megatron.bridge.models.qwen_vl.modelling_qwen35_vl.model.Qwen35VLModel",
         "somebody.qwen_vl.modeling_qwen25_vl.Qwen25VLModel",  # the right name of another module
