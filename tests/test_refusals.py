@@ -403,6 +403,50 @@ def test_another_module_in_the_place_of_attention_is_found():
     assert "linear or experimental attention: given Linear in decoder.layers.1.self_attention; " in reason
 
 
+@pytest.mark.parametrize("changes", [True, False])
+def test_a_core_attention_that_runs_otherwise_is_found_and_one_that_is_only_built_otherwise_is_not(changes):
+    """As Gemma 2's caps its scores, and Gemma 3's only chooses a window when it is built."""
+
+    class OwnCore(DotProductAttention):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+        if changes:
+
+            def forward(self, query, *args, **kwargs):
+                return super().forward(query * torch.arange(len(query))[:, None, None, None], *args, **kwargs)
+
+    model = _gpt()
+    model.decoder.layers[1].self_attention.core_attention.__class__ = OwnCore
+    place = "given OwnCore in decoder.layers.1.self_attention.core_attention; "
+    assert (place in _refusal(model)) if changes else _refusal(model) == ""
+
+
+def test_a_layer_of_another_kind_is_found():
+    class OwnLayer(TransformerLayer):
+        def forward(self, hidden_states, *args, **kwargs):
+            return hidden_states.cumsum(0), None
+
+    model = _gpt()
+    model.decoder.layers[2].__class__ = OwnLayer
+    assert "model: given OwnLayer as layer; " in _refusal(model)
+
+
+def test_queries_scaled_by_their_place_are_refused_under_context_parallelism():
+    """Ministral 3's, which counts places from 0 on every context rank."""
+    name = "MinistralTEDotProductAttention"
+    module = "megatron.bridge.models.ministral3.ministral3_provider"
+    scaled = type(name, (DotProductAttention,), {"__module__": module, "__qualname__": name})
+    model = _gpt()
+    for layer in model.decoder.layers:
+        layer.self_attention.core_attention.__class__ = scaled
+    assert _refusal(model) == ""
+    model.config.context_parallel_size = 2
+    assert "linear or experimental attention: given queries scaled by their place on each context rank" in _refusal(
+        model
+    )
+
+
 def test_another_block_in_the_place_of_the_decoder_is_found():
     class OwnBlock(TransformerBlock):
         def forward(self, hidden_states):

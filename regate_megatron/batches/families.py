@@ -195,6 +195,9 @@ FAMILIES = {
         "Qwen3VLModel of Megatron-Bridge", _bridge_qwen3_vl
     ),
     "megatron.bridge.models.glm_vl.modeling_glm_45v.GLM45VModel": Family("GLM45VModel of Megatron-Bridge", _bridge_glm),
+    "megatron.bridge.models.ministral3.modeling_ministral3.Ministral3Model": Family(
+        "Ministral3Model of Megatron-Bridge", _bridge_ministral
+    ),
     "megatron.core.models.mimo.model.base.MimoModel": Family("MimoModel", _mimo),
     "mcore_bridge.model.mm_gpt_model.MultimodalGPTModel": Family(
         f"MultimodalGPTModel of mcore-bridge ({', '.join(SWIFT_MODELS)})", _swift

@@ -7,6 +7,7 @@ What the layers get is one argument, ``rotary_pos_emb`` [K, B, 1, D], which reco
 - mrope: the table depends on the batch's position ids, so the model's dense table of this microbatch is gathered.
 - multi-latent attention makes its table inside each layer, from the length of what it is given. There the argument
   carries the table past the layer, see :class:`HandedRotary`.
+- queries that are scaled by their place: see :mod:`.query_scale`.
 - learned positions and none: nothing to do, positions are in the embedding or nowhere.
 
 Shapes: S dense positions, K slots that run, k those of this context rank (all of them in packed rows), B rows, D rotary
@@ -20,6 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from regate_megatron.decoder.exchange import ShardedPlan
+from regate_megatron.decoder.query_scale import QueryScale, scales_queries
 
 
 class Positions:
@@ -36,12 +38,14 @@ class Positions:
         self.is_short_given = model.position_embedding_type == "mrope" and arrives_short
         attentions = [getattr(layer, "self_attention", None) for layer in model.decoder.layers]
         self.handed = [HandedRotary(one) for one in attentions if _is_latent(one)]
+        self.scales = [QueryScale(one) for one in attentions if scales_queries(one)]
         self._tables: dict[int, Tensor] = {}
 
     def detach(self) -> None:
         """Take every hook off the attention layers."""
-        while self.handed:
-            self.handed.pop().detach()
+        for hooks in (self.handed, self.scales):
+            while hooks:
+                hooks.pop().detach()
 
     def rotary(self, given: Tensor | None, plan: ShardedPlan) -> Tensor | None:
         """What the layers get as ``rotary_pos_emb``; [k, B, 1, D], or None where nothing is rotated.
@@ -55,7 +59,8 @@ class Positions:
         if self.is_dense_given:
             index_KB1D = plan.keep_idx_BK.t()[:, :, None, None].expand(-1, -1, 1, given.shape[-1])
             return given.expand(-1, len(plan.keep_idx_BK), -1, -1).gather(0, index_KB1D)
-        return self._table(plan.dense_length, plan.place_Bk)[plan.place_Bk.t()][:, :, None]
+        table_kB1D = self._table(plan.dense_length, plan.place_Bk)[plan.place_Bk.t()][:, :, None]
+        return self.scales[0].widened(table_kB1D, plan) if self.scales else table_kB1D
 
     def _table(self, dense_length: int, like: Tensor) -> Tensor:
         """Frequencies of every dense position, [S, D]; kept for one length."""

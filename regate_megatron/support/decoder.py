@@ -29,6 +29,17 @@ _ATTENTIONS = (
     "megatron.core.transformer.identity_op.IdentityOp",
     "megatron.bridge.models.qwen_vl.modelling_qwen3_vl.attention.Qwen3VLSelfAttention",
 )
+_SCALED_BY_PLACE = "megatron.bridge.models.ministral3.ministral3_provider.MinistralTEDotProductAttention"
+_CORE_ATTENTIONS = (
+    "megatron.core.transformer.dot_product_attention.DotProductAttention",
+    "megatron.core.extensions.transformer_engine.TEDotProductAttention",
+    _SCALED_BY_PLACE,
+)
+_LAYERS = (
+    "megatron.core.transformer.transformer_layer.TransformerLayer",
+    "megatron.core.transformer.transformer_layer.MoETransformerLayer",
+    "mcore_bridge.model.modules.transformer_layer.TransformerLayer",
+)
 # Layers of a HybridModel whose tokens meet in softmax attention over the whole sequence, or not at all.
 _EXACT_LAYERS = "*+-E"
 _OTHER_LAYERS = {"M": "Mamba", "G": "gated delta net", "D": "sparse attention"}
@@ -41,6 +52,8 @@ def _model_class(setting: Setting) -> Any:
     others = [type(chunk).__name__ for chunk in setting.chunks if not is_one_of(chunk, LANGUAGE_MODELS)]
     blocks = [chunk.decoder for chunk in setting.chunks if getattr(chunk, "decoder", None) is not None]
     others += [f"{type(block).__name__} as decoder" for block in blocks if not is_one_of(block, _BLOCKS)]
+    layers = [layer for block in blocks if not is_one_of(block, (HYBRID_STACK,)) for layer in block.layers]
+    others += [f"{type(layer).__name__} as layer" for layer in layers if not is_one_of(layer, _LAYERS)]
     return ", ".join(dict.fromkeys(others)) or None
 
 
@@ -164,9 +177,14 @@ def _other_attention(setting: Setting) -> Any:
     """By config, or by a layer spec of one's own that puts another module where attention is."""
     if found := _OTHER_ATTENTION(setting):
         return found
+    known = {"self_attention": _ATTENTIONS, "core_attention": _CORE_ATTENTIONS}
     for place, module in setting.modules():
-        if place.endswith(".self_attention") and not is_one_of(module, _ATTENTIONS):
+        classes = known.get(place.rpartition(".")[2])
+        if classes and not is_one_of(module, classes):
             return Found(f"{type(module).__name__} in {place}", "the layer spec (--spec), or train it without --regate")
+        if setting.model.context_parallel_size > 1 and is_one_of(module, (_SCALED_BY_PLACE,)):
+            given = f"queries scaled by their place on each context rank ({type(module).__name__} in {place})"
+            return Found(given, "--context-parallel-size to 1 (context_parallel_size of the model's config)")
     return None
 
 

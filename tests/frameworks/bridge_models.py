@@ -109,15 +109,12 @@ def glm(**layout: Any) -> GLM45VModelProvider:
     )
 
 
-ORIGINAL_MAXIMUM = 8  # positions before the query scale of Ministral 3 grows
-
-
-def ministral(**layout: Any) -> Ministral3ModelProvider:
-    """Rows are three times as long as its original maximum."""
+def ministral(original_maximum: int = 8, **layout: Any) -> Ministral3ModelProvider:
+    """Rows are three times as long as its original maximum, from where on queries are scaled by their place."""
     vision = PixtralVisionConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, patch_size=2, image_size=16
     )
-    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": ORIGINAL_MAXIMUM}
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": original_maximum}
     rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
     text = Ministral3Config(**sizes, num_key_value_heads=2, head_dim=8, vocab_size=VOCAB, rope_parameters=rope)
@@ -126,10 +123,15 @@ def ministral(**layout: Any) -> Ministral3ModelProvider:
         hf_config=Mistral3Config(vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN),
         kv_channels=8,
         yarn_rotary_scaling_factor=4.0,
-        yarn_original_max_position_embeddings=ORIGINAL_MAXIMUM,
+        yarn_original_max_position_embeddings=original_maximum,
         **TINY | SMALL | layers,
         **layout,
     )
+
+
+def ministral_short(**layout: Any) -> Ministral3ModelProvider:
+    """Rows end before the original maximum: past it Bridge counts the places of packed rows through all samples."""
+    return ministral(64, **layout)
 
 
 def _ministral_layers(config: Any) -> ModuleSpec:

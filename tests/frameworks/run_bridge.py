@@ -81,7 +81,8 @@ class Case:
 
 
 PREFIX = {"gpt": ""} | {name: f"{name} " for name in ("qwen", "qwen3", "qwen3_moe", "glm", "ministral")}
-ROWS = {"gpt": "Rows", "glm": "GlmRows", "ministral": "MinistralRows"}
+PREFIX |= {"ministral_short": "ministral_short "}
+ROWS = {"gpt": "Rows", "glm": "GlmRows", "ministral": "MinistralRows", "ministral_short": "MinistralRows"}
 STUDENT, CHECKPOINT = {"teacher_load": "student"}, {"teacher_load": "start"}
 ALL_KEPT = {"keep_ratio": 1.0, "teacher_load": "student"}
 BOTH = {
@@ -148,12 +149,14 @@ QWEN3_MOE |= {
     "visual": Case(regate=EACH | VISUAL),
 }
 CASES |= {f"qwen3_moe {name}": dataclasses.replace(case, model="qwen3_moe") for name, case in QWEN3_MOE.items()}
-MORE = BOTH | {name: case for name, case in PACKED.items() if name not in ("packed filled", "packed tp2 pp2")}
-MORE = {(model, name): case for model in ("glm", "ministral") for name, case in MORE.items()}
+SHORT = {name: case for name, case in PACKED.items() if name not in ("packed filled", "packed tp2 pp2")}
+MORE = {("glm", name): case for name, case in (BOTH | SHORT).items()}
 MORE |= {("glm", "dp2 ep2"): Case(regate=STUDENT, dp=2, ep=2)}
+MORE |= {("ministral", name): case for name, case in BOTH.items()}
+MORE |= {("ministral_short", name): case for name, case in ({"start": BOTH["start"]} | SHORT).items()}
 CASES |= {
     f"{model} {name}": dataclasses.replace(
-        case, model=model, rows=case.rows and case.rows.replace("Picture", model.capitalize())
+        case, model=model, rows=case.rows and case.rows.replace("Picture", model.split("_")[0].capitalize())
     )
     for (model, name), case in MORE.items()
 }
