@@ -32,8 +32,9 @@ test: venv ## the tests that take seconds each, two files at a time
 test-full: venv ## all tests
 	@$(call pytest,-m "full or not full")
 
-test-frameworks: venv-frameworks ## the tests of Megatron-Bridge, mcore-bridge and Transformer Engine, in it
+test-frameworks: venv venv-frameworks ## the tests of Megatron-Bridge, mcore-bridge and Transformer Engine, in it; and of MIMO
 	@$(subst $(PYTHON_BIN),.venv-frameworks/bin/python,$(call pytest,-m "full or not full" tests/frameworks tests/te))
+	@$(call pytest,-k mimo tests/multiprocess)
 
 lint: venv ## style and formatting
 	$(PYTHON_BIN) -m ruff check .

@@ -33,6 +33,7 @@ COLUMNS = (
 NOT_RUN, NONE = "not run", "–"
 MROPE, NO_EXPERTS, AS_CORE = "refused (mRoPE)", NONE, "as in Megatron-LM"
 _GPT, _Q25, _Q3 = "test_megatron_bridge.py::", "test_qwen_vl.py::", "test_qwen3_vl.py::"
+_FAMILY, _MIMO, _BITS = "test_bridge_families.py::", "test_parity_mimo.py::", "test_bitwise.py::"
 _RECIPE, _MCORE, _SWIFT = "test_recipes.py::", "test_mcore_bridge.py::", "test_ms_swift.py::"
 _LAYOUT, _SIX = "test_every_layout_keeps_the_same_positions", "test_three_steps_and_three_more_are_six"
 _ONE, _ORACLE = "test_keep_ratio_1_trains_bit_for_bit_as_without", "test_a_sparse_step_is_the_masked_full_length_step"
@@ -50,6 +51,18 @@ def _mcore(name: str) -> tuple[str, ...]:
     packed = f"{_MCORE}test_{_LIKE_PADDED}_rows_keep[{name}]"
     return (*ones, tp2, NOT_RUN, MROPE, NO_EXPERTS, NOT_RUN, packed, visual, NOT_RUN, "refused")
 
+
+def _bridge(name: str, packed: str, ep2: str) -> tuple[str, ...]:
+    """A family of test_bridge_families.py."""
+    layouts = [f"{_FAMILY}{_LAYOUT}[{name}-{layout}]" for layout in ("tp2", "tp2 pp2", "dp2")]
+    visual = f"{_FAMILY}test_visual_positions_of_packed_rows_are_those_of_padded_rows[{packed}]"
+    ones = f"{_FAMILY}{_ONE}[{name}]", f"{_FAMILY}{_ORACLE}[{name}-"
+    rows = f"{_FAMILY}test_{_LIKE_PADDED}_rows_keep[{packed}-"
+    return (*ones, *layouts[:2], NOT_RUN, ep2, layouts[2], rows, visual, f"{_FAMILY}{_SIX}[{name}]", NOT_RUN)
+
+
+_MIMO_LAYOUT = f"{_MIMO}test_layout_keeps_the_positions_of_one_rank_and_is_exact"
+_MIMO_RESUMES = "test_session.py::test_claim_holds[own_loop_of_mimo_continues_what_it_saved]"
 
 ROWS = {
     ("GPT", "Megatron-Bridge"): (
@@ -71,6 +84,15 @@ ROWS = {
         *(f"{_Q3}test_every_layout_of_experts_keeps_the_same_positions[dp2 ep2]",),
         *(f"{_Q3}test_every_layout_of_experts_keeps_the_same_positions[dp2]", f"{_Q3}test_packed_experts_keep"),
         *(f"{_Q3}test_half_of_the_visual_positions_are_kept[qwen3_moe]", f"{_Q3}{_SIX}[qwen3_moe]", NOT_RUN),
+    ),
+    ("GLM-4.5V", "Megatron-Bridge"): _bridge("glm", "glm", f"{_FAMILY}{_LAYOUT}[glm-dp2 ep2]"),
+    ("Ministral 3", "Megatron-Bridge"): _bridge("ministral", "ministral_short", NO_EXPERTS),
+    ("LLaVA", "MIMO of Megatron-LM (`attach`)"): (
+        *(f"{_BITS}test_steps_of_mimo_at_keep_ratio_one", f"{_MIMO}test_sparse_step_equals_masked_dense_step["),
+        *(f"{_MIMO_LAYOUT}[targets-n1@tp2-sp]", "refused (MIMO has none on shared ranks)"),
+        *(f"{_MIMO_LAYOUT}[targets-n1@cp2]", NO_EXPERTS, f"{_MIMO_LAYOUT}[targets-n1@dp2]"),
+        *(f"{_MIMO}test_packed_rows_keep_what_rows_of_their_own_keep[", f"{_MIMO_LAYOUT}[visual-n1@"),
+        *(_MIMO_RESUMES, NOT_RUN),
     ),
     ("Qwen2.5-VL", "mcore-bridge (`attach`)"): _mcore("qwen25"),
     ("Qwen3-VL", "mcore-bridge (`attach`)"): _mcore("qwen3"),
@@ -102,7 +124,8 @@ TAIL = """
 *Oracle*: the same model at full length in which nobody reads what was left out; losses to 1e-6, gradients to 1e-5,
 with 0, 1 and 3 dense layers. *Packed* rows keep what padded rows keep. *TP2+SP, PP2, CP2, EP2, DP2*: keep the positions
 that one rank keeps. PP2 stands for TP2×PP2 where a picture is: plain Bridge, too, sends a tensor in PP2 alone that gloo
-does not take.
+does not take. *Ministral 3* runs past its original maximum, from where on queries are scaled by their place; packed, it
+ends before: Bridge counts the places of a packed row through all its samples.
 *LoRA*: the frozen base, adapters off, is the teacher of its checkpoint, bit for bit; adapters of peft, as ms-swift
 has them, are refused.
 

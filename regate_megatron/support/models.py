@@ -41,25 +41,30 @@ _PLUGIN = (
 _GPT = Host(MEGATRON, "-m regate_megatron pretrain_gpt.py …; weights by tools/convert_hf_teacher.py or Megatron-Bridge")
 _BRIDGE_GPT = Host(BRIDGE, _CALLBACK.format(step="gpt_step"))
 _LLAVA = Host(MEGATRON, "-m regate_megatron pretrain_vlm.py …; weights by tools/import_student.py")
+_MIMO = Host("MIMO of Megatron-LM", "attach and wrap_forward_backward in its loop; pictures, all modules on every rank")
 
 SUPPORTED = {
     "qwen2_5_vl": (Host(BRIDGE, _CALLBACK.format(step="vlm_step") + _PACKED), Host(SWIFT, _PLUGIN)),
     "qwen3_vl": (Host(BRIDGE, _CALLBACK.format(step="qwen3_vl_step") + _PACKED), Host(SWIFT, _PLUGIN)),
     "qwen3_vl_moe": (Host(BRIDGE, _CALLBACK.format(step="qwen3_vl_step") + _PACKED),),
-    "llava": (_LLAVA,),
+    "glm4v_moe": (Host(BRIDGE, _CALLBACK.format(step="vlm_step") + _PACKED),),
+    "mistral3": (Host(BRIDGE, _CALLBACK.format(step="vlm_step") + _PACKED),),
+    "llava": (_LLAVA, _MIMO),
     "llama": (_GPT, _BRIDGE_GPT),
     "mistral": (_GPT, _BRIDGE_GPT),
     "qwen2": (_GPT, _BRIDGE_GPT),
     "qwen3": (_GPT, _BRIDGE_GPT),
 }
 _UNTRIED = "nobody has run it with ReGATE"
+_BIASES = (
+    "all order is in attention biases (pictures are read in both directions, windows slide), which only Transformer "
+    "Engine's fused kernel takes, and a teacher of text would read without them, its own targets too"
+)
 REFUSED = {
     "glm4v": _UNTRIED,
-    "glm4v_moe": f"{_UNTRIED}: its videos use the ids of images, and positions stop at the batch",
     "ernie4_5_moe_vl": "a mask of token kinds, global to its module, keeps the dense length",
-    "gemma3": "pictures are read in both directions and windows slide, as biases of the dense length",
-    "gemma4": "pictures are read in both directions and windows slide, as biases of the dense length",
-    "mistral3": f"{_UNTRIED}: its query scale counts positions of the short row past the original maximum",
+    "gemma3": _BIASES,
+    "gemma4": _BIASES,
     "kimi_vl": _UNTRIED,
     "kimi_k25": f"{_UNTRIED}: flex dispatcher, latent attention, pipeline layouts",
     "internvl": f"{_UNTRIED}: tiles without grids",
@@ -110,6 +115,8 @@ def judge(config: dict[str, Any]) -> Verdict:
     reasons = [*_inexact(text)]
     if kind not in SUPPORTED:
         reasons.insert(0, REFUSED.get(kind, _UNTRIED))
+    if kind == "mistral3" and text.get("model_type", "ministral3") != "ministral3":
+        reasons.append(f"{_UNTRIED}: its language model is {text['model_type']}, not ministral3")
     notes = []
     if deep := (config.get("vision_config") or {}).get("deepstack_visual_indexes"):
         notes.append(f"its first {len(deep)} layers take visual features in: any --regate-dense-layers is exact")

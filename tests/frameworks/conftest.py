@@ -94,11 +94,3 @@ def _trained_by(worker: str, folder: Path) -> Trainings:
     run = subprocess.run(worker, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-12000:]
     return Trainings(folder)
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Write what passed where REGATE_TEST_RESULTS names a file; docs/models.py makes its table of it."""
-    file = os.environ.get("REGATE_TEST_RESULTS")
-    if file and (report.when == "call" or report.outcome != "passed"):
-        with open(file, "a") as lines:
-            lines.write(json.dumps([report.nodeid, report.outcome]) + "\n")

@@ -315,9 +315,12 @@ def own_loop(name: str, case: Case, folder: Path) -> None:
     (folder / f"{name}.json").write_text(json.dumps({"totals": dataclasses.asdict(session_of(model).totals)}))
 
 
+RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
 def exact(name: str, case: Case, folder: Path) -> None:
     """A sparse step against its oracle, with fewer and more dense layers than take visual features in."""
-    provider = getattr(bridge_models, case.model)()
+    provider = getattr(bridge_models, case.model)(**(RECOMPUTE if "recomputed" in name else {}))
     provider.finalize()
     model = provider.provide_distributed_model(
         ddp_config=DistributedDataParallelConfig(use_distributed_optimizer=False), use_cpu_initialization=True
@@ -361,6 +364,7 @@ OWN_LOOPS = {
     "qwen3_moe exact": (Case(model="qwen3_moe"), exact),
     "glm exact": (Case(model="glm"), exact),
     "ministral exact": (Case(model="ministral"), exact),
+    "ministral recomputed exact": (Case(model="ministral"), exact),
 }
 CASES |= {name: case for name, (case, _) in OWN_LOOPS.items()}
 

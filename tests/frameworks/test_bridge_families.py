@@ -42,7 +42,7 @@ def test_sparse_steps_run_shorter(trainings, model):
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", (*MODELS, "ministral recomputed"))
 def test_a_sparse_step_is_the_masked_full_length_step(trainings, model, layers):
     result = trainings[f"{model} exact"][str(layers)]
     assert result["kept"] < result["dense"]

@@ -50,6 +50,7 @@ from tests.tools.run_convert import megatron_arguments
 
 GPT = {"model": "gpt", "tp": 1, "pp": 1, "dense_layers": 1}
 LLAVA = dict(GPT, model="llava")
+MIMO = dict(GPT, model="mimo")
 
 
 def config(**options) -> ReGateConfig:
@@ -544,23 +545,34 @@ def settings_that_say_off_wrap_nothing() -> None:
 
 def own_loop_continues_what_it_saved() -> None:
     """Four steps and three more, from a folder, are seven steps: for a loop without Megatron-LM."""
+    continues(GPT)
+    refused("save_state: given a model without ReGATE", lambda: save_state(build(GPT), "nowhere"))
+
+
+def own_loop_of_mimo_continues_what_it_saved() -> None:
+    """The same for a MimoModel, where visual positions are left out, too."""
+    continues(MIMO, visual_keep_ratio=0.5, visual_score="random")
+
+
+def continues(case: dict, **options) -> None:
+    """Raises AssertionError where a resumed loop is another."""
 
     def steps(models, schedule, numbers):
         digests = []
         for number in numbers:
-            run(GPT, models, schedule, Step())
+            run(case, models, schedule, Step())
             digests.append((session_of(models).phase, session_of(models).step.plan.digest()))
             step_done(models, counted=number != 2)  # one step was skipped
         return digests
 
-    whole, session, schedule = attached(warmup_steps=2, score="student")
+    whole, session, schedule = attached(case, warmup_steps=2, score="student", **options)
     expected = steps(whole, schedule, range(7))
-    first, _, schedule = attached(warmup_steps=2, score="student")
+    first, _, schedule = attached(case, warmup_steps=2, score="student", **options)
     with tempfile.TemporaryDirectory() as folder:
         begun = steps(first, schedule, range(4))
         save_state(first, f"{folder}/state")
         save_state(first, f"{folder}/state")  # in the place of the one before
-        rest, resumed, schedule = attached(warmup_steps=2, score="student")
+        rest, resumed, schedule = attached(case, warmup_steps=2, score="student", **options)
         assert load_state(rest, f"{folder}/state").startswith("difficulty of ")
         assert resumed.steps_done == 3 and resumed.totals.steps == 3
         assert begun + steps(rest, schedule, range(4, 7)) == expected
@@ -570,12 +582,11 @@ def own_loop_continues_what_it_saved() -> None:
         assert {"difficulty-00000.records", "prior.table"} <= names
         for name in names:
             assert Path(folder, "ours", name).read_bytes() == Path(folder, "theirs", name).read_bytes()
-        changed, _, _ = attached(warmup_steps=2, score="student", keep_ratio=0.25)
+        changed, _, _ = attached(case, warmup_steps=2, score="student", keep_ratio=0.25, **options)
         assert "settings changed: keep_ratio 0.5 -> 0.25" in load_state(changed, f"{folder}/ours")
         refused("saved difficulty: given", lambda: load_state(changed, f"{folder}/none"))
         Path(folder, "file").touch()
         refused("saving difficulty: given", lambda: save_state(whole, f"{folder}/file/state"))
-    refused("save_state: given a model without ReGATE", lambda: save_state(build(GPT), "nowhere"))
 
 
 def saves_write_first_into_folders_of_their_own_only() -> None:

@@ -6,7 +6,7 @@ from tests.claims import claims_of
 from tests.launch import ROOT, succeed
 
 WORKER = ROOT / "tests/multiprocess/run_session.py"
-HELPERS = {"config", "attached", "refused", "attach_tied_teacher", "values_of"}
+HELPERS = {"config", "attached", "refused", "attach_tied_teacher", "values_of", "continues"}
 CLAIMS = claims_of(WORKER, HELPERS)
 
 

@@ -24,7 +24,7 @@ def test_a_supported_model_is_told_its_hosts_and_how(tmp_path, capsys):
     assert "its first 3 layers take visual features in" in said
 
 
-@pytest.mark.parametrize("kind", ["glm4v_moe", "ernie4_5_moe_vl", "qwen3_5", "never_heard_of"])
+@pytest.mark.parametrize("kind", ["gemma3", "ernie4_5_moe_vl", "qwen3_5", "never_heard_of"])
 def test_a_model_that_nobody_has_run_is_not_supported_and_the_reason_is_told(tmp_path, capsys, kind):
     code, said = _answer(tmp_path, capsys, model_type=kind)
     assert code == 1 and said.startswith(f"{kind}: not supported: ") and "supported are qwen2_5_vl" in said
@@ -51,6 +51,12 @@ def test_what_a_configuration_adds_can_rule_a_known_model_out(tmp_path, capsys, 
 )
 def test_a_window_that_is_switched_off_rules_nothing_out(tmp_path, capsys, text):
     assert _answer(tmp_path, capsys, model_type="qwen2_5_vl", text_config=text)[0] == 0
+
+
+def test_mistral3_is_known_with_the_language_model_of_ministral_3_alone(tmp_path, capsys):
+    for text, code in (({"model_type": "ministral3"}, 0), ({"model_type": "mistral"}, 1)):
+        found, said = _answer(tmp_path, capsys, model_type="mistral3", text_config=text)
+        assert found == code and ("its language model is mistral, not ministral3" in said) == bool(code)
 
 
 def test_a_folder_without_a_configuration_is_refused_in_one_line(tmp_path, capsys, monkeypatch):
