@@ -52,13 +52,13 @@ def _mcore(name: str) -> tuple[str, ...]:
     return (*ones, tp2, NOT_RUN, MROPE, NO_EXPERTS, NOT_RUN, packed, visual, NOT_RUN, "refused")
 
 
-def _bridge(name: str, packed: str, ep2: str) -> tuple[str, ...]:
+def _bridge(name: str, packed: str, cp2: str, ep2: str) -> tuple[str, ...]:
     """A family of test_bridge_families.py."""
     layouts = [f"{_FAMILY}{_LAYOUT}[{name}-{layout}]" for layout in ("tp2", "tp2 pp2", "dp2")]
     visual = f"{_FAMILY}test_visual_positions_of_packed_rows_are_those_of_padded_rows[{packed}]"
     ones = f"{_FAMILY}{_ONE}[{name}]", f"{_FAMILY}{_ORACLE}[{name}-"
     rows = f"{_FAMILY}test_{_LIKE_PADDED}_rows_keep[{packed}-"
-    return (*ones, *layouts[:2], NOT_RUN, ep2, layouts[2], rows, visual, f"{_FAMILY}{_SIX}[{name}]", NOT_RUN)
+    return (*ones, *layouts[:2], cp2, ep2, layouts[2], rows, visual, f"{_FAMILY}{_SIX}[{name}]", NOT_RUN)
 
 
 _MIMO_LAYOUT = f"{_MIMO}test_layout_keeps_the_positions_of_one_rank_and_is_exact"
@@ -85,8 +85,10 @@ ROWS = {
         *(f"{_Q3}test_every_layout_of_experts_keeps_the_same_positions[dp2]", f"{_Q3}test_packed_experts_keep"),
         *(f"{_Q3}test_half_of_the_visual_positions_are_kept[qwen3_moe]", f"{_Q3}{_SIX}[qwen3_moe]", NOT_RUN),
     ),
-    ("GLM-4.5V", "Megatron-Bridge"): _bridge("glm", "glm", f"{_FAMILY}{_LAYOUT}[glm-dp2 ep2]"),
-    ("Ministral 3", "Megatron-Bridge"): _bridge("ministral", "ministral_short", NO_EXPERTS),
+    ("GLM-4.5V", "Megatron-Bridge"): _bridge("glm", "glm", MROPE, f"{_FAMILY}{_LAYOUT}[glm-dp2 ep2]"),
+    ("Ministral 3", "Megatron-Bridge"): _bridge(
+        "ministral", "ministral_short", "refused (places per rank)", NO_EXPERTS
+    ),
     ("LLaVA", "MIMO of Megatron-LM (`attach`)"): (
         *(f"{_BITS}test_steps_of_mimo_at_keep_ratio_one", f"{_MIMO}test_sparse_step_equals_masked_dense_step["),
         *(f"{_MIMO_LAYOUT}[targets-n1@tp2-sp]", "refused (MIMO has none on shared ranks)"),

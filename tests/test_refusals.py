@@ -432,7 +432,7 @@ def test_a_layer_of_another_kind_is_found():
     assert "model: given OwnLayer as layer; " in _refusal(model)
 
 
-def test_queries_scaled_by_their_place_are_refused_under_context_parallelism():
+def test_queries_scaled_by_their_place_are_refused_where_the_scale_cannot_travel():
     """Ministral 3's, which counts places from 0 on every context rank."""
     name = "MinistralTEDotProductAttention"
     module = "megatron.bridge.models.ministral3.ministral3_provider"
@@ -442,9 +442,9 @@ def test_queries_scaled_by_their_place_are_refused_under_context_parallelism():
         layer.self_attention.core_attention.__class__ = scaled
     assert _refusal(model) == ""
     model.config.context_parallel_size = 2
-    assert "linear or experimental attention: given queries scaled by their place on each context rank" in _refusal(
-        model
-    )
+    assert "attention: given queries scaled by their place, with context parallelism" in _refusal(model)
+    model.config.context_parallel_size, model.position_embedding_type = 1, "none"
+    assert "attention: given queries scaled by their place, without the rotary table" in _refusal(model)
 
 
 def test_another_block_in_the_place_of_the_decoder_is_found():

@@ -182,9 +182,19 @@ def _other_attention(setting: Setting) -> Any:
         classes = known.get(place.rpartition(".")[2])
         if classes and not is_one_of(module, classes):
             return Found(f"{type(module).__name__} in {place}", "the layer spec (--spec), or train it without --regate")
-        if setting.model.context_parallel_size > 1 and is_one_of(module, (_SCALED_BY_PLACE,)):
-            given = f"queries scaled by their place on each context rank ({type(module).__name__} in {place})"
-            return Found(given, "--context-parallel-size to 1 (context_parallel_size of the model's config)")
+        if is_one_of(module, (_SCALED_BY_PLACE,)) and (found := _scaled_by_place(setting)):
+            return Found(f"queries scaled by their place, {found.given} ({place})", found.change)
+    return None
+
+
+def _scaled_by_place(setting: Setting) -> Found | None:
+    """What keeps :mod:`regate_megatron.decoder.query_scale` from being exact."""
+    if setting.model.context_parallel_size > 1:
+        change = "--context-parallel-size to 1 (context_parallel_size of the model's config)"
+        return Found("with context parallelism, whose ranks each count from 0", change)
+    kinds = {chunk.position_embedding_type for chunk in setting.chunks} - {"rope", "yarn"}
+    if kinds or setting.model.multi_latent_attention:
+        return Found("without the rotary table of rope or yarn", "--position-embedding-type to rope or yarn")
     return None
 
 

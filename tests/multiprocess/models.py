@@ -39,6 +39,7 @@ from regate_megatron.compat import unwrap
 from regate_megatron.method.budget import align_up
 from tests.multiprocess.cores import flat_rows, forget_router_metrics, own_part
 from tests.multiprocess.qwen_like import QwenLike, put_media
+from tests.multiprocess.scaled_by_place import ScaledByPlace
 
 LAYERS, HIDDEN, VOCAB, TEXT, GLOBAL_ROWS = 4, 32, 64, 24, 8
 IMAGE, PATCH = 16, 8
@@ -78,6 +79,9 @@ def build(case: dict) -> list[torch.nn.Module]:
             setattr(config, name, value)
         make = {"llava": _llava, "hybrid": _hybrid, "qwen": _qwen, "mimo": _mimo}.get(case["model"], _gpt)
         chunks.append(make(config, case, first, last, vp_stage if virtual else None))
+        if case.get("scaled"):
+            for layer in chunks[-1].decoder.layers:
+                layer.self_attention.core_attention.__class__ = ScaledByPlace
     for chunk in chunks:
         chunk.model_type = ModelType.encoder_or_decoder  # Megatron's get_model sets it
         fill_by_name(chunk)

@@ -39,6 +39,12 @@ POSITIONS = [
     case("mrope-n0", positions="mrope", dense_layers=0, config={"mrope_section": [2, 1, 1]}),
     case("none", positions="none"),
 ]
+SCALED = [  # queries by their place, past a maximum of five positions, as Ministral 3 has it
+    case("scaled", scaled=True, multiple=2),
+    case("scaled-yarn-n0-uniform", scaled=True, positions="yarn", set=YARN, dense_layers=0, recompute="uniform"),
+    case("scaled-last1-core", scaled=True, dense_last=1, recompute="core_attn"),
+    case("scaled-packed", scaled=True, packed=True, rows=1, budget="per-sample"),
+]
 LATENT = [
     _mla("mla-yarn", config={"rope_type": "yarn"}, multiple=2),
     _mla("mla-rope-uniform", config={"rope_type": "rope"}, recompute="uniform"),
@@ -91,8 +97,9 @@ FROZEN = [
     # Without biases: Megatron's checkpoint returns the bias of an MLP as an output, and its backward never ends.
     case("selective-mlp-llava", model="llava", recompute="core_attn+mlp", config={"add_bias_linear": False}),
 ]
-ONE_RANK = [*POSITIONS, *LATENT, *EXPERTS, *HYBRID, *FROZEN]
+ONE_RANK = [*POSITIONS, *SCALED, *LATENT, *EXPERTS, *HYBRID, *FROZEN]
 FOUR_RANKS = [
+    case("scaled@tp2-sp-pp2", scaled=True, tp=2, sp=True, pp=2, multiple=2),
     case("yarn@tp2-pp2", positions="yarn", set=YARN, tp=2, pp=2),
     case("mrope@tp2-pp2", positions="mrope", config={"mrope_section": [2, 1, 1]}, tp=2, pp=2),
     _mla("mla-yarn@tp2-sp-pp2", config={"rope_type": "yarn"}, tp=2, pp=2, sp=True, multiple=2),
