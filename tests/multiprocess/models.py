@@ -21,29 +21,25 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.models.mimo import MimoModel, MimoModelConfig
-from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
 from megatron.core.models.multimodal.llava_model import DEFAULT_IMAGE_TOKEN_INDEX, LLaVAModel
 from megatron.core.models.multimodal.llava_spec import decoder_model_with_local_default_spec
-from megatron.core.models.vision.clip_vit_model import CLIPViTModel
-from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
-from megatron.core.transformer.spec_utils import ModuleSpec, get_submodules
+from megatron.core.transformer.spec_utils import get_submodules
 
 from regate_megatron.compat import unwrap
 from regate_megatron.method.budget import align_up
 from tests.multiprocess.cores import flat_rows, forget_router_metrics, own_part
+from tests.multiprocess.mimo import end_to_end, mimo_model, put_pictures
 from tests.multiprocess.qwen_like import QwenLike, put_media
 from tests.multiprocess.scaled_by_place import ScaledByPlace
 
 LAYERS, HIDDEN, VOCAB, TEXT, GLOBAL_ROWS = 4, 32, 64, 24, 8
 IMAGE, PATCH = 16, 8
-MIMO_TOKEN = 60  # stands for a position of a picture in MIMO
 VISUAL = (IMAGE // PATCH) ** 2  # positions of a picture, unless a case has larger ones ("side", in pixels)
 
 
@@ -155,48 +151,17 @@ def _qwen(config, case, first, last, vp_stage):
 
 def _vision(case):
     """The transformer configs of a tower and of its projection."""
-    vision = TransformerConfig(
-        num_layers=1,
-        hidden_size=HIDDEN,
-        num_attention_heads=4,
-        use_cpu_initialization=True,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=case["tp"],
-    )
+    sizes = {"num_layers": 1, "hidden_size": HIDDEN, "num_attention_heads": 4, "use_cpu_initialization": True}
+    sizes |= {"tensor_model_parallel_size": case["tp"]}
+    vision = TransformerConfig(hidden_dropout=0.0, attention_dropout=0.0, **sizes)
     vision.vision_model_type = "clip"
-    projection = TransformerConfig(
-        num_layers=1,
-        hidden_size=HIDDEN,
-        ffn_hidden_size=HIDDEN,
-        num_attention_heads=4,
-        use_cpu_initialization=True,
-        tensor_model_parallel_size=case["tp"],
-    )
+    projection = TransformerConfig(ffn_hidden_size=HIDDEN, **sizes)
     return vision, projection, get_submodules(decoder_model_with_local_default_spec(None, False).submodules.mlp)
 
 
-def _mimo(config, case, first, last, _):
-    """As the llava_vlm example builds it: a tower of CLIP's, its projection, and a language model."""
-    vision, projection, layers = _vision(case)
-    side, language = case.get("side", IMAGE), {"vocab_size": VOCAB, "max_sequence_length": TEXT}
-    tower = {"transformer_config": vision, "transformer_layer_spec": get_vit_layer_with_local_spec()}
-    tower |= {"patch_dim": PATCH, "img_h": side, "img_w": side, "add_class_token": False, "class_token_len": 0}
-    project = {"config": projection, "submodules": layers, "projector_type": "mlp", "input_size": HIDDEN}
-    pictures = {
-        "encoders": {"clip_encoder": ModuleSpec(module=CLIPViTModel, params=tower)},
-        "input_projections": [ModuleSpec(module=MultimodalProjector, params=project)],
-    }
-    language |= {"transformer_layer_spec": get_gpt_decoder_block_spec(config, use_transformer_engine=False)}
-    language |= {"position_embedding_type": "rope", "scatter_embedding_sequence_parallel": False, "config": config}
-    return MimoModel(
-        MimoModelConfig(
-            language_model_spec=ModuleSpec(module=GPTModel, params=language),
-            modality_submodules_spec={"images": ModuleSpec(module=VisionModalitySubmodules, submodules=pictures)},
-            special_token_ids={"images": MIMO_TOKEN},
-            kv_format="thd" if case.get("packed") else "sbhd",
-        )
-    )
+def _mimo(config, case, *_):
+    sizes = {"side": case.get("side", IMAGE), "patch": PATCH, "vocabulary": VOCAB, "length": TEXT}
+    return mimo_model(config, *_vision(case), packs="packed" in case, **sizes)
 
 
 def _llava(config, case, first, last, _):
@@ -274,7 +239,7 @@ def batches(case: dict) -> list[dict]:
             batch["loss_mask"][:, : place + 1] = 0
             batch["image"] = image[rows]
         if case["model"] == "mimo":
-            put_pictures(batch, image[rows], 0 if start // 2 % 2 else 3)
+            put_pictures(batch, image[rows], 0 if start // 2 % 2 else 3, PATCH)
         if case.get("unlabelled"):  # as Hugging Face marks what is no target, in prompts and padding; with a loss mask
             is_marked = (batch["loss_mask"] == 0) & (torch.arange(TEXT) % 3 == 0) & (torch.arange(TEXT) < 12)
             batch["labels"].masked_fill_(is_marked, -100)
@@ -282,32 +247,11 @@ def batches(case: dict) -> list[dict]:
         if case["model"] == "qwen":
             put_media(batch, start)
         if case.get("packed"):
-            (pack_for_mimo if case["model"] == "mimo" else pack)(batch, start)
+            end_to_end(batch) if case["model"] == "mimo" else pack(batch, start)
         if case.get("ragged"):  # rows of two lengths, by global row
             batch = {name: values[:, : TEXT - 3 * (start // 2 % 2)] for name, values in batch.items()}
         own.append(batch)
     return own
-
-
-def put_pictures(batch: dict, image: torch.Tensor, place: int) -> None:
-    """Write a picture into every row of a batch for MIMO, and what its encoder is called with beside it."""
-    tokens, visual = batch["tokens"], (image.shape[-1] // PATCH) ** 2
-    tokens[tokens >= MIMO_TOKEN] = 1
-    tokens[:, place : place + visual] = MIMO_TOKEN
-    batch["labels"] = torch.cat([tokens[:, 1:], batch["labels"][:, -1:]], dim=1)
-    batch["loss_mask"][:, max(0, place - 1) : place + visual] = 0
-    batch["modality_inputs"] = {"images": {"clip_encoder": {"x": image}}}
-
-
-def pack_for_mimo(batch: dict, start: int) -> None:
-    """Lay rows end to end, a sample each, as MIMO's task encoder packs."""
-    rows = len(batch["tokens"])
-    for name in ("tokens", "labels", "loss_mask"):
-        batch[name] = batch[name].reshape(1, -1)
-    batch["position_ids"] = torch.arange(rows * TEXT)[None]
-    starts, most = torch.arange(rows + 1, dtype=torch.int32) * TEXT, torch.tensor(TEXT, dtype=torch.int32)
-    ends = {f"cu_seqlens_{one}": starts for one in ("q", "kv", "q_padded", "kv_padded")}
-    batch["packing_kwargs"] = ends | {"max_seqlen_q": most, "max_seqlen_kv": most}
 
 
 def pack(batch: dict, start: int) -> None:
@@ -347,9 +291,8 @@ class Step:
                 batch["image"], batch["tokens"], batch["position_ids"], None, batch["labels"], batch["loss_mask"]
             )
         elif "modality_inputs" in batch:
-            names = ("position_ids", "labels", "loss_mask", "modality_inputs")
-            packing = {"packing_kwargs": batch.get("packing_kwargs")}
-            output, mask = model(batch["tokens"], **{name: batch[name] for name in names}, **packing)
+            names = ("position_ids", "labels", "loss_mask", "modality_inputs", "packing_kwargs")
+            output, mask = model(batch["tokens"], **{name: batch.get(name) for name in names})
         else:
             output = model(
                 batch["tokens"],
