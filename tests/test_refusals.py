@@ -187,10 +187,6 @@ REFUSED = {
         "given student, whose adapters cannot be switched off",
     ),
     "loss scaled per turn": ({"args": {"use_loss_scaling": True}}, "given --use-loss-scaling"),
-    "mrope with context parallelism": (
-        {"position_embedding_type": "mrope", "model": {"context_parallel_size": 2}},
-        "given mrope with context parallelism",
-    ),
     "FSDP": ({"args": {"use_megatron_fsdp": True}}, "given --use-megatron-fsdp"),
     "fused rope with two rows": (
         {"model": {"apply_rope_fusion": True}, "micro_batch_size": 2},
@@ -292,6 +288,7 @@ SUPPORTED = {
     "dense layers first and last": {"config": {"dense_layers": 1, "dense_last_layers": 2}},
     "yarn": {"position_embedding_type": "yarn"},
     "mrope": {"position_embedding_type": "mrope"},
+    "mrope cut over context ranks": {"position_embedding_type": "mrope", "model": {"context_parallel_size": 2}},
     "a last stage with the loss only": {
         "model": {"pipeline_model_parallel_size": 4, "pipeline_model_parallel_layout": _layout("Et|t|tt|L", 4)},
     },

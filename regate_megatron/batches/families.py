@@ -100,6 +100,15 @@ def _llava_packs(model: Any, args: Any) -> bool | str:
 
 
 def _bridge_qwen_vl(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
+    if model.config.context_parallel_size > 1:
+        error = refuse(
+            "context parallelism",
+            given=f"Qwen25VLModel of Megatron-Bridge on {model.config.context_parallel_size} context ranks",
+            allowed="one, as each would get the whole row with its own part of the rotary table, ReGATE or not",
+            change="context_parallel_size to 1, or take Qwen3-VL",
+        )
+        error.everywhere = True
+        raise error
     return QwenVLBatches(
         image_token=model.config.image_token_id,
         video_token=model.config.video_token_id,

@@ -10,6 +10,7 @@ from megatron.bridge.data.base import DatasetProvider
 from megatron.bridge.data.packing.in_batch import pack_right_padded_sequence_batch_to_mcore_thd
 from megatron.bridge.models.gpt_provider import GPTModelProvider, local_layer_spec
 from megatron.bridge.models.qwen_vl import Qwen25VLModelProvider, qwen3_vl_provider
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl import attention as qwen3_vl_attention
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl import model as qwen3_vl_model
 from megatron.bridge.models.qwen_vl.qwen3_vl_provider import Qwen3VLModelProvider, Qwen3VLMoEModelProvider
 from megatron.bridge.training.utils.visual_inputs import GenericVisualInputs
@@ -102,6 +103,8 @@ def _qwen3_vision() -> Qwen3VLVisionConfig:
 
 def qwen3(**layout: Any) -> Qwen3VLModelProvider:
     without_engine()
+    if layout.get("context_parallel_size", 1) > 1:
+        over_context_ranks()
     return Qwen3VLModelProvider(vision_config=_qwen3_vision(), **QWEN3, **layout)
 
 
@@ -119,6 +122,11 @@ def without_engine() -> None:
     qwen3_vl_model.TENorm = WrappedTorchNorm
     qwen3_vl_model.TEColumnParallelLinear = ColumnParallelLinear
     qwen3_vl_model.TERowParallelLinear = RowParallelLinear
+
+
+def over_context_ranks() -> None:
+    """Beside Transformer Engine's attention Qwen3-VL has one of its own, for a rank that holds the whole row: not it."""
+    qwen3_vl_attention.DotProductAttention = type("NoAttentionAtAll", (), {})
 
 
 def _local_layer(*, num_experts: int | None, qk_layernorm: bool, **_: Any) -> ModuleSpec:

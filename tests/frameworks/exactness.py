@@ -12,11 +12,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from regate_megatron import ReGateConfig, attach, detach, wrap_forward_backward
 from regate_megatron.api import session_of
 from regate_megatron.compat import language_model_of, unwrap
+from regate_megatron.decoder.cutting import places
 
 
 def compare(
@@ -60,20 +63,27 @@ def compare(
 
 def _step(model: list[Any], run: Any, schedule: Any, batch: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
     model[0].zero_grad_buffer()
-    loss = run(schedule, batch)
-    return loss, [parameter.main_grad.clone() for parameter in model[0].parameters()]
+    loss = run(schedule, batch).detach().clone()
+    gradients = [parameter.main_grad.clone() for parameter in model[0].parameters()]
+    if mpu.get_context_parallel_world_size() > 1:  # each rank has a part, and which one depends on the length
+        for value in (loss, *gradients):
+            dist.all_reduce(value, group=mpu.get_context_parallel_group())
+    return loss, gradients
 
 
 def _hidden_from_others(attention: Any, is_hidden_BS: Tensor) -> Any:
     """Attention in which hidden keys are seen by themselves alone."""
-    if hasattr(attention, "_local_causal_attention"):  # Qwen3-VL of Megatron-Bridge: no mask reaches it
+    size, length = mpu.get_context_parallel_world_size(), is_hidden_BS.shape[1]
+    if size == 1 and hasattr(attention, "_local_causal_attention"):  # Qwen3-VL of Bridge: no mask reaches it
         return mock.patch.object(attention, "_local_causal_attention", _hiding(is_hidden_BS))
     core = attention.core_attention
     inner = core.forward
-    is_hidden_BSS = is_hidden_BS[:, None, :] & ~torch.eye(is_hidden_BS.shape[1], dtype=torch.bool)
+    own_q = places([length], cp_size=size).positions_of(mpu.get_context_parallel_rank())
+    is_hidden_BqS = (is_hidden_BS[:, None, :] & ~torch.eye(length, dtype=torch.bool))[:, own_q]
 
-    def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *args: Any, **options: Any) -> Tensor:
-        return inner(query, key, value, mask | is_hidden_BSS[:, None], *args, **options)
+    def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **options: Any) -> Tensor:
+        hidden_B1qS = is_hidden_BqS[:, None] if mask is None else mask | is_hidden_BqS[:, None]
+        return inner(query, key, value, hidden_B1qS, *args, **options)
 
     return mock.patch.object(core, "forward", forward)
 

@@ -74,3 +74,8 @@ def test_attach_is_a_pre_wrap_hook_of_bridge_s_provider(trainings):
     totals = trainings["qwen own loop"]["totals"]
     assert (totals["steps"], totals["sparse_steps"]) == (3, 2)
     assert (totals["targets_total"], totals["targets_kept"]) == (3 * 60, 60 + 2 * 30)
+
+
+def test_plain_bridge_itself_cannot_run_it_on_two_context_ranks_so_it_is_refused(trainings):
+    """A rank gets the whole row, 24 positions, and its half of the rotary table; ``attach`` has refused before."""
+    assert trainings["qwen cp2"]["said"].startswith("The size of tensor a (24) must match the size of tensor b (12)")

@@ -247,7 +247,7 @@ def delayed_scaling_is_updated_once_per_microbatch() -> None:
     keep_idx_BK = torch.arange(0, TEXT, 2).expand(2, -1).contiguous()
     plan = MicrobatchPlan(TEXT, keep_idx_BK, torch.ones_like(keep_idx_BK, dtype=torch.bool))
     layout = Layout.of_model(model.config, sequence_parallel=False)
-    (sharded,) = shard_plans([plan], layout, torch.device("cpu"), moves_hidden=True, moves_losses=True)
+    (sharded,) = shard_plans([plan], layout, torch.device("cpu"), moves_hidden=True, moves_tokens=True)
     tokens = torch.ones(2, TEXT, dtype=torch.int64)
     manager = quantization.FP8GlobalStateManager
     with (
