@@ -152,7 +152,7 @@ class ShardedPlan:
             of every slot in its segment, [1, K] (Megatron cuts those itself).
         is_fill_Bk: slots of this context rank that are fill.
         hidden: exchange of hidden states, on ranks that compact.
-        tokens: exchange of labels and losses on ranks that compute the loss, and of rotary tables where batches bring them.
+        tokens: exchange of labels and losses on ranks that compute the loss, and of rotary tables that batches bring.
         cu_seqlens, cu_seqlens_padded: int32 [N+1] of real slots and of slots, per row or segment.
         max_length: the longest row or segment, slots.
         is_packed: whether the row holds several segments.

@@ -125,7 +125,7 @@ def without_engine() -> None:
 
 
 def over_context_ranks() -> None:
-    """Beside Transformer Engine's attention Qwen3-VL has one of its own, for a rank that holds the whole row: not it."""
+    """Where it is not Transformer Engine's, Qwen3-VL takes an attention of its own, for whole rows: not here."""
     qwen3_vl_attention.DotProductAttention = type("NoAttentionAtAll", (), {})
 
 

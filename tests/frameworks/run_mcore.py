@@ -21,13 +21,13 @@ from tests.frameworks import mcore_on_cpu
 mcore_on_cpu.install()
 
 import torch
+from mcore_bridge import split_cp_inputs
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from mcore_bridge import split_cp_inputs
 from regate_megatron import ReGateConfig, attach, step_done, wrap_forward_backward
 from regate_megatron.api import session_of
 from tests.frameworks import exactness, tiny_hf

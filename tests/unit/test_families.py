@@ -71,7 +71,7 @@ def test_a_class_below_a_known_one_is_that_one_unless_it_runs_otherwise():
 def test_bridge_s_qwen25_vl_which_cuts_no_row_is_refused_under_context_parallelism():
     model = _qwen(_class(QWEN, get_rope_index=_get_rope_index))
     model.config.context_parallel_size = 2
-    with pytest.raises(ReGateError, match="given Qwen25VLModel of Megatron-Bridge on 2 context ranks; allowed one") as no:
+    with pytest.raises(ReGateError, match="Qwen25VLModel of Megatron-Bridge on 2 context ranks; allowed one") as no:
         adapter_for(model, None)
     assert no.value.everywhere
 
