@@ -12,6 +12,12 @@ from regate_megatron.support.setting import Fields, Found, Rule, Setting, flag_o
 _PACKING_FLAGS = ("sft", "dataloader_inter_document_masking", "use_packed_sequence")
 
 
+OVERLAP = (
+    "tp_comm_overlap: on in dense steps and layers, off where sequences are short, as its user buffers have one size;"
+    " never run with ReGATE, for want of a GPU: compare a few steps with and without it first"
+)
+
+
 def _several_lengths(setting: Setting) -> Any:
     budget = setting.config.budget
     if budget in ("uniform", "dealt") or not gathers_over_replicas(setting.model):
@@ -192,10 +198,7 @@ def hints(setting: Setting) -> list[str]:
             " --regate-keep-ratio 1 and at your ratio with --moe-token-dispatcher-type alltoall first"
         )
     if getattr(setting.model, "tp_comm_overlap", False):
-        lines.append(
-            "tp_comm_overlap: on in dense steps and layers, off where sequences are short, as its user buffers have one"
-            " size; never run with ReGATE, for want of a GPU: compare a few steps with and without it first"
-        )
+        lines.append(OVERLAP)
     if setting.model.context_parallel_size > 1 and not getattr(setting.model, "calculate_per_token_loss", False):
         lines.append(
             "context parallelism without --calculate-per-token-loss: each context rank divides its loss by its own"

@@ -193,6 +193,44 @@ class PictureRows(Rows):
         return dict(batch, visual_inputs=visual)
 
 
+class MediaRows(PictureRows):
+    """Two pictures of different sizes in one row, a clip in the next, as Qwen2.5-VL has it: with seconds per frame."""
+
+    seconds: float | None = 0.5
+    clip = [START_TOKEN, *[VIDEO_TOKEN] * 8, 7, 8]
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        tokens, mask = torch.randint(1, 100, (TEXT,), generator=generator), torch.ones(TEXT)
+        pictures = [5, START_TOKEN, *[IMAGE_TOKEN] * 6, 6, START_TOKEN, *[IMAGE_TOKEN] * 4]
+        start = torch.tensor(self.clip if index % 2 else pictures)
+        tokens[: len(start)], mask[: len(start)], mask[-1] = start, 0, 0
+        row = {"input_ids": tokens, "loss_mask": mask, "position_ids": torch.arange(TEXT)}
+        row["labels"] = pad(tokens[1:], (0, 1), value=-100).masked_fill(mask == 0, -100)
+        return row | {"pixels": torch.randn(32 if index % 2 else 24 + 16, 3 * 2 * 2 * 2, generator=generator)}
+
+    @classmethod
+    def collate_fn(cls, rows: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "pixels"}
+        pictures, clip = (row["pixels"] for row in rows)
+        seconds = {} if cls.seconds is None else {"second_per_grid_ts": torch.tensor([cls.seconds])}
+        visual = GenericVisualInputs(
+            pixel_values=pictures,
+            image_grid_thw=torch.tensor([[1, 4, 6], [1, 4, 4]]),
+            pixel_values_videos=clip,
+            video_grid_thw=torch.tensor([[2, 4, 4]]),
+            **seconds,
+        )
+        return dict(batch, visual_inputs=visual)
+
+
+class TimedMediaRows(MediaRows):
+    """The same as Qwen3-VL has it: every frame of the clip behind a text with its time."""
+
+    seconds = None
+    clip = [31, START_TOKEN, *[VIDEO_TOKEN] * 4, 32, START_TOKEN, *[VIDEO_TOKEN] * 4]
+
+
 class PackedPictureRows(PictureRows):
     """The same rows, packed as Bridge's collators pack them (``enable_in_batch_packing``)."""
 
@@ -205,6 +243,16 @@ class PackedPictureRows(PictureRows):
         batch["attention_mask"] = (torch.arange(TEXT) < length_B[:, None]).long()
         pack_right_padded_sequence_batch_to_mcore_thd(batch, pad_to_multiple_of=cls.multiple)
         return batch
+
+
+class UnevenPictureRows(PackedPictureRows):
+    """The same with captions that end early in the rows that the first of two ranks reads."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = super().__getitem__(index)
+        if index // 2 % 2 == 0:
+            row["loss_mask"][12:], row["labels"][12:] = 0, -100
+        return row
 
 
 class FilledPictureRows(PackedPictureRows):

@@ -28,6 +28,7 @@ def compare(
     schedule: Callable[..., Any],
     batch: dict[str, Any],
     dense_layers: int,
+    visual_score: str = "random",
 ) -> dict[str, float]:
     """Errors of loss and gradients of one microbatch, over the largest of each tensor or 1.
 
@@ -35,7 +36,7 @@ def compare(
         model: its one chunk, in DDP.
         run: runs a schedule over a batch; the loss.
     """
-    by_chance = {"score": "random", "visual_score": "random", "visual_keep_ratio": 0.5}
+    by_chance = {"score": "random", "visual_score": visual_score, "visual_keep_ratio": 0.5}
     steps = {"warmup_steps": 0, "cycle_steps": 100, "dense_steps": 0}
     attach(model, ReGateConfig(**by_chance, **steps, dense_layers=dense_layers))
     loss, gradients = _step(model, run, wrap_forward_backward(schedule), batch)
@@ -82,7 +83,9 @@ def _hidden_from_others(attention: Any, is_hidden_BS: Tensor) -> Any:
     is_hidden_BqS = (is_hidden_BS[:, None, :] & ~torch.eye(length, dtype=torch.bool))[:, own_q]
 
     def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **options: Any) -> Tensor:
-        hidden_B1qS = is_hidden_BqS[:, None] if mask is None else mask | is_hidden_BqS[:, None]
+        if mask is None:  # of causal attention, by its type
+            mask = torch.ones(length, length, dtype=torch.bool).triu(1)[own_q][None, None]
+        hidden_B1qS = mask | is_hidden_BqS[:, None]
         return inner(query, key, value, hidden_B1qS, *args, **options)
 
     return mock.patch.object(core, "forward", forward)

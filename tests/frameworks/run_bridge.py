@@ -61,6 +61,7 @@ class Case:
     Attributes:
         regate: settings; None for plain Bridge.
         tp, pp, dp, cp, ep: the layout.
+        batch: rows of the global batch.
         per_token: whether the loss is the mean over the tokens of the global batch, as context parallelism asks.
         rows: the class of rows; None: the model's usual one.
         packs: whether the step is to pack the rows (``enable_in_batch_packing`` without a collator that does).
@@ -82,6 +83,7 @@ class Case:
     ep: int = 1
     cp: int = 1
     per_token: bool = False
+    batch: int = 4
 
 
 PREFIX = {"gpt": "", "qwen": "qwen ", "qwen3": "qwen3 ", "qwen3_moe": "qwen3_moe "}
@@ -109,6 +111,7 @@ CASES = BOTH | {
 CASES |= {f"qwen {name}": dataclasses.replace(case, model="qwen") for name, case in BOTH.items()}
 EACH = STUDENT | {"budget": "per-sample"}  # others give a row what its microbatch has room for, and packing is room
 VISUAL = {"visual_keep_ratio": 0.5, "visual_score": "random"}
+DEALT = STUDENT | {"budget": "dealt", "visual_keep_ratio": 0.5, "visual_score": "detail"}
 PACKED = {
     "packed plain": Case(rows="PackedPictureRows"),
     "packed all kept": Case(rows="PackedPictureRows", regate=ALL_KEPT),
@@ -120,6 +123,8 @@ PACKED = {
     "packed visual": Case(rows="PackedPictureRows", regate=EACH | VISUAL),
     "each": Case(regate=EACH),
     "visual": Case(regate=EACH | VISUAL),
+    "dealt": Case(rows="UnevenPictureRows", regate=DEALT, batch=8),
+    "dealt dp2": Case(rows="UnevenPictureRows", regate=DEALT, batch=8, dp=2),
 }
 CASES |= {f"qwen {name}": dataclasses.replace(case, model="qwen") for name, case in PACKED.items()}
 CASES |= {
@@ -243,7 +248,7 @@ def settings(name: str, case: Case, folder: Path) -> ConfigContainer:
     rows = getattr(bridge_models, case.rows or {"gpt": "Rows"}.get(case.model, "PictureRows"))
     return ConfigContainer(
         model=getattr(bridge_models, case.model)(**layout),
-        train=TrainingConfig(micro_batch_size=2, global_batch_size=4, train_iters=STEPS),
+        train=TrainingConfig(micro_batch_size=2, global_batch_size=case.batch, train_iters=STEPS),
         validation=ValidationConfig(eval_interval=3, eval_iters=1),
         optimizer=OptimizerConfig(optimizer="adam", lr=1e-2, min_lr=1e-3, use_distributed_optimizer=False),
         scheduler=SchedulerConfig(
@@ -334,7 +339,13 @@ def exact(name: str, case: Case, folder: Path) -> None:
         return result["lm loss"][0] if case.cp == 1 else result["lm loss"][0] / result["lm loss"][1]
 
     schedule = get_forward_backward_func()
-    found = {layers: exactness.compare(model, run, schedule, batch, layers) for layers in (0, 1, 3)}
+    found = {
+        f"{layers}{'' if rule == 'random' else f' {rule}'}": exactness.compare(
+            model, run, schedule, batch, layers, rule
+        )
+        for layers in (0, 1, 3)
+        for rule in (("random",) if case.rows is None else ("static", "even"))
+    }
     (folder / f"{name}.json").write_text(json.dumps(found))
 
 
@@ -343,7 +354,7 @@ def _model_and_batch(case: Case) -> tuple[list[Any], dict[str, Any]]:
     provider.finalize()
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=False)
     model = provider.provide_distributed_model(ddp_config=ddp_config, use_cpu_initialization=True)
-    rows = bridge_models.PictureRows(2)
+    rows = getattr(bridge_models, case.rows or "PictureRows")(2)
     return model, rows.collate_fn([rows[0], rows[1]])
 
 
@@ -380,6 +391,8 @@ OWN_LOOPS = {
     "qwen3 exact": (Case(model="qwen3"), exact),
     "qwen3_moe exact": (Case(model="qwen3_moe"), exact),
     "qwen3 cp2 exact": (Case(model="qwen3", cp=2), exact),
+    "qwen media exact": (Case(model="qwen", rows="MediaRows"), exact),
+    "qwen3 media exact": (Case(model="qwen3", rows="TimedMediaRows"), exact),
     "qwen cp2": (Case(model="qwen", cp=2), plain_fails),
 }
 CASES |= {name: case for name, (case, _) in OWN_LOOPS.items()}

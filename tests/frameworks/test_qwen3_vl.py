@@ -48,6 +48,14 @@ def test_on_two_context_ranks_a_sparse_step_is_the_masked_full_length_step(train
     assert result["loss_error"] <= 1e-6 and result["gradient_error"] <= 1e-5, result
 
 
+@pytest.mark.parametrize("rule", ["static", "even"])
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_a_sparse_step_over_pictures_and_a_clip_with_times_is_the_masked_full_length_step(trainings, layers, rule):
+    result = trainings["qwen3 media exact"][f"{layers} {rule}"]
+    assert result["kept"] < result["dense"]
+    assert result["loss_error"] <= 1e-6 and result["gradient_error"] <= 1e-5, result
+
+
 def test_on_two_context_ranks_keep_ratio_1_trains_bit_for_bit_as_without(trainings):
     assert trainings["qwen3 cp2 all kept"]["losses"] == trainings["qwen3 cp2 plain"]["losses"]
 
