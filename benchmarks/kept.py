@@ -97,7 +97,7 @@ class Compact(MaskTheLoss):
         LossHook(self.language_model, self._current)
 
     def _run_planned(self, batch: dict[str, Any]) -> None:
-        (sharded,) = shard_plans([self.plan], Layout(), torch.device("cpu"), moves_hidden=True, moves_losses=True)
+        (sharded,) = shard_plans([self.plan], Layout(), torch.device("cpu"), moves_hidden=True, moves_tokens=True)
         with self._current.running(sharded, None):
             self._run(batch, self.schedule)
 

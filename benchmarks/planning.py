@@ -220,7 +220,7 @@ def _whole_step(microbatches: int, length: int, rounds: int) -> dict[str, Any]:
         elided = (~step.plan.kept_P).split(step.whole.sizes)
         for batch, elided_Y in zip(batches, elided, strict=True):
             adapter.elide(batch, elided_Y.view_as(batch["loss_mask"]))
-        shard_plans(step.plan.microbatches, layout, device, moves_hidden=True, moves_losses=True)
+        shard_plans(step.plan.microbatches, layout, device, moves_hidden=True, moves_tokens=True)
         count_step(step, **layers)
 
     planner.sorts[0].score = partial(timed, "score", planner.sorts[0].score)
@@ -258,7 +258,7 @@ def _layouts(length: int, rounds: int) -> list[dict[str, Any]]:
     kept_1S = torch.zeros(1, length, dtype=torch.bool)
     kept_1S[0, torch.randperm(length, generator=torch.Generator().manual_seed(0))[: 9 * length // 16]] = True
     plan, rows, group = MicrobatchPlan.of(kept_1S, 9 * length // 16), [], object()
-    moves = {"moves_hidden": True, "moves_losses": True}
+    moves = {"moves_hidden": True, "moves_tokens": True}
     for cp_size, sp_size in ((1, 1), (2, 2), (8, 8)):
         shared = {"hidden_group": group, "context_group": group} if cp_size > 1 else {}
         layout = Layout(cp_size=cp_size, sp_size=sp_size, **shared)

@@ -168,7 +168,10 @@ REFUSED = {
         {"model": {"overlap_moe_expert_parallel_comm": True}},
         "given overlap_moe_expert_parallel_comm=True",
     ),
-    "TP overlap": ({"model": {"tp_comm_overlap": True}}, "given tp_comm_overlap=True"),
+    "TP overlap by fused operations": (
+        {"model": {"tp_comm_overlap": True, "use_transformer_engine_op_fuser": True}},
+        "given tp_comm_overlap=True with use_transformer_engine_op_fuser",
+    ),
     "packed rows with fused rope": (
         {"args": {"sft": True}, "model": {"apply_rope_fusion": True}},
         "given --sft with fused RoPE",
@@ -187,10 +190,6 @@ REFUSED = {
         "given student, whose adapters cannot be switched off",
     ),
     "loss scaled per turn": ({"args": {"use_loss_scaling": True}}, "given --use-loss-scaling"),
-    "mrope with context parallelism": (
-        {"position_embedding_type": "mrope", "model": {"context_parallel_size": 2}},
-        "given mrope with context parallelism",
-    ),
     "FSDP": ({"args": {"use_megatron_fsdp": True}}, "given --use-megatron-fsdp"),
     "fused rope with two rows": (
         {"model": {"apply_rope_fusion": True}, "micro_batch_size": 2},
@@ -292,6 +291,7 @@ SUPPORTED = {
     "dense layers first and last": {"config": {"dense_layers": 1, "dense_last_layers": 2}},
     "yarn": {"position_embedding_type": "yarn"},
     "mrope": {"position_embedding_type": "mrope"},
+    "mrope cut over context ranks": {"position_embedding_type": "mrope", "model": {"context_parallel_size": 2}},
     "a last stage with the loss only": {
         "model": {"pipeline_model_parallel_size": 4, "pipeline_model_parallel_layout": _layout("Et|t|tt|L", 4)},
     },
@@ -366,7 +366,11 @@ PER_LAYER = {
     "fused rope": ({"apply_rope_fusion": True}, {"micro_batch_size": 2}, "fused RoPE with micro-batch size 2"),
     "expert capacity": ({"moe_expert_capacity_factor": 1.5}, {}, "moe_expert_capacity_factor=1.5"),
     "routing": ({"moe_router_load_balancing_type": "sinkhorn"}, {}, "sinkhorn"),
-    "communication overlap": ({"tp_comm_overlap": True}, {}, "tp_comm_overlap=True"),
+    "communication overlap": (
+        {"tp_comm_overlap": True, "use_transformer_engine_op_fuser": True},
+        {},
+        "tp_comm_overlap=True with use_transformer_engine_op_fuser",
+    ),
     "linear attention": ({"experimental_attention_variant": "gated_delta_net"}, {}, "experimental_attention_variant"),
 }
 
@@ -498,3 +502,10 @@ def test_the_flex_dispatcher_is_taken_and_told_to_be_unproven(backend, named):
     assert check_support(_setting(model=flex)) == (True, "")
     (line,) = hints(_setting(model=flex))
     assert f"the flex dispatcher ({named}) was never run" in line
+
+
+def test_overlap_of_tensor_parallel_communication_is_taken_and_told_to_be_unproven():
+    overlaps = {"tp_comm_overlap": True}
+    assert check_support(_setting(model=overlaps)) == (True, "")
+    (line,) = hints(_setting(model=overlaps))
+    assert "off where sequences are short" in line and "never run with ReGATE, for want of a GPU" in line

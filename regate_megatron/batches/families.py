@@ -69,6 +69,15 @@ def _refused(given: str, allowed: str, change: str) -> ReGateError:
     return error
 
 
+def _on_one_context_rank(
+    model: Any, given: str, why: str = "as it was never run on more", change: str = "or train it without --regate"
+) -> None:
+    """Refuse context parallelism of a family that cannot have it, or that no test has run with it."""
+    size = model.config.context_parallel_size
+    if size > 1:
+        raise _refused(f"{given} on {size} context ranks", f"one, {why}", f"context_parallel_size to 1, {change}")
+
+
 def _reads_position_ids(model: Any) -> bool:
     """Whether a token's position id changes what the language model makes of it, beyond rotary distances."""
     return compat.language_model_of(model).position_embedding_type == "learned_absolute"
@@ -106,6 +115,8 @@ def _llava_packs(model: Any, args: Any) -> bool | str:
 
 
 def _bridge_qwen_vl(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
+    why = "as each would get the whole row with its own part of the rotary table, ReGATE or not"
+    _on_one_context_rank(model, "Qwen25VLModel of Megatron-Bridge", why, "or take Qwen3-VL")
     return QwenVLBatches(
         image_token=model.config.image_token_id,
         video_token=model.config.video_token_id,
@@ -130,6 +141,8 @@ def _bridge_qwen3_vl(model: Any, pad_token: int | None, args: Any) -> BatchAdapt
 
 
 def _bridge_glm(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
+    _on_one_context_rank(model, "GLM45VModel of Megatron-Bridge")
+
     def rope_index(tokens: Any, kinds: Any, image_grid: Any, video_grid: Any, *, attention_mask: Any, **_: Any) -> Any:
         is_real = (tokens != 0).long() if attention_mask is None else attention_mask  # what the model takes for padding
         grids = {"image_grid_thw": image_grid, "video_grid_thw": video_grid}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ from regate_megatron.decoder.compaction import DecoderHook
 from regate_megatron.decoder.current import CurrentMicrobatch, Observer
 from regate_megatron.decoder.exchange import Layout, ShardedPlan, shard_plans
 from regate_megatron.decoder.losses import LossHook
+from regate_megatron.decoder.overlap import overlapping, without_overlap
 from regate_megatron.decoder.pipeline import check_arguments, shapes_from
 from regate_megatron.method.plan import StepPlan
 
@@ -55,8 +57,11 @@ class Hooks:
                 kind.pop().detach()
 
     def describe(self) -> list[str]:
-        """What is attached where, one line per hook."""
-        return [hook.describe() for hook in (*self.decoders, *self.losses)]
+        """What is attached where, one line per hook, and what sparse steps switch off."""
+        lines = [hook.describe() for hook in (*self.decoders, *self.losses)]
+        if count := len({id(module) for module, _ in self._overlapping()}):
+            lines.append(f"tensor-parallel communication overlap is off in sparse steps in {count} short modules")
+        return lines
 
     def run(
         self,
@@ -92,17 +97,23 @@ class Hooks:
         arguments = dict(arguments, **own)
         if self.has_pipeline:
             check_arguments(arguments)
-        if not (plans and self.has_pipeline):
+        with contextlib.ExitStack() as stack:
+            if plans:
+                stack.enter_context(without_overlap(self._overlapping()))
+                if self.has_pipeline:
+                    arguments = stack.enter_context(shapes_from(plans, self.layout, len(self.models), arguments))
             return schedule(**arguments)
-        with shapes_from(plans, self.layout, len(self.models), arguments) as told:
-            return schedule(**told)
+
+    def _overlapping(self) -> list[tuple[Any, str]]:
+        """Where short sequences would go through user buffers."""
+        return [switch for hook in self.decoders for switch in overlapping(hook.short_modules())]
 
     def lay_out(self, plan: StepPlan) -> list[ShardedPlan]:
         """This rank's part of every microbatch's plan, on its device; nothing in a dense step. No communication."""
         device = next(self.models[0].parameters()).device
         moves = {
             "moves_hidden": any(hook.compacts for hook in self.decoders),
-            "moves_losses": bool(self.losses),
+            "moves_tokens": bool(self.losses) or any(hook.positions.is_dense_given for hook in self.decoders),
             "comes_back": any(hook.comes_back for hook in self.decoders),
         }
         return shard_plans(plan.microbatches, self.layout, device, **moves)

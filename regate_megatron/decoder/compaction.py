@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -91,6 +92,11 @@ class DecoderHook:
             end = f", the last {self.num_dense_last} are dense again" if self.comes_back else ""
             return f"decoder ({where}): compacts after {self.num_dense_here} dense layers{end}"
         return f"decoder ({where}): arrives short"
+
+    def short_modules(self) -> Iterator[Any]:
+        """Every module of the model that a short sequence goes through: all but those of the dense layers."""
+        dense = {id(one) for layer in (*self.dense.layers, *self.last.layers) for one in layer.modules()}
+        return (one for one in self.model.modules() if id(one) not in dense)
 
     @property
     def comes_back(self) -> bool:

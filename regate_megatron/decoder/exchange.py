@@ -152,7 +152,7 @@ class ShardedPlan:
             of every slot in its segment, [1, K] (Megatron cuts those itself).
         is_fill_Bk: slots of this context rank that are fill.
         hidden: exchange of hidden states, on ranks that compact.
-        tokens: exchange of labels and losses, on ranks that compute the loss.
+        tokens: exchange of labels and losses on ranks that compute the loss, and of rotary tables that batches bring.
         cu_seqlens, cu_seqlens_padded: int32 [N+1] of real slots and of slots, per row or segment.
         max_length: the longest row or segment, slots.
         is_packed: whether the row holds several segments.
@@ -191,17 +191,17 @@ def shard_plans(
     device: torch.device,
     *,
     moves_hidden: bool,
-    moves_losses: bool,
+    moves_tokens: bool,
     comes_back: bool = False,
 ) -> list[ShardedPlan]:
     """This rank's part of every microbatch's plan, on its device in one copy; no communication.
 
     Args:
         moves_hidden: whether this rank's chunk compacts.
-        moves_losses: whether this rank's chunk computes the loss.
+        moves_tokens: whether this rank's chunk computes the loss, or gets its rotary table with every batch.
         comes_back: whether the chunk's last layers run at full length again; with ``moves_hidden``.
     """
-    moves = {"moves_hidden": moves_hidden, "moves_losses": moves_losses, "comes_back": comes_back}
+    moves = {"moves_hidden": moves_hidden, "moves_tokens": moves_tokens, "comes_back": comes_back}
     shards = [_shard(plan, layout, *ends, **moves) for plan, ends in zip(plans, _cumulative(plans), strict=True)]
     return shards if device.type == "cpu" else _on_device(shards, device)
 
@@ -229,7 +229,7 @@ def _shard(
     cu_seqlens_padded: Tensor,
     *,
     moves_hidden: bool,
-    moves_losses: bool,
+    moves_tokens: bool,
     comes_back: bool,
 ) -> ShardedPlan:
     """One microbatch's part, on the host."""
@@ -248,7 +248,7 @@ def _shard(
     hidden = tokens = None
     if moves_hidden:
         hidden = _exchange(plan, dense, short, layout, over_tensor_group=True)
-    if moves_losses:
+    if moves_tokens:
         is_same = hidden is not None and layout.sp_size == 1
         tokens = hidden if is_same else _exchange(plan, dense, short, layout, over_tensor_group=False)
     is_kept_LB = is_fill_lB = None

@@ -4,7 +4,8 @@ What the layers get is one argument, ``rotary_pos_emb`` [K, B, 1, D], which reco
 
 - rope and yarn, with any scaling, share or interleaving: rows of the table that the model's own rotary module makes for
   the dense length. (yarn's mscale is read by the attention from its config.)
-- mrope: the table depends on the batch's position ids, so the model's dense table of this microbatch is gathered.
+- mrope: the table depends on the batch's position ids, so the model's dense table of this microbatch is gathered. Under
+  context parallelism it holds this rank's positions, so it travels as labels do, on every stage.
 - multi-latent attention makes its table inside each layer, from the length of what it is given. There the argument
   carries the table past the layer, see :class:`HandedRotary`.
 - queries that are scaled by their place: see :mod:`.query_scale`.
@@ -20,8 +21,10 @@ from typing import Any
 
 from torch import Tensor
 
+from regate_megatron.compat import is_one_of
 from regate_megatron.decoder.exchange import ShardedPlan
 from regate_megatron.decoder.query_scale import QueryScale, scales_queries
+from regate_megatron.errors import refuse
 
 
 class Positions:
@@ -36,6 +39,7 @@ class Positions:
         self.model = model
         self.is_dense_given = model.position_embedding_type == "mrope" and not arrives_short
         self.is_short_given = model.position_embedding_type == "mrope" and arrives_short
+        self.cuts_rows_whole = is_one_of(model, ("megatron.core.models.gpt.gpt_model.GPTModel",))
         attentions = [getattr(layer, "self_attention", None) for layer in model.decoder.layers]
         self.handed = [HandedRotary(one) for one in attentions if _is_latent(one)]
         self.scales = [QueryScale(one) for one in attentions if scales_queries(one)]
@@ -54,11 +58,19 @@ class Positions:
             given: what the model passes to its decoder.
             plan: of the microbatch, on the device of the hidden states.
         """
-        if self.is_short_given or (given is None and not self.handed):
-            return given
+        if given is None and not self.handed:
+            return None
+        if self.is_short_given:
+            return _own_part(given, plan)
         if self.is_dense_given:
-            index_KB1D = plan.keep_idx_BK.t()[:, :, None, None].expand(-1, -1, 1, given.shape[-1])
-            return given.expand(-1, len(plan.keep_idx_BK), -1, -1).gather(0, index_KB1D)
+            if plan.is_packed and plan.cp_size > 1 and self.cuts_rows_whole:
+                raise refuse(
+                    "packed rows",
+                    given="mrope and context parallelism in Megatron-Core's own GPTModel",
+                    allowed="one of the two, as it cuts the rotary table of a packed row as if it were one segment",
+                    change="--context-parallel-size to 1",
+                )
+            return plan.tokens.to_short(given.expand(-1, len(plan.keep_idx_BK), -1, -1))
         table_kB1D = self._table(plan.dense_length, plan.place_Bk)[plan.place_Bk.t()][:, :, None]
         return self.scales[0].widened(table_kB1D, plan) if self.scales else table_kB1D
 
@@ -106,6 +118,16 @@ class HandedRotary:
     @cached_property
     def _mscale(self) -> float | None:
         return _emb_and_mscale(self.rotary, 1)[1]
+
+
+def _own_part(given_KB1D: Tensor, plan: ShardedPlan) -> Tensor:
+    """What this context rank needs of a table that the model may have left whole (some cut position ids before)."""
+    if plan.cp_size == 1 or len(given_KB1D) != plan.keep_idx_BK.shape[1]:
+        return given_KB1D
+    from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
+    from megatron.core.parallel_state import get_context_parallel_group
+
+    return get_pos_emb_on_this_cp_rank(given_KB1D, 0, get_context_parallel_group())
 
 
 def _emb_and_mscale(rotary: Any, length: int) -> tuple[Tensor, float | None]:

@@ -97,6 +97,11 @@ def _check(args: Any) -> None:
             error = refuse("ms-swift", given=f"--{name} {value}", allowed=allowed, change=f"--{name} to {allowed}")
             error.everywhere = True
             raise error
+    if args.context_parallel_size > 1 and args.cp_partition_mode != "zigzag":
+        given, change = f"--cp_partition_mode {args.cp_partition_mode}", "--cp_partition_mode to zigzag"
+        error = refuse("ms-swift", given=given, allowed="zigzag, the cut that is adapted", change=change)
+        error.everywhere = True
+        raise error
 
 
 def _state_of(args: Any) -> Path | None:

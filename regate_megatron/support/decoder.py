@@ -140,8 +140,6 @@ _FIXED_BUFFERS = Fields("moe_paged_stash")
 
 def _position_embedding(setting: Setting) -> Any:
     for kind in dict.fromkeys(chunk.position_embedding_type for chunk in setting.chunks):
-        if kind == "mrope" and setting.model.context_parallel_size > 1:
-            return Found("mrope with context parallelism", "--context-parallel-size to 1")
         if kind not in ("rope", "yarn", "mrope", "learned_absolute", "none"):
             return kind
     return None
@@ -254,7 +252,7 @@ DECODER_RULES = (
     Rule(
         "position embedding",
         _position_embedding,
-        "rope, yarn, learned_absolute or none; mrope without context parallelism",
+        "rope, yarn, mrope, learned_absolute or none",
         "--position-embedding-type",
         "relative distances would count kept tokens only",
     ),

@@ -12,6 +12,12 @@ from regate_megatron.support.setting import Fields, Found, Rule, Setting, flag_o
 _PACKING_FLAGS = ("sft", "dataloader_inter_document_masking", "use_packed_sequence")
 
 
+OVERLAP = (
+    "tp_comm_overlap: on in dense steps and layers, off where sequences are short, as its user buffers have one size;"
+    " never run with ReGATE, for want of a GPU: compare a few steps with and without it first"
+)
+
+
 def _several_lengths(setting: Setting) -> Any:
     budget = setting.config.budget
     if budget in ("uniform", "dealt") or not gathers_over_replicas(setting.model):
@@ -78,6 +84,13 @@ def _fsdp(setting: Setting) -> Any:
     return Found(found, f"the command: leave {found} out") if found else None
 
 
+def _fused_overlap(setting: Setting) -> Any:
+    fuses = getattr(setting.model, "use_transformer_engine_op_fuser", False)
+    if not (fuses and getattr(setting.model, "tp_comm_overlap", False)):
+        return None
+    return Found("tp_comm_overlap=True with use_transformer_engine_op_fuser", leave_out(setting, "tp_comm_overlap"))
+
+
 def _fused_rope(setting: Setting) -> Any:
     rows = setting.micro_batch_size
     return f"fused RoPE with micro-batch size {rows}" if setting.model.apply_rope_fusion and rows > 1 else None
@@ -130,10 +143,10 @@ TRAINING_RULES = (
     ),
     Rule(
         "tensor-parallel communication overlap",
-        Fields("tp_comm_overlap"),
-        "off",
-        "the command: leave --tp-comm-overlap out",
-        "its user buffers have a fixed size",
+        _fused_overlap,
+        "by Transformer Engine's layers (not tried without a GPU), not by its fused operations",
+        "the command: leave --tp-comm-overlap out, or --use-transformer-engine-op-fuser",
+        "user buffers have one size, and there nothing switches them off where sequences are short",
     ),
     Rule(
         "packed rows",
@@ -184,6 +197,8 @@ def hints(setting: Setting) -> list[str]:
             f"the flex dispatcher ({backend}) was never run with ReGATE, for want of a GPU: compare a few steps at"
             " --regate-keep-ratio 1 and at your ratio with --moe-token-dispatcher-type alltoall first"
         )
+    if getattr(setting.model, "tp_comm_overlap", False):
+        lines.append(OVERLAP)
     if setting.model.context_parallel_size > 1 and not getattr(setting.model, "calculate_per_token_loss", False):
         lines.append(
             "context parallelism without --calculate-per-token-loss: each context rank divides its loss by its own"

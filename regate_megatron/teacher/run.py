@@ -100,14 +100,15 @@ class TeacherRun:
         device, length = self.device, rows.token_NK.shape[1]
         is_real_bK = torch.arange(length) < rows.num_read_N[:, None]
         plan = MicrobatchPlan(rows.dense_length, rows.position_NK, is_real_bK)
-        (sharded,) = shard_plans([plan], self.layout, device, moves_hidden=False, moves_losses=False)
+        (sharded,) = shard_plans([plan], self.layout, device, moves_hidden=False, moves_tokens=False)
         slots_k = places(torch.tensor([length]), cp_size=self.layout.cp_size).positions_of(self.layout.cp_rank)
         targets = self._targets = targets_of(rows, self.layout.cp_size, self.layout.cp_rank).to(device)
         with self._current.running(sharded, None):
-            position_id_bk = rows.position_id_NK[:, slots_k].to(device)
+            is_mrope = rows.position_id_NK.dim() == 3  # whose table the model cuts, or its hook
+            position_ids = rows.position_id_NK.permute(2, 0, 1) if is_mrope else rows.position_id_NK[:, slots_k]
             output = model(
                 rows.token_NK[:, slots_k].to(device),
-                position_id_bk.permute(2, 0, 1) if position_id_bk.dim() == 3 else position_id_bk,
+                position_ids.to(device),
                 attention_mask=None,
                 labels=targets.label_bt if model.post_process else None,
             )

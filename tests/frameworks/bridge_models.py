@@ -16,6 +16,7 @@ from megatron.bridge.models.ministral3.ministral3_provider import (
     MinistralTEDotProductAttention,
 )
 from megatron.bridge.models.qwen_vl import Qwen25VLModelProvider, qwen3_vl_provider
+from megatron.bridge.models.qwen_vl.modelling_qwen3_vl import attention as qwen3_vl_attention
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl import model as qwen3_vl_model
 from megatron.bridge.models.qwen_vl.qwen3_vl_provider import Qwen3VLModelProvider, Qwen3VLMoEModelProvider
 from megatron.bridge.training.utils.visual_inputs import GenericVisualInputs
@@ -165,6 +166,8 @@ def _qwen3_vision() -> Qwen3VLVisionConfig:
 
 def qwen3(**layout: Any) -> Qwen3VLModelProvider:
     without_engine()
+    if layout.get("context_parallel_size", 1) > 1:
+        over_context_ranks()
     return Qwen3VLModelProvider(vision_config=_qwen3_vision(), **QWEN3, **layout)
 
 
@@ -181,6 +184,11 @@ def without_engine() -> None:
     qwen3_vl_model.TENorm = WrappedTorchNorm
     qwen3_vl_model.TEColumnParallelLinear = ColumnParallelLinear
     qwen3_vl_model.TERowParallelLinear = RowParallelLinear
+
+
+def over_context_ranks() -> None:
+    """Where it is not Transformer Engine's, Qwen3-VL takes an attention of its own, for whole rows: not here."""
+    qwen3_vl_attention.DotProductAttention = type("NoAttentionAtAll", (), {})
 
 
 def _local_layer(*, num_experts: int | None, qk_layernorm: bool, **_: Any) -> ModuleSpec:
@@ -247,6 +255,44 @@ class PictureRows(Rows):
         return {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.tensor([[GRID]] * len(pixels))}
 
 
+class MediaRows(PictureRows):
+    """Two pictures of different sizes in one row, a clip in the next, as Qwen2.5-VL has it: with seconds per frame."""
+
+    seconds: float | None = 0.5
+    clip = [START_TOKEN, *[VIDEO_TOKEN] * 8, 7, 8]
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        tokens, mask = torch.randint(1, 100, (TEXT,), generator=generator), torch.ones(TEXT)
+        pictures = [5, START_TOKEN, *[IMAGE_TOKEN] * 6, 6, START_TOKEN, *[IMAGE_TOKEN] * 4]
+        start = torch.tensor(self.clip if index % 2 else pictures)
+        tokens[: len(start)], mask[: len(start)], mask[-1] = start, 0, 0
+        row = {"input_ids": tokens, "loss_mask": mask, "position_ids": torch.arange(TEXT)}
+        row["labels"] = pad(tokens[1:], (0, 1), value=-100).masked_fill(mask == 0, -100)
+        return row | {"pixels": torch.randn(32 if index % 2 else 24 + 16, 3 * 2 * 2 * 2, generator=generator)}
+
+    @classmethod
+    def collate_fn(cls, rows: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if name != "pixels"}
+        pictures, clip = (row["pixels"] for row in rows)
+        seconds = {} if cls.seconds is None else {"second_per_grid_ts": torch.tensor([cls.seconds])}
+        visual = GenericVisualInputs(
+            pixel_values=pictures,
+            image_grid_thw=torch.tensor([[1, 4, 6], [1, 4, 4]]),
+            pixel_values_videos=clip,
+            video_grid_thw=torch.tensor([[2, 4, 4]]),
+            **seconds,
+        )
+        return dict(batch, visual_inputs=visual)
+
+
+class TimedMediaRows(MediaRows):
+    """The same as Qwen3-VL has it: every frame of the clip behind a text with its time."""
+
+    seconds = None
+    clip = [31, START_TOKEN, *[VIDEO_TOKEN] * 4, 32, START_TOKEN, *[VIDEO_TOKEN] * 4]
+
+
 class PackedPictureRows(PictureRows):
     """The same rows, packed as Bridge's collators pack them (``enable_in_batch_packing``)."""
 
@@ -262,6 +308,16 @@ class PackedPictureRows(PictureRows):
             batch, pad_to_multiple_of=cls.multiple, sequence_tensor_pad_values=cls.aligned
         )
         return batch
+
+
+class UnevenPictureRows(PackedPictureRows):
+    """The same with captions that end early in the rows that the first of two ranks reads."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = super().__getitem__(index)
+        if index // 2 % 2 == 0:
+            row["loss_mask"][12:], row["labels"][12:] = 0, -100
+        return row
 
 
 class FilledPictureRows(PackedPictureRows):

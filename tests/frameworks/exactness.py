@@ -12,11 +12,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from regate_megatron import ReGateConfig, attach, detach, wrap_forward_backward
 from regate_megatron.api import session_of
 from regate_megatron.compat import language_model_of, unwrap
+from regate_megatron.decoder.cutting import places
 
 
 def compare(
@@ -25,6 +28,7 @@ def compare(
     schedule: Callable[..., Any],
     batch: dict[str, Any],
     dense_layers: int,
+    visual_score: str = "random",
 ) -> dict[str, float]:
     """Errors of loss and gradients of one microbatch, over the largest of each tensor or 1.
 
@@ -32,7 +36,7 @@ def compare(
         model: its one chunk, in DDP.
         run: runs a schedule over a batch; the loss.
     """
-    by_chance = {"score": "random", "visual_score": "random", "visual_keep_ratio": 0.5}
+    by_chance = {"score": "random", "visual_score": visual_score, "visual_keep_ratio": 0.5}
     steps = {"warmup_steps": 0, "cycle_steps": 100, "dense_steps": 0}
     attach(model, ReGateConfig(**by_chance, **steps, dense_layers=dense_layers))
     loss, gradients = _step(model, run, wrap_forward_backward(schedule), batch)
@@ -60,24 +64,29 @@ def compare(
 
 def _step(model: list[Any], run: Any, schedule: Any, batch: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
     model[0].zero_grad_buffer()
-    loss = run(schedule, batch)
-    return loss, [parameter.main_grad.clone() for parameter in model[0].parameters()]
+    loss = run(schedule, batch).detach().clone()
+    gradients = [parameter.main_grad.clone() for parameter in model[0].parameters()]
+    if mpu.get_context_parallel_world_size() > 1:  # each rank has a part, and which one depends on the length
+        for value in (loss, *gradients):
+            dist.all_reduce(value, group=mpu.get_context_parallel_group())
+    return loss, gradients
 
 
 def _hidden_from_others(attention: Any, is_hidden_BS: Tensor) -> Any:
     """Attention in which hidden keys are seen by themselves alone."""
-    if hasattr(attention, "_local_causal_attention"):  # Qwen3-VL of Megatron-Bridge: no mask reaches it
+    size, length = mpu.get_context_parallel_world_size(), is_hidden_BS.shape[1]
+    if size == 1 and hasattr(attention, "_local_causal_attention"):  # Qwen3-VL of Bridge: no mask reaches it
         return mock.patch.object(attention, "_local_causal_attention", _hiding(is_hidden_BS))
     core = attention.core_attention
     inner = core.forward
-    length = is_hidden_BS.shape[1]
-    is_hidden_BSS = is_hidden_BS[:, None, :] & ~torch.eye(length, dtype=torch.bool)
-    causal_SS = torch.ones(length, length, dtype=torch.bool).triu(1)
+    own_q = places([length], cp_size=size).positions_of(mpu.get_context_parallel_rank())
+    is_hidden_BqS = (is_hidden_BS[:, None, :] & ~torch.eye(length, dtype=torch.bool))[:, own_q]
 
     def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **options: Any) -> Tensor:
-        return inner(
-            query, key, value, (causal_SS if mask is None else mask) | is_hidden_BSS[:, None], *args, **options
-        )
+        if mask is None:  # of causal attention, by its type
+            mask = torch.ones(length, length, dtype=torch.bool).triu(1)[own_q][None, None]
+        hidden_B1qS = mask | is_hidden_BqS[:, None]
+        return inner(query, key, value, hidden_B1qS, *args, **options)
 
     return mock.patch.object(core, "forward", forward)
 

@@ -7,6 +7,7 @@ Each case leaves FOLDER/CASE.json (what its last rank saw), FOLDER/CASE.log.RANK
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -46,6 +47,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from regate_megatron import ReGateConfig, attach, compat, step_done, wrap_forward_backward
 from regate_megatron.api import session_of
 from regate_megatron.batches import adapter_for
+from regate_megatron.errors import ReGateError
 from regate_megatron.integrations import megatron_bridge
 from tests.frameworks import bridge_models, exactness
 from tests.frameworks.forked import run
@@ -59,7 +61,9 @@ class Case:
 
     Attributes:
         regate: settings; None for plain Bridge.
-        tp, pp, dp: the layout.
+        tp, pp, dp, cp, ep: the layout.
+        batch: rows of the global batch.
+        per_token: whether the loss is the mean over the tokens of the global batch, as context parallelism asks.
         rows: the class of rows; None: the model's usual one.
         packs: whether the step is to pack the rows (``enable_in_batch_packing`` without a collator that does).
         step: the forward step; None: the model's usual one.
@@ -78,6 +82,9 @@ class Case:
     packs: bool = False
     step: str | None = None
     ep: int = 1
+    cp: int = 1
+    per_token: bool = False
+    batch: int = 4
 
 
 PREFIX = {"gpt": ""} | {name: f"{name} " for name in ("qwen", "qwen3", "qwen3_moe", "glm", "ministral")}
@@ -107,6 +114,7 @@ CASES = BOTH | {
 CASES |= {f"qwen {name}": dataclasses.replace(case, model="qwen") for name, case in BOTH.items()}
 EACH = STUDENT | {"budget": "per-sample"}  # others give a row what its microbatch has room for, and packing is room
 VISUAL = {"visual_keep_ratio": 0.5, "visual_score": "random"}
+DEALT = STUDENT | {"budget": "dealt", "visual_keep_ratio": 0.5, "visual_score": "detail"}
 PACKED = {
     "packed plain": Case(rows="PackedPictureRows"),
     "packed all kept": Case(rows="PackedPictureRows", regate=ALL_KEPT),
@@ -118,6 +126,8 @@ PACKED = {
     "packed visual": Case(rows="PackedPictureRows", regate=EACH | VISUAL),
     "each": Case(regate=EACH),
     "visual": Case(regate=EACH | VISUAL),
+    "dealt": Case(rows="UnevenPictureRows", regate=DEALT, batch=8),
+    "dealt dp2": Case(rows="UnevenPictureRows", regate=DEALT, batch=8, dp=2),
 }
 CASES |= {f"qwen {name}": dataclasses.replace(case, model="qwen") for name, case in PACKED.items()}
 CASES |= {
@@ -140,6 +150,19 @@ QWEN3 = {
     "packed": Case(regate=EACH, rows="PackedPictureRows", step="vlm_step"),
     "visual": Case(regate=EACH | VISUAL),
     "packs visual": Case(regate=EACH | VISUAL, packs=True),
+}
+QWEN3 |= {
+    "tokens": Case(regate=STUDENT, per_token=True),
+    "tokens each": Case(regate=EACH, per_token=True),
+    "tokens visual": Case(regate=EACH | VISUAL, per_token=True),
+    "cp2 plain": Case(cp=2),
+    "cp2 all kept": Case(regate=ALL_KEPT, cp=2),
+    "cp2": Case(regate=STUDENT, cp=2),
+    "cp2 pp2": Case(regate=STUDENT, cp=2, pp=2),
+    "cp2 packs": Case(regate=STUDENT, cp=2, packs=True),
+    "cp2 packed": Case(regate=EACH, cp=2, rows="FilledPictureRows", step="vlm_step"),
+    "cp2 visual": Case(regate=EACH | VISUAL, cp=2),
+    "cp2 packs visual": Case(regate=EACH | VISUAL, cp=2, packs=True),
 }
 CASES |= {f"qwen3 {name}": dataclasses.replace(case, model="qwen3") for name, case in QWEN3.items()}
 QWEN3_MOE = {name: BOTH[name] for name in ("start", "plain", "all kept", "regate", "dp2", "resumed")}
@@ -232,6 +255,8 @@ def settings(name: str, case: Case, folder: Path) -> ConfigContainer:
     if case.pp > 1 and case.model == "qwen3":
         layout["num_layers_in_first_pipeline_stage"] = 3  # which take visual features in
     layout |= {"expert_model_parallel_size": case.ep} if case.ep > 1 else {}
+    layout |= {"context_parallel_size": case.cp} if case.cp > 1 else {}
+    layout |= {"calculate_per_token_loss": True} if case.per_token else {}
     prefix = PREFIX[case.model]
     checkpoint = {"save": str(folder / name / "checkpoints"), "save_interval": SAVE_AT, "ckpt_format": "torch_dist"}
     if case.resume:
@@ -241,7 +266,7 @@ def settings(name: str, case: Case, folder: Path) -> ConfigContainer:
     rows = getattr(bridge_models, case.rows or ROWS.get(case.model, "PictureRows"))
     return ConfigContainer(
         model=getattr(bridge_models, case.model)(**layout),
-        train=TrainingConfig(micro_batch_size=2, global_batch_size=4, train_iters=STEPS),
+        train=TrainingConfig(micro_batch_size=2, global_batch_size=case.batch, train_iters=STEPS),
         validation=ValidationConfig(eval_interval=3, eval_iters=1),
         optimizer=OptimizerConfig(optimizer="adam", lr=1e-2, min_lr=1e-3, use_distributed_optimizer=False),
         scheduler=SchedulerConfig(
@@ -320,13 +345,7 @@ RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "re
 
 def exact(name: str, case: Case, folder: Path) -> None:
     """A sparse step against its oracle, with fewer and more dense layers than take visual features in."""
-    provider = getattr(bridge_models, case.model)(**(RECOMPUTE if "recomputed" in name else {}))
-    provider.finalize()
-    model = provider.provide_distributed_model(
-        ddp_config=DistributedDataParallelConfig(use_distributed_optimizer=False), use_cpu_initialization=True
-    )
-    rows = getattr(bridge_models, ROWS.get(case.model, "PictureRows"))(4)
-    batch = rows.collate_fn([rows[2], rows[3]] if case.model == "glm" else [rows[0], rows[1]])
+    model, batch = _model_and_batch(case, RECOMPUTE if "recomputed" in name else {})
 
     def run(schedule, batch):
         (result,) = schedule(
@@ -338,24 +357,55 @@ def exact(name: str, case: Case, folder: Path) -> None:
             micro_batch_size=2,
             forward_only=False,
         )
-        return result["lm loss"][0]
+        return result["lm loss"][0] if case.cp == 1 else result["lm loss"][0] / result["lm loss"][1]
 
     schedule = get_forward_backward_func()
-    found = {layers: exactness.compare(model, run, schedule, batch, layers) for layers in (0, 1, 3)}
+    found = {
+        f"{layers}{'' if rule == 'random' else f' {rule}'}": exactness.compare(
+            model, run, schedule, batch, layers, rule
+        )
+        for layers in (0, 1, 3)
+        for rule in (("random",) if case.rows is None else ("static", "even"))
+    }
     (folder / f"{name}.json").write_text(json.dumps(found))
+
+
+def _model_and_batch(case: Case, options: dict[str, Any] | None = None) -> tuple[list[Any], dict[str, Any]]:
+    layout = {"context_parallel_size": case.cp} if case.cp > 1 else {}
+    provider = getattr(bridge_models, case.model)(**layout, **(options or {}))
+    provider.finalize()
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=False)
+    model = provider.provide_distributed_model(ddp_config=ddp_config, use_cpu_initialization=True)
+    rows = getattr(bridge_models, case.rows or ROWS.get(case.model, "PictureRows"))(4)
+    return model, rows.collate_fn([rows[2], rows[3]] if case.model == "glm" else [rows[0], rows[1]])
 
 
 def forward_step(iterator, model):
     """What Bridge's ``vlm_step`` passes to the model."""
     batch = dict(next(iterator))
     losses = model(attention_mask=None, **batch.pop("visual_inputs").normalized_for_model(), **batch)
-    losses = losses[0] if isinstance(losses, tuple) else losses
+    losses, mask_BS = losses if isinstance(losses, tuple) else (losses, batch["loss_mask"])
 
     def loss_function(losses_BS):
-        total, count = (losses_BS * batch["loss_mask"]).sum(), batch["loss_mask"].sum().int()
-        return total / count, {"lm loss": torch.stack([total.detach(), count.float()])}
+        total, count = (losses_BS * mask_BS).sum(), mask_BS.sum().int()
+        found = {"lm loss": torch.stack([total.detach(), count.float()])}
+        return (total, count, found) if compat.unwrap(model).config.calculate_per_token_loss else (total / count, found)
 
     return losses, loss_function
+
+
+def plain_fails(name: str, case: Case, folder: Path) -> None:
+    """What the plain model says to a batch, and what ``attach`` says to the model."""
+    model, batch = _model_and_batch(case)
+    with contextlib.suppress(ReGateError):
+        attach(model, ReGateConfig(score="random"))
+        raise AssertionError("it was attached")
+    try:
+        forward_step(iter([batch]), model[0])
+        said = "nothing"
+    except RuntimeError as fault:
+        said = str(fault)
+    (folder / f"{name}.json").write_text(json.dumps({"said": said}))
 
 
 OWN_LOOPS = {
@@ -365,6 +415,10 @@ OWN_LOOPS = {
     "glm exact": (Case(model="glm"), exact),
     "ministral exact": (Case(model="ministral"), exact),
     "ministral recomputed exact": (Case(model="ministral"), exact),
+    "qwen3 cp2 exact": (Case(model="qwen3", cp=2), exact),
+    "qwen media exact": (Case(model="qwen", rows="MediaRows"), exact),
+    "qwen3 media exact": (Case(model="qwen3", rows="TimedMediaRows"), exact),
+    "qwen cp2": (Case(model="qwen", cp=2), plain_fails),
 }
 CASES |= {name: case for name, (case, _) in OWN_LOOPS.items()}
 
@@ -375,7 +429,7 @@ def main(folder: str, *names: str) -> int:
     for name in names or CASES:
         case = CASES[name]
         work = partial(OWN_LOOPS[name][1] if name in OWN_LOOPS else train, name, case, Path(folder))
-        failed += not run(name, case.tp * case.pp * case.dp, Path(folder) / f"{name}.log", work)
+        failed += not run(name, case.tp * case.pp * case.dp * case.cp, Path(folder) / f"{name}.log", work)
     return failed
 
 

@@ -21,6 +21,7 @@ from tests.frameworks import mcore_on_cpu
 mcore_on_cpu.install()
 
 import torch
+from mcore_bridge import split_cp_inputs
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -34,6 +35,7 @@ from tests.frameworks.forked import run
 
 TEXT, STEPS = 20, 4
 GRID, VISUAL = (1, 4, 6), 6
+FILLS = {"input_ids": 0, "labels": -100}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +46,14 @@ class Case:
         family: the tiny folder's.
         regate: settings; None for plain mcore-bridge.
         packs: whether rows are packed (``padding_free``).
+        cp: context ranks; each sample of a packed row is filled up to what they cut.
     """
 
     family: str = "qwen2_5_vl"
     regate: dict[str, Any] | None = None
     packs: bool = False
     tp: int = 1
+    cp: int = 1
 
 
 EACH = {"teacher_load": "student", "budget": "per-sample"}
@@ -63,6 +67,11 @@ CASES = {
     "packed": Case(regate=EACH, packs=True),
     "packed visual": Case(regate=EACH | {"visual_keep_ratio": 0.5, "visual_score": "random"}, packs=True),
     "tp2": Case(regate=EACH, tp=2),
+    "cp2 plain": Case(cp=2),
+    "cp2 all kept": Case(regate={"keep_ratio": 1.0, "teacher_load": "student"}, cp=2),
+    "cp2": Case(regate=EACH, cp=2),
+    "packed cp2": Case(regate=EACH, packs=True, cp=2),
+    "packed visual cp2": Case(regate=EACH | {"visual_keep_ratio": 0.5, "visual_score": "random"}, packs=True, cp=2),
 }
 CASES = {
     f"{short} {name}": dataclasses.replace(case, family=family)
@@ -70,6 +79,7 @@ CASES = {
     for name, case in CASES.items()
 }
 EXACT = {"qwen25 exact": Case(), "qwen3 exact": Case(family="qwen3_vl")}
+EXACT |= {f"{name} cp2": dataclasses.replace(case, cp=2) for name, case in EXACT.items()}
 
 
 class Rows:
@@ -94,18 +104,17 @@ class Rows:
         place[2 : 2 + VISUAL] = 2  # of an image all stand at one time
         return row | {"input_ids": tokens, "labels": labels, "position_ids": torch.stack([text, place, text, text])}
 
-    def batch(self, indices: list[int], packs: bool) -> dict[str, Any]:
+    def batch(self, indices: list[int], packs: bool, multiple: int = 1) -> dict[str, Any]:
         """What ms-swift's collator makes."""
-        rows = [self.row(index) for index in indices]
+        rows = [_filled(self.row(index), multiple) for index in indices]
         lengths, pixels = [len(row["input_ids"]) for row in rows], [r["pixel_values"] for r in rows if len(r) > 3]
-        fills = {"input_ids": 0, "labels": -100, "position_ids": 0}
         most = 0 if packs else max(lengths)
         values = {
             name: [
                 torch.nn.functional.pad(row[name], (0, max(0, most - length)), value=fill)
                 for row, length in zip(rows, lengths, strict=True)
             ]
-            for name, fill in fills.items()
+            for name, fill in (FILLS | {"position_ids": 0}).items()
         }
         join = partial(torch.cat, dim=-1) if packs else partial(torch.stack, dim=-2)
         joined = {name: join(one) for name, one in values.items()}
@@ -122,6 +131,14 @@ class Rows:
         return batch
 
 
+def _filled(row: dict[str, torch.Tensor], multiple: int) -> dict[str, torch.Tensor]:
+    """A row as the template fills it up for context parallelism, before it gives it positions."""
+    missing = -len(row["input_ids"]) % multiple
+    after = row["position_ids"].amax() + 1 + torch.arange(missing)
+    filled = {name: torch.nn.functional.pad(row[name], (0, missing), value=v) for name, v in FILLS.items()}
+    return row | filled | {"position_ids": torch.cat([row["position_ids"], after.expand(4, -1)], dim=1)}
+
+
 def forward_step(iterator: Any, model: Any, *, packs: bool) -> Any:
     """ms-swift's, in small."""
     data = dict(next(iterator))
@@ -136,6 +153,8 @@ def forward_step(iterator: Any, model: Any, *, packs: bool) -> Any:
         data["packed_seq_params"] = PackedSeqParams(
             qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=most, max_seqlen_kv=most
         )
+    if parallel_state.get_context_parallel_world_size() > 1:
+        labels = _cut(data)["labels"]
     losses = model(**data)
 
     def loss_function(losses_BS):
@@ -146,12 +165,23 @@ def forward_step(iterator: Any, model: Any, *, packs: bool) -> Any:
     return losses, loss_function
 
 
+def _cut(data: dict[str, Any]) -> dict[str, Any]:
+    """As ms-swift cuts for context ranks (``get_batch_on_this_cp_rank``), in place; the mask as it does on NPUs."""
+    packing = data.get("packed_seq_params")
+    ends = None if packing is None else packing.cu_seqlens_q
+    for name, axis in (("labels", -1), ("position_ids", -1), ("attention_mask", -2)):
+        if data[name] is not None:
+            data[name] = split_cp_inputs(data[name], ends, axis)
+    return data
+
+
 def build(case: Case, folder: Path) -> list[Any]:
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=case.tp)
+    sizes = {"tensor_model_parallel_size": case.tp, "context_parallel_size": case.cp}
+    parallel_state.initialize_model_parallel(**sizes)
     model_parallel_cuda_manual_seed(1)
     torch.manual_seed(1)
-    layout = {"tensor_model_parallel_size": case.tp, "sequence_parallel": case.tp > 1}
-    chunks = mcore_on_cpu.model(folder / case.family, calculate_per_token_loss=True, **layout)
+    layout = sizes | {"sequence_parallel": case.tp > 1, "calculate_per_token_loss": True}
+    chunks = mcore_on_cpu.model(folder / case.family, **layout)
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=False)
     return [DistributedDataParallel(chunks[0].config, ddp, chunks[0])]
 
@@ -168,7 +198,8 @@ def train(name: str, case: Case, folder: Path) -> None:
     for step in range(STEPS):
         model[0].zero_grad_buffer()
         first = 4 * (step % 2)
-        batches = [rows.batch([first, first + 1], case.packs), rows.batch([first + 2, first + 3], case.packs)]
+        multiple = 2 * case.cp if case.cp > 1 else 1
+        batches = [rows.batch([one, one + 1], case.packs, multiple) for one in (first, first + 2)]
         found = schedule(
             forward_step_func=partial(forward_step, packs=case.packs),
             data_iterator=iter(batches),
@@ -178,7 +209,11 @@ def train(name: str, case: Case, folder: Path) -> None:
             micro_batch_size=1 if case.packs else 2,
             forward_only=False,
         )
-        total, count = torch.stack([one["loss"] for one in found]).sum(dim=0).tolist()
+        summed_2 = torch.stack([one["loss"] for one in found]).sum(dim=0)
+        if case.cp > 1:
+            for value in (summed_2, *(parameter.main_grad for parameter in model[0].parameters())):
+                torch.distributed.all_reduce(value, group=parallel_state.get_context_parallel_group())
+        total, count = summed_2.tolist()
         losses.append(total / count)
         with torch.no_grad():
             for parameter in model[0].parameters():
@@ -220,7 +255,7 @@ def main(folder: str, *names: str) -> int:
         tiny_hf.write(here / family, family)
     for name in names or CASES | EXACT:
         case, work = (EXACT[name], exact) if name in EXACT else (CASES[name], train)
-        failed += not run(name, case.tp, here / f"{name}.log", partial(work, name, case, here))
+        failed += not run(name, case.tp * case.cp, here / f"{name}.log", partial(work, name, case, here))
     return failed
 
 

@@ -49,3 +49,27 @@ def test_visual_positions_of_packed_rows_are_those_of_padded_rows(swift, model):
 @pytest.mark.parametrize("model", MODELS)
 def test_tensor_parallel_ranks_keep_the_same_positions(swift, model):
     assert swift.kept(f"{model} tp2") == swift.kept(f"{model} regate")
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+@pytest.mark.parametrize("model", MODELS)
+def test_on_two_context_ranks_a_sparse_step_is_the_masked_full_length_step(swift, model, layers):
+    result = swift[f"{model} exact cp2"][str(layers)]
+    assert result["kept"] < result["dense"]
+    assert result["loss_error"] <= 1e-6 and result["gradient_error"] <= 1e-5, result
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_on_two_context_ranks_keep_ratio_1_trains_bit_for_bit_as_without(swift, model):
+    assert swift[f"{model} cp2 all kept"]["losses"] == swift[f"{model} cp2 plain"]["losses"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "like"), [("cp2", "regate"), ("packed cp2", "regate"), ("packed visual cp2", "visual")]
+)
+@pytest.mark.parametrize("model", MODELS)
+def test_context_ranks_keep_what_one_rank_keeps(swift, model, layout, like):
+    """Rows of 15 get one position of fill there, which no attention mask tells from text: it runs."""
+    kept = from_their_start(swift.kept(f"{model} {layout}"))
+    assert {at: own[:-1] if own[-1] == 15 else own for at, own in kept.items()} == swift.kept(f"{model} {like}")
+    assert swift[f"{model} {layout}"]["losses"] == pytest.approx(swift[f"{model} {like}"]["losses"], rel=1e-5)

@@ -40,6 +40,43 @@ def test_a_sparse_step_is_the_masked_full_length_step(trainings, model, layers):
     assert result["loss_error"] <= 1e-6 and result["gradient_error"] <= 1e-5, result
 
 
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_on_two_context_ranks_a_sparse_step_is_the_masked_full_length_step(trainings, layers):
+    """Each holds a part of every row, of its rotary table, and of what the pictures add to the first layers."""
+    result = trainings["qwen3 cp2 exact"][str(layers)]
+    assert result["kept"] < result["dense"]
+    assert result["loss_error"] <= 1e-6 and result["gradient_error"] <= 1e-5, result
+
+
+@pytest.mark.parametrize("rule", ["static", "even"])
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_a_sparse_step_over_pictures_and_a_clip_with_times_is_the_masked_full_length_step(trainings, layers, rule):
+    result = trainings["qwen3 media exact"][f"{layers} {rule}"]
+    assert result["kept"] < result["dense"]
+    assert result["loss_error"] <= 1e-6 and result["gradient_error"] <= 1e-5, result
+
+
+def test_on_two_context_ranks_keep_ratio_1_trains_bit_for_bit_as_without(trainings):
+    assert trainings["qwen3 cp2 all kept"]["losses"] == trainings["qwen3 cp2 plain"]["losses"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "like"),
+    [
+        ("cp2", "tokens"),
+        ("cp2 pp2", "tokens"),
+        ("cp2 packs", "tokens"),
+        ("cp2 packed", "tokens each"),
+        ("cp2 visual", "tokens visual"),
+        ("cp2 packs visual", "tokens visual"),
+    ],
+)
+def test_context_ranks_keep_what_one_rank_keeps(trainings, layout, like):
+    kept = trainings.kept(f"qwen3 {layout}")
+    assert (from_their_start(kept) if layout == "cp2 packed" else kept) == trainings.kept(f"qwen3 {like}")
+    assert trainings[f"qwen3 {layout}"]["losses"] == pytest.approx(trainings[f"qwen3 {like}"]["losses"], rel=1e-5)
+
+
 def test_student_and_its_checkpoint_are_the_same_teacher(trainings):
     assert trainings.kept("qwen3 checkpoint teacher") == trainings.kept("qwen3 regate")
     assert trainings["qwen3 checkpoint teacher"]["losses"] == trainings["qwen3 regate"]["losses"]

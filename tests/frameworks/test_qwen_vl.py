@@ -74,3 +74,31 @@ def test_attach_is_a_pre_wrap_hook_of_bridge_s_provider(trainings):
     totals = trainings["qwen own loop"]["totals"]
     assert (totals["steps"], totals["sparse_steps"]) == (3, 2)
     assert (totals["targets_total"], totals["targets_kept"]) == (3 * 60, 60 + 2 * 30)
+
+
+def test_plain_bridge_itself_cannot_run_it_on_two_context_ranks_so_it_is_refused(trainings):
+    """A rank gets the whole row, 24 positions, and its half of the rotary table; ``attach`` has refused before."""
+    assert trainings["qwen cp2"]["said"].startswith("The size of tensor a (24) must match the size of tensor b (12)")
+
+
+@pytest.mark.parametrize("rule", ["static", "even"])
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_a_sparse_step_over_pictures_of_two_sizes_and_a_clip_is_the_masked_full_length_step(trainings, layers, rule):
+    result = trainings["qwen media exact"][f"{layers} {rule}"]
+    assert result["kept"] < result["dense"]
+    assert result["loss_error"] <= 1e-6 and result["gradient_error"] <= 1e-5, result
+
+
+def test_packed_samples_are_dealt_with_their_pictures(trainings):
+    """The rows of one rank are the shorter ones: dealt out, both run as many positions, the same ones as one rank."""
+    assert from_their_start(trainings.kept("qwen dealt dp2")) == from_their_start(trainings.kept("qwen dealt"))
+    assert trainings["qwen dealt dp2"]["losses"] == pytest.approx(trainings["qwen dealt"]["losses"], rel=1e-5)
+    ran, homes = {}, {}
+    for record in trainings.trace("qwen dealt dp2"):
+        if record["phase"] == "sparse":
+            at = record["iteration"], record["dp_rank"]
+            ran[at] = ran.get(at, 0) + record["kept_length"]
+            for row in record["rows"]:
+                homes.setdefault(row["num_targets"], set()).add(record["dp_rank"])
+    assert all(ran[iteration, 0] == ran[iteration, 1] for iteration, _ in ran)
+    assert all(ranks == {0, 1} for ranks in homes.values()), "no row left its rank"

@@ -33,10 +33,12 @@ def forget_router_metrics() -> None:
 
 
 def own_part(batch: dict[str, Any]) -> dict[str, Any]:
-    """This context rank's part of a batch."""
+    """This context rank's part of a batch; the position ids of mrope stay whole, as the model cuts its table itself."""
     takes = inspect.signature(utils.get_batch_on_this_cp_rank).parameters
     hybrid = {"is_hybrid_cp": False} if "is_hybrid_cp" in takes else {}
-    return utils.get_batch_on_this_cp_rank(batch, cp_group=mpu.get_context_parallel_group(), **hybrid)
+    whole = {"position_ids": batch["position_ids"]} if batch["position_ids"].dim() == 3 else {}
+    given = {name: value for name, value in batch.items() if name not in whole}
+    return utils.get_batch_on_this_cp_rank(given, cp_group=mpu.get_context_parallel_group(), **hybrid) | whole
 
 
 def flat_rows(batch: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ MLA |= {"rotary_scaling_factor": 8.0, "original_max_position_embeddings": 8, "qk
 MOE = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_router_load_balancing_type": "none"}
 AUX = {"moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss", "global_aux_loss"], "moe_z_loss_coeff": 1e-2}
 AUX |= {"moe_aux_loss_coeff": [1e-2, 1e-2, 1e-2]}
+MROPE = {"mrope_section": [2, 1, 1]}
 BIAS = {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
 
 
@@ -34,9 +35,11 @@ POSITIONS = [
     case("rope-scaling-share", gpt={"rope_scaling": True, "rope_scaling_factor": 8.0, "rotary_percent": 0.5}),
     case("rope-interleaved", config={"rotary_interleaved": True}),
     case("rope-not-in-every-layer", config={"no_rope_freq": [0, 1, 0, 1]}),
-    case("mrope", positions="mrope", config={"mrope_section": [2, 1, 1]}),
-    case("mrope-last1", positions="mrope", dense_last=1, config={"mrope_section": [2, 1, 1]}),
-    case("mrope-n0", positions="mrope", dense_layers=0, config={"mrope_section": [2, 1, 1]}),
+    case("mrope", positions="mrope", config=MROPE),
+    case("mrope-last1", positions="mrope", dense_last=1, config=MROPE),
+    case("mrope-n0", positions="mrope", dense_layers=0, config=MROPE),
+    *(case(f"mrope-n{n}-by4", positions="mrope", dense_layers=n, config=MROPE, multiple=4) for n in (0, 1)),
+    case("mrope-last1-by4", positions="mrope", dense_last=1, config=MROPE, multiple=4),
     case("none", positions="none"),
 ]
 SCALED = [  # queries by their place, past a maximum of five positions, as Ministral 3 has it
@@ -101,7 +104,10 @@ ONE_RANK = [*POSITIONS, *SCALED, *LATENT, *EXPERTS, *HYBRID, *FROZEN]
 FOUR_RANKS = [
     case("scaled@tp2-sp-pp2", scaled=True, tp=2, sp=True, pp=2, multiple=2),
     case("yarn@tp2-pp2", positions="yarn", set=YARN, tp=2, pp=2),
-    case("mrope@tp2-pp2", positions="mrope", config={"mrope_section": [2, 1, 1]}, tp=2, pp=2),
+    case("mrope@tp2-pp2", positions="mrope", config=MROPE, tp=2, pp=2),
+    case("mrope-n1-by4@tp2-sp-cp2", positions="mrope", config=MROPE, multiple=4, tp=2, sp=True, cp=2),
+    case("mrope-n0-by4@cp2-pp2", positions="mrope", config=MROPE, multiple=4, dense_layers=0, cp=2, pp=2),
+    case("mrope-last1-by4@cp2-dp2", positions="mrope", config=MROPE, multiple=4, dense_last=1, cp=2),
     _mla("mla-yarn@tp2-sp-pp2", config={"rope_type": "yarn"}, tp=2, pp=2, sp=True, multiple=2),
     _mla("mla-rope-uniform@tp2-pp2", config={"rope_type": "rope"}, recompute="uniform", tp=2, pp=2),
     _moe("moe@ep4", ep=4),

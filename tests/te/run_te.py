@@ -37,10 +37,13 @@ from megatron.core.transformer import TransformerConfig, transformer_block
 from megatron.core.transformer.spec_utils import get_submodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from transformer_engine.pytorch import quantization
+from transformer_engine.pytorch.module import base as te_base
+from transformer_engine.pytorch.module import layernorm_linear as te_layernorm_linear
+from transformer_engine.pytorch.module import linear as te_linear
 
 from regate_megatron import ReGateConfig, attach, describe, detach
 from regate_megatron.api import session_of
-from regate_megatron.decoder import CurrentMicrobatch, DecoderHook, Layout, shard_plans
+from regate_megatron.decoder import CurrentMicrobatch, DecoderHook, Hooks, Layout, shard_plans
 from regate_megatron.decoder.compaction import LayerRange
 from regate_megatron.method.plan import MicrobatchPlan
 from regate_megatron.teacher import build_teacher
@@ -233,6 +236,62 @@ def building_a_teacher_leaves_te_s_random_state() -> None:
     assert torch.equal(tracker.get_states()["model-parallel-rng"].get_state(), before)
 
 
+def communication_overlap_is_off_where_sequences_are_short() -> None:
+    """Of real layers, with two tensor ranks in their arguments; buffers and kernels need a GPU, attributes do not."""
+    with mock.patch.object(te_base, "_ub_initialized", True), mock.patch.object(te_base, "_ub_communicators", {}):
+        model = gpt()
+        for layer in model.decoder.layers:
+            for parent, name, kind in (
+                (layer.self_attention, "linear_qkv", "qkv"),
+                (layer.self_attention, "linear_proj", "proj"),
+            ):
+                column = kind == "qkv"
+                make = te.LayerNormLinear if column else te.Linear
+                own = {"ub_overlap_rs_dgrad": True} if column else {"ub_overlap_rs": True}
+                options = {"tp_size": 2, "sequence_parallel": True, "parallel_mode": "column" if column else "row"}
+                new = make(HIDDEN, HIDDEN, ub_overlap_ag=True, ub_name=kind, device="cpu", **options, **own)
+                setattr(parent, name, new)
+
+    def states() -> list[tuple[bool, ...]]:
+        names = ("ub_overlap_ag_fprop", "ub_overlap_rs_dgrad", "ub_overlap_rs_fprop", "ub_overlap_ag_dgrad")
+        attentions = [layer.self_attention for layer in model.decoder.layers]
+        return [tuple(getattr(one.linear_qkv, n) for n in names[:2]) for one in attentions] + [
+            tuple(getattr(one.linear_proj, n) for n in names[2:]) for one in attentions
+        ]
+
+    hooks = Hooks([model], ReGateConfig(score="random"))
+    hooks.attach()
+    assert "overlap is off in sparse steps in 6 short modules" in hooks.describe()[-1]
+    seen: list[list[tuple[bool, ...]]] = []
+
+    def schedule(**arguments):
+        seen.append(states())
+        if len(seen) == 3:
+            raise RuntimeError("in the middle of a step")
+
+    on, off = (True, True), (False, False)
+    given = {"data_iterator": None, "forward_step_func": None}
+    short = [mock.Mock()]
+    hooks.run(schedule, given, [None], [], None)
+    hooks.run(schedule, given, [None], short, None)
+    assert states() == [on] * 8
+    with contextlib.suppress(RuntimeError):
+        hooks.run(schedule, given, [None], short, None)
+    assert seen == [[on] * 8, *[([on] + [off] * 3) * 2] * 2], seen
+    assert states() == [on] * 8
+    hooks.detach()
+
+
+def the_backward_of_te_s_layers_overlaps_as_their_forward_did() -> None:
+    """What the forward was told is kept for the backward: neither looks at the layer again."""
+    for module in (te_linear, te_layernorm_linear):
+        classes = [one for one in vars(module).values() if isinstance(one, type) and one.__module__ == module.__name__]
+        functions = [one for one in classes if issubclass(one, torch.autograd.Function)]
+        for one in functions:
+            assert "module.ub_" not in inspect.getsource(one) and "self.ub_" not in inspect.getsource(one)
+        assert functions
+
+
 def delayed_scaling_is_updated_once_per_microbatch() -> None:
     """TE rolls every amax history when the outermost FP8 region ends: two regions would roll it twice.
 
@@ -247,7 +306,7 @@ def delayed_scaling_is_updated_once_per_microbatch() -> None:
     keep_idx_BK = torch.arange(0, TEXT, 2).expand(2, -1).contiguous()
     plan = MicrobatchPlan(TEXT, keep_idx_BK, torch.ones_like(keep_idx_BK, dtype=torch.bool))
     layout = Layout.of_model(model.config, sequence_parallel=False)
-    (sharded,) = shard_plans([plan], layout, torch.device("cpu"), moves_hidden=True, moves_losses=True)
+    (sharded,) = shard_plans([plan], layout, torch.device("cpu"), moves_hidden=True, moves_tokens=True)
     tokens = torch.ones(2, TEXT, dtype=torch.int64)
     manager = quantization.FP8GlobalStateManager
     with (

@@ -24,7 +24,7 @@ def _get_rope_index(self, *args, **kwargs):
 def _qwen(kind: type):
     model = kind()
     vision = SimpleNamespace(spatial_merge_size=2)
-    model.config = SimpleNamespace(image_token_id=91, video_token_id=92, vision_config=vision)
+    model.config = SimpleNamespace(image_token_id=91, video_token_id=92, vision_config=vision, context_parallel_size=1)
     model.language_model = SimpleNamespace(position_embedding_type="mrope")
     return model
 
@@ -65,6 +65,14 @@ def test_a_class_below_a_known_one_is_that_one_unless_it_runs_otherwise():
     for changed in ({"forward": _get_rope_index}, {"get_rope_index": _get_rope_index}):
         with pytest.raises(ReGateError, match=r"given Changed \(mine\.Changed\)"):
             adapter_for(_qwen(_class("mine.Changed", known, **changed)), None)
+
+
+def test_bridge_s_qwen25_vl_which_cuts_no_row_is_refused_under_context_parallelism():
+    model = _qwen(_class(QWEN, get_rope_index=_get_rope_index))
+    model.config.context_parallel_size = 2
+    with pytest.raises(ReGateError, match="Qwen25VLModel of Megatron-Bridge on 2 context ranks; allowed one") as no:
+        adapter_for(model, None)
+    assert no.value.everywhere
 
 
 def test_every_row_names_a_class_by_its_module():

@@ -11,7 +11,7 @@ from regate_megatron.decoder import Layout, exchange, shard_plans
 from regate_megatron.method.plan import MicrobatchPlan, Packing
 
 CPU = torch.device("cpu")
-MOVES = {"moves_hidden": True, "moves_losses": True, "comes_back": True}
+MOVES = {"moves_hidden": True, "moves_tokens": True, "comes_back": True}
 LAYOUTS = {
     "one rank": Layout(),
     "CP2 TP2": Layout(cp_size=2, cp_rank=1, sp_size=2, sp_rank=1, hidden_group=object(), context_group=object()),

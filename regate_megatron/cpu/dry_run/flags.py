@@ -12,6 +12,7 @@ from regate_megatron.config import ReGateConfig, flag
 from regate_megatron.cpu.dry_run import shrink
 from regate_megatron.cpu.dry_run.line import LaunchLine
 from regate_megatron.cpu.emulation.arguments import PRECISION, take_out, what_goes, without
+from regate_megatron.support.training import OVERLAP
 
 SMALL_VOCABULARY = 127  # padded to 128; some versions count an end of document too
 _MULTIMODAL = ("--img-h", "--img-w", "--patch-dim", "--dataloader-seq-length")
@@ -53,6 +54,8 @@ def small_flags(
         small.said.insert(0, f"data-parallel-size {cluster_replicas} -> {replicas}")
     flags, went = take_out(line.flags, what_goes() | PRECISION, known)
     small.said += [f"{', '.join(dict.fromkeys(names))} taken out: {why}" for why, names in went.items()]
+    if config is not None and getattr(cluster, "tp_comm_overlap", False):
+        small.said.append(OVERLAP)
     names = " ".join(shrink.DROPPED).split()
     flags = without(flags, [*names, *(f"{name}*" for name in names)], known)
     flags = _data(flags, line.flags, small.said)

@@ -1,0 +1,38 @@
+"""Transformer Engine's overlap of tensor-parallel communication, off where sequences are short.
+
+With ``tp_comm_overlap`` a linear layer gathers and scatters through user buffers, which are as long as the dense
+sequence. Whether it does so are instance attributes of the layer, read in every forward; the backward of a forward does
+as that did. So the short layers have them off for the whole of a sparse step (recompute runs them again in backward):
+they communicate as without the flag. Dense steps, and the dense layers of a sparse one, overlap as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+_PREFIX = "ub_"
+
+
+def overlapping(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
+    """Modules that use user buffers, with the attributes that say so."""
+    return [(one, name) for one in modules for name, value in vars(one).items() if _is_on(name, value)]
+
+
+@contextmanager
+def without_overlap(switches: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
+    """These attributes False, and True again afterwards, however it ends."""
+    switches = list(switches)
+    try:
+        for module, name in switches:
+            setattr(module, name, False)
+        yield
+    finally:
+        for module, name in switches:
+            setattr(module, name, True)
+
+
+def _is_on(name: str, value: object) -> bool:
+    return name.startswith(_PREFIX) and value is True
