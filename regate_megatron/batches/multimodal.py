@@ -35,7 +35,7 @@ class MultimodalBatches(BatchAdapter):
     merged: BatchAdapter
     pad_token: int | None
 
-    keys = "tokens, labels and loss_mask, or tokens, labels and cu_lengths; images, image or imgs (and num_tiles)"
+    keys = "tokens, labels and loss_mask, or tokens, labels and cu_lengths; images, image or imgs (and num_tiles, num_frames)"
 
     def read(self, batch: dict[str, Any]) -> MicrobatchFacts:
         """See :meth:`BatchAdapter.read`."""
@@ -63,5 +63,5 @@ class MultimodalBatches(BatchAdapter):
             has_loss_BN &= label_BN != self.pad_token
         read = {"tokens": tokens_BN, "labels": label_BN, "loss_mask": has_loss_BN.float()}
         if batch["imgs"].shape != _DUMMY:
-            read |= {"imgs": batch["imgs"], "num_tiles": batch["num_tiles"]}
+            read |= {key: batch[key] for key in ("imgs", "num_tiles", "num_frames") if key in batch}
         return read

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from regate_megatron.batches import GPTBatches, LLaVABatches, NamedSamples, StepFacts
 from regate_megatron.batches.facts import key_hex
-from regate_megatron.batches.media import cells_of_image, image_grid, some_of_each
+from regate_megatron.batches.media import Media, cells_of_image, image_grid, some_of_each
 
 IMAGE = -200
 
@@ -165,7 +165,8 @@ def _merge(llava_model, batch: dict, adapter: LLaVABatches):
     The embedding of a text entry is 1000 + its token; of a visual position -1 - its number over the batch.
     """
     tokens = batch["tokens"]
-    count = int((tokens == adapter.image_token).sum())
+    tiles = batch.get("num_image_tiles", torch.ones(int((tokens == adapter.image_token).sum()), dtype=torch.int32))
+    count = int(tiles.sum())
     picture = -1.0 - torch.arange(count * adapter.image_length).view(count, adapter.image_length)
     model = SimpleNamespace(
         add_decoder=True,
@@ -188,15 +189,26 @@ def _merge(llava_model, batch: dict, adapter: LLaVABatches):
         False,
         None,
         adapter.image_token,
-        torch.ones(count, dtype=torch.int32),
+        tiles,
     )
     return embeddings[:, :, 0].t(), labels, loss_mask
 
 
-def _llava(*rows: tuple[list[int], list[int]], pad: int = 0, length: int | None = None, first: int = 0) -> dict:
-    """As :func:`_gpt`, with placeholders in the texts, and for each of these a 2×2 image, numbered from ``first``."""
+def _llava(
+    *rows: tuple[list[int], list[int]],
+    pad: int = 0,
+    length: int | None = None,
+    first: int = 0,
+    tiles: list[int] | None = None,
+) -> dict:
+    """As :func:`_gpt`, with placeholders in the texts, and 2×2 images for these, numbered from ``first``: one for each,
+    or as many as ``tiles``.
+    """
     batch = _gpt(*rows, pad=pad, length=length)
     count = int((batch["tokens"] == IMAGE).sum())
+    if tiles is not None:
+        batch["num_image_tiles"] = torch.tensor(tiles[:count], dtype=torch.int32)
+        count = int(batch["num_image_tiles"].sum())
     if count:
         numbers = torch.arange(first, first + count, dtype=torch.float32)
         batch["image"] = numbers[:, None, None, None].expand(count, 3, 2, 2).contiguous()
@@ -269,7 +281,8 @@ def llava_cases(draw):
     mask = st.lists(st.integers(0, 1), min_size=width - 1, max_size=width - 1)
     rows = draw(st.lists(st.tuples(text, mask), min_size=1, max_size=3))
     adapter = LLaVABatches(draw(st.integers(1, 4)), IMAGE, draw(st.integers(1, 24)), draw(st.booleans()))
-    return _llava(*rows, length=width - 1 + draw(st.integers(0, 3))), adapter
+    tiles = draw(st.none() | st.lists(st.integers(1, 3), min_size=3 * width, max_size=3 * width))
+    return _llava(*rows, length=width - 1 + draw(st.integers(0, 3)), tiles=tiles), adapter
 
 
 @given(case=llava_cases())
@@ -400,10 +413,51 @@ def test_a_text_only_row_has_one_key_beside_pictures_and_alone():
     assert torch.equal(_keys(_llava(PICTURE, TEXT))[1][1], _keys(_llava(TEXT))[1][0])
 
 
-def test_images_of_several_tiles_are_refused_not_misread():
-    batch = _llava(PICTURE) | {"num_image_tiles": torch.tensor([2])}
-    with pytest.raises(ValueError, match="num_image_tiles other than 1"):
-        _keys(batch)
+TILED = [([V, 5, V, 6], [0, 1, 1])]
+
+
+def _clips(frames: list[int], length: int = 64) -> Media:
+    """Of two images of three tiles, the second cut off after ``length`` positions."""
+    batch = _llava(*TILED, tiles=[3, 3]) | {"num_frames": torch.tensor(frames)}
+    batch["image"] = torch.arange(6 * 3 * 4 * 6, dtype=torch.float32).view(6, 3, 4, 6)
+    return LLaVABatches(6, IMAGE, length, False).read(batch).media
+
+
+def test_tiles_are_pictures_of_their_own_and_frames_are_a_clip():
+    media = _clips([1, 3])
+    assert media.grid_I3.tolist() == [[1, 2, 3]] * 3 + [[3, 2, 3]]
+    assert media.count_I.tolist() == [6, 6, 6, 18] and media.sample_I.tolist() == [0] * 4
+    frames = np.concatenate([_clips([1, 1]).pixels(tile) for tile in (3, 4, 5)])
+    assert np.array_equal(media.pixels(3), frames)
+    assert _clips([1, 3], length=25).count_I.tolist() == [6, 6, 6, 6]  # 18 of tiles, one of text
+    assert _clips([3, 1], length=25).count_I.tolist() == [18, 6, 0, 0]
+
+
+def test_frames_that_each_begin_with_a_class_token_are_pictures_of_their_own():
+    batch = _llava(*TILED, tiles=[3, 3]) | {"num_frames": torch.tensor([3, 3])}
+    batch["image"] = torch.zeros(6, 3, 4, 6)
+    media = LLaVABatches(7, IMAGE, 64, False).read(batch).media
+    assert media.lead == 1 and media.grid_I3.tolist() == [[1, 2, 3]] * 6
+
+
+def test_another_number_of_tiles_is_another_sample():
+    one, two = (_keys(_llava(PICTURE, tiles=[count])) for count in (1, 2))
+    assert not torch.equal(one[0], two[0]) and torch.equal(one[0], _keys(_llava(PICTURE))[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_image_tiles": torch.tensor([2])}, r"1 images for tiles \[2\]"),
+        ({"num_tiles": torch.tensor([1, 1])}, r"tiles \[1, 1\] for 1 placeholders"),
+        ({"num_image_tiles": torch.tensor([0])}, r"tiles \[0\] for 1 placeholders"),
+        ({"num_frames": torch.tensor([2])}, r"num_frames \[2\] for tiles \[1\]"),
+        ({"imgs_sizes": torch.tensor([[2, 2]])}, "imgs_sizes"),
+    ],
+)
+def test_tiles_that_do_not_fit_the_images_are_refused_not_misread(given, message):
+    with pytest.raises(ValueError, match=message):
+        _keys(_llava(PICTURE) | given)
 
 
 def _packed(*rows: list[tuple[list[int], list[int]]], length: int) -> dict:
