@@ -1,8 +1,8 @@
 """Batches of pretrain_vlm.py and LLaVAModel: text rows with one placeholder per image, expanded inside the model.
 
 The merged row is what ``LLaVAModel._preprocess_data`` builds: each placeholder becomes ``image_length`` visual
-positions per tile of its image; text keeps its order. A text position is a target where its loss mask is positive, unless an image follows
-it directly (the model trains no token to predict an image); no visual position is a target.
+positions per tile of its image; text keeps its order. A text position is a target where its loss mask is positive,
+unless an image follows it directly (the model trains no token to predict an image); no visual position is a target.
 
 Tiles of one image are pictures of their own, unless the batch says in ``num_frames`` that they are the frames of a
 clip, in the order of time.

@@ -35,7 +35,10 @@ class MultimodalBatches(BatchAdapter):
     merged: BatchAdapter
     pad_token: int | None
 
-    keys = "tokens, labels and loss_mask, or tokens, labels and cu_lengths; images, image or imgs (and num_tiles, num_frames)"
+    keys = (
+        "tokens, labels and loss_mask, or tokens, labels and cu_lengths; "
+        "images, image or imgs (and num_tiles, num_frames)"
+    )
 
     def read(self, batch: dict[str, Any]) -> MicrobatchFacts:
         """See :meth:`BatchAdapter.read`."""

@@ -110,7 +110,7 @@ def merged_length(case: dict) -> int:
     if case["model"] != "llava":
         return TEXT
     cp = case.get("cp", 1)
-    visual = (case.get("side", IMAGE) // PATCH) ** 2
+    visual = (case.get("side", IMAGE) // PATCH) ** 2 * max(case.get("tiles", [1]))
     return align_up(TEXT - 1 + visual, (2 * cp if cp > 1 else 1) * (case["tp"] if case.get("sp") else 1))
 
 
@@ -213,7 +213,8 @@ def batches(case: dict) -> list[dict]:
     for row, end in ((1, 9), (3, 11), (4, 15)):  # padded: a row's context sets the least length of all
         tokens[row, end:], mask[row, end - 1 :] = 0, 0
     side = case.get("side", IMAGE)
-    image = torch.randn(GLOBAL_ROWS, 3, side, side, generator=generator)
+    tiles = torch.tensor(case.get("tiles", [1])).repeat(GLOBAL_ROWS)[:GLOBAL_ROWS]  # of each row's picture
+    image = torch.randn(int(tiles.sum()), 3, side, side, generator=generator).split(tiles.tolist())
     rank, size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
     own, num_rows = [], case.get("rows", 2)
     starts = range(rank * num_rows, GLOBAL_ROWS, size * num_rows)
@@ -237,7 +238,10 @@ def batches(case: dict) -> list[dict]:
             batch["tokens"][:, place] = DEFAULT_IMAGE_TOKEN_INDEX
             batch["labels"] = torch.cat([batch["tokens"][:, 1:], batch["labels"][:, -1:]], dim=1).clamp_min(0)
             batch["loss_mask"][:, : place + 1] = 0
-            batch["image"] = image[rows]
+            batch["image"] = torch.cat(image[rows])
+            if "tiles" in case:  # of every other picture the frames of a clip
+                batch["num_image_tiles"] = tiles[rows].int()
+                batch["num_frames"] = torch.where(torch.arange(GLOBAL_ROWS) % 4 < 2, tiles, 1)[rows]
         if case["model"] == "mimo":
             put_pictures(batch, image[rows], 0 if start // 2 % 2 else 3, PATCH)
         if case.get("unlabelled"):  # as Hugging Face marks what is no target, in prompts and padding; with a loss mask
@@ -287,9 +291,9 @@ class Step:
             batch = own_part(batch)
         mask = batch["loss_mask"]
         if "image" in batch:
-            output, mask = model(
-                batch["image"], batch["tokens"], batch["position_ids"], None, batch["labels"], batch["loss_mask"]
-            )
+            entries = (batch[name] for name in ("image", "tokens", "position_ids"))
+            tiles = batch.get("num_image_tiles")
+            output, mask = model(*entries, None, batch["labels"], batch["loss_mask"], num_image_tiles=tiles)
         elif "modality_inputs" in batch:
             names = ("position_ids", "labels", "loss_mask", "modality_inputs", "packing_kwargs")
             output, mask = model(batch["tokens"], **{name: batch.get(name) for name in names})

@@ -19,6 +19,11 @@ def _both(name: str, **options) -> dict:
     return _visual(name, **{"keep_ratio": 0.5, **options})
 
 
+def _tiles(name: str, **options) -> dict:
+    """Pictures of one tile and of three; of every other row the tiles are the frames of a clip."""
+    return _both(name, **{"tiles": [1, 3, 3, 1], "side": 16, "visual_score": "static", **options})
+
+
 def _qwen(name: str, **options) -> dict:
     """A clip of three frames and a picture in every row, with mRoPE; a visual position carries a loss."""
     settings = {"model": "qwen", "visual_keep": 0.25, "visual_score": "static", "config": {"mrope_section": [2, 1, 1]}}
@@ -38,6 +43,8 @@ ONE_RANK = [
     _both("both-last1", dense_last=1),
     _both("both-learned-positions", positions="learned_absolute"),
     _both("both-moe", config=MOE),
+    *(_tiles(f"tiles-n{n}", dense_layers=n) for n in (0, 1)),
+    _tiles("tiles-n1-by4", multiple=4),
     *(_qwen(f"qwen-n{n}", dense_layers=n) for n in (0, 1)),
     _qwen("qwen-alone", keep_ratio=1.0),
     _qwen("qwen-read-per-sample", context="read", budget="per-sample", recompute="uniform"),
@@ -62,6 +69,8 @@ TWO_RANKS = [
                            "dp2": {}}.items()),
     _qwen("qwen-gradient@pp2", visual_score="gradient", pp=2),
     _both("both-moe@ep2", config=MOE, ep=2),
+    *(_tiles(f"tiles-n1@{name}", **layout) for name, layout in {"pp2": {"pp": 2}, "dp2": {}}.items()),
+    _tiles("tiles-n1-by4@tp2-sp", multiple=4, tp=2, sp=True),
     *(_qwen(f"qwen-n{n}@tp2", dense_layers=n, tp=2) for n in (0, 1)),
     _qwen("qwen-n1@pp2", pp=2),
     _qwen("qwen-alone@dp2", keep_ratio=1.0),
