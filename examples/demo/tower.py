@@ -49,29 +49,35 @@ def teach(
     num_words = int(entries.arrays["tokens"].max()) + 1
     words_NV = words_of(entries, num_words)
     judged_V = words_of(entries, num_words, kind).any(dim=0)
-    device = next(tower.parameters()).device
+    dtype, device = tower.config.params_dtype, next(tower.parameters()).device
+    tower.to(dtype)  # all of it, as Megatron does before it trains
     head = torch.nn.Linear(tower.config.hidden_size, num_words).to(device)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
         head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * 0.02)
         head.bias.fill_(-3.0)  # few words are in a caption
-    parameters = [*tower.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    weights = [*tower.parameters(), *head.parameters()]  # of any precision; they learn in float32, as in Megatron
+    masters = [torch.nn.Parameter(weight.detach().float().clone()) for weight in weights]
+    optimizer = torch.optim.AdamW(masters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP))
-    unseen_BCHW = torch.stack([heldout[i]["image"] for i in range(len(heldout.arrays["tokens"]))]).to(device)
+    unseen_BCHW = torch.stack([heldout[i]["image"] for i in range(len(heldout.arrays["tokens"]))]).to(device, dtype)
     wanted_BV = (words_of(heldout, num_words, kind) * judged_V).to(device)
     recall = 0.0
     for step in range(1, most + 1):
         indices = range((step - 1) * batch, step * batch)
-        pictures = torch.stack([entries[i]["image"] for i in indices]).to(device)
+        pictures = torch.stack([entries[i]["image"] for i in indices]).to(device, dtype)
         there = words_NV[[entries.row(i) for i in indices]].to(device)
         found = head(tower(pictures).float().mean(dim=1))
         loss = torch.nn.functional.binary_cross_entropy_with_logits(found, there, reduction="sum") / batch
-        optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for master, weight in zip(masters, weights, strict=True):
+            master.grad, weight.grad = weight.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(masters, 1.0)
         optimizer.step()
         schedule.step()
+        with torch.no_grad():
+            for master, weight in zip(masters, weights, strict=True):
+                weight.copy_(master)
         if step % every == 0 or step == most:
             with torch.no_grad():
                 logits_BV = head(tower(unseen_BCHW).float().mean(dim=1))
@@ -79,8 +85,6 @@ def teach(
             print(f"vision tower: step {step}, loss {loss:.3f}, recall {recall:.1%} of {until:.1%}", flush=True)
             if recall >= until:
                 break
-    for parameter in tower.parameters():
-        parameter.grad = None
     if recall < until:
         raise NotLearned(
             f"vision tower: given {recall:.1%} of the held-out words named after {most} steps with seed {seed}; "

@@ -84,7 +84,6 @@ class Experiment:
     def __init__(self, config: dict, out: Path, wrap: str = "") -> None:
         self.config, self.train, self.out, self.wrap = config, config["train"], out, shlex.split(wrap)
         self.environment = config["environment"]
-        self.start_environment = self.environment | config.get("start_environment", {})
         self.lock = threading.Lock()
         self.logs = out / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -115,6 +114,7 @@ class Experiment:
         self.flags = [
             *architecture.split(),
             *self.train["shared"].split(),
+            *(["--bf16"] if multiplies_bf16() else []),
             *f"--img-h {size} --img-w {size} --patch-dim {patch}".split(),
             *f"--tokenizer-type NullTokenizer --vocab-size {self.about['vocabulary']} --ckpt-format torch_dist".split(),
         ]
@@ -127,7 +127,7 @@ class Experiment:
         text += f" --vision-kind {judged}"
         align = f"{self.train['align']} --train-iters {self.train['align_most_iterations']} --seed {seed}"
         align += f" --stop-at {judged}:{self.train['align_accuracy']} --eval-interval {self.train['align_interval']}"
-        first = fingerprint(self.flags, text, self.about, self.start_environment, sources())
+        first = fingerprint(self.flags, text, self.about, self.environment, sources())
         settings = fingerprint(first, align)
         if is_done(target, settings):
             return target
@@ -137,7 +137,7 @@ class Experiment:
             flags = f"--stage text {text} --load {self.language_model / 'megatron'} {LOAD} --eval-interval 1000"
             flags += f" --save-llava {aside / 'built'} --eval-log {aside / 'text.jsonl'}"
             flags += f" --vision-data {self.data / 'align'}"  # more pictures
-            self.megatron(f"text-{seed}", flags, self.data, self.train["text_iterations"], self.start_environment)
+            self.megatron(f"text-{seed}", flags, self.data, self.train["text_iterations"], self.environment)
             (aside / "built" / "settings").write_text(first)
         for name in ("llava", "teacher"):
             shutil.rmtree(aside / name, ignore_errors=True)
@@ -146,7 +146,7 @@ class Experiment:
         flags += f" --save {aside / 'llava'} --save-interval 100000 --no-save-optim --no-save-rng"
         flags += f" --eval-log {aside / 'align.jsonl'}"
         most = self.train["align_most_iterations"]
-        self.megatron(f"align-{seed}", flags, self.data / "align", most, self.start_environment)
+        self.megatron(f"align-{seed}", flags, self.data / "align", most, self.environment)
         tool = [sys.executable, str(ROOT / "tools" / "extract_teacher.py")]
         command = [*tool, "--source", str(aside / "built"), "--target", str(aside / "teacher")]
         run_command(command, self.logs / f"teacher-{seed}.log", title=f"teacher {seed}")
@@ -157,7 +157,7 @@ class Experiment:
         about |= {
             "weights": end["weights"],
             "data": self.about["content"],
-            "environment": self.start_environment,
+            "environment": self.environment,
             **machine(),
         }
         (aside / "about.json").write_text(json.dumps(about, indent=1))
@@ -300,6 +300,12 @@ def machine() -> dict[str, str]:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
     return {"processor": model, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def multiplies_bf16() -> bool:
+    """Whether this x86 processor has instructions for products in bfloat16; without them these take longer."""
+    cpu = Path("/proc/cpuinfo")
+    return cpu.exists() and not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu.read_text().split())
 
 
 def has_gpu() -> bool:
