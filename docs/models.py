@@ -43,12 +43,14 @@ _STEP, _LIKE_PADDED = (
 _BASE = "test_the_frozen_base_with_its_adapters_off_is_the_teacher_of_its_checkpoint"
 
 
-def _mcore(name: str) -> tuple[str, ...]:
-    tp2 = f"{_MCORE}test_tensor_parallel_ranks_keep_the_same_positions[{name}]"
+def _mcore(name: str, cp2: str = MROPE, *, experts: bool = False) -> tuple[str, ...]:
+    ep2 = f"{_MCORE}test_expert_parallel_ranks_keep_the_same_positions[{name}]" if experts else NO_EXPERTS
+    tp2, pp2, dp2 = (f"{_MCORE}{_LAYOUT}[{name}-{layout}]" for layout in ("tp2", "pp2", "dp2"))
     visual = f"{_MCORE}test_visual_positions_of_packed_rows_are_those_of_padded_rows[{name}]"
-    ones = f"{_MCORE}{_ONE}[{name}-]", f"{_MCORE}{_ORACLE}[{name}-"
+    ones = f"{_MCORE}{_ONE}[{name}-", f"{_MCORE}{_ORACLE}[{name}-"
     packed = f"{_MCORE}test_{_LIKE_PADDED}_rows_keep[{name}]"
-    return (*ones, tp2, NOT_RUN, MROPE, NO_EXPERTS, NOT_RUN, packed, visual, NOT_RUN, "refused")
+    resume = f"{_MCORE}test_two_steps_and_two_more_are_four[{name}]"
+    return (*ones, tp2, pp2, cp2, ep2, dp2, packed, visual, resume, "refused")
 
 
 ROWS = {
@@ -72,8 +74,13 @@ ROWS = {
         *(f"{_Q3}test_every_layout_of_experts_keeps_the_same_positions[dp2]", f"{_Q3}test_packed_experts_keep"),
         *(f"{_Q3}test_half_of_the_visual_positions_are_kept[qwen3_moe]", f"{_Q3}{_SIX}[qwen3_moe]", NOT_RUN),
     ),
+    ("Qwen2-VL", "mcore-bridge (`attach`)"): _mcore("qwen2"),
     ("Qwen2.5-VL", "mcore-bridge (`attach`)"): _mcore("qwen25"),
     ("Qwen3-VL", "mcore-bridge (`attach`)"): _mcore("qwen3"),
+    ("InternVL (Hugging Face's format) over Qwen2", "mcore-bridge (`attach`)"): _mcore("internvl", NOT_RUN),
+    ("InternVL (Hugging Face's format) over Qwen3", "mcore-bridge (`attach`)"): _mcore("internvl_qwen3", NOT_RUN),
+    ("GLM-4V, GLM-4.1V", "mcore-bridge (`attach`)"): _mcore("glm4v"),
+    ("GLM-4.5V", "mcore-bridge (`attach`)"): _mcore("glm4v_moe", experts=True),
     ("Qwen2.5-VL", "ms-swift's trainer"): (
         *(_SWIFT + _ONE, "as in mcore-bridge", NOT_RUN, NOT_RUN, MROPE, NO_EXPERTS, NOT_RUN),
         *(

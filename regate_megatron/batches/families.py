@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from regate_megatron import compat
+from regate_megatron.batches import mcore_bridge
 from regate_megatron.batches.facts import BatchAdapter
 from regate_megatron.batches.gpt import GPTBatches
 from regate_megatron.batches.llava import LLaVABatches
 from regate_megatron.batches.multimodal import MultimodalBatches
 from regate_megatron.batches.qwen_vl import QwenVLBatches
 from regate_megatron.batches.sample_key import BY_CONTENT, NamedSamples
-from regate_megatron.batches.swift import SwiftBatches
 from regate_megatron.errors import refuse
 
 
@@ -123,21 +123,6 @@ def _bridge_qwen3_vl(model: Any, pad_token: int | None, args: Any) -> BatchAdapt
     )
 
 
-# The kinds of mcore-bridge's one multimodal class that were run, by the model type of their Hugging Face configuration.
-SWIFT_MODELS = ("qwen2_5_vl", "qwen3_vl")
-
-
-def _swift(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
-    kind, ids = model.config.hf_model_type, model.config.hf_config
-    if kind not in SWIFT_MODELS:
-        given, allowed = f"{type(model).__name__} of {kind}", ", ".join(SWIFT_MODELS) + " (no other was ever run)"
-        error = refuse("model", given=given, allowed=allowed, change="the model, or train it without ReGATE")
-        error.everywhere = True
-        raise error
-    merge_size = ids.vision_config.spatial_merge_size
-    return SwiftBatches(QwenVLBatches(ids.image_token_id, ids.video_token_id, merge_size, takes_positions=True))
-
-
 FAMILIES = {
     "megatron.core.models.gpt.gpt_model.GPTModel": Family("GPTModel", _text),
     # MambaModel is a HybridModel from core 0.18 on; the class of that name before it is another.
@@ -150,6 +135,6 @@ FAMILIES = {
         "Qwen3VLModel of Megatron-Bridge", _bridge_qwen3_vl
     ),
     "mcore_bridge.model.mm_gpt_model.MultimodalGPTModel": Family(
-        f"MultimodalGPTModel of mcore-bridge ({', '.join(SWIFT_MODELS)})", _swift
+        f"MultimodalGPTModel of mcore-bridge ({', '.join(mcore_bridge.KINDS)})", mcore_bridge.adapter_of
     ),
 }

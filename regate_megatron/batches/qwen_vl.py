@@ -29,6 +29,11 @@ from regate_megatron.batches.segments import Segments
 _KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
 
 
+def of_blocks(pixels: Tensor, _grid_3: Tensor, merge_size: int) -> np.ndarray:
+    """A few values under each position, where patches that become one lie one after the other; float [N, D]."""
+    return some_of_each(pixels.unflatten(0, (-1, merge_size**2)).flatten(1))
+
+
 @dataclass(frozen=True)
 class QwenVLBatches(BatchAdapter):
     """Adapter for Qwen2.5-VL batches of Megatron-Bridge.
@@ -38,6 +43,7 @@ class QwenVLBatches(BatchAdapter):
         merge_size: patches per side that become one visual token (``vision_config.spatial_merge_size``).
         rope_index: the model's ``get_rope_index``; without one positions are 0, 1, 2 …
         takes_positions: whether they are the batch's own instead.
+        cells: what lies under each position of a medium, from its pixels, its grid [3] and ``merge_size``; [N, D].
     """
 
     image_token: int
@@ -45,6 +51,7 @@ class QwenVLBatches(BatchAdapter):
     merge_size: int
     rope_index: Callable[..., tuple[Tensor, Tensor]] | None = None
     takes_positions: bool = False
+    cells: Callable[[Tensor, Tensor, int], np.ndarray] = of_blocks
 
     keys = (
         "input_ids or tokens, labels and loss_mask; visual_inputs, attention_mask and cu_seqlens_q where there are any"
@@ -155,15 +162,14 @@ class QwenVLBatches(BatchAdapter):
         """Images and videos in the order in which they lie in the rows."""
         if not found:
             return Media.none()
-        in_order, cells = sorted(found, key=lambda one: one.place), self.merge_size**2
+        in_order = sorted(found, key=lambda one: one.place)
         grid_I3 = torch.stack([one.grid_3 for one in in_order]).long()
         grid_I3[:, 1:] //= self.merge_size
         return Media(
             sample_I=torch.tensor([one.sample for one in in_order]),
             count_I=grid_I3.prod(dim=1),
             grid_I3=grid_I3,
-            # patches that become one position lie one after the other
-            pixels=lambda medium: some_of_each(in_order[medium].pixels.unflatten(0, (-1, cells)).flatten(1)),
+            pixels=lambda medium: self.cells(in_order[medium].pixels, in_order[medium].grid_3, self.merge_size),
         )
 
 

@@ -6,7 +6,7 @@ What the layers get is one argument, ``rotary_pos_emb`` [K, B, 1, D], which reco
   the dense length. (yarn's mscale is read by the attention from its config.)
 - mrope: the table depends on the batch's position ids, so the model's dense table of this microbatch is gathered.
 - multi-latent attention makes its table inside each layer, from the length of what it is given. There the argument
-  carries the table past the layer, see :class:`HandedRotary`.
+  carries the table past the layer, see :class:`HandedRotary`. mcore-bridge's takes the model's table, as others do.
 - learned positions and none: nothing to do, positions are in the embedding or nowhere.
 
 Shapes: S dense positions, K slots that run, k those of this context rank (all of them in packed rows), B rows, D rotary
@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from regate_megatron.decoder.exchange import ShardedPlan
+from regate_megatron.errors import refuse
 
 
 class Positions:
@@ -35,7 +36,8 @@ class Positions:
         self.is_dense_given = model.position_embedding_type == "mrope" and not arrives_short
         self.is_short_given = model.position_embedding_type == "mrope" and arrives_short
         attentions = [getattr(layer, "self_attention", None) for layer in model.decoder.layers]
-        self.handed = [HandedRotary(one) for one in attentions if _is_latent(one)]
+        self.handed = [HandedRotary(one) for one in attentions if _makes_its_table(one)]
+        self._most = _most_positions(model)
         self._tables: dict[int, Tensor] = {}
 
     def detach(self) -> None:
@@ -49,7 +51,17 @@ class Positions:
         Args:
             given: what the model passes to its decoder.
             plan: of the microbatch, on the device of the hidden states.
+
+        Raises:
+            ReGateError: rows so long that the frequencies depend on their length.
         """
+        if self._most is not None and plan.dense_length > self._most:
+            raise refuse(
+                "RoPE scaling",
+                given=f"rows of {plan.dense_length} positions; from {self._most} on frequencies change by length",
+                allowed=f"rows of up to {self._most} positions",
+                change="the greatest length of rows, or rope_scaling to a fixed one",
+            )
         if self.is_short_given or (given is None and not self.handed):
             return given
         if self.is_dense_given:
@@ -109,7 +121,17 @@ def _emb_and_mscale(rotary: Any, length: int) -> tuple[Tensor, float | None]:
     return found if isinstance(found, tuple) else (found, None)
 
 
-def _is_latent(attention: Any) -> bool:
+def _makes_its_table(attention: Any) -> bool:
     from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 
-    return isinstance(attention, MultiLatentAttention)
+    return isinstance(attention, MultiLatentAttention) and hasattr(attention, "rotary_pos_emb")
+
+
+def _most_positions(model: Any) -> int | None:
+    """How long a row may be before mcore-bridge scales the frequencies by its length; None: as long as it likes."""
+    scaling = getattr(model, "hf_rope_scaling", None) or {}
+    if scaling.get("rope_type") == "dynamic" and scaling.get("alpha") is None:
+        return model.config.max_position_embeddings
+    if scaling.get("rope_type") == "longrope":
+        return model.config.original_max_position_embeddings or model.config.max_position_embeddings
+    return None

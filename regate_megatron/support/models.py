@@ -45,6 +45,10 @@ _LLAVA = Host(MEGATRON, "-m regate_megatron pretrain_vlm.py …; weights by tool
 SUPPORTED = {
     "qwen2_5_vl": (Host(BRIDGE, _CALLBACK.format(step="vlm_step") + _PACKED), Host(SWIFT, _PLUGIN)),
     "qwen3_vl": (Host(BRIDGE, _CALLBACK.format(step="qwen3_vl_step") + _PACKED), Host(SWIFT, _PLUGIN)),
+    "qwen2_vl": (Host(SWIFT, _PLUGIN),),
+    "internvl": (Host(SWIFT, _PLUGIN),),
+    "glm4v": (Host(SWIFT, _PLUGIN),),
+    "glm4v_moe": (Host(SWIFT, _PLUGIN),),
     "qwen3_vl_moe": (Host(BRIDGE, _CALLBACK.format(step="qwen3_vl_step") + _PACKED),),
     "llava": (_LLAVA,),
     "llama": (_GPT, _BRIDGE_GPT),
@@ -54,18 +58,14 @@ SUPPORTED = {
 }
 _UNTRIED = "nobody has run it with ReGATE"
 REFUSED = {
-    "glm4v": _UNTRIED,
-    "glm4v_moe": f"{_UNTRIED}: its videos use the ids of images, and positions stop at the batch",
     "ernie4_5_moe_vl": "a mask of token kinds, global to its module, keeps the dense length",
     "gemma3": "pictures are read in both directions and windows slide, as biases of the dense length",
     "gemma4": "pictures are read in both directions and windows slide, as biases of the dense length",
     "mistral3": f"{_UNTRIED}: its query scale counts positions of the short row past the original maximum",
     "kimi_vl": _UNTRIED,
     "kimi_k25": f"{_UNTRIED}: flex dispatcher, latent attention, pipeline layouts",
-    "internvl": f"{_UNTRIED}: tiles without grids",
     "internvl_chat": f"{_UNTRIED}: tiles without grids",
     "llava_onevision1_5": _UNTRIED,
-    "qwen2_vl": _UNTRIED,
     "ovis2_5": f"{_UNTRIED}: its placeholders are negative ids",
     "qwen3_5": "three of four layers are gated delta nets: their state would skip what is left out",
     "qwen3_5_moe": "three of four layers are gated delta nets: their state would skip what is left out",

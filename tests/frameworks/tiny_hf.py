@@ -33,7 +33,7 @@ TEMPLATE = (
     "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_TEXT = {
+TEXT = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 4,
@@ -59,14 +59,14 @@ def write(folder: Path, family: str) -> None:
     images = Qwen2VLImageProcessor(**_IMAGES)
     if family == "qwen2_5_vl":
         rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-        text = {**_TEXT, **vocabulary, "rope_parameters": rope}
+        text = {**TEXT, **vocabulary, "rope_parameters": rope}
         vision = {**_VISION, "out_hidden_size": 32, "window_size": 112, "fullatt_block_indexes": [3]}
         config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
         architecture, videos = "Qwen2_5_VLForConditionalGeneration", Qwen2VLVideoProcessor(**_IMAGES)
         processor = Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=TEMPLATE)
     else:
         rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0, "mrope_interleaved": True}
-        text = {**_TEXT, **vocabulary, "rope_parameters": rope, "head_dim": 8}
+        text = {**TEXT, **vocabulary, "rope_parameters": rope, "head_dim": 8}
         vision = {
             **_VISION,
             "out_hidden_size": 32,

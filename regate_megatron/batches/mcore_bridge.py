@@ -1,0 +1,109 @@
+"""The kinds of mcore-bridge's one multimodal class: one row per model type of their Hugging Face configuration.
+
+All have placeholders written out in full, one per visual position. What differs is what the placeholder is, and how
+pixels lie in a batch: beside grids, patches of a position one after the other (Qwen-VL, GLM-V, LLaVA-OneVision 1.5) or
+in raster order (Kimi-VL); or as tiles of one size without grids (InternVL), each of which is a medium of its own.
+
+To add a kind: a row, and a test that runs it.
+
+Shapes: T tiles of C colours, H rows and W columns of pixels; N visual positions of a medium, D values under each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regate_megatron.batches.media import cells_of_image, some_of_each
+from regate_megatron.batches.qwen_vl import QwenVLBatches
+from regate_megatron.batches.swift import SwiftBatches
+from regate_megatron.errors import refuse
+
+_NO_TOKEN = -1
+
+
+def adapter_of(model: Any, pad_token: int | None, args: Any) -> SwiftBatches:
+    """The adapter of ms-swift's batches for a ``MultimodalGPTModel``.
+
+    Raises:
+        ReGateError: no row of the table; every rank has the same model, so every rank raises.
+    """
+    kind = model.config.hf_model_type
+    if kind not in KINDS:
+        given, allowed = f"{type(model).__name__} of {kind}", ", ".join(KINDS) + " (no other was ever run)"
+        error = refuse("model", given=given, allowed=allowed, change="the model, or train it without ReGATE")
+        error.everywhere = True
+        raise error
+    return KINDS[kind](model.config.hf_config)
+
+
+def _grids(config: Any) -> SwiftBatches:
+    merge_size = config.vision_config.spatial_merge_size
+    return SwiftBatches(QwenVLBatches(config.image_token_id, config.video_token_id, merge_size, takes_positions=True))
+
+
+def _raster(config: Any) -> SwiftBatches:
+    merge_size, _ = config.vision_config.merge_kernel_size
+    rows = QwenVLBatches(
+        config.media_placeholder_token_id, _NO_TOKEN, merge_size, takes_positions=True, cells=_in_raster_order
+    )
+    return SwiftBatches(rows, _flat_grids)
+
+
+def _tiles(config: Any, image_token: int | None = None) -> SwiftBatches:
+    patch = config.vision_config.patch_size
+    side = int((patch if isinstance(patch, int) else patch[0]) / config.downsample_ratio)
+    rows = QwenVLBatches(
+        config.image_token_id if image_token is None else image_token,
+        _NO_TOKEN,
+        merge_size=1,
+        takes_positions=True,
+        cells=partial(_in_tile, side),
+    )
+    return SwiftBatches(rows, partial(_tile_grids, side))
+
+
+KINDS: dict[str, Callable[[Any], SwiftBatches]] = {
+    "qwen2_vl": _grids,
+    "qwen2_5_vl": _grids,
+    "qwen3_vl": _grids,
+    "internvl": _tiles,
+    "glm4v": _grids,
+    "glm4v_moe": _grids,
+}
+
+
+def _tile_grids(side: int, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Tiles as media whose grids are squares of ``side`` pixels. The pixels stay where they are: a view."""
+    if batch.get("pixel_values") is None:
+        return {}
+    tile_TCHW = batch["pixel_values"]
+    height, width = (pixels // side for pixels in tile_TCHW.shape[-2:])
+    grid_T3 = torch.tensor([[1, height, width]]).expand(len(tile_TCHW), -1)
+    return {"pixel_values": tile_TCHW.reshape(len(tile_TCHW) * height * width, -1), "image_grid_thw": grid_T3}
+
+
+def _in_tile(side: int, pixels: Tensor, grid_3: Tensor, _merge_size: int) -> np.ndarray:
+    _, height, width = grid_3.tolist()
+    return cells_of_image(pixels.reshape(-1, height * side, width * side), height, width)
+
+
+def _flat_grids(batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Grids of height and width, as of images of one frame."""
+    if batch.get("pixel_values") is None:
+        return {}
+    return {
+        "pixel_values": batch["pixel_values"],
+        "image_grid_thw": torch.nn.functional.pad(batch["image_grid_hws"], (1, 0), value=1),
+    }
+
+
+def _in_raster_order(pixels: Tensor, grid_3: Tensor, merge_size: int) -> np.ndarray:
+    _, height, width = grid_3.tolist()
+    rows = pixels.flatten(1).reshape(height // merge_size, merge_size, width // merge_size, merge_size, -1)
+    return some_of_each(rows.transpose(1, 2).flatten(2).flatten(0, 1))
