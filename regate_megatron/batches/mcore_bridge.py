@@ -1,8 +1,8 @@
 """The kinds of mcore-bridge's one multimodal class: one row per model type of their Hugging Face configuration.
 
 All have placeholders written out in full, one per visual position. What differs is what the placeholder is, and how
-pixels lie in a batch: beside grids, patches of a position one after the other (Qwen-VL, GLM-V, LLaVA-OneVision 1.5) or
-in raster order (Kimi-VL); or as tiles of one size without grids (InternVL), each of which is a medium of its own.
+pixels lie in a batch: beside grids, patches of a position one after the other (Qwen-VL, GLM-V, LLaVA-OneVision 1.5); or
+as tiles of one size without grids (InternVL), each of which is a medium of its own.
 
 To add a kind: a row, and a test that runs it.
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regate_megatron.batches.media import cells_of_image, some_of_each
+from regate_megatron.batches.media import cells_of_image
 from regate_megatron.batches.qwen_vl import QwenVLBatches
 from regate_megatron.batches.swift import SwiftBatches
 from regate_megatron.errors import refuse
@@ -47,12 +47,12 @@ def _grids(config: Any) -> SwiftBatches:
     return SwiftBatches(QwenVLBatches(config.image_token_id, config.video_token_id, merge_size, takes_positions=True))
 
 
-def _raster(config: Any) -> SwiftBatches:
-    merge_size, _ = config.vision_config.merge_kernel_size
-    rows = QwenVLBatches(
-        config.media_placeholder_token_id, _NO_TOKEN, merge_size, takes_positions=True, cells=_in_raster_order
-    )
-    return SwiftBatches(rows, _flat_grids)
+def _tiles_of_chat(config: Any) -> SwiftBatches:
+    """InternVL's own format, which says the placeholder nowhere: the model asks the tokenizer, on its first stage."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.name_or_path, trust_remote_code=True)
+    return _tiles(config, tokenizer.encode("<IMG_CONTEXT>", add_special_tokens=False)[0])
 
 
 def _tiles(config: Any, image_token: int | None = None) -> SwiftBatches:
@@ -73,6 +73,8 @@ KINDS: dict[str, Callable[[Any], SwiftBatches]] = {
     "qwen2_5_vl": _grids,
     "qwen3_vl": _grids,
     "internvl": _tiles,
+    "internvl_chat": _tiles_of_chat,
+    "llavaonevision1_5": _grids,
     "glm4v": _grids,
     "glm4v_moe": _grids,
 }
@@ -91,19 +93,3 @@ def _tile_grids(side: int, batch: dict[str, Any]) -> dict[str, Tensor]:
 def _in_tile(side: int, pixels: Tensor, grid_3: Tensor, _merge_size: int) -> np.ndarray:
     _, height, width = grid_3.tolist()
     return cells_of_image(pixels.reshape(-1, height * side, width * side), height, width)
-
-
-def _flat_grids(batch: dict[str, Any]) -> dict[str, Tensor]:
-    """Grids of height and width, as of images of one frame."""
-    if batch.get("pixel_values") is None:
-        return {}
-    return {
-        "pixel_values": batch["pixel_values"],
-        "image_grid_thw": torch.nn.functional.pad(batch["image_grid_hws"], (1, 0), value=1),
-    }
-
-
-def _in_raster_order(pixels: Tensor, grid_3: Tensor, merge_size: int) -> np.ndarray:
-    _, height, width = grid_3.tolist()
-    rows = pixels.flatten(1).reshape(height // merge_size, merge_size, width // merge_size, merge_size, -1)
-    return some_of_each(rows.transpose(1, 2).flatten(2).flatten(0, 1))

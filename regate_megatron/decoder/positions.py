@@ -6,7 +6,7 @@ What the layers get is one argument, ``rotary_pos_emb`` [K, B, 1, D], which reco
   the dense length. (yarn's mscale is read by the attention from its config.)
 - mrope: the table depends on the batch's position ids, so the model's dense table of this microbatch is gathered.
 - multi-latent attention makes its table inside each layer, from the length of what it is given. There the argument
-  carries the table past the layer, see :class:`HandedRotary`. mcore-bridge's takes the model's table, as others do.
+  carries the table past the layer, see :class:`HandedRotary`.
 - learned positions and none: nothing to do, positions are in the embedding or nowhere.
 
 Shapes: S dense positions, K slots that run, k those of this context rank (all of them in packed rows), B rows, D rotary
@@ -36,7 +36,7 @@ class Positions:
         self.is_dense_given = model.position_embedding_type == "mrope" and not arrives_short
         self.is_short_given = model.position_embedding_type == "mrope" and arrives_short
         attentions = [getattr(layer, "self_attention", None) for layer in model.decoder.layers]
-        self.handed = [HandedRotary(one) for one in attentions if _makes_its_table(one)]
+        self.handed = [HandedRotary(one) for one in attentions if _is_latent(one)]
         self._most = _most_positions(model)
         self._tables: dict[int, Tensor] = {}
 
@@ -121,10 +121,10 @@ def _emb_and_mscale(rotary: Any, length: int) -> tuple[Tensor, float | None]:
     return found if isinstance(found, tuple) else (found, None)
 
 
-def _makes_its_table(attention: Any) -> bool:
+def _is_latent(attention: Any) -> bool:
     from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 
-    return isinstance(attention, MultiLatentAttention) and hasattr(attention, "rotary_pos_emb")
+    return isinstance(attention, MultiLatentAttention)
 
 
 def _most_positions(model: Any) -> int | None:

@@ -28,7 +28,6 @@ _ATTENTIONS = (
     "megatron.core.transformer.multi_latent_attention.FusedMLASelfAttention",
     "megatron.core.transformer.identity_op.IdentityOp",
     "megatron.bridge.models.qwen_vl.modelling_qwen3_vl.attention.Qwen3VLSelfAttention",
-    "mcore_bridge.model.modules.multi_latent_attention.MLASelfAttention",
     "mcore_bridge.model.gpts.glm4.Glm4SelfAttention",
 )
 # Layers of a HybridModel whose tokens meet in softmax attention over the whole sequence, or not at all.

@@ -104,7 +104,7 @@ class Rows:
     """Rows of a picture and a caption, or of a caption alone, as ms-swift's template encodes them."""
 
     def __init__(self, family: tiny_mcore.Family, config: Any) -> None:
-        self.family, self.placeholder = family, getattr(config, family.token)
+        self.family, self.placeholder = family, family.token(config)
 
     def row(self, index: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(index)
@@ -178,11 +178,11 @@ def forward_step(iterator: Any, model: Any, *, packs: bool) -> Any:
     return losses, loss_function
 
 
-def build(folder: Path, layout: Layout) -> list[Any]:
+def build(folder: Path, layout: Layout, kind: str | None = None) -> list[Any]:
     """The model of a folder, the same weights every time."""
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     torch.manual_seed(1)
-    (chunk,) = mcore_on_cpu.model(folder, calculate_per_token_loss=True, **layout.settings())
+    (chunk,) = mcore_on_cpu.model(folder, calculate_per_token_loss=True, mcore_model_type=kind, **layout.settings())
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=False)
     return [DistributedDataParallel(chunk.config, ddp, chunk)]
 
@@ -224,7 +224,7 @@ class Training:
 
     def train(self, name: str, case: Case) -> dict[str, Any]:
         """Four steps, or the last two of them."""
-        model = build(self.folder / self.name, self.layout)
+        model = build(self.folder / self.name, self.layout, self.family.kind)
         config = model[0].module.config
         config.finalize_model_grads_func = finalize_model_grads
         weights = self.folder / f"{self.name}.pt"
@@ -282,7 +282,7 @@ class Training:
 
     def exact(self) -> None:
         """A sparse step against its oracle."""
-        model = build(self.folder / self.name, self.layout)
+        model = build(self.folder / self.name, self.layout, self.family.kind)
         batch = Rows(self.family, model[0].module.config.hf_config).batch([0, 1], packs=False)
         schedule = get_forward_backward_func()
 

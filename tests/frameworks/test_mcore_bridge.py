@@ -11,7 +11,8 @@ from tests.frameworks.test_qwen_vl import from_their_start
 pytestmark = [pytest.mark.full, pytest.mark.skipif(bool(missing("mcore_bridge")), reason=missing("mcore_bridge"))]
 
 # Visual positions of a row with a picture.
-MODELS = {"qwen2": 6, "qwen25": 6, "qwen3": 6, "internvl": 8, "internvl_qwen3": 8, "glm4v": 6, "glm4v_moe": 6}
+MODELS = {"qwen2": 6, "qwen25": 6, "qwen3": 6, "internvl": 8, "internvl_qwen3": 8, "internvl_chat": 8}
+MODELS |= {"llava_onevision": 6, "glm4v": 6, "glm4v_moe": 6}
 WITH_EXPERTS = ("glm4v_moe",)
 TRAIN_ALIKE = [model for model in MODELS if model not in ("qwen3", "glm4v_moe")]
 

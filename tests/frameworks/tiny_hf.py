@@ -48,7 +48,7 @@ _IMAGES = {"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2}
 def write(folder: Path, family: str) -> None:
     """Write configuration, tokenizer and processor of ``qwen2_5_vl`` or ``qwen3_vl``."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(folder)
+    tokenizer = tokenizer_of(folder)
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start")}
     ids = {
         "image_token_id": ids["image_pad"],
@@ -95,7 +95,9 @@ def write_pictures(folder: Path, count: int = 8) -> Path:
     return file
 
 
-def _tokenizer(folder: Path) -> Any:
+def tokenizer_of(folder: Path) -> Any:
+    """Train a tokenizer and write it into the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(SENTENCES, vocab_size=400, min_frequency=1)
     trained.save_model(str(folder))

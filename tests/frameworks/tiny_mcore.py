@@ -2,17 +2,23 @@
 
 Every picture is given as ms-swift's template of the family gives it. Vocabulary, placeholders and positions are the
 tests' own; models read ids.
+
+Two families bring their tower, and classes of configurations, as code in their folder on the Hugging Face hub. That
+code is not ours to copy: in its place lie files of ``hub_code``, with a small tower behind the same names.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Glm4vConfig, Glm4vMoeConfig, InternVLConfig, Qwen2VLConfig
+from transformers import AutoTokenizer, Glm4vConfig, Glm4vMoeConfig, InternVLConfig, Qwen2VLConfig
 
 from tests.frameworks import tiny_hf
 
@@ -50,9 +56,42 @@ def _glm(kind: type, **text: Any) -> Callable[[Path], None]:
     return _saved(kind, {"hidden_size": 64, "rope_parameters": rope, **text}, vision, **_IDS)
 
 
+def _from_hub(code: str, config: str, text_name: str, text: dict[str, Any], **more: Any) -> Callable[[Path], None]:
+    """A folder with code of its own."""
+
+    def write(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(__file__).with_name("hub_code") / f"{code}.py", folder)
+        stated = {"auto_map": {"AutoConfig": f"{code}.{config}"}, text_name: {**_TEXT, **text}, **more}
+        (folder / "config.json").write_text(json.dumps(stated))
+
+    return write
+
+
+def _internvl_chat(folder: Path) -> None:
+    tokenizer = tiny_hf.tokenizer_of(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<IMG_CONTEXT>"]})
+    tokenizer.save_pretrained(folder)
+    text = {"model_type": "qwen2", "vocab_size": 512, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    vision = {"hidden_size": 32, "patch_size": 14, "image_size": TILE}
+    kind = {"model_type": "internvl_chat", "vision_config": vision}
+    _from_hub("modeling_internvl_chat", "InternVLChatConfig", "llm_config", text, **kind)(folder)
+
+
+def _context_token(config: Any) -> int:
+    return AutoTokenizer.from_pretrained(config.name_or_path).convert_tokens_to_ids("<IMG_CONTEXT>")
+
+
 def _with_grid(generator: torch.Generator) -> dict[str, torch.Tensor]:
     patches = torch.randn(24, 3 * 2 * tiny_hf.PATCH**2, generator=generator)
     return {"pixel_values": patches, "image_grid_thw": torch.tensor([GRID])}
+
+
+def _of_one_frame(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {
+        "pixel_values": torch.randn(24, 3 * 14**2, generator=generator),
+        "image_grid_thw": torch.tensor([GRID]),
+    }
 
 
 def _two_tiles(generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -67,7 +106,8 @@ class Family:
         write: writes the folder.
         picture: what a row with a picture brings.
         visual: positions that it has in the row.
-        token: the name of the placeholder's id in the configuration.
+        token: the placeholder's id, by the configuration.
+        kind: mcore-bridge's name of it, where the model type does not tell.
         has_axes: whether positions have three axes (mRoPE).
         has_experts: whether layers have experts.
         trains_alike: whether it trains in TP2 as on one rank; False: it does not without ReGATE either.
@@ -76,7 +116,8 @@ class Family:
     write: Callable[[Path], None]
     picture: Callable[[torch.Generator], dict[str, torch.Tensor]] = _with_grid
     visual: int = 6
-    token: str = "image_token_id"
+    token: Callable[[Any], int] = attrgetter("image_token_id")
+    kind: str | None = None
     has_axes: bool = True
     has_experts: bool = False
     trains_alike: bool = True
@@ -96,6 +137,22 @@ FAMILIES = {
     ),
     "internvl": Family(_internvl("qwen2"), **_TILES),
     "internvl_qwen3": Family(_internvl("qwen3", head_dim=8), **_TILES),
+    "internvl_chat": Family(_internvl_chat, token=_context_token, **_TILES),
+    "llava_onevision": Family(
+        _from_hub(
+            "modeling_llavaonevision1_5",
+            "Llavaonevision1_5Config",
+            "text_config",
+            {"head_dim": 8},
+            model_type="llavaonevision1_5",
+            vision_config={},
+            image_token_id=3,
+            video_token_id=4,
+        ),
+        picture=_of_one_frame,
+        has_axes=False,
+        kind="llava_onevision1_5",
+    ),
     "glm4v": Family(_glm(Glm4vConfig)),
     "glm4v_moe": Family(
         _glm(Glm4vMoeConfig, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, **_EXPERTS),
