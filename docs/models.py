@@ -79,10 +79,8 @@ ROWS = {
     ("Qwen3-VL", "mcore-bridge (`attach`)"): _mcore("qwen3"),
     ("InternVL (Hugging Face's format) over Qwen2", "mcore-bridge (`attach`)"): _mcore("internvl", NOT_RUN),
     ("InternVL (Hugging Face's format) over Qwen3", "mcore-bridge (`attach`)"): _mcore("internvl_qwen3", NOT_RUN),
-    ("InternVL 2.5, 3, 3.5 (own format; a tower of the tests)", "mcore-bridge (`attach`)"): _mcore(
-        "internvl_chat", NOT_RUN
-    ),
-    ("LLaVA-OneVision 1.5 (a tower of the tests)", "mcore-bridge (`attach`)"): _mcore("llava_onevision", NOT_RUN),
+    ("InternVL 2.5 to 3.5 (own format; a test tower)", "mcore-bridge (`attach`)"): _mcore("internvl_chat", NOT_RUN),
+    ("LLaVA-OneVision 1.5 (a test tower)", "mcore-bridge (`attach`)"): _mcore("llava_onevision", NOT_RUN),
     ("GLM-4V, GLM-4.1V", "mcore-bridge (`attach`)"): _mcore("glm4v"),
     ("GLM-4.5V", "mcore-bridge (`attach`)"): _mcore("glm4v_moe", experts=True),
     ("Qwen2.5-VL", "ms-swift's trainer"): (

@@ -33,8 +33,10 @@ def adapter_of(model: Any, pad_token: int | None, args: Any) -> SwiftBatches:
     Raises:
         ReGateError: no row of the table; every rank has the same model, so every rank raises.
     """
-    kind = model.config.hf_model_type
-    if kind not in KINDS:
+    kind, text = model.config.hf_model_type, model.config.llm_model_type
+    is_other = KINDS.get(kind) in (_tiles, _tiles_of_chat) and text not in ("qwen2", "qwen3")
+    if kind not in KINDS or is_other:
+        kind = f"{kind} over {text}" if is_other else kind
         given, allowed = f"{type(model).__name__} of {kind}", ", ".join(KINDS) + " (no other was ever run)"
         error = refuse("model", given=given, allowed=allowed, change="the model, or train it without ReGATE")
         error.everywhere = True

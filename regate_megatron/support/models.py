@@ -108,6 +108,8 @@ def judge(config: dict[str, Any]) -> Verdict:
     kind = str(config.get("model_type"))
     text = config.get("text_config") or config.get("llm_config") or config
     reasons = [*_inexact(text)]
+    if kind in ("internvl", "internvl_chat") and text.get("model_type", "qwen2") not in ("qwen2", "qwen3"):
+        reasons.append(f"over {text['model_type']} {_UNTRIED}, over qwen2 and qwen3 alone")
     if kind not in SUPPORTED:
         reasons.insert(0, REFUSED.get(kind, _UNTRIED))
     notes = []

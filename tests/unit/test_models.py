@@ -62,3 +62,9 @@ def test_a_folder_without_a_configuration_is_refused_in_one_line(tmp_path, capsy
 
 def test_no_model_is_supported_and_refused():
     assert not models.SUPPORTED.keys() & models.REFUSED.keys()
+
+
+@pytest.mark.parametrize(("text", "code"), [("qwen3", 0), ("internlm2", 1), ("qwen3_moe", 1)])
+def test_internvl_is_supported_over_the_language_models_that_were_run(tmp_path, capsys, text, code):
+    found, said = _answer(tmp_path, capsys, model_type="internvl_chat", llm_config={"model_type": text})
+    assert found == code and (f"over {text} nobody has run it" in said) == bool(code)
