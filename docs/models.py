@@ -45,13 +45,14 @@ _CONTEXT = "test_context_ranks_keep_what_one_rank_keeps"
 _BASE = "test_the_frozen_base_with_its_adapters_off_is_the_teacher_of_its_checkpoint"
 
 
-def _mcore(name: str) -> tuple[str, ...]:
-    tp2 = f"{_MCORE}test_tensor_parallel_ranks_keep_the_same_positions[{name}]"
+def _mcore(name: str, cp2: str = "refused (nobody has run it)", *, experts: bool = False) -> tuple[str, ...]:
+    ep2 = f"{_MCORE}test_expert_parallel_ranks_keep_the_same_positions[{name}]" if experts else NO_EXPERTS
+    tp2, pp2, dp2 = (f"{_MCORE}{_LAYOUT}[{name}-{layout}]" for layout in ("tp2", "pp2", "dp2"))
     visual = f"{_MCORE}test_visual_positions_of_packed_rows_are_those_of_padded_rows[{name}]"
-    ones = f"{_MCORE}{_ONE}[{name}-]", f"{_MCORE}{_ORACLE}[{name}-"
+    ones = f"{_MCORE}{_ONE}[{name}-", f"{_MCORE}{_ORACLE}[{name}-"
     packed = f"{_MCORE}test_{_LIKE_PADDED}_rows_keep[{name}]"
-    cp2 = f"{_MCORE}{_CONTEXT}[{name}-"
-    return (*ones, tp2, NOT_RUN, cp2, NO_EXPERTS, NOT_RUN, packed, visual, NOT_RUN, "refused")
+    resume = f"{_MCORE}test_two_steps_and_two_more_are_four[{name}]"
+    return (*ones, tp2, pp2, cp2, ep2, dp2, packed, visual, resume, "refused")
 
 
 def _bridge(name: str, packed: str, cp2: str, ep2: str) -> tuple[str, ...]:
@@ -101,8 +102,15 @@ ROWS = {
         *(f"{_MIMO}test_packed_rows_keep_what_rows_of_their_own_keep[", f"{_MIMO_LAYOUT}[visual-n1@"),
         *(_MIMO_RESUMES, NOT_RUN),
     ),
-    ("Qwen2.5-VL", "mcore-bridge (`attach`)"): _mcore("qwen25"),
-    ("Qwen3-VL", "mcore-bridge (`attach`)"): _mcore("qwen3"),
+    ("Qwen2-VL", "mcore-bridge (`attach`)"): _mcore("qwen2"),
+    ("Qwen2.5-VL", "mcore-bridge (`attach`)"): _mcore("qwen25", f"{_MCORE}{_CONTEXT}[qwen25-"),
+    ("Qwen3-VL", "mcore-bridge (`attach`)"): _mcore("qwen3", f"{_MCORE}{_CONTEXT}[qwen3-"),
+    ("InternVL (Hugging Face's format) over Qwen2", "mcore-bridge (`attach`)"): _mcore("internvl"),
+    ("InternVL (Hugging Face's format) over Qwen3", "mcore-bridge (`attach`)"): _mcore("internvl_qwen3"),
+    ("InternVL 2.5 to 3.5 (own format; a test tower)", "mcore-bridge (`attach`)"): _mcore("internvl_chat"),
+    ("LLaVA-OneVision 1.5 (a test tower)", "mcore-bridge (`attach`)"): _mcore("llava_onevision"),
+    ("GLM-4V, GLM-4.1V", "mcore-bridge (`attach`)"): _mcore("glm4v"),
+    ("GLM-4.5V", "mcore-bridge (`attach`)"): _mcore("glm4v_moe", experts=True),
     ("Qwen2.5-VL", "ms-swift's trainer"): (
         *(_SWIFT + _ONE, "as in mcore-bridge", NOT_RUN, NOT_RUN, NOT_RUN, NO_EXPERTS, NOT_RUN),
         *(

@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from regate_megatron import compat
+from regate_megatron.batches import mcore_bridge
 from regate_megatron.batches.facts import BatchAdapter
 from regate_megatron.batches.gpt import GPTBatches
 from regate_megatron.batches.llava import LLaVABatches
 from regate_megatron.batches.mimo import MimoBatches
 from regate_megatron.batches.multimodal import MultimodalBatches
 from regate_megatron.batches.qwen_vl import QwenVLBatches
+from regate_megatron.batches.refusals import on_one_context_rank, refused_model
 from regate_megatron.batches.sample_key import BY_CONTENT, NamedSamples
 from regate_megatron.batches.sized_pictures import SizedPictures
-from regate_megatron.batches.swift import SwiftBatches
-from regate_megatron.errors import ReGateError, refuse
 
 
 @dataclass(frozen=True)
@@ -53,29 +53,13 @@ def adapter_for(model: Any, pad_token: int | None, args: Any = None, sample_key:
     """
     name = compat.known_as(model, FAMILIES)
     if name is None:
-        raise _refused(
+        raise refused_model(
             f"{type(model).__name__} ({compat.qualified_name(type(model))})",
             ", ".join(family.title for family in FAMILIES.values()) + " (no other was ever run)",
             "the model class, or train it without --regate",
         )
     adapter = FAMILIES[name].adapter(model, pad_token, args)
     return adapter if sample_key == BY_CONTENT else NamedSamples(adapter, sample_key)
-
-
-def _refused(given: str, allowed: str, change: str) -> ReGateError:
-    """Every rank has the same model, so every rank raises it."""
-    error = refuse("model", given=given, allowed=allowed, change=change)
-    error.everywhere = True
-    return error
-
-
-def _on_one_context_rank(
-    model: Any, given: str, why: str = "as it was never run on more", change: str = "or train it without --regate"
-) -> None:
-    """Refuse context parallelism of a family that cannot have it, or that no test has run with it."""
-    size = model.config.context_parallel_size
-    if size > 1:
-        raise _refused(f"{given} on {size} context ranks", f"one, {why}", f"context_parallel_size to 1, {change}")
 
 
 def _reads_position_ids(model: Any) -> bool:
@@ -116,7 +100,7 @@ def _llava_packs(model: Any, args: Any) -> bool | str:
 
 def _bridge_qwen_vl(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
     why = "as each would get the whole row with its own part of the rotary table, ReGATE or not"
-    _on_one_context_rank(model, "Qwen25VLModel of Megatron-Bridge", why, "or take Qwen3-VL")
+    on_one_context_rank(model, "Qwen25VLModel of Megatron-Bridge", why, "or take Qwen3-VL")
     return QwenVLBatches(
         image_token=model.config.image_token_id,
         video_token=model.config.video_token_id,
@@ -141,7 +125,7 @@ def _bridge_qwen3_vl(model: Any, pad_token: int | None, args: Any) -> BatchAdapt
 
 
 def _bridge_glm(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
-    _on_one_context_rank(model, "GLM45VModel of Megatron-Bridge")
+    on_one_context_rank(model, "GLM45VModel of Megatron-Bridge")
 
     def rope_index(tokens: Any, kinds: Any, image_grid: Any, video_grid: Any, *, attention_mask: Any, **_: Any) -> Any:
         is_real = (tokens != 0).long() if attention_mask is None else attention_mask  # what the model takes for padding
@@ -178,22 +162,9 @@ def _mimo(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
             wrong.append(f"modality {name} of {type(modality).__name__} with {len(modality.encoders)} encoders")
     if wrong:
         allowed = "rope, yarn or none, and pictures of one encoder, in one grid of ranks (nothing else was ever run)"
-        raise _refused(f"MimoModel: {', '.join(wrong)}", allowed, "the model, or train it without --regate")
+        raise refused_model(f"MimoModel: {', '.join(wrong)}", allowed, "the model, or train it without --regate")
     names = tuple(model.modality_submodules)
     return MimoBatches(names, tuple(model.special_token_ids[name] for name in names))
-
-
-# The kinds of mcore-bridge's one multimodal class that were run, by the model type of their Hugging Face configuration.
-SWIFT_MODELS = ("qwen2_5_vl", "qwen3_vl")
-
-
-def _swift(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
-    kind, ids = model.config.hf_model_type, model.config.hf_config
-    if kind not in SWIFT_MODELS:
-        given, allowed = f"{type(model).__name__} of {kind}", ", ".join(SWIFT_MODELS) + " (no other was ever run)"
-        raise _refused(given, allowed, "the model, or train it without ReGATE")
-    merge_size = ids.vision_config.spatial_merge_size
-    return SwiftBatches(QwenVLBatches(ids.image_token_id, ids.video_token_id, merge_size, takes_positions=True))
 
 
 FAMILIES = {
@@ -213,6 +184,6 @@ FAMILIES = {
     ),
     "megatron.core.models.mimo.model.base.MimoModel": Family("MimoModel", _mimo),
     "mcore_bridge.model.mm_gpt_model.MultimodalGPTModel": Family(
-        f"MultimodalGPTModel of mcore-bridge ({', '.join(SWIFT_MODELS)})", _swift
+        f"MultimodalGPTModel of mcore-bridge ({', '.join(mcore_bridge.KINDS)})", mcore_bridge.adapter_of
     ),
 }

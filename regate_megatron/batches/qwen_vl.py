@@ -26,6 +26,11 @@ _KINDS = {1: ("pixel_values", "image_grid_thw"), 2: ("pixel_values_videos", "vid
 _STATED = "mm_token_type_ids"
 
 
+def of_blocks(pixels: Tensor, _grid_3: Tensor, merge_size: int) -> np.ndarray:
+    """A few values under each position, where patches that become one lie one after the other; float [N, D]."""
+    return some_of_each(pixels.unflatten(0, (-1, merge_size**2)).flatten(1))
+
+
 @dataclass(frozen=True)
 class QwenVLBatches(PlaceholderBatches):
     """Adapter of batches whose images and videos have grids.
@@ -35,6 +40,7 @@ class QwenVLBatches(PlaceholderBatches):
         merge_size: patches per side that become one visual token (``vision_config.spatial_merge_size``).
         rope_index: the model's ``get_rope_index``; without one positions are 0, 1, 2 …
         takes_positions: whether they are the batch's own instead.
+        cells: what lies under each position of a medium, from its pixels, its grid [3] and ``merge_size``; [N, D].
         takes_kinds: whether the batch says which placeholders are a video's (``mm_token_type_ids``): GLM-4.5V writes
             its frames with the image's id.
     """
@@ -44,6 +50,7 @@ class QwenVLBatches(PlaceholderBatches):
     merge_size: int
     rope_index: Callable[..., tuple[Tensor, Tensor]] | None = None
     takes_positions: bool = False
+    cells: Callable[[Tensor, Tensor, int], np.ndarray] = of_blocks
     takes_kinds: bool = False
 
     def kinds(self, batch: dict[str, Any], token_BS: Tensor) -> Tensor:
@@ -94,16 +101,14 @@ class QwenVLBatches(PlaceholderBatches):
         return brought
 
     def _medium(self, grid_3: Tensor, pixels: Tensor, second_1: Tensor | None) -> Medium:
-        cells = self.merge_size**2
         frames, height, width = grid_3.tolist()
         content: list[np.ndarray] = [grid_3.numpy()]
         if second_1 is not None:  # spaces the frames' positions
             content.append(second_1.double().numpy())
         return Medium(
-            count=len(pixels) // cells,
+            count=len(pixels) // self.merge_size**2,
             pixels=pixels,
             grid=(frames, height // self.merge_size, width // self.merge_size),
-            # patches that become one position lie one after the other
-            values=lambda: some_of_each(pixels.unflatten(0, (-1, cells)).flatten(1)),
+            values=lambda: self.cells(pixels, grid_3, self.merge_size),
             content=tuple(content),
         )

@@ -9,6 +9,7 @@ Shapes: B rows, S positions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +22,22 @@ from regate_megatron.batches.qwen_vl import QwenVLBatches
 _MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
 
 
+def with_grids(batch: dict[str, Any]) -> dict[str, Any]:
+    """Pixels and grids as the batch has them."""
+    return {name: batch[name] for name in _MEDIA if batch.get(name) is not None}
+
+
 @dataclass(frozen=True)
 class SwiftBatches(BatchAdapter):
-    """Adapter for ms-swift batches of models whose media have grids.
+    """Adapter for ms-swift batches.
 
     Attributes:
         adapter: reads tokens and media.
+        media: pixels and grids of a batch, under the names that Qwen-VL has for them.
     """
 
     adapter: QwenVLBatches
+    media: Callable[[dict[str, Any]], dict[str, Any]] = with_grids
 
     keys = "input_ids, labels and position_ids; seq_lens, text_position_ids, attention_mask_2d, media and grids"
 
@@ -40,7 +48,7 @@ class SwiftBatches(BatchAdapter):
         if batch.get("loss_scale") is not None:
             has_loss_BS = has_loss_BS & (_shifted(to_cpu(batch["loss_scale"])) > 0)
         given = {"input_ids": token_BS, "labels": label_BS, "loss_mask": has_loss_BS.float()}
-        given |= {"visual_inputs": _Media({name: batch[name] for name in _MEDIA if batch.get(name) is not None})}
+        given |= {"visual_inputs": _Media(self.media(batch))}
         given |= {"attention_mask": batch.get("attention_mask_2d")}
         return self.adapter.read(given | _packing(batch, token_BS.shape) | {"position_ids": batch["position_ids"]})
 

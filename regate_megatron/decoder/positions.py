@@ -43,6 +43,7 @@ class Positions:
         attentions = [getattr(layer, "self_attention", None) for layer in model.decoder.layers]
         self.handed = [HandedRotary(one) for one in attentions if _is_latent(one)]
         self.scales = [QueryScale(one) for one in attentions if scales_queries(one)]
+        self._most = _most_positions(model)
         self._tables: dict[int, Tensor] = {}
 
     def detach(self) -> None:
@@ -57,7 +58,17 @@ class Positions:
         Args:
             given: what the model passes to its decoder.
             plan: of the microbatch, on the device of the hidden states.
+
+        Raises:
+            ReGateError: rows so long that the frequencies depend on their length.
         """
+        if self._most is not None and plan.dense_length > self._most:
+            raise refuse(
+                "RoPE scaling",
+                given=f"rows of {plan.dense_length} positions; from {self._most} on frequencies change by length",
+                allowed=f"rows of up to {self._most} positions",
+                change="the greatest length of rows, or rope_scaling to a fixed one",
+            )
         if given is None and not self.handed:
             return None
         if self.is_short_given:
@@ -140,3 +151,13 @@ def _is_latent(attention: Any) -> bool:
     from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 
     return isinstance(attention, MultiLatentAttention)
+
+
+def _most_positions(model: Any) -> int | None:
+    """How long a row may be before mcore-bridge scales the frequencies by its length; None: as long as it likes."""
+    scaling = getattr(model, "hf_rope_scaling", None) or {}
+    if scaling.get("rope_type") == "dynamic" and scaling.get("alpha") is None:
+        return model.config.max_position_embeddings
+    if scaling.get("rope_type") == "longrope":
+        return model.config.original_max_position_embeddings or model.config.max_position_embeddings
+    return None

@@ -46,8 +46,13 @@ _MIMO = Host("MIMO of Megatron-LM", "attach and wrap_forward_backward in its loo
 SUPPORTED = {
     "qwen2_5_vl": (Host(BRIDGE, _CALLBACK.format(step="vlm_step") + _PACKED), Host(SWIFT, _PLUGIN)),
     "qwen3_vl": (Host(BRIDGE, _CALLBACK.format(step="qwen3_vl_step") + _PACKED), Host(SWIFT, _PLUGIN)),
+    "qwen2_vl": (Host(SWIFT, _PLUGIN),),
+    "internvl": (Host(SWIFT, _PLUGIN),),
+    "internvl_chat": (Host(SWIFT, _PLUGIN),),
+    "llavaonevision1_5": (Host(SWIFT, _PLUGIN),),
+    "glm4v": (Host(SWIFT, _PLUGIN),),
     "qwen3_vl_moe": (Host(BRIDGE, _CALLBACK.format(step="qwen3_vl_step") + _PACKED),),
-    "glm4v_moe": (Host(BRIDGE, _CALLBACK.format(step="vlm_step") + _PACKED),),
+    "glm4v_moe": (Host(BRIDGE, _CALLBACK.format(step="vlm_step") + _PACKED), Host(SWIFT, _PLUGIN)),
     "mistral3": (Host(BRIDGE, _CALLBACK.format(step="vlm_step") + _PACKED),),
     "llava": (_LLAVA, _MIMO),
     "llama": (_GPT, _BRIDGE_GPT),
@@ -61,16 +66,11 @@ _BIASES = (
     "Engine's fused kernel takes, and a teacher of text would read without them, its own targets too"
 )
 REFUSED = {
-    "glm4v": _UNTRIED,
     "ernie4_5_moe_vl": "a mask of token kinds, global to its module, keeps the dense length",
     "gemma3": _BIASES,
     "gemma4": _BIASES,
-    "kimi_vl": _UNTRIED,
+    "kimi_vl": f"{_UNTRIED}: mcore-bridge's latent attention is not built without Transformer Engine's layers",
     "kimi_k25": f"{_UNTRIED}: flex dispatcher, latent attention, pipeline layouts",
-    "internvl": f"{_UNTRIED}: tiles without grids",
-    "internvl_chat": f"{_UNTRIED}: tiles without grids",
-    "llava_onevision1_5": _UNTRIED,
-    "qwen2_vl": _UNTRIED,
     "ovis2_5": f"{_UNTRIED}: its placeholders are negative ids",
     "qwen3_5": "three of four layers are gated delta nets: their state would skip what is left out",
     "qwen3_5_moe": "three of four layers are gated delta nets: their state would skip what is left out",
@@ -113,6 +113,8 @@ def judge(config: dict[str, Any]) -> Verdict:
     kind = str(config.get("model_type"))
     text = config.get("text_config") or config.get("llm_config") or config
     reasons = [*_inexact(text)]
+    if kind in ("internvl", "internvl_chat") and text.get("model_type", "qwen2") not in ("qwen2", "qwen3"):
+        reasons.append(f"over {text['model_type']} {_UNTRIED}, over qwen2 and qwen3 alone")
     if kind not in SUPPORTED:
         reasons.insert(0, REFUSED.get(kind, _UNTRIED))
     if kind == "mistral3" and text.get("model_type", "ministral3") != "ministral3":

@@ -1,7 +1,7 @@
 """mcore-bridge under the emulation, and its models from a tiny Hugging Face folder.
 
 It names classes of Transformer Engine when it is imported, and builds every layer of them: empty classes stand in their
-place, and layers are Megatron's own.
+place, and layers and norms are Megatron's own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ def install() -> None:
         if not isinstance(getattr(extensions, name, None), type):
             setattr(extensions, name, type(name, (torch.nn.Module,), {}))
     from mcore_bridge.model import register
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     original = register.get_gpt_decoder_block_spec
 
@@ -30,6 +31,9 @@ def install() -> None:
         return original(config, **options | {"use_transformer_engine": False})
 
     register.get_gpt_decoder_block_spec = local_layers
+    from mcore_bridge.model.gpts import glm4
+
+    glm4.TENorm = WrappedTorchNorm
 
 
 def model(folder: Path, **settings: Any) -> list[Any]:
@@ -40,6 +44,6 @@ def model(folder: Path, **settings: Any) -> list[Any]:
     plain = {"use_cpu_initialization": True, "perform_initialization": True, "params_dtype": torch.float32}
     plain |= {f"{kernel}_fusion": False for kernel in ("gradient_accumulation", "masked_softmax", "bias_dropout")}
     plain |= {"bias_activation_fusion": False, "apply_rope_fusion": False, "persist_layer_norm": False}
-    plain |= {"moe_grouped_gemm": False, "attention_softmax_in_fp32": True}
-    config = ModelConfig(**hf_to_mcore_config(AutoConfig.from_pretrained(folder)) | plain | settings)
-    return get_mcore_model(config)
+    plain |= {"moe_grouped_gemm": False, "attention_softmax_in_fp32": True, "overlap_p2p_comm": False}
+    stated = hf_to_mcore_config(AutoConfig.from_pretrained(folder, trust_remote_code=True))
+    return get_mcore_model(ModelConfig(**stated | plain | settings))

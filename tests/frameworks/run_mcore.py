@@ -1,16 +1,17 @@
 """Worker of the tests of mcore-bridge: ``attach`` on its models, over batches as ms-swift makes them.
 
-    python -m tests.frameworks.run_mcore FOLDER [CASE …]
+    python -m tests.frameworks.run_mcore FOLDER [FAMILY …]
 
 The loop is ms-swift's train step in small: its ``get_batch`` rolls labels and makes packing parameters, its loss is the
-mean over labels that are not -100. Each case leaves FOLDER/CASE.json and its trace.
+mean over labels that are not -100. One fork of ranks runs all cases of a family in a layout; each case leaves
+FOLDER/CASE.json and its trace.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -21,21 +22,56 @@ from tests.frameworks import mcore_on_cpu
 mcore_on_cpu.install()
 
 import torch
+import torch.distributed as dist
 from mcore_bridge import split_cp_inputs
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from regate_megatron import ReGateConfig, attach, step_done, wrap_forward_backward
+from regate_megatron import ReGateConfig, attach, detach, load_state, save_state, step_done, wrap_forward_backward
 from regate_megatron.api import session_of
-from tests.frameworks import exactness, tiny_hf
+from regate_megatron.errors import ReGateError
+from tests.frameworks import exactness, tiny_mcore
 from tests.frameworks.forked import run
 
-TEXT, STEPS = 20, 4
-GRID, VISUAL = (1, 4, 6), 6
+TEXT, STEPS, GONE_ON_AT = 20, 4, 2
 FILLS = {"input_ids": 0, "labels": -100}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Sizes of the groups of ranks."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    ep: int = 1
+    cp: int = 1
+
+    @property
+    def multiple(self) -> int:
+        """What each sample is filled up to: context ranks cut it."""
+        return 2 * self.cp if self.cp > 1 else 1
+
+    def initialize(self) -> None:
+        """Make the groups of this process."""
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=self.tp,
+            pipeline_model_parallel_size=self.pp,
+            expert_model_parallel_size=self.ep,
+            expert_tensor_parallel_size=1,
+            context_parallel_size=self.cp,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """What a model's configuration says of it."""
+        sizes = {"tensor_model_parallel_size": self.tp, "pipeline_model_parallel_size": self.pp}
+        sizes |= {"context_parallel_size": self.cp}
+        if self.pp > 1:  # deepstack has to end in the first stage
+            sizes |= {"num_layers_in_first_pipeline_stage": 3, "num_layers_in_last_pipeline_stage": 1}
+        return sizes | {"expert_model_parallel_size": self.ep, "sequence_parallel": self.tp > 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,71 +79,71 @@ class Case:
     """A training of four steps.
 
     Attributes:
-        family: the tiny folder's.
         regate: settings; None for plain mcore-bridge.
         packs: whether rows are packed (``padding_free``).
-        cp: context ranks; each sample of a packed row is filled up to what they cut.
+        goes_on: the case whose first two steps it continues; None: it starts anew.
+        is_still: whether weights stay as they are.
     """
 
-    family: str = "qwen2_5_vl"
     regate: dict[str, Any] | None = None
     packs: bool = False
-    tp: int = 1
-    cp: int = 1
+    goes_on: str | None = None
+    is_still: bool = False
 
 
 EACH = {"teacher_load": "student", "budget": "per-sample"}
-CASES = {
+VISUAL = EACH | {"visual_keep_ratio": 0.5, "visual_score": "random"}
+ALL_KEPT = {"keep_ratio": 1.0, "teacher_load": "student"}
+ONE_RANK = {
     "plain": Case(),
-    "all kept": Case(regate={"keep_ratio": 1.0, "teacher_load": "student"}),
+    "all kept": Case(regate=ALL_KEPT),
     "regate": Case(regate=EACH),
-    "visual": Case(regate=EACH | {"visual_keep_ratio": 0.5, "visual_score": "random"}),
+    "visual": Case(regate=VISUAL),
     "packed plain": Case(packs=True),
-    "packed all kept": Case(regate={"keep_ratio": 1.0, "teacher_load": "student"}, packs=True),
+    "packed all kept": Case(regate=ALL_KEPT, packs=True),
     "packed": Case(regate=EACH, packs=True),
-    "packed visual": Case(regate=EACH | {"visual_keep_ratio": 0.5, "visual_score": "random"}, packs=True),
-    "tp2": Case(regate=EACH, tp=2),
-    "cp2 plain": Case(cp=2),
-    "cp2 all kept": Case(regate={"keep_ratio": 1.0, "teacher_load": "student"}, cp=2),
-    "cp2": Case(regate=EACH, cp=2),
-    "packed cp2": Case(regate=EACH, packs=True, cp=2),
-    "packed visual cp2": Case(regate=EACH | {"visual_keep_ratio": 0.5, "visual_score": "random"}, packs=True, cp=2),
+    "packed visual": Case(regate=VISUAL, packs=True),
+    "resumed": Case(regate=VISUAL, goes_on="visual"),
+    "still": Case(regate=VISUAL, is_still=True),
 }
-CASES = {
-    f"{short} {name}": dataclasses.replace(case, family=family)
-    for family, short in (("qwen2_5_vl", "qwen25"), ("qwen3_vl", "qwen3"))
-    for name, case in CASES.items()
+LAYOUTS = {"tp2": Layout(tp=2), "pp2": Layout(pp=2), "dp2": Layout(dp=2)}
+OF_EXPERTS = {"ep2": Layout(dp=2, ep=2)}
+ON_CONTEXT_RANKS = {
+    "cp2 plain": Case(),
+    "cp2 all kept": Case(regate=ALL_KEPT),
+    "cp2": Case(regate=EACH),
+    "packed cp2": Case(regate=EACH, packs=True),
+    "packed visual cp2": Case(regate=VISUAL, packs=True),
 }
-EXACT = {"qwen25 exact": Case(), "qwen3 exact": Case(family="qwen3_vl")}
-EXACT |= {f"{name} cp2": dataclasses.replace(case, cp=2) for name, case in EXACT.items()}
 
 
 class Rows:
     """Rows of a picture and a caption, or of a caption alone, as ms-swift's template encodes them."""
 
-    def __init__(self, config: Any) -> None:
-        self.config = config
+    def __init__(self, family: tiny_mcore.Family, config: Any) -> None:
+        self.family, self.placeholder = family, family.token(config)
 
     def row(self, index: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(index)
         tokens = torch.randint(20, 200, (TEXT,), generator=generator)
-        labels, row = tokens.clone(), {}
+        labels, row, visual = tokens.clone(), {}, slice(2, 2 + self.family.visual)
         labels[:3] = -100
         if index % 2 == 0:
-            tokens[1], tokens[2 : 2 + VISUAL] = self.config.vision_start_token_id, self.config.image_token_id
-            labels[: 4 + VISUAL] = -100
-            row["pixel_values"] = torch.randn(24, 3 * 2 * tiny_hf.PATCH**2, generator=generator)
+            tokens[1], tokens[visual] = 6, self.placeholder
+            labels[: visual.stop + 2] = -100
+            row = self.family.picture(generator)
         else:
             tokens, labels = tokens[:15], labels[:15]
         text = torch.arange(len(tokens))
         place = text.clone()
-        place[2 : 2 + VISUAL] = 2  # of an image all stand at one time
-        return row | {"input_ids": tokens, "labels": labels, "position_ids": torch.stack([text, place, text, text])}
+        place[visual] = 2  # of an image all stand at one time
+        position = torch.stack([text, place, text, text]) if self.family.has_axes else text
+        return {"input_ids": tokens, "labels": labels, "position_ids": position, "media": row}
 
     def batch(self, indices: list[int], packs: bool, multiple: int = 1) -> dict[str, Any]:
         """What ms-swift's collator makes."""
         rows = [_filled(self.row(index), multiple) for index in indices]
-        lengths, pixels = [len(row["input_ids"]) for row in rows], [r["pixel_values"] for r in rows if len(r) > 3]
+        lengths, media = [len(row["input_ids"]) for row in rows], [row["media"] for row in rows if row["media"]]
         most = 0 if packs else max(lengths)
         values = {
             name: [
@@ -118,22 +154,25 @@ class Rows:
         }
         join = partial(torch.cat, dim=-1) if packs else partial(torch.stack, dim=-2)
         joined = {name: join(one) for name, one in values.items()}
-        positions = joined["position_ids"][:, None] if packs else joined["position_ids"]
-        batch = {"input_ids": joined["input_ids"], "labels": joined["labels"]}
-        batch = {name: value.view(-1, value.shape[-1]) for name, value in batch.items()}
-        batch |= {"text_position_ids": positions[0], "position_ids": positions[1:], "seq_lens": lengths}
+        batch = {name: joined[name].view(-1, joined[name].shape[-1]) for name in ("input_ids", "labels")}
+        batch["seq_lens"] = lengths
+        if self.family.has_axes:
+            positions = joined["position_ids"][:, None] if packs else joined["position_ids"]
+            batch |= {"text_position_ids": positions[0], "position_ids": positions[1:]}
+        else:
+            batch["position_ids"] = joined["position_ids"].view_as(batch["labels"])
         if not packs:
             real_BS = torch.arange(most) < torch.tensor(lengths)[:, None]
             causal_SS = torch.ones(most, most, dtype=torch.bool).tril()
             batch |= {"attention_mask_2d": real_BS.long(), "attention_mask": ~(causal_SS & real_BS[:, None])[:, None]}
-        if pixels:
-            batch |= {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.tensor([GRID] * len(pixels))}
-        return batch
+        return batch | {name: torch.cat([one[name] for one in media]) for name in (media[0] if media else ())}
 
 
 def _filled(row: dict[str, torch.Tensor], multiple: int) -> dict[str, torch.Tensor]:
     """A row as the template fills it up for context parallelism, before it gives it positions."""
     missing = -len(row["input_ids"]) % multiple
+    if not missing:
+        return row
     after = row["position_ids"].amax() + 1 + torch.arange(missing)
     filled = {name: torch.nn.functional.pad(row[name], (0, missing), value=v) for name, v in FILLS.items()}
     return row | filled | {"position_ids": torch.cat([row["position_ids"], after.expand(4, -1)], dim=1)}
@@ -142,9 +181,11 @@ def _filled(row: dict[str, torch.Tensor], multiple: int) -> dict[str, torch.Tens
 def forward_step(iterator: Any, model: Any, *, packs: bool) -> Any:
     """ms-swift's, in small."""
     data = dict(next(iterator))
-    data["labels"] = labels = torch.roll(data["labels"], -1, dims=-1)
+    labels = torch.roll(data["labels"], -1, dims=-1)
+    data["labels"] = labels if parallel_state.is_pipeline_last_stage(ignore_virtual=True) else None
     data.pop("seq_lens"), data.pop("attention_mask_2d", None)
-    text = data.pop("text_position_ids")
+    text = data.pop("text_position_ids", None)
+    text = data["position_ids"] if text is None else text
     data.setdefault("attention_mask", None)
     if packs:
         starts = torch.where(text[0] == 0)[0]
@@ -175,88 +216,164 @@ def _cut(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-def build(case: Case, folder: Path) -> list[Any]:
-    sizes = {"tensor_model_parallel_size": case.tp, "context_parallel_size": case.cp}
-    parallel_state.initialize_model_parallel(**sizes)
-    model_parallel_cuda_manual_seed(1)
+def build(folder: Path, layout: Layout, kind: str | None = None) -> list[Any]:
+    """The model of a folder, the same weights every time."""
+    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     torch.manual_seed(1)
-    layout = sizes | {"sequence_parallel": case.tp > 1, "calculate_per_token_loss": True}
-    chunks = mcore_on_cpu.model(folder / case.family, **layout)
+    (chunk,) = mcore_on_cpu.model(folder, calculate_per_token_loss=True, mcore_model_type=kind, **layout.settings())
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=False)
-    return [DistributedDataParallel(chunks[0].config, ddp, chunks[0])]
+    return [DistributedDataParallel(chunk.config, ddp, chunk)]
 
 
-def train(name: str, case: Case, folder: Path) -> None:
-    """One rank of a case."""
-    torch.distributed.init_process_group("gloo")
-    model = build(case, folder)
-    config = model[0].module.config
-    if case.regate is not None:
-        chosen = case.regate | {"warmup_steps": 1, "cycle_steps": 100, "dense_steps": 1}
-        attach(model, ReGateConfig(**chosen, trace=str(folder / name / "trace")))
-    schedule, rows, losses = wrap_forward_backward(get_forward_backward_func()), Rows(config.hf_config), []
-    for step in range(STEPS):
-        model[0].zero_grad_buffer()
-        first = 4 * (step % 2)
-        multiple = 2 * case.cp if case.cp > 1 else 1
-        batches = [rows.batch([one, one + 1], case.packs, multiple) for one in (first, first + 2)]
+def take_weights(model: Any, whole: dict[str, torch.Tensor]) -> None:
+    """Give a part of a model (a stage, some of the experts) its part of the weights of the whole."""
+    layers = model.language_model.decoder.layers
+    first = layers[0].layer_number - 1
+    experts = [getattr(getattr(layer.mlp, "experts", None), "num_local_experts", 0) for layer in layers]
+    expert = max(experts) * parallel_state.get_expert_model_parallel_rank()
+
+    def in_whole(name: str) -> str:
+        name = re.sub(r"(decoder\.layers\.)(\d+)", lambda found: f"{found[1]}{int(found[2]) + first}", name)
+        return re.sub(r"(local_experts\.)(\d+)", lambda found: f"{found[1]}{int(found[2]) + expert}", name)
+
+    own = model.state_dict()
+    model.load_state_dict({name: whole[in_whole(name)] for name in own if not name.endswith("_extra_state")}, False)
+
+
+class Training:
+    """Trainings of a family in a layout; one rank.
+
+    Args:
+        name: the family's.
+        folder: where its configuration lies, and where results go.
+    """
+
+    def __init__(self, name: str, family: tiny_mcore.Family, layout: Layout, folder: Path) -> None:
+        dist.init_process_group("gloo")
+        layout.initialize()
+        self.name, self.family, self.layout, self.folder = name, family, layout, folder
+
+    def cases(self, cases: dict[str, Case]) -> None:
+        """Run them all."""
+        for case, what in cases.items():
+            found = self.train(f"{self.name} {case}", what)
+            if dist.get_rank() == 0:
+                (self.folder / f"{self.name} {case}.json").write_text(json.dumps(found))
+
+    def train(self, name: str, case: Case) -> dict[str, Any]:
+        """Four steps, or the last two of them."""
+        model = build(self.folder / self.name, self.layout, self.family.kind)
+        config = model[0].module.config
+        config.finalize_model_grads_func = finalize_model_grads
+        weights = self.folder / f"{self.name}.pt"
+        if self.layout == Layout():
+            torch.save(model[0].module.state_dict(), weights)
+        elif self.layout.pp > 1 or self.layout.ep > 1:
+            take_weights(model[0].module, torch.load(weights))
+        if case.regate is not None:
+            chosen = case.regate | {"warmup_steps": 1, "cycle_steps": 100, "dense_steps": 1}
+            attach(model, ReGateConfig(**chosen, trace=str(self.folder / name / "trace")))
+        if case.goes_on:
+            before = self.folder / f"{self.name} {case.goes_on}"
+            model[0].load_state_dict(torch.load(before / "weights.pt"))
+            load_state(model, before / "state")
+        schedule, rows = wrap_forward_backward(get_forward_backward_func()), Rows(self.family, config.hf_config)
+        losses = []
+        for step in range(GONE_ON_AT if case.goes_on else 0, STEPS):
+            model[0].zero_grad_buffer()
+            losses.append(self.step(schedule, model, rows, step, packs=case.packs))
+            with torch.no_grad():
+                for parameter in () if case.is_still else model[0].parameters():
+                    parameter -= 0.5 * parameter.main_grad
+            step_done(model)
+            if step + 1 == GONE_ON_AT and name == f"{self.name} visual":
+                torch.save(model[0].state_dict(), self.folder / name / "weights.pt")
+                save_state(model, self.folder / name / "state")
+        found: dict[str, Any] = {"losses": losses}
+        if case.regate is not None:
+            session = session_of(model)
+            found["totals"] = dataclasses.asdict(session.totals) if session else None
+            detach(model)
+        return found
+
+    def step(self, schedule: Any, model: list[Any], rows: Rows, step: int, *, packs: bool) -> float:
+        """Two microbatches of the step, this replica's rows of them; the loss of all."""
+        first, each = 4 * (step % 2), 2 // self.layout.dp
+        own = 2 * parallel_state.get_data_parallel_rank() // self.layout.dp
+        many = self.layout.multiple
+        batches = [rows.batch([first + at + own + one for one in range(each)], packs, many) for at in (0, 2)]
+        return self.run(schedule, model, batches, packs=packs)
+
+    def run(self, schedule: Any, model: list[Any], batches: list[dict[str, Any]], *, packs: bool = False) -> float:
+        """Run microbatches; the mean loss over all ranks."""
         found = schedule(
-            forward_step_func=partial(forward_step, packs=case.packs),
+            forward_step_func=partial(forward_step, packs=packs),
             data_iterator=iter(batches),
             model=model,
-            num_microbatches=2,
-            seq_length=TEXT,
-            micro_batch_size=1 if case.packs else 2,
+            num_microbatches=len(batches),
+            seq_length=batches[0]["input_ids"].shape[1],
+            micro_batch_size=len(batches[0]["input_ids"]),
             forward_only=False,
         )
-        summed_2 = torch.stack([one["loss"] for one in found]).sum(dim=0)
-        if case.cp > 1:
-            for value in (summed_2, *(parameter.main_grad for parameter in model[0].parameters())):
-                torch.distributed.all_reduce(value, group=parallel_state.get_context_parallel_group())
-        total, count = summed_2.tolist()
-        losses.append(total / count)
-        with torch.no_grad():
-            for parameter in model[0].parameters():
-                parameter -= 0.5 * parameter.main_grad / count
-        step_done(model)
-    found = {"losses": losses}
-    if case.regate is not None:
-        found["totals"] = dataclasses.asdict(session_of(model).totals)
-    if int(os.environ["RANK"]) == 0:
-        (folder / f"{name}.json").write_text(json.dumps(found))
+        sums = sum((one["loss"] for one in found), torch.zeros(2))
+        dist.all_reduce(sums)  # stages before the last have none, tensor ranks have the same
+        return float(sums[0] / sums[1])
+
+    def exact(self, name: str = "exact") -> None:
+        """A sparse step against its oracle."""
+        model = build(self.folder / self.name, self.layout, self.family.kind)
+        batch = Rows(self.family, model[0].module.config.hf_config).batch([0, 1], False, self.layout.multiple)
+        schedule = get_forward_backward_func()
+
+        def step(schedule: Any, batch: dict[str, Any]) -> torch.Tensor:
+            return torch.tensor(self.run(schedule, model, [batch]))
+
+        found = {layers: exactness.compare(model, step, schedule, batch, layers) for layers in (0, 1, 3)}
+        (self.folder / f"{self.name} {name}.json").write_text(json.dumps(found))
+
+    def refused(self) -> None:
+        """What a training says that is refused."""
+        try:
+            self.train(f"{self.name} refused", Case(regate=EACH))
+        except ReGateError as refusal:
+            (self.folder / f"{self.name} refused.json").write_text(json.dumps(str(refusal)))
 
 
-def exact(name: str, case: Case, folder: Path) -> None:
-    """A sparse step against its oracle."""
-    torch.distributed.init_process_group("gloo")
-    model = build(case, folder)
-    batch, schedule = Rows(model[0].module.config.hf_config).batch([0, 1], packs=False), get_forward_backward_func()
+def on_one_rank(name: str, family: tiny_mcore.Family, folder: Path) -> None:
+    training = Training(name, family, Layout(), folder)
+    training.cases(ONE_RANK)
+    training.exact()
 
-    def step(schedule: Any, batch: dict[str, Any]) -> torch.Tensor:
-        (result,) = schedule(
-            forward_step_func=partial(forward_step, packs=False),
-            data_iterator=iter([batch]),
-            model=model,
-            num_microbatches=1,
-            seq_length=TEXT,
-            micro_batch_size=2,
-            forward_only=False,
-        )
-        return result["loss"][0] / result["loss"][1]
 
-    found = {layers: exactness.compare(model, step, schedule, batch, layers) for layers in (0, 1, 3)}
-    (folder / f"{name}.json").write_text(json.dumps(found))
+def on_ranks(name: str, family: tiny_mcore.Family, layout: str, folder: Path) -> None:
+    case = Case(regate=VISUAL, is_still=not family.trains_alike)
+    Training(name, family, (LAYOUTS | OF_EXPERTS)[layout], folder).cases({layout: case, f"{layout} plain": Case()})
+
+
+def on_context_ranks(name: str, family: tiny_mcore.Family, folder: Path) -> None:
+    training = Training(name, family, Layout(cp=2), folder)
+    training.cases(ON_CONTEXT_RANKS)
+    training.exact("exact cp2")
+
+
+def too_long(folder: Path) -> None:
+    Training("too long", tiny_mcore.TOO_LONG, Layout(), folder).refused()
 
 
 def main(folder: str, *names: str) -> int:
-    """Run the cases; the number of those that failed."""
+    """Run the families; the number of forks that failed."""
     here, failed = Path(folder), 0
-    for family in ("qwen2_5_vl", "qwen3_vl"):
-        tiny_hf.write(here / family, family)
-    for name in names or CASES | EXACT:
-        case, work = (EXACT[name], exact) if name in EXACT else (CASES[name], train)
-        failed += not run(name, case.tp * case.cp, here / f"{name}.log", partial(work, name, case, here))
-    return failed
+    for name in names or tiny_mcore.FAMILIES:
+        family = tiny_mcore.FAMILIES[name]
+        family.write(here / name)
+        failed += not run(name, 1, here / f"{name}.log", partial(on_one_rank, name, family, here))
+        for layout in LAYOUTS | (OF_EXPERTS if family.has_experts else {}):
+            work = partial(on_ranks, name, family, layout, here)
+            failed += not run(f"{name} {layout}", 2, here / f"{name} {layout}.log", work)
+        if family.has_context:
+            failed += not run(f"{name} cp2", 2, here / f"{name} cp2.log", partial(on_context_ranks, name, family, here))
+    tiny_mcore.TOO_LONG.write(here / "too long")
+    return failed + (not run("too long", 1, here / "too long.log", partial(too_long, here)))
 
 
 if __name__ == "__main__":

@@ -33,11 +33,11 @@ from swift.megatron.trainers.utils import TrainerState
 from regate_megatron import ReGateConfig
 from regate_megatron.api import session_of
 from regate_megatron.integrations import ms_swift
-from tests.frameworks import run_mcore, tiny_hf
+from tests.frameworks import run_mcore, tiny_mcore
 from tests.frameworks.forked import run
-from tests.frameworks.run_mcore import EACH, TEXT, Case, Rows
+from tests.frameworks.run_mcore import EACH, TEXT, Case, Layout, Rows
 
-STEPS = 4
+FAMILY, STEPS = "qwen25", 4
 CASES = {
     "plain": Case(packs=True),
     "all kept": Case(packs=True, regate={"keep_ratio": 1.0, "teacher_load": "student"}),
@@ -80,12 +80,14 @@ class Trainer(MegatronTrainer):
         given |= dict.fromkeys(("virtual_pipeline_model_parallel_size", "model", "eval_steps", "metric_for_best_model"))
         self.args = SimpleNamespace(**given)
         self.enable_routing_replay = False
-        self.wrapped_models = run_mcore.build(case, folder)
+        Layout().initialize()
+        self.wrapped_models = run_mcore.build(folder / FAMILY, Layout())
         self.unwrapped_models = [self.wrapped_models[0].module]
         self.config = self.unwrapped_models[0].config
         self.optimizer = Optimizer(self.wrapped_models[0])
         self.opt_param_scheduler = SimpleNamespace(step=lambda increment: None)
-        self.state, self.losses, self.rows = TrainerState(max_steps=STEPS), [], Rows(self.config.hf_config)
+        self.state, self.losses = TrainerState(max_steps=STEPS), []
+        self.rows = Rows(tiny_mcore.FAMILIES[FAMILY], self.config.hf_config)
         if self.args.mcore_model:
             self.state.iteration = GONE_ON_AT
             self.wrapped_models[0].load_state_dict(torch.load(Path(self.args.mcore_model) / "weights.pt"))
@@ -134,7 +136,7 @@ def train(name: str, case: Case, folder: Path) -> None:
 def main(folder: str, *names: str) -> int:
     """Run the cases; the number of those that failed."""
     here, failed = Path(folder), 0
-    tiny_hf.write(here / "qwen2_5_vl", "qwen2_5_vl")
+    tiny_mcore.FAMILIES[FAMILY].write(here / FAMILY)
     for name in names or CASES:
         failed += not run(name, 1, here / f"{name}.log", partial(train, name, CASES[name], here))
     return failed

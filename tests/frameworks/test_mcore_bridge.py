@@ -1,4 +1,4 @@
-"""mcore-bridge's Qwen2.5-VL and Qwen3-VL with ``attach``, over ms-swift's batches, padded and packed; CPU and gloo.
+"""mcore-bridge's multimodal families with ``attach``, over ms-swift's batches, padded and packed; CPU and gloo.
 
 Labels come unshifted and packing parameters are made in the step, as ms-swift's trainer does it.
 """
@@ -10,7 +10,11 @@ from tests.frameworks.test_qwen_vl import from_their_start
 
 pytestmark = [pytest.mark.full, pytest.mark.skipif(bool(missing("mcore_bridge")), reason=missing("mcore_bridge"))]
 
-MODELS = ("qwen25", "qwen3")
+# Visual positions of a row with a picture.
+MODELS = {"qwen2": 6, "qwen25": 6, "qwen3": 6, "internvl": 8, "internvl_qwen3": 8, "internvl_chat": 8}
+MODELS |= {"llava_onevision": 6, "glm4v": 6, "glm4v_moe": 6}
+WITH_EXPERTS, WITH_CONTEXT = ("glm4v_moe",), ("qwen25", "qwen3")
+TRAIN_ALIKE = [model for model in MODELS if model not in ("qwen3", "glm4v_moe")]
 
 
 @pytest.mark.parametrize("rows", ["", "packed "])
@@ -31,7 +35,9 @@ def test_a_sparse_step_is_the_masked_full_length_step(swift, model, layers):
 def test_sparse_steps_run_shorter(swift, model):
     totals = swift[f"{model} regate"]["totals"]
     assert (totals["sparse_steps"], totals["fallback_steps"]) == (2, 0)
-    assert totals["targets_kept"] == 2 * 44 + 2 * 22 and totals["positions_run"] < totals["positions_dense"]
+    targets = 2 * (16 - MODELS[model]) + 2 * 12
+    assert totals["targets_kept"] == 2 * targets + 2 * targets // 2
+    assert totals["positions_run"] < totals["positions_dense"]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -43,23 +49,54 @@ def test_packed_rows_keep_what_padded_rows_keep(swift, model):
 @pytest.mark.parametrize("model", MODELS)
 def test_visual_positions_of_packed_rows_are_those_of_padded_rows(swift, model):
     assert from_their_start(swift.kept(f"{model} packed visual")) == swift.kept(f"{model} visual")
-    assert swift[f"{model} visual"]["totals"]["visual_kept"] == 2 * 12 + 2 * 6
+    visual = 2 * MODELS[model]
+    assert swift[f"{model} visual"]["totals"]["visual_kept"] == 2 * visual + 2 * visual // 2
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_layout_keeps_the_same_positions(swift, model, layout):
+    _as_on_one_rank(swift, model, layout)
+
+
+@pytest.mark.parametrize("model", WITH_EXPERTS)
+def test_expert_parallel_ranks_keep_the_same_positions(swift, model):
+    _as_on_one_rank(swift, model, "ep2")
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+@pytest.mark.parametrize("model", MODELS)
+def test_dense_steps_of_a_layout_are_those_of_plain_mcore_bridge(swift, model, layout):
+    dense = slice(2 if model in TRAIN_ALIKE else 1)  # what does not train alike keeps its weights here
+    assert swift[f"{model} {layout}"]["losses"][dense] == swift[f"{model} {layout} plain"]["losses"][dense]
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_tensor_parallel_ranks_keep_the_same_positions(swift, model):
-    assert swift.kept(f"{model} tp2") == swift.kept(f"{model} regate")
+def test_two_steps_and_two_more_are_four(swift, model):
+    assert swift[f"{model} resumed"]["losses"] == swift[f"{model} visual"]["losses"][2:]
+    before = swift.kept(f"{model} visual")
+    assert swift.kept(f"{model} resumed") == {at: kept for at, kept in before.items() if at[0] > 2}
+
+
+@pytest.mark.parametrize("model", sorted(MODELS.keys() - set(TRAIN_ALIKE)))
+def test_what_trains_otherwise_in_tp2_does_so_without_regate(swift, model):
+    assert swift[f"{model} tp2 plain"]["losses"] != pytest.approx(swift[f"{model} plain"]["losses"], rel=1e-5)
+
+
+def test_rows_whose_length_would_change_the_frequencies_are_refused(swift):
+    said = swift["too long refused"]
+    assert said.startswith("regate: RoPE scaling: given rows of 20 positions") and "up to 16 positions" in said
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", WITH_CONTEXT)
 def test_on_two_context_ranks_a_sparse_step_is_the_masked_full_length_step(swift, model, layers):
     result = swift[f"{model} exact cp2"][str(layers)]
     assert result["kept"] < result["dense"]
     assert result["loss_error"] <= 1e-6 and result["gradient_error"] <= 1e-5, result
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", WITH_CONTEXT)
 def test_on_two_context_ranks_keep_ratio_1_trains_bit_for_bit_as_without(swift, model):
     assert swift[f"{model} cp2 all kept"]["losses"] == swift[f"{model} cp2 plain"]["losses"]
 
@@ -67,9 +104,15 @@ def test_on_two_context_ranks_keep_ratio_1_trains_bit_for_bit_as_without(swift, 
 @pytest.mark.parametrize(
     ("layout", "like"), [("cp2", "regate"), ("packed cp2", "regate"), ("packed visual cp2", "visual")]
 )
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", WITH_CONTEXT)
 def test_context_ranks_keep_what_one_rank_keeps(swift, model, layout, like):
     """Rows of 15 get one position of fill there, which no attention mask tells from text: it runs."""
     kept = from_their_start(swift.kept(f"{model} {layout}"))
     assert {at: own[:-1] if own[-1] == 15 else own for at, own in kept.items()} == swift.kept(f"{model} {like}")
     assert swift[f"{model} {layout}"]["losses"] == pytest.approx(swift[f"{model} {like}"]["losses"], rel=1e-5)
+
+
+def _as_on_one_rank(swift, model, layout):
+    one = f"{model} {'visual' if model in TRAIN_ALIKE else 'still'}"
+    assert swift.kept(f"{model} {layout}") == swift.kept(one)
+    assert swift[f"{model} {layout}"]["losses"] == pytest.approx(swift[one]["losses"], rel=1e-5)

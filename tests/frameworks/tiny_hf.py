@@ -33,7 +33,7 @@ TEMPLATE = (
     "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_TEXT = {
+TEXT = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 4,
@@ -48,7 +48,7 @@ _IMAGES = {"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2}
 def write(folder: Path, family: str) -> None:
     """Write configuration, tokenizer and processor of ``qwen2_5_vl`` or ``qwen3_vl``."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(folder)
+    tokenizer = tokenizer_of(folder)
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start")}
     ids = {
         "image_token_id": ids["image_pad"],
@@ -59,14 +59,14 @@ def write(folder: Path, family: str) -> None:
     images = Qwen2VLImageProcessor(**_IMAGES)
     if family == "qwen2_5_vl":
         rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-        text = {**_TEXT, **vocabulary, "rope_parameters": rope}
+        text = {**TEXT, **vocabulary, "rope_parameters": rope}
         vision = {**_VISION, "out_hidden_size": 32, "window_size": 112, "fullatt_block_indexes": [3]}
         config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
         architecture, videos = "Qwen2_5_VLForConditionalGeneration", Qwen2VLVideoProcessor(**_IMAGES)
         processor = Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=TEMPLATE)
     else:
         rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0, "mrope_interleaved": True}
-        text = {**_TEXT, **vocabulary, "rope_parameters": rope, "head_dim": 8}
+        text = {**TEXT, **vocabulary, "rope_parameters": rope, "head_dim": 8}
         vision = {
             **_VISION,
             "out_hidden_size": 32,
@@ -95,7 +95,9 @@ def write_pictures(folder: Path, count: int = 8) -> Path:
     return file
 
 
-def _tokenizer(folder: Path) -> Any:
+def tokenizer_of(folder: Path) -> Any:
+    """Train a tokenizer and write it into the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(SENTENCES, vocab_size=400, min_frequency=1)
     trained.save_model(str(folder))

@@ -24,7 +24,7 @@ def test_a_supported_model_is_told_its_hosts_and_how(tmp_path, capsys):
     assert "its first 3 layers take visual features in" in said
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "ernie4_5_moe_vl", "qwen3_5", "never_heard_of"])
+@pytest.mark.parametrize("kind", ["gemma3", "kimi_k25", "ernie4_5_moe_vl", "qwen3_5", "never_heard_of"])
 def test_a_model_that_nobody_has_run_is_not_supported_and_the_reason_is_told(tmp_path, capsys, kind):
     code, said = _answer(tmp_path, capsys, model_type=kind)
     assert code == 1 and said.startswith(f"{kind}: not supported: ") and "supported are qwen2_5_vl" in said
@@ -68,3 +68,9 @@ def test_a_folder_without_a_configuration_is_refused_in_one_line(tmp_path, capsy
 
 def test_no_model_is_supported_and_refused():
     assert not models.SUPPORTED.keys() & models.REFUSED.keys()
+
+
+@pytest.mark.parametrize(("text", "code"), [("qwen3", 0), ("internlm2", 1), ("qwen3_moe", 1)])
+def test_internvl_is_supported_over_the_language_models_that_were_run(tmp_path, capsys, text, code):
+    found, said = _answer(tmp_path, capsys, model_type="internvl_chat", llm_config={"model_type": text})
+    assert found == code and (f"over {text} nobody has run it" in said) == bool(code)

@@ -1,0 +1,166 @@
+"""The families of mcore-bridge: folders with their own configuration keys, in sizes that a CPU can do, and pictures.
+
+Every picture is given as ms-swift's template of the family gives it. Vocabulary, placeholders and positions are the
+tests' own; models read ids.
+
+Two families bring their tower, and classes of configurations, as code in their folder on the Hugging Face hub. That
+code is not ours to copy: in its place lie files of ``hub_code``, with a small tower behind the same names.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, Glm4vConfig, Glm4vMoeConfig, InternVLConfig, Qwen2VLConfig
+
+from tests.frameworks import tiny_hf
+
+_IDS = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5}
+_TEXT = tiny_hf.TEXT | {"vocab_size": 256}
+_VISION = {"depth": 2, "num_heads": 4, "patch_size": tiny_hf.PATCH}
+_EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+GRID, TILE = (1, 4, 6), 56
+
+
+def _sections(*sizes: int, **more: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sizes), **more}
+
+
+def _saved(kind: type, text: dict[str, Any], vision: dict[str, Any], **more: Any) -> Callable[[Path], None]:
+    return lambda folder: kind(text_config={**_TEXT, **text}, vision_config=vision, **more).save_pretrained(folder)
+
+
+def _qwen(family: str) -> Callable[[Path], None]:
+    return lambda folder: tiny_hf.write(folder, family)
+
+
+def _internvl(language_model: str, **text: Any) -> Callable[[Path], None]:
+    # As published: rows longer than the model was made for get other frequencies.
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+    vision |= {"image_size": [TILE, TILE], "patch_size": [14, 14]}
+    text = {"model_type": language_model, "rope_parameters": rope, **text}
+    return _saved(InternVLConfig, text, vision, image_token_id=3, image_seq_length=4)
+
+
+def _glm(kind: type, **text: Any) -> Callable[[Path], None]:
+    vision = {**_VISION, "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 64, "image_size": 112}
+    rope = _sections(2, 1, 1, partial_rotary_factor=0.5)
+    return _saved(kind, {"hidden_size": 64, "rope_parameters": rope, **text}, vision, **_IDS)
+
+
+def _from_hub(code: str, config: str, text_name: str, text: dict[str, Any], **more: Any) -> Callable[[Path], None]:
+    """A folder with code of its own."""
+
+    def write(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(__file__).with_name("hub_code") / f"{code}.py", folder)
+        stated = {"auto_map": {"AutoConfig": f"{code}.{config}"}, text_name: {**_TEXT, **text}, **more}
+        (folder / "config.json").write_text(json.dumps(stated))
+
+    return write
+
+
+def _internvl_chat(folder: Path) -> None:
+    tokenizer = tiny_hf.tokenizer_of(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<IMG_CONTEXT>"]})
+    tokenizer.save_pretrained(folder)
+    text = {"model_type": "qwen2", "vocab_size": 512, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    vision = {"hidden_size": 32, "patch_size": 14, "image_size": TILE}
+    kind = {"model_type": "internvl_chat", "vision_config": vision}
+    _from_hub("modeling_internvl_chat", "InternVLChatConfig", "llm_config", text, **kind)(folder)
+
+
+def _context_token(config: Any) -> int:
+    return AutoTokenizer.from_pretrained(config.name_or_path).convert_tokens_to_ids("<IMG_CONTEXT>")
+
+
+def _with_grid(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    patches = torch.randn(24, 3 * 2 * tiny_hf.PATCH**2, generator=generator)
+    return {"pixel_values": patches, "image_grid_thw": torch.tensor([GRID])}
+
+
+def _of_one_frame(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {
+        "pixel_values": torch.randn(24, 3 * 14**2, generator=generator),
+        "image_grid_thw": torch.tensor([GRID]),
+    }
+
+
+def _two_tiles(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.randn(2, 3, TILE, TILE, generator=generator)}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family.
+
+    Attributes:
+        write: writes the folder.
+        picture: what a row with a picture brings.
+        visual: positions that it has in the row.
+        token: the placeholder's id, by the configuration.
+        kind: mcore-bridge's name of it, where the model type does not tell.
+        has_axes: whether positions have three axes (mRoPE).
+        has_experts: whether layers have experts.
+        has_context: whether it is run with context parallelism.
+        trains_alike: whether it trains in TP2 as on one rank; False: it does not without ReGATE either.
+    """
+
+    write: Callable[[Path], None]
+    picture: Callable[[torch.Generator], dict[str, torch.Tensor]] = _with_grid
+    visual: int = 6
+    token: Callable[[Any], int] = attrgetter("image_token_id")
+    kind: str | None = None
+    has_axes: bool = True
+    has_experts: bool = False
+    has_context: bool = False
+    trains_alike: bool = True
+
+
+_TILES = {"picture": _two_tiles, "visual": 8, "has_axes": False}
+FAMILIES = {
+    "qwen25": Family(_qwen("qwen2_5_vl"), has_context=True),
+    "qwen3": Family(_qwen("qwen3_vl"), has_context=True, trains_alike=False),
+    "qwen2": Family(
+        _saved(
+            Qwen2VLConfig,
+            {"rope_parameters": _sections(1, 1, 2)},
+            {**_VISION, "embed_dim": 32, "hidden_size": 32},
+            **_IDS,
+        )
+    ),
+    "internvl": Family(_internvl("qwen2"), **_TILES),
+    "internvl_qwen3": Family(_internvl("qwen3", head_dim=8), **_TILES),
+    "internvl_chat": Family(_internvl_chat, token=_context_token, **_TILES),
+    "llava_onevision": Family(
+        _from_hub(
+            "modeling_llavaonevision1_5",
+            "Llavaonevision1_5Config",
+            "text_config",
+            {"head_dim": 8},
+            model_type="llavaonevision1_5",
+            vision_config={},
+            image_token_id=3,
+            video_token_id=4,
+        ),
+        picture=_of_one_frame,
+        has_axes=False,
+        kind="llava_onevision1_5",
+    ),
+    "glm4v": Family(_glm(Glm4vConfig)),
+    "glm4v_moe": Family(
+        _glm(Glm4vMoeConfig, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, **_EXPERTS),
+        has_experts=True,
+        trains_alike=False,
+    ),
+}
+# Rows are longer than its configuration says: the frequencies of its RoPE would depend on their length.
+TOO_LONG = Family(_internvl("qwen2", max_position_embeddings=16), **_TILES)
