@@ -89,7 +89,7 @@ def test_seconds_between_frames_reach_the_positions_and_the_keys():
     assert not torch.equal(slow.reference_key_N2, fast.reference_key_N2)
 
 
-@pytest.mark.parametrize(("length", "words"), [(12, r"grids of \[16, 32, 8\]"), (5, r"grids of \[16, 32, 8\]")])
+@pytest.mark.parametrize(("length", "words"), [(12, r"media of \[4, 8, 2\]"), (5, r"media of \[4, 8, 2\]")])
 def test_a_row_cut_inside_a_picture_is_one_line(length, words):
     """No model of these families runs it, dense or not: features and placeholders do not pair."""
     with pytest.raises(ValueError, match=words):
