@@ -104,7 +104,7 @@ class Demo:
         teacher = ["--regate-teacher-load", str(self.start / "teacher")]
         seconds = {
             "dense": self.train("dense", []),
-            "regate": self.train("regate", [*elide, *teacher], trace),
+            "regate": self.train("regate", [*elide, *teacher, "--regate-score", "regate"], trace),
             "random": self.train("random", [*elide, "--regate-score", "random"], self.out / "trace_random"),
         }
         one_cycle = self.scale.warmup_steps + self.scale.cycle_steps

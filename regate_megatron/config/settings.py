@@ -147,7 +147,7 @@ class ReGateConfig:
         FUSIONS,
     )
     score: str = option(
-        "regate",
+        "reference",
         "which answer tokens run in sparse steps, those with the highest score; "
         + ", ".join(f"{name}: {row.formula}" for name, row in SCORES.items())
         + "; m is difficulty, the student's average loss on the token, ref the teacher's loss",

@@ -54,10 +54,10 @@ RECIPES: dict[str, Recipe] = {
         "dense layer; as printed: add --regate-budget per-sample --regate-dense-layers 0",
         "arXiv 2507.21420: 41 % fewer answer tokens at equal accuracy or better; here no better than random elision",
     ),
-    "few-epochs": Recipe(
-        {"score": "reference"},
-        "every sample comes a few times, as in most fine-tuning: difficulty has no time to tell anything",
-        "docs/learning.md, budget uniform: dense accuracy with 64 % of the targets; ahead of random elision in both "
-        "seeds of the newer run and in all three of an earlier one",
+    "pictures": Recipe(
+        {"visual_keep_ratio": 0.25, "visual_score": "even"},
+        "rows that are mostly pictures: a quarter of their positions, evenly spread, beside half of the targets",
+        "docs/learning.md, pictures of 144 positions, two seeds: with 55 % of the decoder's work 2.1 points behind dense, "
+        "and ahead of shorter dense runs",
     ),
 }

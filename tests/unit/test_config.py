@@ -51,7 +51,7 @@ FLAGS = {  # a change here breaks users' scripts
     "--regate-ema-decay": 0.9,
     "--regate-reference-weight": 0.5,
     "--regate-fusion": "sum",
-    "--regate-score": "regate",
+    "--regate-score": "reference",
     "--regate-budget": "dealt",
     "--regate-deal-dense": False,
     "--regate-length-multiple": None,
@@ -211,7 +211,8 @@ def test_visual_positions_alone_need_no_teacher_and_no_difficulty():
     assert alone.elides and alone.elides_in(5) and not alone.needs_teacher and not alone.learns
     alone.require_teacher()
     assert dataclasses.replace(alone, teacher_load="student").unused == ["--regate-teacher-load"]
-    both = ReGateConfig(keep_ratio=1.0, keep_ratio_end=0.5, keep_ratio_steps=9, visual_keep_ratio=0.25)
+    targets = {"keep_ratio": 1.0, "keep_ratio_end": 0.5, "keep_ratio_steps": 9, "score": "regate"}
+    both = ReGateConfig(**targets, visual_keep_ratio=0.25)
     assert both.needs_teacher and both.learns and both.elides_in(0)
 
 
@@ -426,7 +427,8 @@ def test_a_kind_of_target_has_a_reference_loss_so_that_every_score_of_difficulty
     assert needs == set(SCORES) - {"random"}
     with pytest.raises(ReGateError, match="to one that needs none: random$"):
         ReGateConfig(score="student", difficulty="kind").require_teacher()
-    assert ReGateConfig(difficulty="kind").by_kind and not ReGateConfig(score="reference", difficulty="kind").by_kind
+    assert ReGateConfig(score="regate", difficulty="kind").by_kind
+    assert not ReGateConfig(score="reference", difficulty="kind").by_kind
 
 
 def test_a_least_score_needs_a_share_of_the_batch():
@@ -502,13 +504,13 @@ def test_every_reader_of_megatrons_arguments_finds_the_recipes_values():
 
 
 def test_the_last_of_several_recipes_holds_and_nothing_of_the_others():
-    words = ["--regate-ema-decay", "0.5", "--regate-recipe", "paper", "--regate-recipe", "few-epochs"]
-    assert parse(["--regate", *words]) == ReGateConfig(recipe="few-epochs", ema_decay=0.5)
+    words = ["--regate-ema-decay", "0.5", "--regate-recipe", "paper", "--regate-recipe", "pictures"]
+    assert parse(["--regate", *words]) == ReGateConfig(recipe="pictures", ema_decay=0.5)
 
 
 def test_replacing_a_setting_keeps_the_others_of_a_recipe():
-    config = dataclasses.replace(ReGateConfig(recipe="few-epochs", keep_ratio=0.25), score="random")
-    assert (config.score, config.keep_ratio, config.recipe) == ("random", 0.25, "few-epochs")
+    config = dataclasses.replace(ReGateConfig(recipe="pictures", keep_ratio=0.25), score="random")
+    assert (config.score, config.keep_ratio, config.recipe) == ("random", 0.25, "pictures")
 
 
 @pytest.mark.parametrize(("given", "named"), [("deal", "dealt"), ("persample", "per-sample"), ("7", "dealt")])
