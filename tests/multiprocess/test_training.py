@@ -236,7 +236,6 @@ def known_flags():
         (["--mtp-num-layers", "1"], "multi-token prediction"),
         (["--cuda-graph-impl", "local"], "CUDA graphs"),
         (["--overlap-moe-expert-parallel-comm"], "combined 1F1B"),
-        (["--tp-comm-overlap"], "tensor-parallel communication overlap"),
         (["--num-experts", "4", "--moe-expert-capacity-factor", "1.5"], "expert capacity"),
         (["--multi-latent-attention"], "multi-latent attention"),
         (["--position-embedding-type", "relative"], "position embedding"),
