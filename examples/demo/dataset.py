@@ -51,7 +51,9 @@ class Captions(torch.utils.data.Dataset):
             zero = torch.zeros(1, dtype=torch.int64)
             labels, mask, needs = torch.cat((tokens[:1], labels)), torch.cat((zero, mask)), torch.cat((zero, needs))
             tokens = torch.cat((zero + IMAGE_TOKEN, tokens))
-            image = torch.from_numpy(self.arrays["images"][row]).permute(2, 0, 1)
+            image = torch.from_numpy(self.arrays["images"][row]).movedim(-1, -3)
             sample["image"] = (image.float() - 200) / 64  # mean and deviation of the pictures
+            if image.ndim == 4:  # a clip: its frames are the tiles of one placeholder
+                sample |= dict.fromkeys(("num_image_tiles", "num_frames"), torch.tensor(len(image)))
         sample |= {"tokens": tokens, "labels": labels, "loss_mask": mask.float(), "needs_image": needs}
         return sample | {"position_ids": torch.arange(len(tokens))}

@@ -60,12 +60,12 @@ def teach(
     masters = [torch.nn.Parameter(weight.detach().float().clone()) for weight in weights]
     optimizer = torch.optim.AdamW(masters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP))
-    unseen_BCHW = torch.stack([heldout[i]["image"] for i in range(len(heldout.arrays["tokens"]))]).to(device, dtype)
+    unseen_BCHW = torch.stack([_picture(heldout[i]) for i in range(len(heldout.arrays["tokens"]))]).to(device, dtype)
     wanted_BV = (words_of(heldout, num_words, kind) * judged_V).to(device)
     recall = 0.0
     for step in range(1, most + 1):
         indices = range((step - 1) * batch, step * batch)
-        pictures = torch.stack([entries[i]["image"] for i in indices]).to(device, dtype)
+        pictures = torch.stack([_picture(entries[i]) for i in indices]).to(device, dtype)
         there = words_NV[[entries.row(i) for i in indices]].to(device)
         found = head(tower(pictures).float().mean(dim=1))
         loss = torch.nn.functional.binary_cross_entropy_with_logits(found, there, reduction="sum") / batch
@@ -91,6 +91,11 @@ def teach(
             f"allowed {until:.1%} or more; change --vision-steps, --vision-until or the seed"
         )
     return step, recall
+
+
+def _picture(sample: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A sample's picture, or the last frame of its clip; [C, H, W]."""
+    return sample["image"] if sample["image"].ndim == 3 else sample["image"][-1]
 
 
 def words_of(captions: Captions, num_words: int, kind: int | None = None) -> torch.Tensor:

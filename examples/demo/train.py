@@ -74,7 +74,7 @@ def model_provider(built: list, pre_process=True, post_process=True, config=None
 
     # As in Megatron's own script: seq_length becomes the vision model's, decoder_seq_length is the language model's.
     num_visual = get_num_image_embeddings(args.img_h, args.img_w, args.patch_dim, "clip", True, 1, False)
-    args.decoder_seq_length = args.seq_length + num_visual
+    args.decoder_seq_length = args.seq_length + args.frames * num_visual
     args.seq_length = args.encoder_seq_length = num_visual
     args.max_position_embeddings = max(args.max_position_embeddings, args.decoder_seq_length)
 
@@ -144,6 +144,8 @@ def get_batch(data_iterator) -> dict[str, torch.Tensor]:
     """The next batch, broadcast over the tensor-parallel group."""
     data = next(data_iterator) if data_iterator is not None else None
     batch = tensor_parallel.broadcast_data(["tokens", "position_ids", "labels", "needs_image"], data, torch.int64)
+    if get_args().frames > 1 and get_args().stage == "llava":
+        batch |= tensor_parallel.broadcast_data(["num_image_tiles"], data, torch.int64)
     floats = ["loss_mask", "image"] if get_args().stage == "llava" else ["loss_mask"]
     return batch | tensor_parallel.broadcast_data(floats, data, torch.float32)
 
@@ -261,7 +263,9 @@ def forward_step(held_out: HeldOut, data_iterator, model):
     labels = batch["labels"] if model.training else None
     if "image" in batch:
         # The loss mask comes back in the order of the merged sequence, picture and text.
-        output, loss_mask = model(batch["image"], tokens, position_ids, None, labels, batch["loss_mask"])
+        image, tiles = batch["image"], batch.get("num_image_tiles")  # [B, C, H, W], or of clips [B, T, C, H, W]
+        image = image if tiles is None else image.flatten(0, 1)
+        output, loss_mask = model(image, tokens, position_ids, None, labels, batch["loss_mask"], num_image_tiles=tiles)
     else:
         output, loss_mask = model(tokens, position_ids, None, labels=labels), batch["loss_mask"]
     if model.training:
@@ -281,6 +285,7 @@ def add_demo_args(parser):
     group.add_argument("--stage", choices=["text", "llava"], required=True)
     group.add_argument("--demo-data", required=True, metavar="DIR", help="folder written by data.py")
     group.add_argument("--save-llava", metavar="DIR", help="where --stage text saves the start of --stage llava")
+    group.add_argument("--frames", type=int, default=1, help="frames of a row's clip")
     group.add_argument("--vision-num-layers", type=int, default=1)
     group.add_argument("--vision-until", type=float, metavar="SHARE", help="recall that ends tower.py's start")
     group.add_argument("--vision-data", metavar="DIR", help="its pictures and words (default: those of --demo-data)")

@@ -25,16 +25,18 @@ from tqdm import tqdm
 DEMO = Path(__file__).resolve().parents[1] / "demo"
 sys.path.append(str(DEMO))
 
+import clips  # noqa: E402
 import data as scenes  # noqa: E402  the demo's: what is drawn and said
 
 KINDS = ("count", "colour", "object", "place")
+CLIP_KINDS = ("order", *KINDS[1:])
 PLACES = {"at", "on", "in", "top", "bottom", "left", "right"}
 COLOURS = {*scenes.GROUNDS, "red", "orange", "brown", "purple", "black"}
 
 
 def kind_of(word: str) -> int:
     """1 and up: the place in KINDS of a word that needs the picture."""
-    if word in scenes.NUMBERS:
+    if word in scenes.NUMBERS or word in ("a", "the"):
         return 1
     if word in COLOURS:
         return 2
@@ -60,34 +62,47 @@ def encode(tokenizer: Tokenizer, sample: tuple, bos: int, eos: int) -> tuple[lis
 
 
 def prepare(
-    out: Path, language_model: Path, *, num_train: int, num_heldout: int, fresh_factor: int, size: int, seed: int
+    out: Path,
+    language_model: Path,
+    *,
+    num_train: int,
+    num_heldout: int,
+    fresh_factor: int,
+    size: int,
+    frames: int,
+    seed: int,
 ) -> Path:
     """Write all files into `out` unless they are there; a failed run leaves nothing. Returns `out`.
 
-    `size`: the pictures' height and width in pixels, an even number.
+    `size`: the pictures' height and width in pixels, an even number; `frames`: of a clip, 1 for pictures.
     """
     wanted = {"num_train": num_train, "num_heldout": num_heldout, "fresh_factor": fresh_factor, "seed": seed}
-    wanted["size"] = size
+    wanted |= {"size": size, "frames": frames}
     wanted["language_model"] = language_model.name
-    sources = (Path(__file__), DEMO / "data.py")
+    sources = (Path(__file__), DEMO / "data.py", *([Path(clips.__file__)] if frames > 1 else []))
     wanted["source"] = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
     if (out / "about.json").exists() and wanted.items() <= json.loads((out / "about.json").read_text()).items():
         return out
     with scenes.written_aside(out) as aside:
         rng = random.Random(seed)
         emoji = scenes.load_emoji(size // 2)
-        drawn: dict[tuple, scenes.Scene] = {}
+        draw, describe, short_of, paint = (
+            (clips.draw, clips.describe, clips.short_caption, clips.paint)
+            if frames > 1
+            else (scenes.draw_scene, scenes.describe, short_caption, scenes.paint)
+        )
+        drawn: dict[tuple, scenes.Scene | clips.Clip] = {}
         while len(drawn) < fresh_factor * num_train + num_heldout:
-            scene = scenes.draw_scene(emoji, rng)
-            drawn.setdefault((scene.parts, scene.ground), scene)  # no two samples share parts and ground
+            scene = draw(emoji, rng)
+            drawn.setdefault(scene.content if frames > 1 else (scene.parts, scene.ground), scene)  # no two are alike
         config = json.loads((language_model / "config.json").read_text())
         special = [int(config[name]) for name in ("bos_token_id", "eos_token_id")]
         tokenizer = Tokenizer.from_file(str(language_model / "tokenizer.json"))
-        long = [encode(tokenizer, scenes.describe(scene, emoji), *special) for scene in drawn.values()]
-        short = [encode(tokenizer, short_caption(scene, emoji), *special) for scene in drawn.values()]
+        long = [encode(tokenizer, describe(scene, emoji), *special) for scene in drawn.values()]
+        short = [encode(tokenizer, short_of(scene, emoji), *special) for scene in drawn.values()]
         vocabulary = sorted(set(special).union(*(tokens for tokens, _, _ in long + short)))
         pictures = tqdm(drawn.values(), desc="painting pictures", unit="picture", mininterval=1, disable=None)
-        images = np.stack([scenes.paint(scene, emoji, rng, size) for scene in pictures])
+        images = np.stack([paint(scene, emoji, rng, size) for scene in pictures])
         heldout, train, rest = slice(num_heldout), slice(num_heldout, num_heldout + num_train), slice(num_heldout, None)
         (aside / "fresh").mkdir()
         (aside / "align").mkdir()
@@ -105,7 +120,7 @@ def prepare(
             "text_length": target.shape[1] - 1,
             "align_length": short[0].shape[1] - 1,
             "targets_per_sample": round(float(target.sum(1).mean()), 2),
-            "kinds": KINDS,
+            "kinds": CLIP_KINDS if frames > 1 else KINDS,
             "share_of_targets_by_kind": shares,
             "content": hashlib.sha256(images.tobytes() + long[0].tobytes()).hexdigest()[:16],
         }

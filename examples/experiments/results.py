@@ -54,13 +54,14 @@ def write(out: Path, docs: Path | None = None, of: str = "") -> None:
     arms = tomllib.loads((HERE / "arms.toml").read_text())
     grouped = {name: [run for run in runs if run["arm"] == name] for name in arms}
     grouped = {name: found for name, found in grouped.items() if found}
-    write_csv(runs, out / "results.csv")
+    kinds = json.loads((out / "data" / "about.json").read_text())["kinds"]
+    write_csv(runs, out / "results.csv", kinds)
     summary = []
     for name, found in grouped.items():
         dense, random = (grouped.get(arms[name].get(twin, twin), []) for twin in ("dense", "random"))
         summary.append(summarise(name, arms[name]["title"], found, dense, random))
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
-    lines = table(summary)
+    lines = table(summary, kinds)
     (out / "summary.md").write_text("\n".join(lines) + "\n")
     import curves
 
@@ -111,13 +112,13 @@ def dense_targets(folder: Path, data: Path, about: dict, batch: int) -> np.ndarr
     return targets[order].reshape(-1, batch).sum(axis=1)
 
 
-def write_csv(runs: list[dict], file: Path) -> None:
+def write_csv(runs: list[dict], file: Path, kinds: list[str]) -> None:
     """One line per evaluation."""
     names = ("iteration", "targets_processed", "targets_total", "compute", "seconds", "eval_loss")
     names += ("cpu_seconds", "image_word_accuracy", "all_word_accuracy")
     with file.open("w", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["arm", "seed", *names, "count", "colour", "object", "place", "start", "weights"])
+        writer.writerow(["arm", "seed", *names, *kinds, "start", "weights"])
         for run in runs:
             for point in run["curve"]:
                 values = [round(point[name], 5) if isinstance(point[name], float) else point[name] for name in names]
@@ -173,17 +174,17 @@ def difference(by_seed: dict[int, float]) -> str:
     return f"{statistics.mean(values):+.1f} ± {statistics.stdev(values):.1f} ({ahead} of {len(values)})"
 
 
-def table(summary: list[dict]) -> list[str]:
+def table(summary: list[dict], kinds: list[str]) -> list[str]:
     """Markdown."""
     names = ("arm", "seeds", "targets", "compute", "time", "words that need the picture", "against dense")
-    names += ("against random", "count / colour / object / place", "all words", "loss")
+    names += ("against random", " / ".join(kinds), "all words", "loss")
     head = " | ".join(names)
     lines = [f"| {head} |", "|" + "---|" * (head.count("|") + 1)]
     for one in summary:
         deviation = one["image_word_accuracy_deviation"]
         spread = f" ± {100 * deviation:.1f}" if deviation is not None else ""
         share = ["–" if one[key] is None else f"{one[key]:.0%}" for key in ("targets", "compute", "time")]
-        kinds = " / ".join(f"{100 * value:.0f}" for value in one["by_kind"])
+        by_kind = " / ".join(f"{100 * value:.0f}" for value in one["by_kind"])
         cells = [
             one["title"],
             str(one["seeds"]),
@@ -191,7 +192,7 @@ def table(summary: list[dict]) -> list[str]:
             f"{100 * one['image_word_accuracy']:.1f}{spread}",
             difference(one["against_dense"]),
             difference(one["against_random"]),
-            kinds,
+            by_kind,
         ]
         lines.append(f"| {' | '.join(cells)} | {100 * one['all_word_accuracy']:.1f} | {one['eval_loss']:.3f} |")
     return lines

@@ -4,6 +4,7 @@
     python examples/experiments/run.py --all               every arm: about three hours
     python examples/experiments/run.py --arms dense,regate --seeds 1
     python examples/experiments/run.py --positions 144     pictures of 144 visual positions, in a folder of their own
+    python examples/experiments/run.py --clips             clips of eight frames of 16 positions, likewise
     python examples/experiments/run.py --config examples/experiments/configs/h200.toml --all
 
 Everything is Megatron's own training loop on examples/demo/train.py, through the launcher:
@@ -49,6 +50,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE.parent / "demo")]
 
 import captions  # noqa: E402
+import clips  # noqa: E402
 import regimes  # noqa: E402
 import results  # noqa: E402
 import weights  # noqa: E402
@@ -92,8 +94,9 @@ class Experiment:
         """Weights, pictures and captions, the language model with their vocabulary in Megatron's format."""
         name = self.config["language_model"]
         language_model = weights.prepare(name, self.out / "weights" / Path(name).name)
-        size, patch = self.config["pictures"]["size"], patch_of(**self.config["pictures"])
-        self.data = captions.prepare(self.out / "data", language_model, **self.config["data"], size=size)
+        pictures = self.config["pictures"]
+        size, patch, frames = pictures["size"], patch_of(**pictures), pictures.get("frames", 1)
+        self.data = captions.prepare(self.out / "data", language_model, **self.config["data"], size=size, frames=frames)
         self.about = json.loads((self.data / "about.json").read_text())
         settings = fingerprint(self.about)
         self.language_model = self.out / "language_model"
@@ -115,7 +118,7 @@ class Experiment:
             *architecture.split(),
             *self.train["shared"].split(),
             *(["--bf16"] if multiplies_bf16() else []),
-            *f"--img-h {size} --img-w {size} --patch-dim {patch}".split(),
+            *f"--img-h {size} --img-w {size} --patch-dim {patch} --frames {frames}".split(),
             *f"--tokenizer-type NullTokenizer --vocab-size {self.about['vocabulary']} --ckpt-format torch_dist".split(),
         ]
 
@@ -277,8 +280,8 @@ def regate_flags(arm: str, settings: dict[str, Any], values: dict[str, int]) -> 
     return flags
 
 
-def patch_of(*, size: int, positions: int) -> int:
-    """Pixels of a patch's side when a picture of `size` x `size` becomes that many visual positions.
+def patch_of(*, size: int, positions: int, frames: int = 1) -> int:
+    """Pixels of a patch's side when a picture, or one of `frames`, of `size` x `size` becomes that many positions.
 
     Raises:
         CommandError: the picture cannot be cut so.
@@ -377,6 +380,7 @@ def main() -> int:
     parser.add_argument(
         "--positions", type=int, metavar="N", help="visual positions of a picture (default: the config's): 16, 144 ..."
     )
+    parser.add_argument("--clips", action="store_true", help="clips of moving drawings in place of pictures")
     parser.add_argument("--arms", metavar="A,B", help="of arms.toml (default: the main ones)")
     parser.add_argument("--all", action="store_true", help="every arm, some with fewer seeds")
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"seeds per arm (default: {SEEDS})")
@@ -392,7 +396,10 @@ def main() -> int:
     config = tomllib.loads(options.config.read_text())
     if options.positions:
         config["pictures"]["positions"] = options.positions
-    name = f"experiments-{options.positions}" if options.positions else "experiments"
+    if options.clips:
+        config["pictures"]["frames"] = clips.FRAMES
+    of = f"-{options.positions}" if options.positions else "-clips" if options.clips else ""
+    name = f"experiments{of}"
     out = (options.out or ROOT / "out" / name).resolve()
     signal.signal(signal.SIGTERM, interrupt)
     arms = tomllib.loads((HERE / "arms.toml").read_text())
@@ -407,7 +414,7 @@ def main() -> int:
             with held(out):
                 experiment.prepare()
                 run_all(experiment, runs, options.jobs or config["jobs"])
-        results.write(out, options.docs, f"-{options.positions}" if options.positions else "")
+        results.write(out, options.docs, of)
     except (CommandError, weights.WeightsError) as error:
         print(f"experiment: {error}", file=sys.stderr)
         return 1

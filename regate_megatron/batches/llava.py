@@ -201,7 +201,9 @@ class LLaVABatches(BatchAdapter):
 
     @staticmethod
     def _given_images(batch: dict[str, Any]) -> Any:
-        return next((batch[key] for key in _IMAGE_KEYS if batch.get(key) is not None), None)
+        """[T, C, H, W]; a collator that stacks clips makes one more axis of their frames."""
+        given = next((batch[key] for key in _IMAGE_KEYS if batch.get(key) is not None), None)
+        return given.flatten(0, 1) if torch.is_tensor(given) and given.ndim == 5 else given
 
     def _position_ids(self, batch: dict[str, Any], token_BN: Tensor, place_BN: Tensor, length: int) -> Tensor:
         """The position id of the text entry each merged position belongs to (an image's are its placeholder's)."""

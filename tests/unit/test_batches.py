@@ -433,6 +433,16 @@ def test_tiles_are_pictures_of_their_own_and_frames_are_a_clip():
     assert _clips([3, 1], length=25).count_I.tolist() == [18, 6, 0, 0]
 
 
+def test_clips_that_a_collator_stacked_are_those_of_a_flat_batch():
+    stacked = _llava(*TILED, tiles=[3, 3]) | {"num_frames": torch.tensor([3, 3])}
+    flat = torch.arange(6 * 3 * 4 * 6, dtype=torch.float32).view(6, 3, 4, 6)
+    media, same = (
+        LLaVABatches(6, IMAGE, 64, False).read(stacked | {"image": image}).media
+        for image in (flat.view(2, 3, 3, 4, 6), flat)
+    )
+    assert torch.equal(media.grid_I3, same.grid_I3) and np.array_equal(media.pixels(1), same.pixels(1))
+
+
 def test_frames_that_each_begin_with_a_class_token_are_pictures_of_their_own():
     batch = _llava(*TILED, tiles=[3, 3]) | {"num_frames": torch.tensor([3, 3])}
     batch["image"] = torch.zeros(6, 3, 4, 6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import struct
 import sys
@@ -185,7 +186,7 @@ def test_an_arm_is_compared_with_dense_and_random_seed_by_seed():
     assert found["against_dense"] == {1: pytest.approx(0.3), 2: pytest.approx(-0.1)}
     assert found["against_random"] == {2: pytest.approx(0.35)}
     assert found["targets_at_dense_peak"] == [0.25, None]
-    (_, _, row) = results.table([found])
+    (_, _, row) = results.table([found], ["a", "b"])
     assert "| +10.0 ± 28.3 (1 of 2) | +35.0 |" in row
     assert results.summarise("dense", "dense", dense, dense, random)["against_dense"] == {}
 
@@ -204,6 +205,7 @@ def test_the_report_says_which_start_and_weights_every_figure_is_of(tmp_path):
     out, docs = tmp_path / "out", tmp_path / "docs"
     (out / "data").mkdir(parents=True)
     docs.mkdir()
+    (out / "data" / "about.json").write_text(json.dumps({"kinds": ["order", "colour", "object", "place"]}))
     arrays = {"tokens": np.ones((4, 3), np.int32), "loss_mask": np.ones((4, 2), np.uint8)}
     np.savez(out / "data" / "train.npz", **arrays, needs_image=np.ones((4, 2), np.uint8))
     for arm, seed, accuracy in (("dense", 1, 0.5), ("random", 1, 0.25), ("dense", 2, 0.75)):
@@ -228,6 +230,7 @@ def test_the_report_says_which_start_and_weights_every_figure_is_of(tmp_path):
     assert "| 2 | 225 | 81.0 | 140 | 62.0 | `start2` |" in found
     (random,) = (line for line in found.splitlines() if line.startswith("| random elision"))
     assert "| 1 | 100% | 100% | 100% | 25.0 | -25.0 | – |" in random
+    assert "| order / colour / object / place |" in found
     head, *lines = (docs / "learning_results.csv").read_text().splitlines()
     assert head.endswith("start,weights") and len(lines) == 3
     assert {tuple(line.split(",")[-2:]) for line in lines} == {
@@ -240,6 +243,35 @@ def test_the_report_says_which_start_and_weights_every_figure_is_of(tmp_path):
     results.write(out, docs, "-144")
     assert "| random elision" in (docs / "learning.md").read_text()
     assert all((docs / f"learning-144_{name}").stat().st_size > 5000 for name in results.PICTURES)
+
+
+def test_the_first_word_of_a_clip_s_caption_is_told_by_the_order_of_its_frames_alone():
+    import captions
+    import clips
+
+    drawings = [clips.scenes.Emoji(name, "", "", "red", None) for name in ("apple", "bell")]
+    told = {}
+    for moves_at, comes_at in ((2, 5), (5, 2)):
+        clip = clips.Clip(0, 1, (0, 1, 2), moves_at, comes_at, "white", 0)
+        _, answer, spans = clips.describe(clip, drawings)
+        told[moves_at] = answer.split(" ")[1]
+        assert [answer[slice(*span)] for span in spans[:2]] == [told[moves_at], "red"]
+        assert captions.kind_of(told[moves_at]) == 1 and answer.count("red") == 2
+    assert told == {2: "the", 5: "a"}
+
+
+def test_a_clip_s_drawing_moves_and_another_comes_in_their_frames():
+    import clips
+    from PIL import Image
+
+    red, blue = (Image.new("RGBA", (24, 24), colour) for colour in ("red", "blue"))
+    drawings = [clips.scenes.Emoji("", "", "", "", art) for art in (red, blue)]
+    frames = clips.paint(clips.Clip(0, 1, (0, 3, 1), 2, 6, "white", 0), drawings, random.Random(1), 48)
+    corners = frames[:, 12::24, 12::24].tolist()
+    red, blue, white = [255, 0, 0], [0, 0, 255], [255, 255, 255]
+    assert corners[:2] == [[[red, white], [white, white]]] * 2
+    assert corners[2:6] == [[[white, white], [white, red]]] * 4
+    assert corners[6:] == [[[white, blue], [white, red]]] * 2
 
 
 @pytest.mark.parametrize(("positions", "patch"), [(16, 12), (144, 4), (36, 8)])
@@ -363,7 +395,7 @@ class _Tower(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.config = types.SimpleNamespace(hidden_size=8)
+        self.config = types.SimpleNamespace(hidden_size=8, params_dtype=torch.float32)
         torch.manual_seed(0)
         self.layer = torch.nn.Linear(3, 8)
 
