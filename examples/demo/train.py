@@ -145,6 +145,8 @@ def get_batch(data_iterator) -> dict[str, torch.Tensor]:
     data = next(data_iterator) if data_iterator is not None else None
     batch = tensor_parallel.broadcast_data(["tokens", "position_ids", "labels", "needs_image"], data, torch.int64)
     if get_args().frames > 1 and get_args().stage == "llava":
+        if data is not None:  # [B, T, C, H, W] has one axis too many to be broadcast
+            data = dict(data, image=data["image"].flatten(0, 1))
         batch |= tensor_parallel.broadcast_data(["num_image_tiles"], data, torch.int64)
     floats = ["loss_mask", "image"] if get_args().stage == "llava" else ["loss_mask"]
     return batch | tensor_parallel.broadcast_data(floats, data, torch.float32)
@@ -263,9 +265,8 @@ def forward_step(held_out: HeldOut, data_iterator, model):
     labels = batch["labels"] if model.training else None
     if "image" in batch:
         # The loss mask comes back in the order of the merged sequence, picture and text.
-        image, tiles = batch["image"], batch.get("num_image_tiles")  # [B, C, H, W], or of clips [B, T, C, H, W]
-        image = image if tiles is None else image.flatten(0, 1)
-        output, loss_mask = model(image, tokens, position_ids, None, labels, batch["loss_mask"], num_image_tiles=tiles)
+        image, tiles, loss_mask = batch["image"], batch.get("num_image_tiles"), batch["loss_mask"]
+        output, loss_mask = model(image, tokens, position_ids, None, labels, loss_mask, num_image_tiles=tiles)
     else:
         output, loss_mask = model(tokens, position_ids, None, labels=labels), batch["loss_mask"]
     if model.training:
