@@ -243,7 +243,7 @@ def batches(case: dict) -> list[dict]:
                 batch["num_image_tiles"] = tiles[rows].int()
                 batch["num_frames"] = torch.where(torch.arange(GLOBAL_ROWS) % 4 < 2, tiles, 1)[rows]
         if case["model"] == "mimo":
-            put_pictures(batch, image[rows], 0 if start // 2 % 2 else 3, PATCH)
+            put_pictures(batch, torch.cat(image[rows]), 0 if start // 2 % 2 else 3, PATCH)
         if case.get("unlabelled"):  # as Hugging Face marks what is no target, in prompts and padding; with a loss mask
             is_marked = (batch["loss_mask"] == 0) & (torch.arange(TEXT) % 3 == 0) & (torch.arange(TEXT) < 12)
             batch["labels"].masked_fill_(is_marked, -100)

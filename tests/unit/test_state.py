@@ -59,8 +59,8 @@ def test_what_was_known_when_the_save_began_comes_back(tmp_path, in_background):
     ("before", "now", "lacks"),
     [
         ({}, {}, False),
-        ({}, {"score": "student", "ema_decay": 0.5}, False),
-        ({}, {"difficulty": "kind"}, True),
+        ({"score": "regate"}, {"score": "student", "ema_decay": 0.5}, False),
+        ({"score": "regate"}, {"score": "regate", "difficulty": "kind"}, True),
         ({"score": "random"}, {"score": "student"}, True),
         ({"score": "random"} | GRADIENT, {"score": "student"} | GRADIENT, True),  # gradients alone were learned
         ({"score": "student"}, {"score": "student"} | GRADIENT, True),
