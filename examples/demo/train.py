@@ -265,7 +265,8 @@ def forward_step(held_out: HeldOut, data_iterator, model):
     labels = batch["labels"] if model.training else None
     if "image" in batch:
         # The loss mask comes back in the order of the merged sequence, picture and text.
-        image, tiles, loss_mask = batch["image"], batch.get("num_image_tiles"), batch["loss_mask"]
+        image, loss_mask = batch["image"], batch["loss_mask"]
+        tiles = batch["num_image_tiles"].int() if "num_image_tiles" in batch else None
         output, loss_mask = model(image, tokens, position_ids, None, labels, loss_mask, num_image_tiles=tiles)
     else:
         output, loss_mask = model(tokens, position_ids, None, labels=labels), batch["loss_mask"]
