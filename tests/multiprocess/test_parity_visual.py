@@ -30,6 +30,12 @@ def _qwen(name: str, **options) -> dict:
     return case(name, **{**settings, **options})
 
 
+INTERLEAVED = {  # overlapped, as Megatron asks of two stages
+    "config": {"mrope_section": [2, 1, 1], "overlap_p2p_comm": True, "batch_p2p_comm": False},
+    "set": {"deallocate_pipeline_outputs": False},
+    "pp": 2,
+    "vpp": 2,
+}
 MOE = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_router_load_balancing_type": "none"}
 ONE_RANK = [
     *(_visual(f"visual-n{n}{by}", dense_layers=n, multiple=m) for n in (0, 1) for by, m in (("", 1), ("-by4", 4))),
@@ -43,6 +49,7 @@ ONE_RANK = [
     _both("both-last1", dense_last=1),
     _both("both-learned-positions", positions="learned_absolute"),
     _both("both-moe", config=MOE),
+    _both("both-moe-gradient", config=MOE, visual_score="gradient"),
     *(_tiles(f"tiles-n{n}", dense_layers=n) for n in (0, 1)),
     _tiles("tiles-n1-by4", multiple=4),
     *(_qwen(f"qwen-n{n}", dense_layers=n) for n in (0, 1)),
@@ -68,6 +75,8 @@ TWO_RANKS = [
       for name, layout in {"tp2": {"tp": 2}, "tp2-sp": {"tp": 2, "sp": True}, "cp2": {"cp": 2}, "pp2": {"pp": 2},
                            "dp2": {}}.items()),
     _qwen("qwen-gradient@pp2", visual_score="gradient", pp=2),
+    _qwen("qwen-gradient@pp2-vpp2", visual_score="gradient", **INTERLEAVED),
+    _both("both-moe-gradient@ep2", config=MOE, visual_score="gradient", ep=2),
     _both("both-moe@ep2", config=MOE, ep=2),
     *(_tiles(f"tiles-n1@{name}", **layout) for name, layout in {"pp2": {"pp": 2}, "dp2": {}}.items()),
     _tiles("tiles-n1-by4@tp2-sp", multiple=4, tp=2, sp=True),
