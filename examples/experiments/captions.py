@@ -2,8 +2,9 @@
 
 Files in the folder: `train.npz` and `heldout.npz` as examples/demo/data.py writes them, but with the kind of word in
 `needs_image` (0: text predicts it; 1 and up: KINDS); `fresh/`, the same with `fresh_factor` times as many training
-samples, the first of them the same; `align/`, all of these with short captions, for the stage that teaches the vision
-tower to speak to the language model; `vocabulary.json`, the model's own id of every id used here; `about.json`.
+samples, the first of them the same; `long/`, the usual samples with long answers; `align/`, all of these with short
+captions, for the stage that teaches the vision tower to speak to the language model; `vocabulary.json`, the model's own
+id of every id used here; `about.json`.
 
 A vocabulary of 32,000 or more would spend most of a small machine's time in the LM head, on pieces that no caption
 has. Rows of the embedding are taken as they are, so that the weights stay the pretrained ones.
@@ -15,6 +16,7 @@ import hashlib
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,9 +106,15 @@ def prepare(
         pictures = tqdm(drawn.values(), desc="painting pictures", unit="picture", mininterval=1, disable=None)
         images = np.stack([paint(scene, emoji, rng, size) for scene in pictures])
         heldout, train, rest = slice(num_heldout), slice(num_heldout, num_heldout + num_train), slice(num_heldout, None)
-        (aside / "fresh").mkdir()
-        (aside / "align").mkdir()
+        for folder in ("fresh", "align", *(["long"] if frames == 1 else [])):
+            (aside / folder).mkdir()
         long, short = padded(long, vocabulary), padded(short, vocabulary)
+        lengths = {"text_length": long[0].shape[1] - 1, "align_length": short[0].shape[1] - 1}
+        if frames == 1:
+            told = [encode(tokenizer, long_caption(scene, emoji), *special) for scene in drawn.values()]
+            told = padded(told[: num_heldout + num_train], vocabulary)
+            lengths["long_length"] = told[0].shape[1] - 1
+            write(aside / "long", told, images[: num_heldout + num_train], heldout=heldout, train=train)
         write(aside, long, images, heldout=heldout, train=train)
         write(aside / "fresh", long, images, heldout=heldout, train=rest)
         write(aside / "align", short, images, heldout=heldout, train=rest)
@@ -117,8 +125,7 @@ def prepare(
             "licence": scenes.LICENCE,
             "num_emoji": len(emoji),
             "vocabulary": len(vocabulary),
-            "text_length": target.shape[1] - 1,
-            "align_length": short[0].shape[1] - 1,
+            **lengths,
             "targets_per_sample": round(float(target.sum(1).mean()), 2),
             "kinds": CLIP_KINDS if frames > 1 else KINDS,
             "share_of_targets_by_kind": shares,
@@ -131,6 +138,14 @@ def prepare(
 def short_caption(scene: scenes.Scene, emoji: list[scenes.Emoji]) -> tuple:
     """What and where, and the ground: nearly every word needs the picture."""
     return ("Picture:", *scenes.without_marks(f"{scenes.phrase(scene, emoji)} on *{scene.ground}*"))
+
+
+def long_caption(scene: scenes.Scene, emoji: list[scenes.Emoji]) -> tuple:
+    """The caption, and all of it again in the words of the other templates: what was said once, text predicts."""
+    instruction, answer, spans = scenes.describe(scene, emoji)
+    others = ((scene.template + step) % len(scenes.TEMPLATES) for step in range(1, len(scenes.TEMPLATES)))
+    again = [scenes.describe(replace(scene, template=template), emoji)[1] for template in others]
+    return instruction, " ".join([answer, *again]), spans
 
 
 def padded(rows: list, vocabulary: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

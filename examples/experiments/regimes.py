@@ -3,7 +3,8 @@
     few      a quarter of the samples, each four times as often: many epochs, as difficulty wants
     noisy    one caption in ten has words that nobody can predict: a serial number, names, or mistakes
 
-`fresh`, twice as many samples for a single epoch, is drawn with the usual ones by captions.py.
+`fresh`, twice as many samples for a single epoch, and `long`, answers four times as long, are made with the usual ones
+by captions.py.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ class Experiment:
 
     def megatron(self, title: str, flags: str, data: Path, iterations: int, variables: dict[str, str]) -> float:
         """Run train.py; returns the seconds of its training steps."""
-        length = self.about["align_length" if data.name == "align" else "text_length"]
+        length = self.about.get(f"{data.name}_length", self.about["text_length"])
         interval = self.train["eval_interval" if data.name != "align" else "align_interval"]
         flags = f"--seq-length {length} --log-interval {interval} --repeatable {flags}"
         launcher = ["-m", "regate_megatron", *([] if has_gpu() else ["--cpu"]), str(TRAIN), "--demo-data", str(data)]
@@ -244,9 +244,9 @@ class Experiment:
             flags = [*regate_flags(name, self.config["regate"] | arm.get("regate", {}), values), *flags]
         environment = {variable: str(value) for variable, value in arm.get("environment", {}).items()}
         data = arm.get("data", "")
-        if data not in ("", "fresh", *regimes.REGIMES):
+        if data not in ("", "fresh", "long", *regimes.REGIMES):
             raise CommandError(
-                f"arm {name}: data: given {data}; allowed fresh, {', '.join(regimes.REGIMES)}; change it"
+                f"arm {name}: data: given {data}; allowed fresh, long, {', '.join(regimes.REGIMES)}; change it"
             )
         return Run(name, seed, " ".join(flags).strip(), iterations, data, environment)
 

@@ -526,3 +526,14 @@ def test_an_arm_with_unknown_data_is_refused(tmp_path):
     config = tomllib.loads((FOLDER / "configs" / "cpu.toml").read_text())
     with pytest.raises(CommandError, match="arm mine: data: given other; allowed fresh, few, noisy"):
         run.Experiment(config, tmp_path).describe("mine", {"data": "other", "plain": True}, 1)
+
+
+def test_a_long_answer_says_the_caption_again_and_only_its_first_words_need_the_picture():
+    import captions
+
+    drawings = [captions.scenes.Emoji("apple", "food", "fruit", "red", None)]
+    scene = captions.scenes.Scene(((0, (0,)),), "white", 1)
+    instruction, answer, spans = captions.long_caption(scene, drawings)
+    usual = captions.scenes.describe(scene, drawings)
+    assert instruction == usual[0] and answer.startswith(usual[1]) and spans == usual[2]
+    assert answer.count("red apple") == len(captions.scenes.TEMPLATES)
