@@ -524,7 +524,7 @@ def test_an_arm_with_unknown_data_is_refused(tmp_path):
     from launch import CommandError
 
     config = tomllib.loads((FOLDER / "configs" / "cpu.toml").read_text())
-    with pytest.raises(CommandError, match="arm mine: data: given other; allowed fresh, few, noisy"):
+    with pytest.raises(CommandError, match="arm mine: data: given other; allowed fresh, long, few, noisy"):
         run.Experiment(config, tmp_path).describe("mine", {"data": "other", "plain": True}, 1)
 
 
