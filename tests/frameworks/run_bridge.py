@@ -172,7 +172,8 @@ QWEN3_MOE |= {
     "visual": Case(regate=EACH | VISUAL),
 }
 CASES |= {f"qwen3_moe {name}": dataclasses.replace(case, model="qwen3_moe") for name, case in QWEN3_MOE.items()}
-SHORT = {name: case for name, case in PACKED.items() if name not in ("packed filled", "packed tp2 pp2")}
+OF_QWEN_ALONE = ("packed filled", "packed tp2 pp2", "dealt", "dealt dp2")
+SHORT = {name: case for name, case in PACKED.items() if name not in OF_QWEN_ALONE}
 MORE = {("glm", name): case for name, case in (BOTH | SHORT).items()}
 MORE |= {("glm", "dp2 ep2"): Case(regate=STUDENT, dp=2, ep=2)}
 MORE |= {("ministral", name): case for name, case in BOTH.items()}
