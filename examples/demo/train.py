@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tower
-from dataset import IMAGE_TOKEN, Captions
+from dataset import IMAGE_TOKEN, Captions, collate
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.datasets.utils import Split
 from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
@@ -49,6 +49,7 @@ from megatron.training import get_args, pretrain, print_rank_last
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 from megatron.training.checkpointing import save_checkpoint
+from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 
 NUM_KINDS = 8  # values of `needs_image`, 0 included
 
@@ -123,8 +124,11 @@ def save_llava(language_model: GPTModel, folder: str) -> None:
     save_checkpoint(1, [model], None, None, 0)
 
 
-def train_valid_test_datasets_provider(num_samples: tuple[int, int, int]) -> tuple[Captions, Captions, None]:
-    """Called on tensor rank 0 only; the others get their batches from it."""
+def train_valid_test_datasets_provider(num_samples: tuple[int, int, int]) -> tuple:
+    """Called on tensor rank 0 only; the others get their batches from it.
+
+    Datasets, or loaders with `--dataloader-type external`, which rows without a picture need.
+    """
     args = get_args()
     with_image, folder = args.stage == "llava", Path(args.demo_data)
     train = Captions(
@@ -137,7 +141,26 @@ def train_valid_test_datasets_provider(num_samples: tuple[int, int, int]) -> tup
     )
     # One more evaluation than asked for: Megatron evaluates again when the training ends.
     num_valid = num_samples[1] + args.eval_iters * args.eval_global_batch_size
-    return train, Captions(folder / "heldout.npz", num_valid, with_image=with_image, split=Split.valid), None
+    valid = Captions(folder / "heldout.npz", num_valid, with_image=with_image, split=Split.valid)
+    if args.dataloader_type == "external":
+        return (
+            loader(train, args.consumed_train_samples, args.micro_batch_size),
+            loader(valid, args.consumed_valid_samples, args.eval_micro_batch_size),
+            None,
+        )
+    return train, valid, None
+
+
+def loader(rows: Captions, consumed: int, micro_batch_size: int) -> torch.utils.data.DataLoader:
+    """Batches in Megatron's order, but with fewer pictures than rows where some have none."""
+    sampler = MegatronPretrainingSampler(
+        total_samples=len(rows),
+        consumed_samples=consumed,
+        micro_batch_size=micro_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+    )
+    return torch.utils.data.DataLoader(rows, batch_sampler=sampler, collate_fn=collate)
 
 
 def get_batch(data_iterator) -> dict[str, torch.Tensor]:

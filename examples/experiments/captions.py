@@ -109,11 +109,9 @@ def prepare(
         for folder in ("fresh", "align", *(["long"] if frames == 1 else [])):
             (aside / folder).mkdir()
         long, short = padded(long, vocabulary), padded(short, vocabulary)
-        lengths = {"text_length": long[0].shape[1] - 1, "align_length": short[0].shape[1] - 1}
         if frames == 1:
             told = [encode(tokenizer, long_caption(scene, emoji), *special) for scene in drawn.values()]
             told = padded(told[: num_heldout + num_train], vocabulary)
-            lengths["long_length"] = told[0].shape[1] - 1
             write(aside / "long", told, images[: num_heldout + num_train], heldout=heldout, train=train)
         write(aside, long, images, heldout=heldout, train=train)
         write(aside / "fresh", long, images, heldout=heldout, train=rest)
@@ -125,7 +123,6 @@ def prepare(
             "licence": scenes.LICENCE,
             "num_emoji": len(emoji),
             "vocabulary": len(vocabulary),
-            **lengths,
             "targets_per_sample": round(float(target.sum(1).mean()), 2),
             "kinds": CLIP_KINDS if frames > 1 else KINDS,
             "share_of_targets_by_kind": shares,

@@ -45,6 +45,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE.parent / "demo")]
@@ -89,6 +91,12 @@ class Experiment:
         self.lock = threading.Lock()
         self.logs = out / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def regimes(self) -> list[str]:
+        """What an arm's data can be. A clip's caption is told in one way, so there is none of what says it again."""
+        again = {"long", "mixed"} if self.config["pictures"].get("frames", 1) > 1 else set()
+        return [name for name in ("", "fresh", "long", *regimes.REGIMES) if name not in again]
 
     def prepare(self) -> None:
         """Weights, pictures and captions, the language model with their vocabulary in Megatron's format."""
@@ -215,7 +223,9 @@ class Experiment:
 
     def megatron(self, title: str, flags: str, data: Path, iterations: int, variables: dict[str, str]) -> float:
         """Run train.py; returns the seconds of its training steps."""
-        length = self.about.get(f"{data.name}_length", self.about["text_length"])
+        with np.load(data / "train.npz") as arrays:
+            length = arrays["tokens"].shape[1] - 1
+            flags += " --dataloader-type external" * ("has_image" in arrays.files)
         interval = self.train["eval_interval" if data.name != "align" else "align_interval"]
         flags = f"--seq-length {length} --log-interval {interval} --repeatable {flags}"
         launcher = ["-m", "regate_megatron", *([] if has_gpu() else ["--cpu"]), str(TRAIN), "--demo-data", str(data)]
@@ -244,10 +254,8 @@ class Experiment:
             flags = [*regate_flags(name, self.config["regate"] | arm.get("regate", {}), values), *flags]
         environment = {variable: str(value) for variable, value in arm.get("environment", {}).items()}
         data = arm.get("data", "")
-        if data not in ("", "fresh", "long", *regimes.REGIMES):
-            raise CommandError(
-                f"arm {name}: data: given {data}; allowed fresh, long, {', '.join(regimes.REGIMES)}; change it"
-            )
+        if data not in self.regimes:
+            raise CommandError(f"arm {name}: data: given {data}; allowed {', '.join(self.regimes[1:])}; change it")
         return Run(name, seed, " ".join(flags).strip(), iterations, data, environment)
 
 
@@ -409,7 +417,8 @@ def main() -> int:
         experiment = Experiment(config, out, options.wrap)
         runs = experiment.runs(options.arms.split(",") if options.arms else main_arms, options.seeds)
         if options.all:
-            runs += experiment.runs([name for name in arms if name not in main_arms], options.seeds)
+            possible = [name for name, arm in arms.items() if arm.get("data", "") in experiment.regimes]
+            runs += experiment.runs([name for name in possible if name not in main_arms], options.seeds)
         if not options.report_only:
             with held(out):
                 experiment.prepare()

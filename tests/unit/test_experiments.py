@@ -519,12 +519,58 @@ def test_many_epochs_are_a_quarter_of_the_samples(usual):
     assert all((after[key] == rows[:10]).all() for key, rows in _arrays(usual).items())
 
 
+def test_a_third_of_a_mix_is_text_whose_prompt_says_all_that_its_answer_repeats(usual):
+    import dataset
+    import regimes
+
+    before, rng = _arrays(usual), np.random.default_rng(1)
+    told = np.concatenate((before["tokens"][:, :10], rng.integers(10, 60, (40, 60), dtype=np.int32)), axis=1)
+    (usual / "long").mkdir()
+    np.savez(usual / "long" / "train.npz", tokens=told, loss_mask=np.ones((40, 69), np.uint8))
+    folder = regimes.prepare(usual, "mixed", 1)
+    after = _arrays(folder)
+    text = np.flatnonzero(after["has_image"] == 0)
+    assert len(text) == 13 and after["tokens"].shape == (40, 53)
+    with_picture = np.flatnonzero(after["has_image"])
+    for key in ("tokens", "loss_mask", "needs_image"):
+        width = before[key].shape[1]
+        assert (after[key][with_picture, :width] == before[key][with_picture]).all()
+        assert not after[key][with_picture, width:].any()
+    assert (after["tokens"][text, :50] == told[text, :50]).all() and not after["tokens"][text, 50:].any()
+    assert (after["loss_mask"][text, 9:49] == 1).all() and after["loss_mask"][text].sum() == 13 * 40
+    assert not after["needs_image"][text].any()
+
+    rows = dataset.Captions(folder / "train.npz", 40, with_image=True)
+    batch = dataset.collate([rows[i] for i in range(16)])
+    assert batch["tokens"].shape == (16, 53) and len(batch["image"]) == int(after["has_image"][:16].sum()) < 16
+    has_picture = (batch["tokens"] == dataset.IMAGE_TOKEN).any(dim=1)
+    assert has_picture.tolist() == (after["has_image"][:16] == 1).tolist()
+    for i in range(16):
+        shift = int(has_picture[i])
+        assert (batch["tokens"][i, shift : 52 + shift].numpy() == after["tokens"][i, :52]).all()
+        assert (batch["labels"][i, shift : 52 + shift].numpy() == after["tokens"][i, 1:]).all()
+        assert (batch["loss_mask"][i, shift : 52 + shift].numpy() == after["loss_mask"][i]).all()
+
+
+def test_clips_have_no_arms_whose_captions_say_it_all_again(tmp_path):
+    import run
+    from launch import CommandError
+
+    config = tomllib.loads((FOLDER / "configs" / "cpu.toml").read_text())
+    config["pictures"]["frames"] = 8
+    for data in ("long", "mixed"):
+        with pytest.raises(CommandError, match=f"arm mine: data: given {data}; allowed fresh, few, noisy; change it"):
+            run.Experiment(config, tmp_path).describe("mine", {"data": data, "plain": True}, 1)
+
+
 def test_an_arm_with_unknown_data_is_refused(tmp_path):
     import run
     from launch import CommandError
 
     config = tomllib.loads((FOLDER / "configs" / "cpu.toml").read_text())
-    with pytest.raises(CommandError, match="arm mine: data: given other; allowed fresh, long, few, noisy"):
+    with pytest.raises(
+        CommandError, match="arm mine: data: given other; allowed fresh, long, few, noisy, mixed; change it"
+    ):
         run.Experiment(config, tmp_path).describe("mine", {"data": "other", "plain": True}, 1)
 
 
