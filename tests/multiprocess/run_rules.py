@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 
@@ -19,13 +21,23 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from regate_megatron import ReGateConfig, ReGateError, attach, describe, detach, wrap_forward_backward
+from regate_megatron import (
+    ReGateConfig,
+    ReGateError,
+    attach,
+    describe,
+    detach,
+    load_state,
+    save_state,
+    wrap_forward_backward,
+)
 from regate_megatron.api import session_of
 from regate_megatron.support import HostRun
 from tests.multiprocess.models import Step, batches, build, language_models, merged_length, parallel, run, shared_store
 
 DP4 = {"name": "dp4", "model": "gpt", "tp": 1, "pp": 1}
 TP2_PP2 = {"name": "tp2-pp2", "model": "gpt", "tp": 2, "pp": 2}
+TP2 = {"name": "tp2", "model": "gpt", "tp": 2, "pp": 1}
 CP2 = {"name": "cp2", "model": "gpt", "tp": 1, "pp": 1, "cp": 2}
 NO_LAYER = {"name": "nolayer", "model": "gpt", "tp": 1, "pp": 4}
 NO_LAYER["config"] = {"pipeline_model_parallel_layout": "E|tt|tt|L"}
@@ -221,8 +233,43 @@ def a_window_on_one_layer_is_refused(case: dict) -> None:
     refused("sliding-window attention: given window_size=(8, 0) in decoder.layers.", lambda: attach(models, config()))
 
 
+KNOWN: dict[tuple, torch.Tensor] = {}  # by sample, what was learned in the claim before
+
+
+def gradients_learned_at_one_size_are_known_at_another(case: dict, folder: str) -> None:
+    """A dense step teaches them on four replicas; on two, each with twice the rows, a sparse step knows the same."""
+    models, schedule = build(case), wrap_forward_backward(get_forward_backward_func())
+    rule = {"keep_ratio": 1.0, "visual_keep_ratio": 0.25, "visual_score": "gradient", "dense_steps": 0}
+    attach(models, config(score="random", **rule))
+    if KNOWN:
+        load_state(models, folder)
+    run(case, models, schedule, Step())
+    session = session_of(models)
+    facts = session.step.whole
+    session.finish()
+    found: dict[tuple, torch.Tensor] = {}
+    if session.planner:
+        count_N = torch.full((len(facts.key_N2),), 16)
+        found_NV = session.learned.look_up_gradients(facts.key_N2, count_N, 2).view(-1, 16)
+        found = {tuple(key): value_V for key, value_V in zip(facts.key_N2.tolist(), found_NV, strict=True)}
+    if KNOWN:
+        assert session.phase == "sparse"
+        for key, value_V in found.items():
+            torch.testing.assert_close(value_V, KNOWN[key], rtol=0, atol=0, equal_nan=True)
+        return
+    every: list = [None] * dist.get_world_size()
+    dist.all_gather_object(every, found)
+    for one in every:
+        KNOWN.update(one)
+    assert len(KNOWN) == 8 and sum(bool(value_V.isnan().all()) for value_V in KNOWN.values()) == 1
+    save_state(models, folder)
+
+
 def main() -> None:
     store = shared_store()
+    if os.environ["RANK"] == "0":
+        store.set("folder", tempfile.mkdtemp())
+    folder = store.get("folder").decode()
     checks = [
         (detach_gives_back_the_groups_that_attach_made, DP4),
         (detach_gives_back_the_groups_that_attach_made, TP2_PP2),
@@ -236,12 +283,16 @@ def main() -> None:
         (a_first_stage_without_layers_is_refused_with_a_way_out, NO_LAYER),
         (a_stage_without_adapters_takes_the_frozen_base_as_teacher_where_another_has_some, TP2_PP2),
         (a_window_on_one_layer_is_refused, TP2_PP2),
+        (gradients_learned_at_one_size_are_known_at_another, dict(DP4, model="llava", side=32), folder),
+        (gradients_learned_at_one_size_are_known_at_another, TP2 | {"model": "llava", "side": 32}, folder),
     ]
     for number, (check, case, *more) in enumerate(checks):
         with parallel(dict(case, name=f"{case['name']}-{number}"), store):
             check(case, *more)
         if os.environ["RANK"] == "0":
             print("holds:", check.__name__, case["name"], flush=True)
+    if os.environ["RANK"] == "0":
+        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
