@@ -41,6 +41,7 @@ _STEP, _LIKE_PADDED = (
     "test_rows_packed_by_the_step_or_the_collator_keep_what_padded_rows_keep",
     "packed_rows_keep_what_padded",
 )
+_EXPERTS = "test_every_layout_of_experts_keeps_the_same_positions"
 _CONTEXT = "test_context_ranks_keep_what_one_rank_keeps"
 _BASE = "test_the_frozen_base_with_its_adapters_off_is_the_teacher_of_its_checkpoint"
 
@@ -69,7 +70,7 @@ _MIMO_RESUMES = "test_session.py::test_claim_holds[own_loop_of_mimo_continues_wh
 
 ROWS = {
     ("GPT", "Megatron-Bridge"): (
-        *(_GPT + _ONE, AS_CORE, f"{_GPT}{_LAYOUT}[tp2]", f"{_GPT}{_LAYOUT}[pp2]", NOT_RUN, NOT_RUN),
+        *(_GPT + _ONE, AS_CORE, f"{_GPT}{_LAYOUT}[tp2]", f"{_GPT}{_LAYOUT}[pp2]", _GPT + _CONTEXT, NO_EXPERTS),
         *(f"{_GPT}{_LAYOUT}[dp2]", f"{_GPT}test_packed_rows_of_text", NONE, _GPT + _SIX, NOT_RUN),
     ),
     ("Qwen2.5-VL", "Megatron-Bridge"): (
@@ -84,9 +85,15 @@ ROWS = {
         f"{_RECIPE}{_BASE}[qwen3 peft]",
     ),
     ("Qwen3-VL MoE", "Megatron-Bridge"): (
-        *(f"{_Q3}test_keep_ratio_1_with_experts", f"{_Q3}{_ORACLE}[qwen3_moe-", NOT_RUN, NOT_RUN, NOT_RUN),
-        *(f"{_Q3}test_every_layout_of_experts_keeps_the_same_positions[dp2 ep2]",),
-        *(f"{_Q3}test_every_layout_of_experts_keeps_the_same_positions[dp2]", f"{_Q3}test_packed_experts_keep"),
+        *(
+            f"{_Q3}test_keep_ratio_1_with_experts",
+            f"{_Q3}{_ORACLE}[qwen3_moe-",
+            f"{_Q3}{_EXPERTS}[tp2]",
+            NOT_RUN,
+            NOT_RUN,
+        ),
+        *(f"{_Q3}{_EXPERTS}[dp2 ep2]",),
+        *(f"{_Q3}{_EXPERTS}[dp2]", f"{_Q3}test_packed_experts_keep"),
         *(f"{_Q3}test_half_of_the_visual_positions_are_kept[qwen3_moe]", f"{_Q3}{_SIX}[qwen3_moe]", NOT_RUN),
     ),
     ("GLM-4.5V", "Megatron-Bridge"): _bridge(

@@ -27,6 +27,7 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -127,7 +128,7 @@ def save_llava(language_model: GPTModel, folder: str) -> None:
 def train_valid_test_datasets_provider(num_samples: tuple[int, int, int]) -> tuple:
     """Called on tensor rank 0 only; the others get their batches from it.
 
-    Datasets, or loaders with `--dataloader-type external`, which rows without a picture need.
+    Datasets, or iterators with `--dataloader-type external`, which rows without a picture need.
     """
     args = get_args()
     with_image, folder = args.stage == "llava", Path(args.demo_data)
@@ -151,7 +152,7 @@ def train_valid_test_datasets_provider(num_samples: tuple[int, int, int]) -> tup
     return train, valid, None
 
 
-def loader(rows: Captions, consumed: int, micro_batch_size: int) -> torch.utils.data.DataLoader:
+def loader(rows: Captions, consumed: int, micro_batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
     """Batches in Megatron's order, but with fewer pictures than rows where some have none."""
     sampler = MegatronPretrainingSampler(
         total_samples=len(rows),
@@ -160,7 +161,7 @@ def loader(rows: Captions, consumed: int, micro_batch_size: int) -> torch.utils.
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
     )
-    return torch.utils.data.DataLoader(rows, batch_sampler=sampler, collate_fn=collate)
+    return iter(torch.utils.data.DataLoader(rows, batch_sampler=sampler, collate_fn=collate))
 
 
 def get_batch(data_iterator) -> dict[str, torch.Tensor]:

@@ -106,6 +106,8 @@ BOTH = {
 # Qwen2.5-VL at PP2 alone: plain Bridge sends a tensor there that gloo does not take.
 CASES = BOTH | {
     "pp2": Case(regate=STUDENT, pp=2),
+    "cp2": Case(regate=STUDENT, cp=2),
+    "cp2 plain": Case(cp=2),
     "finetuning batches": Case(regate=STUDENT, dataloader="batch"),
     "resumed tp2": Case(regate=STUDENT, resume="regate", tp=2),
     "resumed dp2": Case(regate=STUDENT, resume="regate", dp=2),
@@ -168,6 +170,7 @@ CASES |= {f"qwen3 {name}": dataclasses.replace(case, model="qwen3") for name, ca
 QWEN3_MOE = {name: BOTH[name] for name in ("start", "plain", "all kept", "regate", "dp2", "resumed")}
 QWEN3_MOE |= {
     "dp2 ep2": Case(regate=STUDENT, dp=2, ep=2),
+    "tp2": Case(regate=STUDENT, tp=2),
     "packs": Case(regate=STUDENT, packs=True),
     "visual": Case(regate=EACH | VISUAL),
 }

@@ -71,6 +71,14 @@ def test_global_batches_of_finetuning_are_elided_too(trainings):
     assert case["totals"]["targets_kept"] == trainings["regate"]["totals"]["targets_kept"]
 
 
+def test_context_ranks_keep_what_one_rank_keeps(trainings):
+    """Dense steps are plain Bridge's, which learns otherwise there than on one rank from the second step on."""
+    assert trainings.kept("cp2") == trainings.kept("regate")
+    plain, alone = trainings["cp2 plain"]["losses"], trainings["plain"]["losses"]
+    assert trainings["cp2"]["losses"][:3] == plain[:3]
+    assert plain[0] == pytest.approx(alone[0], rel=1e-6) and plain[1] != pytest.approx(alone[1], rel=1e-5)
+
+
 def test_packed_rows_of_text_keep_what_rows_of_their_own_keep(trainings):
     """Packed, all kept: plain Bridge bit for bit. Sparse: each sample's own share, as in rows."""
     assert trainings["packed all kept"]["losses"] == trainings["packed plain"]["losses"]
