@@ -21,6 +21,7 @@ import shutil
 import statistics
 import tomllib
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,8 @@ def write(out: Path, docs: Path | None = None, of: str = "") -> None:
     summary = []
     for name, found in grouped.items():
         dense, random = (grouped.get(arms[name].get(twin, twin), []) for twin in ("dense", "random"))
-        summary.append(summarise(name, arms[name]["title"], found, dense, random))
+        lengths = [run for other, runs in grouped.items() if is_a_length_of_dense(arms, other, name) for run in runs]
+        summary.append(summarise(name, arms[name]["title"], found, dense, random, lengths))
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     lines = table(summary, kinds)
     (out / "summary.md").write_text("\n".join(lines) + "\n")
@@ -126,8 +128,18 @@ def write_csv(runs: list[dict], file: Path, kinds: list[str]) -> None:
                 writer.writerow(row)
 
 
-def summarise(name: str, title: str, runs: list[dict], dense: list[dict], random: list[dict]) -> dict:
-    """One arm's line of the table; `dense` and `random` are the runs that it is compared with, seed by seed."""
+def is_a_length_of_dense(arms: dict, other: str, name: str) -> bool:
+    """Whether `other` is `name`'s dense arm or a shorter or longer one on the same data, where `name` is not dense."""
+    plain = {one for one, arm in arms.items() if arm.get("plain") and "environment" not in arm}
+    return name not in plain and other in plain and arms[other].get("data") == arms[name].get("data")
+
+
+def summarise(
+    name: str, title: str, runs: list[dict], dense: list[dict], random: list[dict], lengths: Sequence[dict] = ()
+) -> dict:
+    """One arm's line of the table; `dense` and `random` are the runs that it is compared with, seed by seed; `lengths`
+    are dense runs of several lengths.
+    """
     ends = [run["curve"][-1] for run in runs]
     entry = {"arm": name, "title": title, "seeds": len(runs), "iterations": runs[0]["iterations"]}
     for key in ("image_word_accuracy", "all_word_accuracy", "eval_loss"):
@@ -150,7 +162,20 @@ def summarise(name: str, title: str, runs: list[dict], dense: list[dict], random
     entry["targets_at_dense_peak"] = shares["peak"]
     for key, twins in (("against_dense", dense), ("against_random", random)):
         entry[key] = {run["seed"]: gain(run, twin) for run, twin in pairs(runs, twins) if run is not twin}
+    found = {run["seed"]: at_equal_time(run, [one for one in lengths if pairs([run], [one])]) for run in runs}
+    entry["against_dense_in_its_time"] = {seed: value for seed, value in found.items() if value is not None}
     return entry
+
+
+def at_equal_time(run: dict, lengths: list[dict]) -> float | None:
+    """How much more is right at the end than dense runs have after as much CPU time: between the two that took a
+    little less and a little more, each with a learning rate that fell to its own end. None where there are no two.
+    """
+    end = run["curve"][-1]
+    ends = sorted((one["curve"][-1]["cpu_seconds"], one["curve"][-1]["image_word_accuracy"]) for one in lengths)
+    if len(ends) < 2 or end["cpu_seconds"] < ends[0][0]:
+        return None
+    return end["image_word_accuracy"] - float(np.interp(end["cpu_seconds"], *zip(*ends, strict=True)))
 
 
 def pairs(runs: list[dict], twins: list[dict]) -> list[tuple[dict, dict]]:
@@ -177,7 +202,7 @@ def difference(by_seed: dict[int, float]) -> str:
 def table(summary: list[dict], kinds: list[str]) -> list[str]:
     """Markdown."""
     names = ("arm", "seeds", "targets", "compute", "time", "words that need the picture", "against dense")
-    names += ("against random", " / ".join(kinds), "all words", "loss")
+    names += ("against dense in its time", "against random", " / ".join(kinds), "all words", "loss")
     head = " | ".join(names)
     lines = [f"| {head} |", "|" + "---|" * (head.count("|") + 1)]
     for one in summary:
@@ -191,6 +216,7 @@ def table(summary: list[dict], kinds: list[str]) -> list[str]:
             *share,
             f"{100 * one['image_word_accuracy']:.1f}{spread}",
             difference(one["against_dense"]),
+            difference(one["against_dense_in_its_time"]),
             difference(one["against_random"]),
             by_kind,
         ]

@@ -187,7 +187,7 @@ def test_an_arm_is_compared_with_dense_and_random_seed_by_seed():
     assert found["against_random"] == {2: pytest.approx(0.35)}
     assert found["targets_at_dense_peak"] == [0.25, None]
     (_, _, row) = results.table([found], ["a", "b"])
-    assert "| +10.0 ± 28.3 (1 of 2) | +35.0 |" in row
+    assert "| +10.0 ± 28.3 (1 of 2) | – | +35.0 |" in row
     assert results.summarise("dense", "dense", dense, dense, random)["against_dense"] == {}
 
 
@@ -229,7 +229,7 @@ def test_the_report_says_which_start_and_weights_every_figure_is_of(tmp_path):
     assert "old" not in found and [word in found for word in ("before\n", "\nbetween\n", "\nafter\n")] == [True] * 3
     assert "| 2 | 225 | 81.0 | 140 | 62.0 | `start2` |" in found
     (random,) = (line for line in found.splitlines() if line.startswith("| random elision"))
-    assert "| 1 | 100% | 100% | 100% | 25.0 | -25.0 | – |" in random
+    assert "| 1 | 100% | 100% | 100% | 25.0 | -25.0 | – | – |" in random
     assert "| order / colour / object / place |" in found
     head, *lines = (docs / "learning_results.csv").read_text().splitlines()
     assert head.endswith("start,weights") and len(lines) == 3
@@ -243,6 +243,33 @@ def test_the_report_says_which_start_and_weights_every_figure_is_of(tmp_path):
     results.write(out, docs, "-144")
     assert "| random elision" in (docs / "learning.md").read_text()
     assert all((docs / f"learning-144_{name}").stat().st_size > 5000 for name in results.PICTURES)
+
+
+def _ended(arm: str, seconds: float, accuracy: float, seed: int = 1) -> dict:
+    curve = [{"cpu_seconds": seconds, "image_word_accuracy": accuracy}]
+    return {"arm": arm, "seed": seed, "start": f"start{seed}", "curve": curve}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "gain"), [(70.0, 0.02), (60.0, 0.06), (100.0, -0.1), (130.0, -0.1), (40.0, 0.14), (39.0, None)]
+)
+def test_an_arm_is_compared_with_what_dense_has_in_the_same_time(seconds, gain):
+    import results
+
+    lengths = [_ended("dense", 100, 0.8), _ended("dense-40", 40, 0.56), _ended("dense", 10, 0.9, seed=2)]
+    arm = _ended("random", seconds, 0.7)
+    found = results.at_equal_time(arm, [one for one in lengths if results.pairs([arm], [one])])
+    assert found == (None if gain is None else pytest.approx(gain))
+    assert results.at_equal_time(arm, lengths[:1]) is None
+
+
+def test_lengths_of_dense_are_plain_arms_on_the_same_data():
+    import results
+
+    arms = tomllib.loads((FOLDER / "arms.toml").read_text())
+    of = {name: {one for one in arms if results.is_a_length_of_dense(arms, one, name)} for name in arms}
+    assert of["reference"] == {"dense", "dense-short", "dense-40", "dense-twice"}
+    assert of["reference-noisy"] == {"dense-noisy"} and not of["dense-short"]
 
 
 def test_the_first_word_of_a_clip_s_caption_is_told_by_the_order_of_its_frames_alone():
