@@ -53,7 +53,7 @@ class GPTBatches(BatchAdapter):
             is_target_BS,
             is_real_BN=has_loss_BS,
             length_N=None if sample_BS is None else np.bincount(sample_BS[0].numpy()),
-            is_padding_BN=None if packed is None else packed.is_padding_1S,
+            is_padding_BN=packed.is_padding_1S if packed is not None and packed.says_padding else None,
         )
         reads_ids = self.reads_position_ids or position_id_BS.dim() == 3  # of mrope
         return MicrobatchFacts(

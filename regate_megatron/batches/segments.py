@@ -1,7 +1,9 @@
 """The samples of a packed row of Megatron-Bridge: where each starts, and where its own positions end.
 
 ``cu_seqlens_q`` counts the samples' own positions, ``cu_seqlens_q_padded`` also those that each is filled up with;
-without it there are none. Bridge's collators (``enable_in_batch_packing``) write both.
+without it there are none. Bridge's collators (``enable_in_batch_packing``) write both, its datasets of rows packed
+offline (``enable_offline_packing``) one or both, with repeats at the end where another row holds more samples, and a
+last segment for what fills the row: without positions of its own where both are written, else a sample without loss.
 
 Shapes: S positions of the row, N samples, M positions of the longest.
 """
@@ -25,10 +27,12 @@ class Segments:
     Attributes:
         sample_1S: the sample of each position; int64 [1, S].
         real_N: positions of each sample, without what fills it up; int64.
+        says_padding: whether the batch says where samples are filled up.
     """
 
     sample_1S: Tensor
     real_N: Tensor
+    says_padding: bool
 
     @classmethod
     def of(cls, batch: dict[str, Any], shape: tuple[int, ...]) -> Segments | None:
@@ -45,9 +49,9 @@ class Segments:
         given = batch.get("cu_seqlens_q_padded")
         padded_X = real_X if given is None else to_cpu(given).long().flatten()
         real_N, length_N = real_X.diff(), padded_X.diff()
-        if len(real_N) != len(length_N) or bool((real_N < 1).any() or (real_N > length_N).any()):
+        if len(real_N) != len(length_N) or bool((real_N < 0).any() or (real_N > length_N).any()):
             raise ValueError(f"cu_seqlens_q {real_X.tolist()} with cu_seqlens_q_padded {padded_X.tolist()}")
-        return cls(samples_of(padded_X[None], shape[1]), real_N)
+        return cls(samples_of(padded_X[None], shape[1]), real_N[length_N > 0], given is not None)
 
     @cached_property
     def length_N(self) -> Tensor:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from megatron.bridge.data.base import DatasetProvider
+from megatron.bridge.data.builders.gpt_sft import GPTSFTDatasetConfig
+from megatron.bridge.data.packing import PackedSequenceSpecs
 from megatron.bridge.data.packing.in_batch import pack_right_padded_sequence_batch_to_mcore_thd
+from megatron.bridge.data.packing.parquet import write_packed_parquet
 from megatron.bridge.models.glm_vl.glm_45v_provider import GLM45VModelProvider
 from megatron.bridge.models.gpt_provider import GPTModelProvider, local_layer_spec
 from megatron.bridge.models.ministral3.ministral3_provider import (
@@ -23,6 +29,7 @@ from megatron.bridge.training.utils.visual_inputs import GenericVisualInputs
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tokenizers.text.libraries import NullTokenizer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch.nn.functional import pad, silu
@@ -34,6 +41,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 
 TEXT, PROMPT, VOCAB, SAMPLES = 24, 8, 128, 64
+PACK = 56  # of a row packed offline
 TEXT_ALONE = 19  # of a row without a picture
 IMAGE_TOKEN, VIDEO_TOKEN, START_TOKEN = 120, 121, 122
 GRID, MERGE = (1, 4, 6), 2
@@ -63,7 +71,7 @@ TINY = {
 
 
 def gpt(**layout: Any) -> GPTModelProvider:
-    return GPTModelProvider(position_embedding_type="rope", **TINY, **layout)
+    return GPTModelProvider(position_embedding_type="rope", **TINY | layout)
 
 
 def qwen(**layout: Any) -> Qwen25VLModelProvider:
@@ -223,6 +231,41 @@ class PackedRows(Rows):
         batch["attention_mask"] = torch.ones_like(batch["tokens"])
         pack_right_padded_sequence_batch_to_mcore_thd(batch)
         return batch
+
+
+def offline_rows(folder: Path, multiple: int, **loading: Any) -> GPTSFTDatasetConfig:
+    """The same rows in Bridge's own format of rows packed offline: two samples in one, one in the next, and so on.
+
+    Each sample is filled up to a multiple of ``multiple`` positions, each row to ``PACK``.
+    """
+    end, fill, packs, rows = VOCAB - 1, -TEXT % multiple, [], Rows(SAMPLES)
+    NullTokenizer.eos_id = end  # which Megatron's has no name for
+    left = iter(rows[index] for index in range(SAMPLES))
+    for count in itertools.cycle((2, 1)):
+        samples = list(itertools.islice(left, count))
+        if len(samples) < count:
+            break
+        tokens = [[*one["tokens"].tolist(), int(one["labels"][-1]), *[end] * fill] for one in samples]
+        masks = [[*one["loss_mask"].int().tolist(), 0, *[0] * fill] for one in samples]
+        starts = [0, *itertools.accumulate(map(len, tokens))][:-1]
+        packs.append({"input_ids": sum(tokens, []), "seq_start_id": starts, "loss_mask": sum(masks, [])})
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"rows{os.environ['RANK']}.idx.parquet"
+    write_packed_parquet(packs, file)
+    return GPTSFTDatasetConfig(
+        seq_length=PACK,
+        dataset_root=folder,
+        enable_offline_packing=True,
+        offline_packing_specs=PackedSequenceSpecs(
+            packed_sequence_size=PACK,
+            packed_train_data_path=str(file),
+            packed_val_data_path=str(file),
+            pad_seq_to_mult=multiple,
+        ),
+        dataset_kwargs={"pad_to_max_length": True},
+        do_test=False,
+        **loading,
+    )
 
 
 class PictureRows(Rows):

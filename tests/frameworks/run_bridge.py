@@ -53,6 +53,7 @@ from tests.frameworks import bridge_models, exactness
 from tests.frameworks.forked import run
 
 STEPS, SAVE_AT = 6, 3
+IN_PROCESS = {"num_workers": 0, "pin_memory": False, "persistent_workers": False}
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Case:
         batch: rows of the global batch.
         per_token: whether the loss is the mean over the tokens of the global batch, as context parallelism asks.
         rows: the class of rows; None: the model's usual one.
+        offline: rows are packed before they are loaded, each sample to a multiple of this many positions.
         packs: whether the step is to pack the rows (``enable_in_batch_packing`` without a collator that does).
         step: the forward step; None: the model's usual one.
         resume: a case whose checkpoint of the third step is continued.
@@ -85,6 +87,7 @@ class Case:
     cp: int = 1
     per_token: bool = False
     batch: int = 4
+    offline: int | None = None
 
 
 PREFIX = {"gpt": ""} | {name: f"{name} " for name in ("qwen", "qwen3", "qwen3_moe", "glm", "ministral")}
@@ -137,6 +140,15 @@ CASES |= {
     "packed plain": Case(rows="PackedRows"),
     "packed all kept": Case(rows="PackedRows", regate=ALL_KEPT),
     "packed": Case(rows="PackedRows", regate=EACH),
+}
+REFERENCE = EACH | {"score": "reference"}  # whatever the order of samples, a sample keeps the same positions
+CASES |= {
+    "reference": Case(regate=REFERENCE, batch=32),  # all samples in two steps
+    "offline plain": Case(offline=1, batch=2),
+    "offline all kept": Case(offline=1, batch=2, regate=ALL_KEPT),
+    "offline": Case(offline=1, batch=2, regate=REFERENCE),
+    "offline padded": Case(offline=5, batch=2, regate=REFERENCE),
+    "offline padded dp2": Case(offline=5, batch=2, regate=REFERENCE, dp=2),
 }
 CASES |= {f"qwen3 {name}": dataclasses.replace(case, model="qwen3") for name, case in BOTH.items()}
 DEEP = {"dense_layers": 3}
@@ -261,6 +273,8 @@ def settings(name: str, case: Case, folder: Path) -> ConfigContainer:
     layout |= {"expert_model_parallel_size": case.ep} if case.ep > 1 else {}
     layout |= {"context_parallel_size": case.cp} if case.cp > 1 else {}
     layout |= {"calculate_per_token_loss": True} if case.per_token else {}
+    layout |= {"seq_length": bridge_models.PACK} if case.offline else {}
+    micro_batch = 1 if case.offline else 2  # as Bridge asks of rows packed offline
     prefix = PREFIX[case.model]
     checkpoint = {"save": str(folder / name / "checkpoints"), "save_interval": SAVE_AT, "ckpt_format": "torch_dist"}
     if case.resume:
@@ -270,7 +284,7 @@ def settings(name: str, case: Case, folder: Path) -> ConfigContainer:
     rows = getattr(bridge_models, case.rows or ROWS.get(case.model, "PictureRows"))
     return ConfigContainer(
         model=getattr(bridge_models, case.model)(**layout),
-        train=TrainingConfig(micro_batch_size=2, global_batch_size=case.batch, train_iters=STEPS),
+        train=TrainingConfig(micro_batch_size=micro_batch, global_batch_size=case.batch, train_iters=STEPS),
         validation=ValidationConfig(eval_interval=3, eval_iters=1),
         optimizer=OptimizerConfig(optimizer="adam", lr=1e-2, min_lr=1e-3, use_distributed_optimizer=False),
         scheduler=SchedulerConfig(
@@ -281,13 +295,13 @@ def settings(name: str, case: Case, folder: Path) -> ConfigContainer:
             end_weight_decay=0.0,
             weight_decay_incr_style="constant",
         ),
-        dataset=bridge_models.Data(
+        dataset=bridge_models.offline_rows(folder / name, case.offline, **IN_PROCESS)
+        if case.offline
+        else bridge_models.Data(
             rows=rows,
             dataloader_type=case.dataloader,
-            num_workers=0,
-            pin_memory=False,
-            persistent_workers=False,
             enable_in_batch_packing=case.packs or case.rows is not None,
+            **IN_PROCESS,
         ),
         logger=LoggerConfig(log_interval=2, tensorboard_dir=str(folder / name / "tensorboard")),
         tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=bridge_models.VOCAB - 1),

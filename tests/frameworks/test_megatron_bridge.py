@@ -93,6 +93,22 @@ def test_every_layout_keeps_the_same_positions(trainings, layout):
     assert trainings[layout]["losses"] == pytest.approx(trainings["regate"]["losses"], rel=1e-5)
 
 
+@pytest.mark.parametrize("case", ["offline", "offline padded", "offline padded dp2"])
+def test_packed_rows_of_text_in_the_offline_format_keep_what_rows_of_their_own_keep(trainings, case):
+    """Bridge's own format and loader; filled up to a multiple, a sample has a position of its own after its targets."""
+    own = {key: kept for (_, key), kept in trainings.kept("reference").items()}
+    found = {at: [position - kept[0] for position in kept] for at, kept in trainings.kept(case).items() if kept}
+    sparse = {at: [position for position in kept if position < 24] for at, kept in found.items() if at[0] > 3}
+    assert len(sparse) >= 6 and all(kept == own[key] for (_, key), kept in sparse.items())
+    assert trainings[case]["losses"] == pytest.approx(trainings["offline"]["losses"], rel=1e-5)
+
+
+def test_packed_rows_of_text_in_the_offline_format_train_bit_for_bit_as_without_where_all_is_kept(trainings):
+    assert trainings["offline all kept"]["losses"] == trainings["offline plain"]["losses"]
+    totals = trainings["offline"]["totals"]
+    assert totals["targets_kept"] < totals["targets_total"] and totals["positions_run"] < totals["positions_dense"]
+
+
 def test_three_steps_and_three_more_are_six(trainings):
     """Bit for bit: losses, kept positions, and what was learned by the end."""
     assert trainings["resumed"]["losses"] == trainings["regate"]["losses"][3:]

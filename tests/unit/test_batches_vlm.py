@@ -265,7 +265,11 @@ def test_qwen_text_has_no_media():
     [
         ({"cu_seqlens": torch.tensor([[0, 3, 6]])}, "packed offline"),
         ({"cu_seqlens_q": torch.tensor([0, 3, 5])}, "run from 0 to 6"),
-        ({"cu_seqlens_q": torch.tensor([0, 3, 3, 6])}, r"cu_seqlens_q \[0, 3, 3, 6\]"),
+        ({"cu_seqlens_q": torch.tensor([0, 3, 2, 6])}, r"cu_seqlens_q \[0, 3, 2, 6\]"),
+        (
+            {"cu_seqlens_q": torch.tensor([0, 3, 3]), "cu_seqlens_q_padded": torch.tensor([0, 3, 6])},
+            "no positions of its own",
+        ),
         (
             {"cu_seqlens_q": torch.tensor([0, 4, 6]), "cu_seqlens_q_padded": torch.tensor([0, 3, 6])},
             r"with cu_seqlens_q_padded \[0, 3, 6\]",
@@ -329,6 +333,19 @@ def test_a_text_batch_packed_by_bridge_has_a_sample_per_segment():
     assert facts.segment_length_N.tolist() == [8, 8]
     real_BS = facts.is_context_BS | facts.is_target_BS
     assert real_BS[0].tolist() == [True] * 6 + [False] * 2 + [True] * 5 + [False] * 3
+
+
+@pytest.mark.parametrize("pads", [True, False])
+def test_what_fills_a_row_that_was_packed_offline_is_padding(pads):
+    """Bridge writes a segment for it, and repeats where another row of the batch holds more samples."""
+    tokens = torch.tensor([[5, 6, 7, 8, 9, 3, 3, 3]])
+    batch = {"tokens": tokens, "labels": tokens.roll(-1, 1), "loss_mask": torch.tensor([[0, 1, 0, 1, 0, 0, 0, 0]])}
+    batch["cu_seqlens_q"] = torch.tensor([[0, 2, 5, 5, 5]] if pads else [[0, 2, 5, 8, 8]])
+    if pads:
+        batch["cu_seqlens_q_padded"] = torch.tensor([[0, 2, 5, 8, 8]])
+    facts = GPTBatches().read(batch)
+    assert facts.segment_length_N.tolist() == [2, 3, 3]
+    assert (facts.is_context_BS | facts.is_target_BS)[0].tolist() == [True] * 5 + [False] * 3
 
 
 def test_rows_that_the_step_pads_are_read_as_long_as_the_model_sees_them():

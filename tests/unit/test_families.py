@@ -95,7 +95,6 @@ def _bridge(**settings):
     ("settings", "line"),
     [
         ({"dataset__packing_buffer_size": 32}, "given dataset.packing_buffer_size=32; allowed it off"),
-        ({"dataset__enable_offline_packing": True}, "given dataset.enable_offline_packing=True; allowed it off"),
         ({"dist__use_decentralized_pg": True}, "given dist.use_decentralized_pg=True; allowed it off"),
     ],
 )
