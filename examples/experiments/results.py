@@ -59,7 +59,7 @@ def write(out: Path, docs: Path | None = None, of: str = "") -> None:
     write_csv(runs, out / "results.csv", kinds)
     summary = []
     for name, found in grouped.items():
-        dense, random = (grouped.get(arms[name].get(twin, twin), []) for twin in ("dense", "random"))
+        dense, random = (grouped.get(twin_of(arms, name, kind), []) for kind in ("dense", "random"))
         lengths = [run for other, runs in grouped.items() if is_a_length_of_dense(arms, other, name) for run in runs]
         summary.append(summarise(name, arms[name]["title"], found, dense, random, lengths))
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
@@ -126,6 +126,16 @@ def write_csv(runs: list[dict], file: Path, kinds: list[str]) -> None:
                 values = [round(point[name], 5) if isinstance(point[name], float) else point[name] for name in names]
                 row = [run["arm"], run["seed"], *values, *point["accuracy_by_kind"], run["start"], point["weights"]]
                 writer.writerow(row)
+
+
+def twin_of(arms: dict, name: str, kind: str) -> str | None:
+    """The arm that an arm is compared with: what its row says, or the usual one where that has the same data. A dense
+    arm on data of its own counts as its own twin: it is what others of that data are shares of.
+    """
+    twin = arms[name].get(kind, kind)
+    if arms[twin].get("data") == arms[name].get("data"):
+        return twin
+    return name if kind == "dense" and arms[name].get("plain") else None
 
 
 def is_a_length_of_dense(arms: dict, other: str, name: str) -> bool:

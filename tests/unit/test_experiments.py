@@ -263,6 +263,24 @@ def test_an_arm_is_compared_with_what_dense_has_in_the_same_time(seconds, gain):
     assert results.at_equal_time(arm, lengths[:1]) is None
 
 
+@pytest.mark.parametrize(
+    ("arm", "dense", "random"),
+    [
+        ("dense", "dense", "random"),
+        ("reference", "dense", "random"),
+        ("dense-few", "dense-few", None),
+        ("random-few", "dense-few", None),
+        ("reference-few", "dense-few", "random-few"),
+        ("visual-even-10", "dense", "visual-random-10"),
+    ],
+)
+def test_arms_are_compared_on_the_same_data(arm, dense, random):
+    import results
+
+    arms = tomllib.loads((FOLDER / "arms.toml").read_text())
+    assert (results.twin_of(arms, arm, "dense"), results.twin_of(arms, arm, "random")) == (dense, random)
+
+
 def test_lengths_of_dense_are_plain_arms_on_the_same_data():
     import results
 
