@@ -62,7 +62,7 @@ class Case:
 
     Attributes:
         regate: settings; None for plain Bridge.
-        tp, pp, dp, cp, ep: the layout.
+        tp, pp, dp, cp, ep, vp: the layout.
         batch: rows of the global batch.
         per_token: whether the loss is the mean over the tokens of the global batch, as context parallelism asks.
         rows: the class of rows; None: the model's usual one.
@@ -88,6 +88,7 @@ class Case:
     per_token: bool = False
     batch: int = 4
     offline: int | None = None
+    vp: int | None = None
 
 
 PREFIX = {"gpt": ""} | {name: f"{name} " for name in ("qwen", "qwen3", "qwen3_moe", "glm", "ministral")}
@@ -109,6 +110,7 @@ BOTH = {
 # Qwen2.5-VL at PP2 alone: plain Bridge sends a tensor there that gloo does not take.
 CASES = BOTH | {
     "pp2": Case(regate=STUDENT, pp=2),
+    "pp2 vp2": Case(regate=STUDENT, pp=2, vp=2),
     "cp2": Case(regate=STUDENT, cp=2),
     "cp2 plain": Case(cp=2),
     "finetuning batches": Case(regate=STUDENT, dataloader="batch"),
@@ -272,6 +274,7 @@ def settings(name: str, case: Case, folder: Path) -> ConfigContainer:
         layout["num_layers_in_first_pipeline_stage"] = 3  # which take visual features in
     layout |= {"expert_model_parallel_size": case.ep} if case.ep > 1 else {}
     layout |= {"context_parallel_size": case.cp} if case.cp > 1 else {}
+    layout |= {"virtual_pipeline_model_parallel_size": case.vp} if case.vp else {}
     layout |= {"calculate_per_token_loss": True} if case.per_token else {}
     layout |= {"seq_length": bridge_models.PACK} if case.offline else {}
     micro_batch = 1 if case.offline else 2  # as Bridge asks of rows packed offline

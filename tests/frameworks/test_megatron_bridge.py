@@ -6,7 +6,7 @@ from tests.frameworks.conftest import missing
 
 pytestmark = [pytest.mark.full, pytest.mark.skipif(bool(missing()), reason=missing())]
 
-LAYOUTS = ("tp2", "pp2", "dp2", "tp2 pp2")
+LAYOUTS = ("tp2", "pp2", "pp2 vp2", "dp2", "tp2 pp2")
 
 
 def test_without_regate_nothing_is_wrapped(trainings):
