@@ -189,6 +189,7 @@ QWEN3_MOE |= {
     "visual": Case(regate=EACH | VISUAL),
 }
 CASES |= {f"qwen3_moe {name}": dataclasses.replace(case, model="qwen3_moe") for name, case in QWEN3_MOE.items()}
+CASES |= {"qwen tp2 pp2 vp2": Case(model="qwen", regate=STUDENT, tp=2, pp=2, vp=2)}
 OF_QWEN_ALONE = ("packed filled", "packed tp2 pp2", "dealt", "dealt dp2")
 SHORT = {name: case for name, case in PACKED.items() if name not in OF_QWEN_ALONE}
 MORE = {("glm", name): case for name, case in (BOTH | SHORT).items()}

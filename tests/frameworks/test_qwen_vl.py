@@ -35,7 +35,7 @@ def test_student_and_its_checkpoint_are_the_same_teacher(trainings):
     assert trainings["qwen checkpoint teacher"]["losses"] == trainings["qwen regate"]["losses"]
 
 
-@pytest.mark.parametrize("layout", ["tp2", "dp2", "tp2 pp2"])
+@pytest.mark.parametrize("layout", ["tp2", "dp2", "tp2 pp2", "tp2 pp2 vp2"])
 def test_every_layout_keeps_the_same_positions(trainings, layout):
     assert trainings.kept(f"qwen {layout}") == trainings.kept("qwen regate")
     assert trainings[f"qwen {layout}"]["losses"] == pytest.approx(trainings["qwen regate"]["losses"], rel=1e-5)
