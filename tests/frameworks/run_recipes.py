@@ -52,6 +52,7 @@ class Recipe:
         step: the forward step that Bridge's documentation names for it.
         regate: settings; None for plain Bridge.
         begins: whether it makes the checkpoint that the others of its family begin with.
+        tp: ranks of tensor parallelism.
     """
 
     family: str
@@ -59,6 +60,7 @@ class Recipe:
     step: Any
     regate: dict[str, Any] | None = None
     begins: bool = False
+    tp: int = 1
 
 
 _QWEN25 = ("qwen2_5_vl", qwen25_vl.qwen25_vl_3b_sft_1gpu_h100_bf16_config, vlm_step)
@@ -80,11 +82,12 @@ for _name, _recipe in {
         f"{_name} all kept": Recipe(*_recipe, regate={"keep_ratio": 1.0} | _START),
         f"{_name} regate": Recipe(*_recipe, regate=_START),
         f"{_name} student": Recipe(*_recipe, regate={"teacher_load": "student"}),
+        f"{_name} student tp2": Recipe(*_recipe, regate={"teacher_load": "student"}, tp=2),
         f"{_name} visual": Recipe(*_recipe, regate={"visual_keep_ratio": 0.25} | _START),
     }
 
 
-def shrink(config: ConfigContainer, folder: Path, family: str, name: str) -> None:
+def shrink(config: ConfigContainer, folder: Path, family: str, name: str, tp: int) -> None:
     """What a CPU and a folder without internet cannot give."""
     model = config.model
     if family == "qwen2_5_vl":
@@ -97,7 +100,7 @@ def shrink(config: ConfigContainer, folder: Path, family: str, name: str) -> Non
     peft_utils.HAVE_TE = False  # no layer is one of its
     config.tokenizer.vocab_size = model.vocab_size - 1
     model.use_cpu_initialization, model.transformer_impl = True, "local"
-    model.tensor_model_parallel_size = 1
+    model.tensor_model_parallel_size = tp
     config.mixed_precision = None
     model.bf16, model.params_dtype = False, bridge_models.torch.float32
     config.optimizer.bf16 = False
@@ -126,7 +129,7 @@ def train(name: str, recipe: Recipe, folder: Path) -> None:
         rooms[0], "from_hf_pretrained", partial(_local, rooms[0].from_hf_pretrained, folder / recipe.family)
     ):
         config = recipe.make()
-    shrink(config, folder, recipe.family, name)
+    shrink(config, folder, recipe.family, name, recipe.tp)
     record = Record()
     start = str(folder / f"{name.split()[0]} sft start" / "checkpoints")
     callbacks: list[Any] = [record]
@@ -144,7 +147,8 @@ def train(name: str, recipe: Recipe, folder: Path) -> None:
         finetune(config, recipe.step.forward_step, callbacks=callbacks)
     found = {"losses": record.losses, "packs": config.dataset.enable_in_batch_packing, **record.seen}
     found |= {"micro_batch_size": config.train.micro_batch_size, "peft": config.peft is not None}
-    (folder / f"{name}.json").write_text(json.dumps(found))
+    if os.environ["RANK"] == "0":
+        (folder / f"{name}.json").write_text(json.dumps(found))
 
 
 def _local(original: Callable[..., Any], folder: Path, _path: str, **options: Any) -> Any:
@@ -161,7 +165,7 @@ def main(folder: str, *names: str) -> int:
         tiny_hf.write(here / family, family)
     tiny_hf.write_pictures(here / "pictures")
     for name in names or RECIPES:
-        failed += not run(name, 1, here / f"{name}.log", partial(train, name, RECIPES[name], here))
+        failed += not run(name, RECIPES[name].tp, here / f"{name}.log", partial(train, name, RECIPES[name], here))
     return failed
 
 

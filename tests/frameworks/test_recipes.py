@@ -41,3 +41,9 @@ def test_the_frozen_base_with_its_adapters_off_is_the_teacher_of_its_checkpoint(
     assert recipes.kept(f"{recipe} student") == recipes.kept(f"{recipe} regate")
     assert recipes[f"{recipe} student"]["losses"] == recipes[f"{recipe} regate"]["losses"]
     assert recipes[f"{recipe} plain"]["losses"] != recipes[f"{recipe.split()[0]} sft plain"]["losses"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_tensor_ranks_keep_what_one_rank_keeps(recipes, recipe):
+    assert recipes.kept(f"{recipe} student tp2") == recipes.kept(f"{recipe} student")
+    assert recipes[f"{recipe} student tp2"]["losses"][0] == pytest.approx(recipes[f"{recipe} student"]["losses"][0])
