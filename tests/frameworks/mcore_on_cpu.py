@@ -1,7 +1,8 @@
 """mcore-bridge under the emulation, and its models from a tiny Hugging Face folder.
 
 It names classes of Transformer Engine when it is imported, and builds every layer of them: empty classes stand in their
-place, and layers and norms are Megatron's own.
+place, and layers and norms are Megatron's own. Adapters of such layers it has for Ascend's processors: that is the way
+they are made here.
 """
 
 from __future__ import annotations
@@ -19,10 +20,15 @@ def install() -> None:
     bridge_on_cpu.install()
     import megatron.core.extensions.transformer_engine as extensions
 
-    for name in ("TEFusedMLP", "TEGroupedLinear", "TELayerNormColumnParallelLinear", "TELinear"):
+    empty = ("TEFusedMLP", "TEGroupedLinear", "TELayerNormColumnParallelLinear", "TELinear")
+    for name in (*empty, "TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"):
         if not isinstance(getattr(extensions, name, None), type):
             setattr(extensions, name, type(name, (torch.nn.Module,), {}))
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+    extensions.TEColumnParallelLinear, extensions.TERowParallelLinear = ColumnParallelLinear, RowParallelLinear
     from mcore_bridge.model import register
+    from mcore_bridge.tuners import lora, patcher
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     original = register.get_gpt_decoder_block_spec
@@ -34,6 +40,7 @@ def install() -> None:
     from mcore_bridge.model.gpts import glm4
 
     glm4.TENorm = WrappedTorchNorm
+    lora.is_torch_npu_available = patcher.is_torch_npu_available = lambda: True
 
 
 def model(folder: Path, **settings: Any) -> list[Any]:
