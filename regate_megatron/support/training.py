@@ -76,8 +76,8 @@ def _adapters_in_teacher(setting: Setting) -> Any:
         if (name := next((name for name in learn if not is_adapter(name)), None)) is not None:
             return f"student, whose {name} learns beside its adapters"
     wrong = [name for name in ("fp8", "fp4") if getattr(setting.model, name, None)]
-    words = [getattr(model, "embedding", None) for model in models]
-    if setting.model.sequence_parallel and any(one and not one.scatter_to_sequence_parallel for one in words):
+    words = [one.embedding for one in models if getattr(one, "embedding", None) is not None]
+    if setting.model.sequence_parallel and not all(one.scatter_to_sequence_parallel for one in words):
         wrong.append("sequence_parallel that the multimodal model sees to")
     return f"student with adapters, and {wrong[0]}" if wrong else None
 

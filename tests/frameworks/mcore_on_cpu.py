@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from regate_megatron.teacher.weights import local_name
 from tests.frameworks import bridge_on_cpu
 
 
@@ -27,6 +28,7 @@ def install() -> None:
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
     extensions.TEColumnParallelLinear, extensions.TERowParallelLinear = ColumnParallelLinear, RowParallelLinear
+    from mcore_bridge import GPTBridge
     from mcore_bridge.model import register
     from mcore_bridge.tuners import lora, patcher
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -41,6 +43,12 @@ def install() -> None:
 
     glm4.TENorm = WrappedTorchNorm
     lora.is_torch_npu_available = patcher.is_torch_npu_available = lambda: True
+    move = GPTBridge._set_state_dict
+
+    def with_norms_apart(self: Any, module: Any, key: str, *rest: Any, **options: Any) -> Any:
+        return move(self, module, local_name(f".{key}")[1:], *rest, **options)
+
+    GPTBridge._set_state_dict = with_norms_apart
 
 
 def model(folder: Path, **settings: Any) -> list[Any]:

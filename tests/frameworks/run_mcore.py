@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import sys
-import zlib
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,54 +24,19 @@ import torch
 import torch.distributed as dist
 from mcore_bridge import split_cp_inputs
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from peft import LoraConfig, get_peft_model
 
 from regate_megatron import ReGateConfig, attach, detach, load_state, save_state, step_done, wrap_forward_backward
 from regate_megatron.api import session_of
 from regate_megatron.errors import ReGateError
 from tests.frameworks import exactness, tiny_mcore
 from tests.frameworks.forked import run
+from tests.frameworks.mcore_models import Layout, bare, build
 
 TEXT, STEPS, GONE_ON_AT = 20, 4, 2
 FILLS = {"input_ids": 0, "labels": -100}
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Sizes of the groups of ranks."""
-
-    tp: int = 1
-    pp: int = 1
-    dp: int = 1
-    ep: int = 1
-    cp: int = 1
-
-    @property
-    def multiple(self) -> int:
-        """What each sample is filled up to: context ranks cut it."""
-        return 2 * self.cp if self.cp > 1 else 1
-
-    def initialize(self) -> None:
-        """Make the groups of this process."""
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=self.tp,
-            pipeline_model_parallel_size=self.pp,
-            expert_model_parallel_size=self.ep,
-            expert_tensor_parallel_size=1,
-            context_parallel_size=self.cp,
-        )
-
-    def settings(self) -> dict[str, Any]:
-        """What a model's configuration says of it."""
-        sizes = {"tensor_model_parallel_size": self.tp, "pipeline_model_parallel_size": self.pp}
-        sizes |= {"context_parallel_size": self.cp}
-        if self.pp > 1:  # deepstack has to end in the first stage
-            sizes |= {"num_layers_in_first_pipeline_stage": 3, "num_layers_in_last_pipeline_stage": 1}
-        return sizes | {"expert_model_parallel_size": self.ep, "sequence_parallel": self.tp > 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +62,7 @@ class Case:
 
 EACH = {"teacher_load": "student", "budget": "per-sample"}
 VISUAL = EACH | {"visual_keep_ratio": 0.5, "visual_score": "random"}
+LEARNS = VISUAL | {"score": "regate"}  # from difficulty, too
 ALL_KEPT = {"keep_ratio": 1.0, "teacher_load": "student"}
 ONE_RANK = {
     "plain": Case(),
@@ -118,9 +81,9 @@ WITH_ADAPTERS = {
     "lora all kept": Case(regate=ALL_KEPT, adapts=True),
     "lora": Case(regate=EACH, adapts=True),
     "lora packed": Case(regate=EACH, adapts=True, packs=True),
-    "lora visual": Case(regate=VISUAL, adapts=True),
-    "lora taught": Case(regate=VISUAL, adapts=True, is_taught=True),
-    "lora resumed": Case(regate=VISUAL, adapts=True, goes_on="lora visual"),
+    "lora visual": Case(regate=LEARNS, adapts=True),
+    "lora taught": Case(regate=LEARNS, adapts=True, is_taught=True),
+    "lora resumed": Case(regate=LEARNS, adapts=True, goes_on="lora visual"),
 }
 LAYOUTS = {"tp2": Layout(tp=2), "pp2": Layout(pp=2), "dp2": Layout(dp=2)}
 OF_EXPERTS = {"ep2": Layout(dp=2, ep=2)}
@@ -230,58 +193,6 @@ def _cut(data: dict[str, Any]) -> dict[str, Any]:
         if data[name] is not None:
             data[name] = split_cp_inputs(data[name], ends, axis)
     return data
-
-
-def build(folder: Path, layout: Layout, kind: str | None = None, *, adapts: bool = False, whole: Any = None) -> list[Any]:
-    """The model of a folder, the same weights every time, or its part of those of the whole."""
-    chunk = bare(folder, layout, kind)
-    if whole is not None:
-        take_weights(chunk, whole)
-    if adapts:
-        adapt(chunk, layout)
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=False)
-    return [DistributedDataParallel(chunk.config, ddp, chunk)]
-
-
-def bare(folder: Path, layout: Layout, kind: str | None) -> Any:
-    """The model as mcore-bridge makes it."""
-    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-    torch.manual_seed(1)
-    (chunk,) = mcore_on_cpu.model(folder, calculate_per_token_loss=True, mcore_model_type=kind, **layout.settings())
-    return chunk
-
-
-def adapt(chunk: Any, layout: Layout) -> None:
-    """Put adapters on the language model, as ms-swift does with ``--tuner_type lora``; the same in every layout."""
-    layers = r"language_model\.decoder\..*\.(linear_qkv|linear_proj|linear_fc1|linear_fc2)"
-    get_peft_model(chunk, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules=layers))
-    in_whole, rank = _names_in_whole(chunk), parallel_state.get_tensor_model_parallel_rank()
-    for name, parameter in chunk.named_parameters():
-        if ".lora_A." in name:
-            parts = layout.tp if getattr(parameter, "partition_dim", -1) == 1 else 1
-            generator = torch.Generator().manual_seed(zlib.crc32(in_whole(name).encode()))
-            whole = torch.randn(len(parameter), parts * parameter.shape[1], generator=generator) / 8
-            parameter.data.copy_(whole.chunk(parts, dim=1)[rank if parts > 1 else 0])
-
-
-def take_weights(model: Any, whole: dict[str, torch.Tensor]) -> None:
-    """Give a part of a model (a stage, some of the experts) its part of the weights of the whole."""
-    own, in_whole = model.state_dict(), _names_in_whole(model)
-    model.load_state_dict({name: whole[in_whole(name)] for name in own if not name.endswith("_extra_state")}, False)
-
-
-def _names_in_whole(model: Any) -> Callable[[str], str]:
-    """What tensors of a part of a model are called in the whole."""
-    layers = model.language_model.decoder.layers
-    first = layers[0].layer_number - 1
-    experts = [getattr(getattr(layer.mlp, "experts", None), "num_local_experts", 0) for layer in layers]
-    expert = max(experts) * parallel_state.get_expert_model_parallel_rank()
-
-    def in_whole(name: str) -> str:
-        name = re.sub(r"(decoder\.layers\.)(\d+)", lambda found: f"{found[1]}{int(found[2]) + first}", name)
-        return re.sub(r"(local_experts\.)(\d+)", lambda found: f"{found[1]}{int(found[2]) + expert}", name)
-
-    return in_whole
 
 
 class Training:
@@ -394,15 +305,14 @@ def on_one_rank(name: str, family: tiny_mcore.Family, folder: Path) -> None:
     training = Training(name, family, Layout(), folder)
     training.cases(ONE_RANK)
     training.exact()
-    if family.has_adapters:
-        training.cases(WITH_ADAPTERS)
-        training.exact("lora exact", adapts=True)
+    training.cases(WITH_ADAPTERS)
+    training.exact("lora exact", adapts=True)
 
 
 def on_ranks(name: str, family: tiny_mcore.Family, layout: str, folder: Path) -> None:
     cases = {layout: Case(regate=VISUAL, is_still=not family.trains_alike), f"{layout} plain": Case()}
-    if family.has_adapters:
-        cases[f"lora {layout}"] = Case(regate=VISUAL, adapts=True)
+    if layout in LAYOUTS:  # Megatron's own layers refuse adapters on experts that others hold parts of
+        cases |= {f"lora {layout}": Case(regate=LEARNS, adapts=True), f"lora {layout} plain": Case(adapts=True)}
     Training(name, family, (LAYOUTS | OF_EXPERTS)[layout], folder).cases(cases)
 
 

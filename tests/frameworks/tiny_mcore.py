@@ -111,7 +111,6 @@ class Family:
         has_axes: whether positions have three axes (mRoPE).
         has_experts: whether layers have experts.
         has_context: whether it is run with context parallelism.
-        has_adapters: whether it is run with adapters (LoRA).
         trains_alike: whether it trains in TP2 as on one rank; False: it does not without ReGATE either.
     """
 
@@ -123,14 +122,13 @@ class Family:
     has_axes: bool = True
     has_experts: bool = False
     has_context: bool = False
-    has_adapters: bool = False
     trains_alike: bool = True
 
 
 _TILES = {"picture": _two_tiles, "visual": 8, "has_axes": False}
 FAMILIES = {
-    "qwen25": Family(_qwen("qwen2_5_vl"), has_context=True, has_adapters=True),
-    "qwen3": Family(_qwen("qwen3_vl"), has_context=True, has_adapters=True, trains_alike=False),
+    "qwen25": Family(_qwen("qwen2_5_vl"), has_context=True),
+    "qwen3": Family(_qwen("qwen3_vl"), has_context=True, trains_alike=False),
     "qwen2": Family(
         _saved(
             Qwen2VLConfig,
