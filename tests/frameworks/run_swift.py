@@ -67,12 +67,14 @@ class Case:
         flags: beside the example's.
         goes_on: the case whose first two steps it continues, and the flag that names its checkpoint.
         is_refused: whether it ends with a refusal.
+        num_ranks: how many there are.
     """
 
     regate: dict[str, Any] | None = None
     flags: str = ""
     goes_on: tuple[str, str] | None = None
     is_refused: bool = False
+    num_ranks: int = 1
 
 
 FIRST = "{folder}/qwen25 full visual/checkpoint-2/regate/teacher"
@@ -93,6 +95,11 @@ CASES |= {
     "qwen25 lora exported": Case(LEARNS, f"{LORA} --finetune false", ("qwen25 lora visual", "--adapters")),
     "qwen25 lora checkpoint": Case(LEARNS | {"teacher_load": FIRST}, LORA),
 }
+for _layout, _size in {"tp2": "tensor", "pp2": "pipeline"}.items():
+    for _tuner, _flags in {"full": "", "lora": LORA}.items():
+        _flags = f"{_flags} --{_size}_model_parallel_size 2"
+        CASES[f"qwen25 {_tuner} {_layout}"] = Case(SHOWN, _flags, num_ranks=2)
+CASES["qwen25 full dp2"] = Case(SHOWN, num_ranks=2)
 CASES["qwen25 lora merged"] = Case(SHOWN, LORA.removesuffix("--merge_lora false"), is_refused=True)
 CASES["qwen25 lora_llm"] = Case(SHOWN, "--tuner_type lora_llm --no_save_optim true", is_refused=True)
 PLUGIN = """
@@ -116,7 +123,7 @@ class Record(MegatronCallback):
         self.found["totals"] = dataclasses.asdict(session.totals) if session else None
 
     def on_log(self, logs: dict[str, Any]) -> None:
-        self.found["losses"].append(logs["loss"])
+        self.found["losses"] += [logs["loss"]] if "loss" in logs else []
 
     def on_train_end(self) -> None:
         is_there = session_of(self.trainer.wrapped_models) is not None
@@ -148,7 +155,8 @@ def train(name: str, case: Case, folder: Path) -> None:
     _shrink(model)
     sys.argv = ["sft", *line]
     runpy.run_module("swift.cli._megatron.sft", run_name="__main__")
-    (folder / f"{name}.json").write_text(json.dumps(Record.found))
+    if Record.found["losses"]:  # the last stage has them
+        (folder / f"{name}.json").write_text(json.dumps(Record.found))
 
 
 def _shrink(model: Path) -> None:
@@ -187,7 +195,7 @@ def main(folder: str, *names: str) -> int:
     write(here)
     for name in names or CASES:
         case = CASES[name]
-        failed += run(name, 1, here / f"{name}.log", partial(train, name, case, here)) == case.is_refused
+        failed += run(name, case.num_ranks, here / f"{name}.log", partial(train, name, case, here)) == case.is_refused
     return failed
 
 
