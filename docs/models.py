@@ -60,7 +60,8 @@ def _swift(name: str, packed: str) -> tuple[str, ...]:
     ones = f"{_SWIFT}{_ONE}[{name} full]", "as in mcore-bridge"
     visual = f"{_SWIFT}test_every_sample_keeps_half_of_its_targets_and_of_its_picture[{name} full]"
     full, lora = (f"{_SWIFT}test_two_steps_and_two_more_are_four[{name} {tuner}]" for tuner in ("full", "lora"))
-    return (*ones, *[NOT_RUN] * 3, NO_EXPERTS, NOT_RUN, _SWIFT + packed, visual, full, lora)
+    tp2, pp2, dp2 = (f"{_SWIFT}{_LAYOUT}[{to}]" if name == "qwen25" else NOT_RUN for to in ("tp2", "pp2", "dp2"))
+    return (*ones, tp2, pp2, NOT_RUN, NO_EXPERTS, dp2, _SWIFT + packed, visual, full, lora)
 
 
 def _bridge(name: str, packed: str, cp2: str, ep2: str) -> tuple[str, ...]:

@@ -42,6 +42,7 @@ def install() -> None:
     from mcore_bridge.model.gpts import glm4
 
     glm4.TENorm = WrappedTorchNorm
+    lora._build_local_te_linear = lambda *sizes, **options: _Replicated(*sizes)
     lora.is_torch_npu_available = patcher.is_torch_npu_available = lambda: True
     move = GPTBridge._set_state_dict
 
@@ -49,6 +50,18 @@ def install() -> None:
         return move(self, module, local_name(f".{key}")[1:], *rest, **options)
 
     GPTBridge._set_state_dict = with_norms_apart
+
+
+class _Replicated(torch.nn.Linear):
+    """A linear layer that all tensor ranks have whole, in checkpoints as well."""
+
+    def __init__(self, num_in: int, num_out: int, bias: bool) -> None:
+        super().__init__(num_in, num_out, bias)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
+        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+        return make_sharded_tensors_for_checkpoint(self.state_dict(keep_vars=True), prefix, {}, sharded_offsets)
 
 
 def model(folder: Path, **settings: Any) -> list[Any]:

@@ -27,6 +27,7 @@ import torch
 
 torch.jit.script = lambda function, *_, **__: function  # it cannot compile what the emulation has replaced
 
+from megatron.core import parallel_state as mpu
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from swift.megatron.arguments import MegatronArguments
 from swift.megatron.callbacks import MegatronCallback, megatron_callbacks_map
@@ -111,7 +112,7 @@ ms_swift.install(ReGateConfig(**{settings!r}))
 
 
 class Record(MegatronCallback):
-    """What a training did, and how it left things behind; after ``regate`` in the order of callbacks."""
+    """What a training did, and how it left things behind, on the rank that plans; after ``regate`` among callbacks."""
 
     found: typing.ClassVar[dict[str, Any]] = {"losses": []}
 
@@ -123,7 +124,8 @@ class Record(MegatronCallback):
         self.found["totals"] = dataclasses.asdict(session.totals) if session else None
 
     def on_log(self, logs: dict[str, Any]) -> None:
-        self.found["losses"] += [logs["loss"]] if "loss" in logs else []
+        ranks = mpu.get_tensor_model_parallel_rank(), mpu.get_data_parallel_rank()
+        self.found["losses"] += [logs["loss"]] if "loss" in logs and not any(ranks) else []
 
     def on_train_end(self) -> None:
         is_there = session_of(self.trainer.wrapped_models) is not None
@@ -155,7 +157,7 @@ def train(name: str, case: Case, folder: Path) -> None:
     _shrink(model)
     sys.argv = ["sft", *line]
     runpy.run_module("swift.cli._megatron.sft", run_name="__main__")
-    if Record.found["losses"]:  # the last stage has them
+    if Record.found["losses"]:
         (folder / f"{name}.json").write_text(json.dumps(Record.found))
 
 
@@ -192,6 +194,7 @@ def main(folder: str, *names: str) -> int:
     here, failed = Path(folder), 0
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # its threads do not live through a fork
     os.environ |= {"MODELSCOPE_CACHE": str(here / "cache"), "HF_DATASETS_CACHE": str(here / "datasets")}
+    os.environ["SWIFT_SINGLE_DEVICE_MODE"] = "1"  # the one device that the emulation has
     write(here)
     for name in names or CASES:
         case = CASES[name]

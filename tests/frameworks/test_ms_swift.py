@@ -46,6 +46,23 @@ def test_every_sample_keeps_half_of_its_targets_and_of_its_picture(trainer, line
         assert (row["num_visual"], row["num_kept_visual"]) == (64, 32)
 
 
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+def test_every_layout_keeps_the_same_positions(trainer, layout):
+    """With sequence parallelism in TP2."""
+    assert trainer.kept(f"qwen25 full {layout}") == trainer.kept("qwen25 full regate")
+    assert trainer[f"qwen25 full {layout}"]["losses"] == pytest.approx(
+        trainer["qwen25 full regate"]["losses"], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+def test_adapters_keep_the_same_positions_in_every_layout(trainer, layout):
+    """Those begin with other random numbers there; their base, which alone tells what is kept, does not."""
+    assert trainer.kept(f"qwen25 lora {layout}") == trainer.kept("qwen25 lora regate")
+    seen, one = (trainer[f"qwen25 lora {name}"] for name in (layout, "regate"))
+    assert seen["losses"][0] == pytest.approx(one["losses"][0], rel=1e-6) and seen["totals"]["sparse_steps"] == 2
+
+
 def test_padded_rows_keep_what_packed_ones_keep(trainer):
     padded, packed = "qwen25 full padded", "qwen25 full regate"
     assert not trainer[padded]["packs"] and trainer[packed]["packs"]
