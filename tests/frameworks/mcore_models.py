@@ -80,6 +80,9 @@ def adapt(chunk: Any, layout: Layout) -> None:
     """
     layers = r"language_model\.decoder\..*\.(linear_qkv|linear_proj|linear_fc1|linear_fc2|router)"
     get_peft_model(chunk, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules=layers))
+    for layer in chunk.modules():
+        if getattr(layer, "explicit_expert_comm", False):  # without bias; of experts that are shared Megatron asks it
+            layer.skip_bias_add = True
     in_whole, rank = _names_in_whole(chunk), parallel_state.get_tensor_model_parallel_rank()
     for name, parameter in chunk.named_parameters():
         if ".lora_A." in name:

@@ -42,7 +42,7 @@ def install() -> None:
     from mcore_bridge.model.gpts import glm4
 
     glm4.TENorm = WrappedTorchNorm
-    lora._build_local_te_linear = lambda *sizes, **options: _Replicated(*sizes)
+    lora._build_local_te_linear = _Replicated
     lora.is_torch_npu_available = patcher.is_torch_npu_available = lambda: True
     move = GPTBridge._set_state_dict
 
@@ -53,10 +53,12 @@ def install() -> None:
 
 
 class _Replicated(torch.nn.Linear):
-    """A linear layer that all tensor ranks have whole, in checkpoints as well."""
+    """A linear layer that all tensor ranks have whole, in checkpoints as well; one of an expert is its rank's alone."""
 
-    def __init__(self, num_in: int, num_out: int, bias: bool) -> None:
+    def __init__(self, num_in: int, num_out: int, bias: bool, *, config: Any, is_expert: bool, **_: Any) -> None:
         super().__init__(num_in, num_out, bias)
+        for parameter in self.parameters():
+            parameter.allreduce = not (is_expert and config.expert_model_parallel_size > 1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
         from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint

@@ -93,6 +93,7 @@ ON_CONTEXT_RANKS = {
     "cp2": Case(regate=EACH),
     "packed cp2": Case(regate=EACH, packs=True),
     "packed visual cp2": Case(regate=VISUAL, packs=True),
+    "lora cp2": Case(regate=LEARNS, adapts=True),
 }
 
 
@@ -311,8 +312,7 @@ def on_one_rank(name: str, family: tiny_mcore.Family, folder: Path) -> None:
 
 def on_ranks(name: str, family: tiny_mcore.Family, layout: str, folder: Path) -> None:
     cases = {layout: Case(regate=VISUAL, is_still=not family.trains_alike), f"{layout} plain": Case()}
-    if layout in LAYOUTS:  # Megatron's own layers refuse adapters on experts that others hold parts of
-        cases |= {f"lora {layout}": Case(regate=LEARNS, adapts=True), f"lora {layout} plain": Case(adapts=True)}
+    cases |= {f"lora {layout}": Case(regate=LEARNS, adapts=True), f"lora {layout} plain": Case(adapts=True)}
     Training(name, family, (LAYOUTS | OF_EXPERTS)[layout], folder).cases(cases)
 
 

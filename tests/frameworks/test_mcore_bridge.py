@@ -118,7 +118,9 @@ def test_two_steps_of_adapters_and_two_more_are_four(swift, model):
 
 
 @pytest.mark.parametrize(
-    ("model", "layout"), [(m, to) for m in MODELS for to in ("tp2", "pp2", "dp2") if (m, to) != ("glm4v_moe", "tp2")]
+    ("model", "layout"),
+    [(m, to) for m in MODELS for to in ("tp2", "pp2", "dp2") if (m, to) != ("glm4v_moe", "tp2")]
+    + [(m, "ep2") for m in WITH_EXPERTS],
 )
 def test_adapters_keep_the_same_positions_in_every_layout(swift, model, layout):
     """Sequence parallelism is on in TP2: the base runs as the student does."""
@@ -162,7 +164,8 @@ def test_on_two_context_ranks_keep_ratio_1_trains_bit_for_bit_as_without(swift, 
 
 
 @pytest.mark.parametrize(
-    ("layout", "like"), [("cp2", "regate"), ("packed cp2", "regate"), ("packed visual cp2", "visual")]
+    ("layout", "like"),
+    [("cp2", "regate"), ("packed cp2", "regate"), ("packed visual cp2", "visual"), ("lora cp2", "lora visual")],
 )
 @pytest.mark.parametrize("model", WITH_CONTEXT)
 def test_context_ranks_keep_what_one_rank_keeps(swift, model, layout, like):
