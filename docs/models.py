@@ -144,8 +144,9 @@ that one rank keeps. PP2 stands for TP2×PP2 where a picture is: plain Bridge, t
 does not take. *Ministral 3* runs past its original maximum, from where on queries are scaled by their place; packed, it
 ends before: Bridge counts the places of a packed row through all its samples.
 *LoRA*: the frozen base, adapters off, is the teacher that its checkpoint, or the model without adapters, is, bit for
-bit. Adapters of mcore-bridge (peft's) also hold the other columns but EP2 and CP2, on layers, experts and routers;
-ms-swift's command line trains and resumes them.
+bit. Adapters of mcore-bridge (peft's) hold the other columns, too, on layers, experts and routers (in TP2 those of
+routers train otherwise than on one rank, without ReGATE, too: {routers}); ms-swift's command line trains and resumes
+them.
 
 Not ours: Qwen2.5-VL of Megatron-Bridge under context parallelism gives every rank the whole row with its own part of
 the rotary table, and fails: {qwen25_cp}. Qwen3-VL of mcore-bridge fails there in rows that are padded, several to a
@@ -184,7 +185,9 @@ def main(file: str) -> int:
     broken = cell(f"{_Q25}test_plain_bridge_itself_cannot_run_it_on_two_context_ranks")
     padded = cell(f"{_SWIFT}test_plain_ms_swift_itself_mixes_up_the_pictures_of_padded_rows_of_qwen3")
     upstream = cell(f"{_Q3}test_dense_steps_in_tp2")
-    tail = TAIL.format(qwen25_cp=broken, qwen3_padded=padded, upstream=upstream, refused=refused)
+    routers = cell(f"{_MCORE}test_adapters_of_routers_train_otherwise_in_tp2_without_regate")
+    not_ours = {"qwen25_cp": broken, "qwen3_padded": padded, "upstream": upstream, "routers": routers}
+    tail = TAIL.format(**not_ours, refused=refused)
     if wrong:
         print("\n".join(wrong), file=sys.stderr)
         return 1

@@ -117,8 +117,8 @@ def _state_of(args: Any) -> Path | None:
     """What was learned, beside the checkpoint that the run continues from."""
     of_adapters = (args.mcore_adapter, *args.adapters)
     starts = (args.mcore_model, args.model) if args.tuner_type == "full" else of_adapters
-    folder = Path(next(filter(None, starts), "")) / STATE
-    return folder if folder.is_dir() else None
+    start = next(filter(None, starts), None)
+    return folder if start and (folder := Path(start) / STATE).is_dir() else None
 
 
 def _run_of(trainer: Any, pad_token: int | None) -> HostRun:
