@@ -100,6 +100,8 @@ for _layout, _size in {"tp2": "tensor", "pp2": "pipeline"}.items():
     for _tuner, _flags in {"full": "", "lora": LORA}.items():
         _flags = f"{_flags} --{_size}_model_parallel_size 2"
         CASES[f"qwen25 {_tuner} {_layout}"] = Case(SHOWN, _flags, num_ranks=2)
+_evaluates = "--val_dataset {folder}/rows.jsonl --eval_steps 2 --eval_iters 1"
+CASES |= {"qwen25 full evaluated": Case(SHOWN, _evaluates), "qwen25 full evaluated plain": Case(None, _evaluates)}
 CASES["qwen25 full dp2"] = Case(SHOWN, num_ranks=2)
 CASES["qwen25 lora merged"] = Case(SHOWN, LORA.removesuffix("--merge_lora false"), is_refused=True)
 CASES["qwen25 lora_llm"] = Case(SHOWN, "--tuner_type lora_llm --no_save_optim true", is_refused=True)
@@ -114,7 +116,7 @@ ms_swift.install(ReGateConfig(**{settings!r}))
 class Record(MegatronCallback):
     """What a training did, and how it left things behind, on the rank that plans; after ``regate`` among callbacks."""
 
-    found: typing.ClassVar[dict[str, Any]] = {"losses": []}
+    found: typing.ClassVar[dict[str, Any]] = {"losses": [], "evaluated": []}
 
     def on_train_begin(self) -> None:
         self.found["tuner"], self.found["packs"] = self.args.tuner_type, self.args.padding_free
@@ -125,7 +127,8 @@ class Record(MegatronCallback):
 
     def on_log(self, logs: dict[str, Any]) -> None:
         ranks = mpu.get_tensor_model_parallel_rank(), mpu.get_data_parallel_rank()
-        self.found["losses"] += [logs["loss"]] if "loss" in logs and not any(ranks) else []
+        for name, what in (("loss", "losses"), ("eval_loss", "evaluated")):
+            self.found[what] += [logs[name]] if name in logs and not any(ranks) else []
 
     def on_train_end(self) -> None:
         is_there = session_of(self.trainer.wrapped_models) is not None
@@ -141,7 +144,7 @@ def train(name: str, case: Case, folder: Path) -> None:
     own = folder / name
     own.mkdir(exist_ok=True)
     model = folder / FAMILIES[name.split()[0]][1]
-    line = f"{EXAMPLE} {CPU} {SMALL} {case.flags} --callbacks".split()
+    line = f"{EXAMPLE} {CPU} {SMALL} {case.flags.format(folder=folder)} --callbacks".split()
     if case.regate is not None:
         settings = case.regate | {"warmup_steps": 1, "cycle_steps": 100, "dense_steps": 1, "trace": str(own / "trace")}
         if "teacher_load" in settings:

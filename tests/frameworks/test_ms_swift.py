@@ -63,6 +63,13 @@ def test_adapters_keep_the_same_positions_in_every_layout(trainer, layout):
     assert seen["losses"][0] == pytest.approx(one["losses"][0], rel=1e-6) and seen["totals"]["sparse_steps"] == 2
 
 
+def test_evaluation_is_dense_and_leaves_training_alone(trainer):
+    seen, plain = (trainer[f"qwen25 full evaluated{how}"] for how in ("", " plain"))
+    assert seen["losses"] == trainer["qwen25 full regate"]["losses"]
+    assert seen["evaluated"][0] == plain["evaluated"][0] and len(seen["evaluated"]) == 2  # the first after dense steps
+    assert trainer.trace("qwen25 full evaluated") == trainer.trace("qwen25 full regate")
+
+
 def test_padded_rows_keep_what_packed_ones_keep(trainer):
     padded, packed = "qwen25 full padded", "qwen25 full regate"
     assert not trainer[padded]["packs"] and trainer[packed]["packs"]
