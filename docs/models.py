@@ -53,7 +53,16 @@ def _mcore(name: str, cp2: str = "refused (nobody has run it)", *, experts: bool
     ones = f"{_MCORE}{_ONE}[{name}-", f"{_MCORE}{_ORACLE}[{name}-"
     packed = f"{_MCORE}test_{_LIKE_PADDED}_rows_keep[{name}]"
     resume = f"{_MCORE}test_two_steps_and_two_more_are_four[{name}]"
-    return (*ones, tp2, pp2, cp2, ep2, dp2, packed, visual, resume, "refused")
+    lora = f"{_MCORE}test_the_frozen_base_is_the_teacher_that_the_model_without_adapters_is[{name}]"
+    return (*ones, tp2, pp2, cp2, ep2, dp2, packed, visual, resume, lora)
+
+
+def _swift(name: str, packed: str) -> tuple[str, ...]:
+    ones = f"{_SWIFT}{_ONE}[{name} full]", "as in mcore-bridge"
+    visual = f"{_SWIFT}test_every_sample_keeps_half_of_its_targets_and_of_its_picture[{name} full]"
+    full, lora = (f"{_SWIFT}test_two_steps_and_two_more_are_four[{name} {tuner}]" for tuner in ("full", "lora"))
+    tp2, pp2, dp2 = (f"{_SWIFT}{_LAYOUT}[{to}]" if name == "qwen25" else NOT_RUN for to in ("tp2", "pp2", "dp2"))
+    return (*ones, tp2, pp2, NOT_RUN, NO_EXPERTS, dp2, _SWIFT + packed, visual, full, lora)
 
 
 def _bridge(name: str, packed: str, cp2: str, ep2: str) -> tuple[str, ...]:
@@ -118,15 +127,8 @@ ROWS = {
     ("LLaVA-OneVision 1.5 (a test tower)", "mcore-bridge (`attach`)"): _mcore("llava_onevision"),
     ("GLM-4V, GLM-4.1V", "mcore-bridge (`attach`)"): _mcore("glm4v"),
     ("GLM-4.5V", "mcore-bridge (`attach`)"): _mcore("glm4v_moe", experts=True),
-    ("Qwen2.5-VL", "ms-swift's trainer"): (
-        *(_SWIFT + _ONE, "as in mcore-bridge", NOT_RUN, NOT_RUN, NOT_RUN, NO_EXPERTS, NOT_RUN),
-        *(
-            f"{_SWIFT}test_sparse_steps_run_shorter",
-            f"{_SWIFT}test_visual_positions",
-            f"{_SWIFT}test_two_steps",
-            "refused",
-        ),
-    ),
+    ("Qwen2.5-VL", "ms-swift's command line"): _swift("qwen25", "test_padded_rows_keep_what_packed_ones_keep"),
+    ("Qwen3-VL", "ms-swift's command line"): _swift("qwen3", "test_sparse_steps_run_shorter[qwen3 full]"),
 }
 
 HEAD = """# Models, hosts and what was run
@@ -148,12 +150,15 @@ with 0, 1 and 3 dense layers. *Packed* rows keep what padded rows keep. *TP2+SP,
 that one rank keeps. PP2 stands for TP2×PP2 where a picture is: plain Bridge, too, sends a tensor in PP2 alone that gloo
 does not take. *Ministral 3* runs past its original maximum, from where on queries are scaled by their place; packed, it
 ends before: Bridge counts the places of a packed row through all its samples.
-*LoRA*: the frozen base, adapters off, is the teacher of its checkpoint, bit for bit; adapters of peft, as ms-swift
-has them, are refused.
+*LoRA*: the frozen base, adapters off, is the teacher that its checkpoint, or the model without adapters, is, bit for
+bit. Adapters of mcore-bridge (peft's) hold the other columns, too, on layers, experts and routers (in TP2 those of
+routers train otherwise than on one rank, without ReGATE, too: {routers}); ms-swift's command line trains and resumes
+them.
 
 Not ours: Qwen2.5-VL of Megatron-Bridge under context parallelism gives every rank the whole row with its own part of
 the rotary table, and fails: {qwen25_cp}. Qwen3-VL of mcore-bridge fails there in rows that are padded, several to a
-microbatch, with pictures in others than the first: take packed rows.
+microbatch, with pictures in others than the first: take packed rows. Without context parallelism it adds features of
+one picture to another there: {qwen3_padded}.
 
 Nor is this: Qwen3-VL of Megatron-Bridge, in TP2 with Megatron's own layers in it, trains otherwise than on one rank,
 without ReGATE as with it (losses 1e-3 apart from the second step on;
@@ -185,7 +190,11 @@ def main(file: str) -> int:
     refused = "\n".join(f"| `{kind}` | {why} |" for kind, why in REFUSED.items())
     head = HEAD.format(recipes=cell(_RECIPE + "test_"))
     broken = cell(f"{_Q25}test_plain_bridge_itself_cannot_run_it_on_two_context_ranks")
-    tail = TAIL.format(qwen25_cp=broken, upstream=cell(f"{_Q3}test_dense_steps_in_tp2"), refused=refused)
+    padded = cell(f"{_SWIFT}test_plain_ms_swift_itself_mixes_up_the_pictures_of_padded_rows_of_qwen3")
+    upstream = cell(f"{_Q3}test_dense_steps_in_tp2")
+    routers = cell(f"{_MCORE}test_adapters_of_routers_train_otherwise_in_tp2_without_regate")
+    not_ours = {"qwen25_cp": broken, "qwen3_padded": padded, "upstream": upstream, "routers": routers}
+    tail = TAIL.format(**not_ours, refused=refused)
     if wrong:
         print("\n".join(wrong), file=sys.stderr)
         return 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Container
+from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,44 @@ def language_model_of(model: Any) -> Any:
     return getattr(model, "language_model", None) or model
 
 
-def adapters_of(model: Any) -> list[Any]:
-    """The adapters in a model (LoRA and the like) that can be switched off; known by their switch, as Bridge has it."""
-    return [one for one in model.modules() if hasattr(one, "disable_adapter_layers")]
+@dataclass(frozen=True)
+class AdapterKind:
+    """How a framework's adapters (LoRA and the like) look in a model.
+
+    Attributes:
+        switch: the attribute of an adapted layer that switches its adapters.
+        off: what it says when they are off.
+        parts: what names of an adapter's tensors have, and no other's.
+        wraps: what it puts into the names of the layer's own tensors.
+    """
+
+    switch: str
+    off: Any
+    parts: tuple[str, ...]
+    wraps: str | None = None
+
+
+ADAPTERS = (
+    AdapterKind("_adapter_enabled", False, ("adapter",)),  # Megatron-Bridge
+    # peft: its "disabled" is not asked by mcore-bridge's routers, the list of those that are active is.
+    AdapterKind("_active_adapter", (), ("lora_A", "lora_B"), "base_layer"),
+)
+
+
+def adapters_of(model: Any) -> list[tuple[Any, AdapterKind]]:
+    """The layers of a model whose adapters can be switched off; known by their switch."""
+    return [(one, kind) for one in model.modules() for kind in ADAPTERS if hasattr(one, kind.switch)]
 
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter or a tensor of this name is an adapter's, not its base's."""
-    return "adapter" in name.split(".")
+    return any(part in name.split(".") for kind in ADAPTERS for part in kind.parts)
+
+
+def base_name(name: str) -> str:
+    """The name of a base's tensor as it is without adapters."""
+    wraps = [kind.wraps for kind in ADAPTERS]
+    return ".".join(part for part in name.split(".") if part not in wraps)
 
 
 def qualified_name(kind: type) -> str:

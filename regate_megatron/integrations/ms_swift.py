@@ -22,13 +22,14 @@ from swift.megatron.callbacks import MegatronCallback, megatron_callbacks_map
 from swift.megatron.trainers import base
 
 from regate_megatron.api import detach, load_state, save_state, wrap_forward_backward
-from regate_megatron.config import ReGateConfig
+from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig
 from regate_megatron.errors import one_line_refusals, refuse
 from regate_megatron.integrations import host
 from regate_megatron.integrations.patching import patch, unpatch
 from regate_megatron.support import HostRun
 
 NAME, STATE = "regate", "regate"
+TUNERS = ("full", "lora")
 
 
 def install(config: ReGateConfig, *, pad_token: int | None = None) -> None:
@@ -50,7 +51,7 @@ class _ReGateCallback(MegatronCallback):
         if not self.config.enabled:
             return
         trainer = self.trainer
-        _check(trainer.args)
+        _check(trainer.args, self.config)
         self.session = host.begin(trainer.wrapped_models, self.config, _run_of(trainer, self.pad_token))
         if self.session is None:
             return
@@ -89,25 +90,35 @@ def _wrap_schedule_of(inner: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **kwargs: one_line_refusals()(wrap_forward_backward(inner(*args, **kwargs)))
 
 
-def _check(args: Any) -> None:
+def _check(args: Any, config: ReGateConfig) -> None:
     """Refuse what this trainer has and nobody has run; every rank has the same arguments, so every rank raises."""
-    for name, allowed in (("task_type", "causal_lm"), ("tuner_type", "full")):
-        value = getattr(args, name)
-        if value != allowed:
-            error = refuse("ms-swift", given=f"--{name} {value}", allowed=allowed, change=f"--{name} to {allowed}")
+    is_teacher = config.needs_teacher and config.teacher_load == STUDENT_AS_TEACHER
+    merges = args.tuner_type != "full" and args.save_safetensors and args.merge_lora
+    zigzag = args.context_parallel_size == 1 or args.cp_partition_mode == "zigzag"
+    for is_wrong, name, allowed, value in (
+        (args.task_type != "causal_lm", "task_type", "causal_lm", "causal_lm"),
+        (args.tuner_type not in TUNERS, "tuner_type", " or ".join(TUNERS), TUNERS[0]),
+        (not zigzag, "cp_partition_mode", "zigzag, the cut that is adapted", "zigzag"),
+        (
+            is_teacher and merges,
+            "merge_lora",
+            "false where the base is the teacher: every save would add the adapters to it and take them off, rounded",
+            "false (megatron export merges afterwards)",
+        ),
+    ):
+        if is_wrong:
+            given = f"--{name} {getattr(args, name)}"
+            error = refuse("ms-swift", given=given, allowed=allowed, change=f"--{name} to {value}")
             error.everywhere = True
             raise error
-    if args.context_parallel_size > 1 and args.cp_partition_mode != "zigzag":
-        given, change = f"--cp_partition_mode {args.cp_partition_mode}", "--cp_partition_mode to zigzag"
-        error = refuse("ms-swift", given=given, allowed="zigzag, the cut that is adapted", change=change)
-        error.everywhere = True
-        raise error
 
 
 def _state_of(args: Any) -> Path | None:
     """What was learned, beside the checkpoint that the run continues from."""
-    folder = Path(args.mcore_model or args.model or "") / STATE
-    return folder if folder.is_dir() else None
+    of_adapters = (args.mcore_adapter, *args.adapters)
+    starts = (args.mcore_model, args.model) if args.tuner_type == "full" else of_adapters
+    start = next(filter(None, starts), None)
+    return folder if start and (folder := Path(start) / STATE).is_dir() else None
 
 
 def _run_of(trainer: Any, pad_token: int | None) -> HostRun:
@@ -119,4 +130,5 @@ def _run_of(trainer: Any, pad_token: int | None) -> HostRun:
         tokenizer_model=args.model,
         pad_token=pad_token,
         packs_rows="--padding_free" if args.padding_free else None,
+        has_adapters=args.tuner_type != "full",
     )

@@ -36,7 +36,7 @@ _CALLBACK = "finetune(config, {step}.forward_step, callbacks=[megatron_bridge.in
 _PACKED = "; rows may be packed (enable_in_batch_packing): with the default budget each sample keeps its own share"
 _PLUGIN = (
     "ms_swift.install(ReGateConfig(…)) in a plugin, then megatron sft --external_plugins FILE --callbacks regate; full"
-    " tuning alone; padded or packed rows"
+    " tuning or LoRA; padded or packed rows"
 )
 _GPT = Host(MEGATRON, "-m regate_megatron pretrain_gpt.py …; weights by tools/convert_hf_teacher.py or Megatron-Bridge")
 _BRIDGE_GPT = Host(BRIDGE, _CALLBACK.format(step="gpt_step"))

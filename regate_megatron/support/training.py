@@ -75,7 +75,10 @@ def _adapters_in_teacher(setting: Setting) -> Any:
         learn = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
         if (name := next((name for name in learn if not is_adapter(name)), None)) is not None:
             return f"student, whose {name} learns beside its adapters"
-    wrong = [name for name in ("sequence_parallel", "fp8", "fp4") if getattr(setting.model, name, None)]
+    wrong = [name for name in ("fp8", "fp4") if getattr(setting.model, name, None)]
+    words = [one.embedding for one in models if getattr(one, "embedding", None) is not None]
+    if setting.model.sequence_parallel and not all(one.scatter_to_sequence_parallel for one in words):
+        wrong.append("sequence_parallel that the multimodal model sees to")
     return f"student with adapters, and {wrong[0]}" if wrong else None
 
 
@@ -159,8 +162,8 @@ TRAINING_RULES = (
     Rule(
         flag("teacher_load"),
         _adapters_in_teacher,
-        "student with adapters where all else of its language model is frozen, without sequence parallelism and FP8; "
-        "or a checkpoint of the base language model",
+        "student with adapters where all else of its language model is frozen, without FP8, and with sequence "
+        "parallelism where the language model cuts its words itself; or a checkpoint of the base language model",
         "it to that checkpoint",
         "the frozen base, adapters off, must be a model that stays",
     ),

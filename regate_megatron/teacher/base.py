@@ -53,21 +53,21 @@ class BaseRun:
 def _as_base(chunks: Sequence[Any]) -> Iterator[None]:
     modules = [module for chunk in chunks for module in chunk.modules()]
     training = [module for module in modules if module.training]
-    switched = [one for chunk in chunks for one in adapters_of(chunk) if one._adapter_enabled]
+    switched = [(one, kind, getattr(one, kind.switch)) for chunk in chunks for one, kind in adapters_of(chunk)]
     configs = {id(chunk.config): chunk.config for chunk in chunks}.values()
     callbacks = [(config, name, getattr(config, name, None)) for config in configs for name in _CALLBACKS]
     try:
         for module in training:
             module.training = False
-        for one in switched:
-            one.disable_adapter_layers()
+        for one, kind, _ in switched:
+            setattr(one, kind.switch, kind.off)
         for config, name, _ in callbacks:
             setattr(config, name, None)
         yield
     finally:
         for config, name, value in callbacks:
             setattr(config, name, value)
-        for one in switched:
-            one.enable_adapter_layers()
+        for one, kind, was in switched:
+            setattr(one, kind.switch, was)
         for module in training:
             module.training = True

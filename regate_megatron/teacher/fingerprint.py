@@ -26,7 +26,7 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor
 
-from regate_megatron.compat import is_adapter
+from regate_megatron.compat import base_name, is_adapter
 from regate_megatron.errors import refuse
 from regate_megatron.ranks.publishing import write_aside
 from regate_megatron.ranks.topology import Topology
@@ -149,6 +149,7 @@ def sharded_tensors(model: Any) -> Iterator[Any]:
     apply_factories(state)
     for value in _leaves(state):
         if isinstance(value, ShardedTensor) and value.key.split(".")[0] in _ROOTS and not is_adapter(value.key):
+            value.key = base_name(value.key)
             yield value
 
 

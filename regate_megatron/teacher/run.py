@@ -17,9 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from regate_megatron.decoder import CurrentMicrobatch, DecoderHook, Layout, shard_plans
 from regate_megatron.decoder.cutting import places
+from regate_megatron.method.budget import align_up
 from regate_megatron.method.plan import MicrobatchPlan
 from regate_megatron.teacher.rows import TeacherRows
 
@@ -35,7 +37,7 @@ class TeacherRun:
         self.chunks = list(chunks)
         self.config = self.chunks[0].config
         self.device = next(parameter.device for chunk in self.chunks for parameter in chunk.parameters())
-        self.layout = Layout.of_model(self.config, sequence_parallel=False)
+        self.layout = Layout.of_model(self.config, sequence_parallel=self.config.sequence_parallel)
         self._current = CurrentMicrobatch()
         self._targets: Targets | None = None
         self._hooks = [DecoderHook(one, self._current, dense_layers=0, arrives_short=True) for one in self.chunks]
@@ -102,7 +104,9 @@ class TeacherRun:
         plan = MicrobatchPlan(rows.dense_length, rows.position_NK, is_real_bK)
         (sharded,) = shard_plans([plan], self.layout, device, moves_hidden=False, moves_tokens=False)
         slots_k = places(torch.tensor([length]), cp_size=self.layout.cp_size).positions_of(self.layout.cp_rank)
-        targets = self._targets = targets_of(rows, self.layout.cp_size, self.layout.cp_rank).to(device)
+        layout = self.layout
+        targets = targets_of(rows, layout.cp_size, layout.cp_rank, multiple=layout.sp_size).to(device)
+        self._targets = targets
         with self._current.running(sharded, None):
             is_mrope = rows.position_id_NK.dim() == 3  # whose table the model cuts, or its hook
             position_ids = rows.position_id_NK.permute(2, 0, 1) if is_mrope else rows.position_id_NK[:, slots_k]
@@ -124,14 +128,19 @@ class TeacherRun:
 
     def _targets_only(self, _layer: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """Before the output layer: hidden states [k, b, H] at target positions, [t, b, H]."""
-        hidden_kbH = inputs[0]
+        from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+        hidden_kbH, layout = inputs[0], self.layout
+        if layout.sp_size > 1:  # each tensor rank has its part, before and after
+            hidden_kbH = gather_from_sequence_parallel_region(hidden_kbH)
         index_tbH = self._targets.slot_bt.t()[:, :, None].expand(-1, -1, hidden_kbH.shape[-1])
-        return (hidden_kbH.gather(0, index_tbH), *inputs[1:])
+        return (hidden_kbH.gather(0, index_tbH).chunk(layout.sp_size)[layout.sp_rank], *inputs[1:])
 
 
 def length_multiple(config: Any) -> int:
     """What K must be a multiple of in a model of this transformer config."""
-    return 2 * config.context_parallel_size if config.context_parallel_size > 1 else 1
+    tensor = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    return tensor * (2 * config.context_parallel_size if config.context_parallel_size > 1 else 1)
 
 
 @dataclass(frozen=True)
@@ -158,19 +167,20 @@ class Targets:
         return Targets(num_targets=self.num_targets, **moved)
 
 
-def targets_of(rows: TeacherRows, cp_size: int, cp_rank: int) -> Targets:
-    """The targets that one context rank scores."""
+def targets_of(rows: TeacherRows, cp_size: int, cp_rank: int, multiple: int = 1) -> Targets:
+    """The targets that one context rank scores, t a multiple of ``multiple``."""
     num_rows, num_targets = rows.label_NT.shape
     cut = places(torch.tensor([rows.token_NK.shape[1]]), cp_size=cp_size)
     is_real_NT = torch.arange(num_targets) < rows.num_target_N[:, None]
     is_mine_NT = is_real_NT & (cut.rank_L[rows.target_slot_NT] == cp_rank)
-    most = max(1, int(is_mine_NT.sum(dim=1).max()))
+    most = align_up(max(1, int(is_mine_NT.sum(dim=1).max())), multiple)
     # A stable sort puts this rank's targets first, in order.
     index_Nt = is_mine_NT.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    fill = most - index_Nt.shape[1]
     return Targets(
-        slot_bt=cut.index_L[rows.target_slot_NT].gather(1, index_Nt),
-        label_bt=rows.label_NT.gather(1, index_Nt),
-        index_bt=index_Nt,
-        is_real_bt=is_mine_NT.gather(1, index_Nt),
+        slot_bt=pad(cut.index_L[rows.target_slot_NT].gather(1, index_Nt), (0, fill)),
+        label_bt=pad(rows.label_NT.gather(1, index_Nt), (0, fill)),
+        index_bt=pad(index_Nt, (0, fill)),
+        is_real_bt=pad(is_mine_NT.gather(1, index_Nt), (0, fill)),
         num_targets=num_targets,
     )

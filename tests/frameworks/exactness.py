@@ -65,7 +65,7 @@ def compare(
 def _step(model: list[Any], run: Any, schedule: Any, batch: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
     model[0].zero_grad_buffer()
     loss = run(schedule, batch).detach().clone()
-    gradients = [parameter.main_grad.clone() for parameter in model[0].parameters()]
+    gradients = [parameter.main_grad.clone() for parameter in model[0].parameters() if parameter.requires_grad]
     if mpu.get_context_parallel_world_size() > 1:  # each rank has a part, and which one depends on the length
         for value in (loss, *gradients):
             dist.all_reduce(value, group=mpu.get_context_parallel_group())

@@ -1,7 +1,8 @@
 """mcore-bridge under the emulation, and its models from a tiny Hugging Face folder.
 
 It names classes of Transformer Engine when it is imported, and builds every layer of them: empty classes stand in their
-place, and layers and norms are Megatron's own.
+place, and layers and norms are Megatron's own. Adapters of such layers it has for Ascend's processors: that is the way
+they are made here.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from regate_megatron.teacher.weights import local_name
 from tests.frameworks import bridge_on_cpu
 
 
@@ -19,10 +21,16 @@ def install() -> None:
     bridge_on_cpu.install()
     import megatron.core.extensions.transformer_engine as extensions
 
-    for name in ("TEFusedMLP", "TEGroupedLinear", "TELayerNormColumnParallelLinear", "TELinear"):
+    empty = ("TEFusedMLP", "TEGroupedLinear", "TELayerNormColumnParallelLinear", "TELinear")
+    for name in (*empty, "TEColumnParallelGroupedLinear", "TERowParallelGroupedLinear"):
         if not isinstance(getattr(extensions, name, None), type):
             setattr(extensions, name, type(name, (torch.nn.Module,), {}))
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+    extensions.TEColumnParallelLinear, extensions.TERowParallelLinear = ColumnParallelLinear, RowParallelLinear
+    from mcore_bridge import GPTBridge
     from mcore_bridge.model import register
+    from mcore_bridge.tuners import lora, patcher
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     original = register.get_gpt_decoder_block_spec
@@ -34,6 +42,28 @@ def install() -> None:
     from mcore_bridge.model.gpts import glm4
 
     glm4.TENorm = WrappedTorchNorm
+    lora._build_local_te_linear = _Replicated
+    lora.is_torch_npu_available = patcher.is_torch_npu_available = lambda: True
+    move = GPTBridge._set_state_dict
+
+    def with_norms_apart(self: Any, module: Any, key: str, *rest: Any, **options: Any) -> Any:
+        return move(self, module, local_name(f".{key}")[1:], *rest, **options)
+
+    GPTBridge._set_state_dict = with_norms_apart
+
+
+class _Replicated(torch.nn.Linear):
+    """A linear layer that all tensor ranks have whole, in checkpoints as well; one of an expert is its rank's alone."""
+
+    def __init__(self, num_in: int, num_out: int, bias: bool, *, config: Any, is_expert: bool, **_: Any) -> None:
+        super().__init__(num_in, num_out, bias)
+        for parameter in self.parameters():
+            parameter.allreduce = not (is_expert and config.expert_model_parallel_size > 1)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
+        from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+        return make_sharded_tensors_for_checkpoint(self.state_dict(keep_vars=True), prefix, {}, sharded_offsets)
 
 
 def model(folder: Path, **settings: Any) -> list[Any]:

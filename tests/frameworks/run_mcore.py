@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -25,53 +24,19 @@ import torch
 import torch.distributed as dist
 from mcore_bridge import split_cp_inputs
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from regate_megatron import ReGateConfig, attach, detach, load_state, save_state, step_done, wrap_forward_backward
 from regate_megatron.api import session_of
 from regate_megatron.errors import ReGateError
 from tests.frameworks import exactness, tiny_mcore
 from tests.frameworks.forked import run
+from tests.frameworks.mcore_models import Layout, bare, build
 
 TEXT, STEPS, GONE_ON_AT = 20, 4, 2
 FILLS = {"input_ids": 0, "labels": -100}
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Sizes of the groups of ranks."""
-
-    tp: int = 1
-    pp: int = 1
-    dp: int = 1
-    ep: int = 1
-    cp: int = 1
-
-    @property
-    def multiple(self) -> int:
-        """What each sample is filled up to: context ranks cut it."""
-        return 2 * self.cp if self.cp > 1 else 1
-
-    def initialize(self) -> None:
-        """Make the groups of this process."""
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=self.tp,
-            pipeline_model_parallel_size=self.pp,
-            expert_model_parallel_size=self.ep,
-            expert_tensor_parallel_size=1,
-            context_parallel_size=self.cp,
-        )
-
-    def settings(self) -> dict[str, Any]:
-        """What a model's configuration says of it."""
-        sizes = {"tensor_model_parallel_size": self.tp, "pipeline_model_parallel_size": self.pp}
-        sizes |= {"context_parallel_size": self.cp}
-        if self.pp > 1:  # deepstack has to end in the first stage
-            sizes |= {"num_layers_in_first_pipeline_stage": 3, "num_layers_in_last_pipeline_stage": 1}
-        return sizes | {"expert_model_parallel_size": self.ep, "sequence_parallel": self.tp > 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,16 +48,21 @@ class Case:
         packs: whether rows are packed (``padding_free``).
         goes_on: the case whose first two steps it continues; None: it starts anew.
         is_still: whether weights stay as they are.
+        adapts: whether adapters (LoRA) learn, and nothing else of the model.
+        is_taught: whether the model as it is without adapters is given as teacher.
     """
 
     regate: dict[str, Any] | None = None
     packs: bool = False
     goes_on: str | None = None
     is_still: bool = False
+    adapts: bool = False
+    is_taught: bool = False
 
 
 EACH = {"teacher_load": "student", "budget": "per-sample"}
 VISUAL = EACH | {"visual_keep_ratio": 0.5, "visual_score": "random"}
+LEARNS = VISUAL | {"score": "regate"}  # from difficulty, too
 ALL_KEPT = {"keep_ratio": 1.0, "teacher_load": "student"}
 ONE_RANK = {
     "plain": Case(),
@@ -106,6 +76,15 @@ ONE_RANK = {
     "resumed": Case(regate=VISUAL, goes_on="visual"),
     "still": Case(regate=VISUAL, is_still=True),
 }
+WITH_ADAPTERS = {
+    "lora plain": Case(adapts=True),
+    "lora all kept": Case(regate=ALL_KEPT, adapts=True),
+    "lora": Case(regate=EACH, adapts=True),
+    "lora packed": Case(regate=EACH, adapts=True, packs=True),
+    "lora visual": Case(regate=LEARNS, adapts=True),
+    "lora taught": Case(regate=LEARNS, adapts=True, is_taught=True),
+    "lora resumed": Case(regate=LEARNS, adapts=True, goes_on="lora visual"),
+}
 LAYOUTS = {"tp2": Layout(tp=2), "pp2": Layout(pp=2), "dp2": Layout(dp=2)}
 OF_EXPERTS = {"ep2": Layout(dp=2, ep=2)}
 ON_CONTEXT_RANKS = {
@@ -114,6 +93,7 @@ ON_CONTEXT_RANKS = {
     "cp2": Case(regate=EACH),
     "packed cp2": Case(regate=EACH, packs=True),
     "packed visual cp2": Case(regate=VISUAL, packs=True),
+    "lora cp2": Case(regate=LEARNS, adapts=True),
 }
 
 
@@ -216,30 +196,6 @@ def _cut(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-def build(folder: Path, layout: Layout, kind: str | None = None) -> list[Any]:
-    """The model of a folder, the same weights every time."""
-    model_parallel_cuda_manual_seed(1, force_reset_rng=True)
-    torch.manual_seed(1)
-    (chunk,) = mcore_on_cpu.model(folder, calculate_per_token_loss=True, mcore_model_type=kind, **layout.settings())
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=False)
-    return [DistributedDataParallel(chunk.config, ddp, chunk)]
-
-
-def take_weights(model: Any, whole: dict[str, torch.Tensor]) -> None:
-    """Give a part of a model (a stage, some of the experts) its part of the weights of the whole."""
-    layers = model.language_model.decoder.layers
-    first = layers[0].layer_number - 1
-    experts = [getattr(getattr(layer.mlp, "experts", None), "num_local_experts", 0) for layer in layers]
-    expert = max(experts) * parallel_state.get_expert_model_parallel_rank()
-
-    def in_whole(name: str) -> str:
-        name = re.sub(r"(decoder\.layers\.)(\d+)", lambda found: f"{found[1]}{int(found[2]) + first}", name)
-        return re.sub(r"(local_experts\.)(\d+)", lambda found: f"{found[1]}{int(found[2]) + expert}", name)
-
-    own = model.state_dict()
-    model.load_state_dict({name: whole[in_whole(name)] for name in own if not name.endswith("_extra_state")}, False)
-
-
 class Training:
     """Trainings of a family in a layout; one rank.
 
@@ -262,17 +218,17 @@ class Training:
 
     def train(self, name: str, case: Case) -> dict[str, Any]:
         """Four steps, or the last two of them."""
-        model = build(self.folder / self.name, self.layout, self.family.kind)
+        where, weights = (self.folder / self.name, self.layout, self.family.kind), self.folder / f"{self.name}.pt"
+        whole = torch.load(weights) if self.layout.pp > 1 or self.layout.ep > 1 else None
+        model = build(*where, adapts=case.adapts, whole=whole)
         config = model[0].module.config
         config.finalize_model_grads_func = finalize_model_grads
-        weights = self.folder / f"{self.name}.pt"
-        if self.layout == Layout():
+        if self.layout == Layout() and not case.adapts:
             torch.save(model[0].module.state_dict(), weights)
-        elif self.layout.pp > 1 or self.layout.ep > 1:
-            take_weights(model[0].module, torch.load(weights))
         if case.regate is not None:
             chosen = case.regate | {"warmup_steps": 1, "cycle_steps": 100, "dense_steps": 1}
-            attach(model, ReGateConfig(**chosen, trace=str(self.folder / name / "trace")))
+            teacher = bare(*where).language_model.eval() if case.is_taught else None
+            attach(model, ReGateConfig(**chosen, trace=str(self.folder / name / "trace")), teacher=teacher)
         if case.goes_on:
             before = self.folder / f"{self.name} {case.goes_on}"
             model[0].load_state_dict(torch.load(before / "weights.pt"))
@@ -283,10 +239,10 @@ class Training:
             model[0].zero_grad_buffer()
             losses.append(self.step(schedule, model, rows, step, packs=case.packs))
             with torch.no_grad():
-                for parameter in () if case.is_still else model[0].parameters():
+                for parameter in () if case.is_still else filter(_learns, model[0].parameters()):
                     parameter -= 0.5 * parameter.main_grad
             step_done(model)
-            if step + 1 == GONE_ON_AT and name == f"{self.name} visual":
+            if step + 1 == GONE_ON_AT and name.endswith(" visual") and not case.packs:
                 torch.save(model[0].state_dict(), self.folder / name / "weights.pt")
                 save_state(model, self.folder / name / "state")
         found: dict[str, Any] = {"losses": losses}
@@ -319,9 +275,12 @@ class Training:
         dist.all_reduce(sums)  # stages before the last have none, tensor ranks have the same
         return float(sums[0] / sums[1])
 
-    def exact(self, name: str = "exact") -> None:
+    def exact(self, name: str = "exact", *, adapts: bool = False) -> None:
         """A sparse step against its oracle."""
-        model = build(self.folder / self.name, self.layout, self.family.kind)
+        model = build(self.folder / self.name, self.layout, self.family.kind, adapts=adapts)
+        with torch.no_grad():  # adapters as they begin add nothing
+            for parameter in filter(_learns, model[0].parameters()) if adapts else ():
+                parameter.normal_(std=0.1)
         batch = Rows(self.family, model[0].module.config.hf_config).batch([0, 1], False, self.layout.multiple)
         schedule = get_forward_backward_func()
 
@@ -339,15 +298,22 @@ class Training:
             (self.folder / f"{self.name} refused.json").write_text(json.dumps(str(refusal)))
 
 
+def _learns(parameter: torch.nn.Parameter) -> bool:
+    return parameter.requires_grad
+
+
 def on_one_rank(name: str, family: tiny_mcore.Family, folder: Path) -> None:
     training = Training(name, family, Layout(), folder)
     training.cases(ONE_RANK)
     training.exact()
+    training.cases(WITH_ADAPTERS)
+    training.exact("lora exact", adapts=True)
 
 
 def on_ranks(name: str, family: tiny_mcore.Family, layout: str, folder: Path) -> None:
-    case = Case(regate=VISUAL, is_still=not family.trains_alike)
-    Training(name, family, (LAYOUTS | OF_EXPERTS)[layout], folder).cases({layout: case, f"{layout} plain": Case()})
+    cases = {layout: Case(regate=VISUAL, is_still=not family.trains_alike), f"{layout} plain": Case()}
+    cases |= {f"lora {layout}": Case(regate=LEARNS, adapts=True), f"lora {layout} plain": Case(adapts=True)}
+    Training(name, family, (LAYOUTS | OF_EXPERTS)[layout], folder).cases(cases)
 
 
 def on_context_ranks(name: str, family: tiny_mcore.Family, folder: Path) -> None:

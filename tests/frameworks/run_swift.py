@@ -1,20 +1,22 @@
-"""Worker of the tests of ms-swift's Megatron trainer: its own ``train``, over models of mcore-bridge.
+"""Worker of the tests of ms-swift: its command line ``megatron sft``, on tiny folders and a few pictures.
 
     python -m tests.frameworks.run_swift FOLDER [CASE …]
 
-What is ms-swift's: the loop, the train step, the forward step with its batches and its loss, the callbacks. What is
-not: arguments, data loaders, optimizer and checkpoints, which ask for packages of a GPU or a real model.
+Each case is the line of ms-swift's examples/megatron/multimodal/dense (``full.sh`` and ``lora.sh``, on one rank, with
+the optimizer saved), with what a CPU needs (``CPU``) and what a small training needs (``SMALL``), and a plugin as
+docs/ms_swift.md shows it. The launcher is left out: a rank runs the module that it would start.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import runpy
 import sys
+import typing
 from functools import partial
-from itertools import cycle
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from tests.frameworks import mcore_on_cpu
@@ -25,120 +27,181 @@ import torch
 
 torch.jit.script = lambda function, *_, **__: function  # it cannot compile what the emulation has replaced
 
-from swift.megatron.callbacks import megatron_callbacks_map
+from megatron.core import parallel_state as mpu
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from swift.megatron.arguments import MegatronArguments
+from swift.megatron.callbacks import MegatronCallback, megatron_callbacks_map
+from swift.megatron.pipelines.train import sft
 from swift.megatron.trainers import base
-from swift.megatron.trainers.trainer import MegatronTrainer
-from swift.megatron.trainers.utils import TrainerState
+from swift.megatron.utils import utils
+from swift.template.templates import qwen
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-from regate_megatron import ReGateConfig
 from regate_megatron.api import session_of
-from regate_megatron.integrations import ms_swift
-from tests.frameworks import run_mcore, tiny_mcore
+from tests.frameworks import tiny_hf
 from tests.frameworks.forked import run
-from tests.frameworks.run_mcore import EACH, TEXT, Case, Layout, Rows
+from tests.frameworks.run_mcore import ALL_KEPT, LEARNS
 
-FAMILY, STEPS = "qwen25", 4
-CASES = {
-    "plain": Case(packs=True),
-    "all kept": Case(packs=True, regate={"keep_ratio": 1.0, "teacher_load": "student"}),
-    "regate": Case(packs=True, regate=EACH),
-    "padded": Case(regate=EACH),
-    "visual": Case(packs=True, regate=EACH | {"visual_keep_ratio": 0.5, "visual_score": "random"}),
-    "resumed": Case(packs=True, regate=EACH),
+# Folders have the names of published ones, by which ms-swift knows its templates.
+FAMILIES = {"qwen25": ("qwen2_5_vl", "Qwen2.5-VL-7B-Instruct"), "qwen3": ("qwen3_vl", "Qwen3-VL-8B-Instruct")}
+EXAMPLE = """--save_safetensors true --load_from_cache_file true --tensor_model_parallel_size 1 --sequence_parallel true
+    --packing true --freeze_llm false --freeze_vit true --freeze_aligner true --micro_batch_size 1 --global_batch_size 4
+    --recompute_granularity full --recompute_method uniform --recompute_num_layers 1 --finetune true
+    --cross_entropy_loss_fusion true --lr_warmup_fraction 0.05 --min_lr 1e-6"""
+LORA = "--tuner_type lora --lora_rank 8 --lora_alpha 32 --target_modules all-linear --merge_lora false"
+CPU = """--torch_dtype float32 --fp16 false --bf16 false --use_cpu_initialization true --check_model false
+    --gradient_accumulation_fusion false --masked_softmax_fusion false --bias_dropout_fusion false
+    --bias_activation_fusion false --vit_attn_impl eager --megatron_extra_kwargs {"persist_layer_norm":false}"""
+# Two rows to a pack, in the order of the file, as padded microbatches of two rows have them.
+SMALL = """--lr 1e-2 --lr_warmup_fraction 0 --train_iters 4 --max_length 256 --packing_strategy sequential
+    --train_dataloader_shuffle false --split_dataset_ratio 0 --save_steps 2 --logging_steps 1 --add_version false
+    --dataloader_num_workers 0 --dataset_num_proc 1 --dataloader_multiprocessing_context fork"""
+PADDED = "--packing false --padding_free false --micro_batch_size 2 --global_batch_size 8"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A training.
+
+    Attributes:
+        regate: settings; None for plain ms-swift.
+        flags: beside the example's.
+        goes_on: the case whose first two steps it continues, and the flag that names its checkpoint.
+        is_refused: whether it ends with a refusal.
+        num_ranks: how many there are.
+    """
+
+    regate: dict[str, Any] | None = None
+    flags: str = ""
+    goes_on: tuple[str, str] | None = None
+    is_refused: bool = False
+    num_ranks: int = 1
+
+
+FIRST = "{folder}/qwen25 full visual/checkpoint-2/regate/teacher"
+SHOWN = {"keep_ratio": 0.5, "teacher_load": "student"}  # in docs/ms_swift.md
+CASES = {}
+for _family in FAMILIES:
+    for _tuner, _flags in {"full": "--tuner_type full", "lora": LORA}.items():
+        _goes_on = f"{_family} {_tuner} visual", "--mcore_model" if _tuner == "full" else "--mcore_adapter"
+        CASES |= {
+            f"{_family} {_tuner} plain": Case(None, _flags),
+            f"{_family} {_tuner} all kept": Case(ALL_KEPT, _flags),
+            f"{_family} {_tuner} regate": Case(SHOWN, _flags),
+            f"{_family} {_tuner} visual": Case(LEARNS, _flags),
+            f"{_family} {_tuner} resumed": Case(LEARNS, f"{_flags} --finetune false", _goes_on),
+        }
+    CASES |= {f"{_family} full padded": Case(SHOWN, PADDED), f"{_family} full padded plain": Case(None, PADDED)}
+CASES |= {
+    "qwen25 lora exported": Case(LEARNS, f"{LORA} --finetune false", ("qwen25 lora visual", "--adapters")),
+    "qwen25 lora checkpoint": Case(LEARNS | {"teacher_load": FIRST}, LORA),
 }
-GONE_ON_AT = 2
+for _layout, _size in {"tp2": "tensor", "pp2": "pipeline"}.items():
+    for _tuner, _flags in {"full": "", "lora": LORA}.items():
+        _flags = f"{_flags} --{_size}_model_parallel_size 2"
+        CASES[f"qwen25 {_tuner} {_layout}"] = Case(SHOWN, _flags, num_ranks=2)
+_evaluates = "--val_dataset {folder}/rows.jsonl --eval_steps 2 --eval_iters 1"
+CASES |= {"qwen25 full evaluated": Case(SHOWN, _evaluates), "qwen25 full evaluated plain": Case(None, _evaluates)}
+CASES["qwen25 full dp2"] = Case(SHOWN, num_ranks=2)
+CASES["qwen25 lora merged"] = Case(SHOWN, LORA.removesuffix("--merge_lora false"), is_refused=True)
+CASES["qwen25 lora_llm"] = Case(SHOWN, "--tuner_type lora_llm --no_save_optim true", is_refused=True)
+PLUGIN = """
+from regate_megatron import ReGateConfig
+from regate_megatron.integrations import ms_swift
+
+ms_swift.install(ReGateConfig(**{settings!r}))
+"""
 
 
-class Optimizer:
-    """Plain gradient descent, with what the trainer asks of an optimizer."""
+class Record(MegatronCallback):
+    """What a training did, and how it left things behind, on the rank that plans; after ``regate`` among callbacks."""
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.scale_loss = model, None
+    found: typing.ClassVar[dict[str, Any]] = {"losses": [], "evaluated": []}
 
-    def zero_grad(self) -> None:
-        pass
+    def on_train_begin(self) -> None:
+        self.found["tuner"], self.found["packs"] = self.args.tuner_type, self.args.padding_free
 
-    def step(self) -> tuple[bool, float, None]:
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                parameter -= 0.5 * parameter.main_grad
-        return True, 0.0, None
+    def on_step_end(self) -> None:
+        session = session_of(self.trainer.wrapped_models)
+        self.found["totals"] = dataclasses.asdict(session.totals) if session else None
+
+    def on_log(self, logs: dict[str, Any]) -> None:
+        ranks = mpu.get_tensor_model_parallel_rank(), mpu.get_data_parallel_rank()
+        for name, what in (("loss", "losses"), ("eval_loss", "evaluated")):
+            self.found[what] += [logs[name]] if name in logs and not any(ranks) else []
+
+    def on_train_end(self) -> None:
+        is_there = session_of(self.trainer.wrapped_models) is not None
+        is_patched = hasattr(base.get_forward_backward_func, "__wrapped__") or "train_step" in vars(self.trainer)
+        self.found["restored"] = not is_there and not is_patched
 
 
-class Trainer(MegatronTrainer):
-    """ms-swift's trainer, given its parts."""
-
-    def __init__(self, case: Case, folder: Path, name: str) -> None:
-        given = {"task_type": "causal_lm", "tuner_type": "full", "padding_free": case.packs, "seq_length": TEXT}
-        given |= {"micro_batch_size": 2, "global_batch_size": 4, "num_microbatches": 2, "train_iters": STEPS}
-        given |= {"pipeline_model_parallel_size": 1, "context_parallel_size": 1, "cp_partition_mode": "zigzag"}
-        given |= {"logging_steps": 2, "eval_iters": 0, "save_steps": GONE_ON_AT, "output_dir": str(folder / name)}
-        given |= {"mcore_model": str(folder / "regate" / f"checkpoint-{GONE_ON_AT}") if name == "resumed" else None}
-        off = ("is_multimodal", "overlap_grad_reduce", "overlap_param_gather", "nccl_comm_warmup", "enable_dft_loss")
-        off += ("enable_channel_loss", "manual_gc", "async_save", "use_distributed_optimizer")
-        given |= dict.fromkeys(off, False)
-        given |= dict.fromkeys(("virtual_pipeline_model_parallel_size", "model", "eval_steps", "metric_for_best_model"))
-        self.args = SimpleNamespace(**given)
-        self.enable_routing_replay = False
-        Layout().initialize()
-        self.wrapped_models = run_mcore.build(folder / FAMILY, Layout())
-        self.unwrapped_models = [self.wrapped_models[0].module]
-        self.config = self.unwrapped_models[0].config
-        self.optimizer = Optimizer(self.wrapped_models[0])
-        self.opt_param_scheduler = SimpleNamespace(step=lambda increment: None)
-        self.state, self.losses = TrainerState(max_steps=STEPS), []
-        self.rows = Rows(tiny_mcore.FAMILIES[FAMILY], self.config.hf_config)
-        if self.args.mcore_model:
-            self.state.iteration = GONE_ON_AT
-            self.wrapped_models[0].load_state_dict(torch.load(Path(self.args.mcore_model) / "weights.pt"))
-        names = (["regate"] if case.regate is not None else []) + ["default_flow"]
-        self.callbacks = [megatron_callbacks_map[one](self) for one in names]
-
-    def _prepare_data_iterator(self, *_: Any, **__: Any) -> Any:
-        packs = self.args.padding_free
-        batches = [self.rows.batch([first, first + 1], packs) for first in (0, 2, 4, 6)]
-        return map(dict, cycle(batches)), None  # the step writes into what it is given
-
-    def _get_reported_learning_rate(self) -> None:
-        return None
-
-    def on_log(self, logs: Any, prefix: str = "") -> None:
-        pass
-
-    def _aggregated_metrics(self, metrics: Any, total_metrics: Any) -> None:
-        total, count = torch.stack([one["loss"] for one in metrics]).sum(dim=0).tolist()
-        self.losses.append(total / count)
-        session = session_of(self.wrapped_models)
-        self.totals = dataclasses.asdict(session.totals) if session else None
-
-    def save_checkpoint(self) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.iteration}"
-        folder.mkdir(parents=True)
-        torch.save(self.wrapped_models[0].state_dict(), folder / "weights.pt")
-        self.state.last_model_checkpoint = str(folder)
+megatron_callbacks_map["record"] = Record
 
 
 def train(name: str, case: Case, folder: Path) -> None:
     """One rank of a case."""
-    torch.distributed.init_process_group("gloo")
+    own = folder / name
+    own.mkdir(exist_ok=True)
+    model = folder / FAMILIES[name.split()[0]][1]
+    line = f"{EXAMPLE} {CPU} {SMALL} {case.flags.format(folder=folder)} --callbacks".split()
     if case.regate is not None:
-        chosen = case.regate | {"warmup_steps": 1, "cycle_steps": 100, "dense_steps": 1}
-        ms_swift.install(ReGateConfig(**chosen, trace=str(folder / name / "trace")))
-    (folder / name).mkdir(exist_ok=True)
-    trainer, schedule = Trainer(case, folder, name), base.get_forward_backward_func
-    trainer.train(None, None)
-    found = {"losses": trainer.losses, "totals": trainer.totals}
-    found |= {"restored": base.get_forward_backward_func is schedule and "train_step" not in vars(trainer)}
-    found |= {"attached at the end": session_of(trainer.wrapped_models) is not None}
-    (folder / f"{name}.json").write_text(json.dumps(found))
+        settings = case.regate | {"warmup_steps": 1, "cycle_steps": 100, "dense_steps": 1, "trace": str(own / "trace")}
+        if "teacher_load" in settings:
+            settings["teacher_load"] = settings["teacher_load"].format(folder=folder)
+        (own / "regate_plugin.py").write_text(PLUGIN.format(settings=settings))
+        line += ["regate", "record", "--external_plugins", str(own / "regate_plugin.py")]
+    else:
+        line += ["record"]
+    if case.goes_on:
+        before, flag = case.goes_on
+        line += [flag, str(folder / before / "checkpoint-2")]
+    line += ["--model", str(model), "--dataset", str(folder / "rows.jsonl"), "--output_dir", str(own)]
+    _shrink(model)
+    sys.argv = ["sft", *line]
+    runpy.run_module("swift.cli._megatron.sft", run_name="__main__")
+    if Record.found["losses"]:
+        (folder / f"{name}.json").write_text(json.dumps(Record.found))
+
+
+def _shrink(model: Path) -> None:
+    """What is written into ms-swift's code and is another here."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for kind in ("image", "video"):
+        setattr(qwen.Qwen2VLTemplate, f"{kind}_token_id", tokenizer.convert_tokens_to_ids(f"<|{kind}_pad|>"))
+    utils.TELinear = ColumnParallelLinear, RowParallelLinear  # what "all-linear" means
+    sft.plot_images = lambda *_: None  # needs matplotlib
+    # Unions that differ in their order alone are one to Python, and the parser takes one order of these two.
+    MegatronArguments.__annotations__["cp_comm_type"] = typing.Optional[str]  # noqa: UP045
+
+
+def write(folder: Path) -> None:
+    """Models, with weights, and rows of a picture and a caption."""
+    for family, name in FAMILIES.values():
+        tiny_hf.write(folder / name, family)
+        torch.manual_seed(0)
+        AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder / name)).save_pretrained(
+            folder / name
+        )
+    rows = [json.loads(line) for line in tiny_hf.write_pictures(folder / "pictures").read_text().splitlines()]
+    messages = [
+        [{"role": "user", "content": "<image>Describe the picture."}, {"role": "assistant", "content": row["text"]}]
+        for row in rows
+    ]
+    samples = [{"messages": one, "images": [row["image"]]} for one, row in zip(messages, rows, strict=True)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in samples))
 
 
 def main(folder: str, *names: str) -> int:
     """Run the cases; the number of those that failed."""
     here, failed = Path(folder), 0
-    tiny_mcore.FAMILIES[FAMILY].write(here / FAMILY)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # its threads do not live through a fork
+    os.environ |= {"MODELSCOPE_CACHE": str(here / "cache"), "HF_DATASETS_CACHE": str(here / "datasets")}
+    os.environ["SWIFT_SINGLE_DEVICE_MODE"] = "1"  # the one device that the emulation has
+    write(here)
     for name in names or CASES:
-        failed += not run(name, 1, here / f"{name}.log", partial(train, name, CASES[name], here))
+        case = CASES[name]
+        failed += run(name, case.num_ranks, here / f"{name}.log", partial(train, name, case, here)) == case.is_refused
     return failed
 
 

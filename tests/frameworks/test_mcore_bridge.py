@@ -78,6 +78,68 @@ def test_two_steps_and_two_more_are_four(swift, model):
     assert swift.kept(f"{model} resumed") == {at: kept for at, kept in before.items() if at[0] > 2}
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_adapters_with_keep_ratio_1_train_bit_for_bit_as_without(swift, model):
+    assert swift[f"{model} lora all kept"]["losses"] == swift[f"{model} lora plain"]["losses"]
+    assert swift[f"{model} lora plain"]["losses"][1:] != swift[f"{model} plain"]["losses"][1:]
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_sparse_step_of_adapters_is_the_masked_full_length_step(swift, model, layers):
+    result = swift[f"{model} lora exact"][str(layers)]
+    assert result["kept"] < result["dense"]
+    assert result["gradients"] > 0 and result["loss_error"] <= 1e-6 and result["gradient_error"] <= 1e-5, result
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_frozen_base_is_the_teacher_that_the_model_without_adapters_is(swift, model):
+    """Bit for bit, when the adapters have learned for two steps; on routers, too, which peft's own switch passes by."""
+    base, taught = (f"{model} lora {name}" for name in ("visual", "taught"))
+    assert swift.kept(base) == swift.kept(taught) and swift[base]["losses"] == swift[taught]["losses"]
+    (scores, of_taught) = (
+        [row["scores"] for one in swift.trace(name) for row in one["rows"]] for name in (base, taught)
+    )
+    assert scores == of_taught and any(scores)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_adapters_keep_the_same_of_packed_rows_and_visual_positions(swift, model):
+    assert from_their_start(swift.kept(f"{model} lora packed")) == swift.kept(f"{model} lora")
+    visual = 2 * MODELS[model]
+    assert swift[f"{model} lora visual"]["totals"]["visual_kept"] == 2 * visual + 2 * visual // 2
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_two_steps_of_adapters_and_two_more_are_four(swift, model):
+    assert swift[f"{model} lora resumed"]["losses"] == swift[f"{model} lora visual"]["losses"][2:]
+    before = swift.kept(f"{model} lora visual")
+    assert swift.kept(f"{model} lora resumed") == {at: kept for at, kept in before.items() if at[0] > 2}
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [(m, to) for m in MODELS for to in ("tp2", "pp2", "dp2") if (m, to) != ("glm4v_moe", "tp2")]
+    + [(m, "ep2") for m in WITH_EXPERTS],
+)
+def test_adapters_keep_the_same_positions_in_every_layout(swift, model, layout):
+    """Sequence parallelism is on in TP2: the base runs as the student does."""
+    assert swift.kept(f"{model} lora {layout}") == swift.kept(f"{model} lora visual")
+    assert swift[f"{model} lora {layout}"]["losses"] == pytest.approx(swift[f"{model} lora visual"]["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+@pytest.mark.parametrize("model", MODELS)
+def test_dense_steps_of_adapters_in_a_layout_are_those_of_plain_mcore_bridge(swift, model, layout):
+    assert swift[f"{model} lora {layout}"]["losses"][:2] == swift[f"{model} lora {layout} plain"]["losses"][:2]
+
+
+def test_adapters_of_routers_train_otherwise_in_tp2_without_regate(swift):
+    assert swift["glm4v_moe lora tp2 plain"]["losses"] != pytest.approx(
+        swift["glm4v_moe lora plain"]["losses"], rel=1e-5
+    )
+
+
 @pytest.mark.parametrize("model", sorted(MODELS.keys() - set(TRAIN_ALIKE)))
 def test_what_trains_otherwise_in_tp2_does_so_without_regate(swift, model):
     assert swift[f"{model} tp2 plain"]["losses"] != pytest.approx(swift[f"{model} plain"]["losses"], rel=1e-5)
@@ -102,7 +164,8 @@ def test_on_two_context_ranks_keep_ratio_1_trains_bit_for_bit_as_without(swift, 
 
 
 @pytest.mark.parametrize(
-    ("layout", "like"), [("cp2", "regate"), ("packed cp2", "regate"), ("packed visual cp2", "visual")]
+    ("layout", "like"),
+    [("cp2", "regate"), ("packed cp2", "regate"), ("packed visual cp2", "visual"), ("lora cp2", "lora visual")],
 )
 @pytest.mark.parametrize("model", WITH_CONTEXT)
 def test_context_ranks_keep_what_one_rank_keeps(swift, model, layout, like):

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regate_megatron.teacher.rows import TeacherRows, grown, rows_for_teacher
+from regate_megatron.teacher.run import targets_of
 
 PAD = 99
 TENSORS = ("token_NK", "position_NK", "num_read_N", "target_slot_NT", "label_NT", "num_target_N")
@@ -147,3 +148,12 @@ def test_position_ids_of_three_axes_follow_their_tokens_and_travel():
     )
     assert rows.position_id_NK.tolist() == [[[0, 0, 0], [2, 20, 200]]]
     assert torch.equal(TeacherRows.unpack(rows.pack()).position_id_NK, rows.position_id_NK)
+
+
+@pytest.mark.parametrize(("multiple", "length"), [(1, 3), (2, 4), (4, 4)])
+def test_targets_are_filled_up_to_what_tensor_ranks_share(multiple, length):
+    rows = _rows("ctcttc", "cctccc", visual="drop")
+    targets = targets_of(rows, 1, 0, multiple=multiple)
+    assert targets.is_real_bt.tolist() == [[place < count for place in range(length)] for count in (3, 1)]
+    assert targets.slot_bt.shape == targets.label_bt.shape == targets.index_bt.shape == (2, length)
+    assert targets.slot_bt[0, :3].tolist() == [1, 3, 4] and targets.label_bt[0, :3].tolist() == [51, 53, 54]
