@@ -80,7 +80,7 @@ _MIMO_RESUMES = "test_session.py::test_claim_holds[own_loop_of_mimo_continues_wh
 ROWS = {
     ("GPT", "Megatron-Bridge"): (
         *(_GPT + _ONE, AS_CORE, f"{_GPT}{_LAYOUT}[tp2]", f"{_GPT}{_LAYOUT}[pp2]", _GPT + _CONTEXT, NO_EXPERTS),
-        *(f"{_GPT}{_LAYOUT}[dp2]", f"{_GPT}test_packed_rows_of_text", NONE, _GPT + _SIX, NOT_RUN),
+        *(f"{_GPT}{_LAYOUT}[dp2]", f"{_GPT}test_packed_rows_of_text", NONE, _GPT + _SIX, _GPT + _BASE),
     ),
     ("Qwen2.5-VL", "Megatron-Bridge"): (
         *(_Q25 + _ONE, AS_CORE, f"{_Q25}{_LAYOUT}[tp2]", f"{_Q25}{_LAYOUT}[tp2 pp2]", BROKEN, NO_EXPERTS),

@@ -26,6 +26,8 @@ import torch.distributed as dist
 from megatron.bridge.models.glm_vl.modeling_glm_45v import GLM45VModel
 from megatron.bridge.models.qwen_vl import qwen3_vl_step
 from megatron.bridge.models.qwen_vl.modeling_qwen25_vl import Qwen25VLModel
+from megatron.bridge.peft import utils as peft_utils
+from megatron.bridge.peft.lora import LoRA
 from megatron.bridge.training import checkpointing, gpt_step, vlm_step
 from megatron.bridge.training import train as loop
 from megatron.bridge.training.callbacks import Callback
@@ -69,6 +71,7 @@ class Case:
         offline: rows are packed before they are loaded, each sample to a multiple of this many positions.
         packs: whether the step is to pack the rows (``enable_in_batch_packing`` without a collator that does).
         step: the forward step; None: the model's usual one.
+        lora: whether adapters alone learn.
         resume: a case whose checkpoint of the third step is continued.
     """
 
@@ -89,6 +92,7 @@ class Case:
     batch: int = 4
     offline: int | None = None
     vp: int | None = None
+    lora: bool = False
 
 
 PREFIX = {"gpt": ""} | {name: f"{name} " for name in ("qwen", "qwen3", "qwen3_moe", "glm", "ministral")}
@@ -142,6 +146,16 @@ CASES |= {
     "packed plain": Case(rows="PackedRows"),
     "packed all kept": Case(rows="PackedRows", regate=ALL_KEPT),
     "packed": Case(rows="PackedRows", regate=EACH),
+}
+CASES |= {
+    "lora plain": Case(lora=True),
+    "lora all kept": Case(lora=True, regate=ALL_KEPT),
+    "lora": Case(lora=True, regate=STUDENT),
+    "lora checkpoint teacher": Case(lora=True, regate=CHECKPOINT),
+    "lora reference": Case(lora=True, regate=STUDENT | {"score": "reference"}),
+    "lora tp2": Case(lora=True, regate=STUDENT | {"score": "reference"}, tp=2),
+    "lora pp2": Case(lora=True, regate=STUDENT | {"score": "reference"}, pp=2),
+    "lora resumed": Case(lora=True, regate=STUDENT, resume="lora"),
 }
 REFERENCE = EACH | {"score": "reference"}  # whatever the order of samples, a sample keeps the same positions
 CASES |= {
@@ -283,7 +297,7 @@ def settings(name: str, case: Case, folder: Path) -> ConfigContainer:
     checkpoint = {"save": str(folder / name / "checkpoints"), "save_interval": SAVE_AT, "ckpt_format": "torch_dist"}
     if case.resume:
         checkpoint |= {"load": str(folder / (prefix + case.resume) / "checkpoints"), "ckpt_step": SAVE_AT}
-    elif case.begin:
+    if case.begin and (case.lora or not case.resume):
         checkpoint |= {"pretrained_checkpoint": str(folder / (prefix + case.begin) / "checkpoints")}
     rows = getattr(bridge_models, case.rows or ROWS.get(case.model, "PictureRows"))
     return ConfigContainer(
@@ -311,6 +325,7 @@ def settings(name: str, case: Case, folder: Path) -> ConfigContainer:
         tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=bridge_models.VOCAB - 1),
         checkpoint=CheckpointConfig(**checkpoint),
         rerun_state_machine=RerunStateMachineConfig(rerun_mode="disabled"),
+        peft=LoRA(dim=4) if case.lora else None,
     )
 
 
@@ -329,6 +344,7 @@ def train(name: str, case: Case, folder: Path) -> None:
         if chosen["teacher_load"] != "student":
             chosen["teacher_load"] = str(folder / (PREFIX[case.model] + chosen["teacher_load"]) / "checkpoints")
         callbacks = [megatron_bridge.install(ReGateConfig(**chosen)), record]
+    peft_utils.HAVE_TE = False  # no layer is one of its
     steps = {"gpt_step": gpt_step, "vlm_step": vlm_step, "qwen3_vl_step": qwen3_vl_step}
     usual = {"gpt": "gpt_step", "qwen3": "qwen3_vl_step", "qwen3_moe": "qwen3_vl_step"}.get(case.model, "vlm_step")
     pretrain(settings(name, case, folder), steps[case.step or usual].forward_step, callbacks=callbacks)

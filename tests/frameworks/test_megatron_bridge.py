@@ -109,6 +109,19 @@ def test_packed_rows_of_text_in_the_offline_format_train_bit_for_bit_as_without_
     assert totals["targets_kept"] < totals["targets_total"] and totals["positions_run"] < totals["positions_dense"]
 
 
+def test_the_frozen_base_with_its_adapters_off_is_the_teacher_of_its_checkpoint(trainings):
+    assert trainings["lora all kept"]["losses"] == trainings["lora plain"]["losses"]
+    assert trainings.kept("lora") == trainings.kept("lora checkpoint teacher")
+    assert trainings["lora"]["losses"] == trainings["lora checkpoint teacher"]["losses"]
+    assert trainings["lora resumed"]["losses"] == trainings["lora"]["losses"][3:]
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+def test_the_frozen_base_is_the_same_teacher_in_every_layout(trainings, layout):
+    """Adapters begin otherwise there, and so learn otherwise; what they are measured by does not."""
+    assert trainings.kept(f"lora {layout}") == trainings.kept("lora reference")
+
+
 def test_three_steps_and_three_more_are_six(trainings):
     """Bit for bit: losses, kept positions, and what was learned by the end."""
     assert trainings["resumed"]["losses"] == trainings["regate"]["losses"][3:]
