@@ -72,11 +72,14 @@ def _text(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
 
 
 def _llava(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
+    overlaps = model.sequence_parallel_lm and model.tp_comm_overlap_lm  # then it takes rows of one length alone
+    if overlaps:
+        on_one_context_rank(model, "LLaVAModel with tp_comm_overlap", change="or leave the overlap out")
     merged = LLaVABatches(
         image_length=model.img_seq_len,
         image_token=model.image_token_index,
         max_length=model._language_max_sequence_length,
-        pads_to_max=model._language_is_pipeline_parallel,
+        pads_to_max=model._language_is_pipeline_parallel or overlaps,
         multiple=_llava_multiple(model),
         packs=_llava_packs(model, args),
         reads_position_ids=_reads_position_ids(model),
@@ -158,8 +161,9 @@ def _mimo(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
     elif language.position_embedding_type not in ("rope", "yarn", "none"):
         wrong.append(f"{language.position_embedding_type} positions")
     for name, modality in model.modality_submodules.items():
-        if not compat.is_one_of(modality, _VISION) or len(modality.encoders) != 1:
-            wrong.append(f"modality {name} of {type(modality).__name__} with {len(modality.encoders)} encoders")
+        encoders = getattr(modality, "encoders", ())  # in a wrapper of its own it has none
+        if not compat.is_one_of(modality, _VISION) or len(encoders) != 1:
+            wrong.append(f"modality {name} of {type(modality).__name__} with {len(encoders)} encoders")
     if wrong:
         allowed = "rope, yarn or none, and pictures of one encoder, in one grid of ranks (nothing else was ever run)"
         raise refused_model(f"MimoModel: {', '.join(wrong)}", allowed, "the model, or train it without --regate")
