@@ -41,6 +41,7 @@ class Hooks:
         self.decoders: list[DecoderHook] = []
         self.losses: list[LossHook] = []
         self._current = CurrentMicrobatch()
+        self._overlapping: list[tuple[Any, str]] = []  # where short sequences would go through user buffers
 
     def attach(self) -> None:
         """Put them on."""
@@ -49,9 +50,11 @@ class Hooks:
             self.decoders.append(DecoderHook(model, self._current, **dense))
             if model.post_process:
                 self.losses.append(LossHook(model, self._current))
+        self._overlapping = [switch for hook in self.decoders for switch in overlapping(hook.short_modules())]
 
     def detach(self) -> None:
         """Take them off again, last first."""
+        self._overlapping = []
         for kind in (self.losses, self.decoders):
             while kind:
                 kind.pop().detach()
@@ -59,7 +62,7 @@ class Hooks:
     def describe(self) -> list[str]:
         """What is attached where, one line per hook, and what sparse steps switch off."""
         lines = [hook.describe() for hook in (*self.decoders, *self.losses)]
-        if count := len({id(module) for module, _ in self._overlapping()}):
+        if count := len({id(module) for module, _ in self._overlapping}):
             lines.append(f"tensor-parallel communication overlap is off in sparse steps in {count} short modules")
         return lines
 
@@ -99,14 +102,10 @@ class Hooks:
             check_arguments(arguments)
         with contextlib.ExitStack() as stack:
             if plans:
-                stack.enter_context(without_overlap(self._overlapping()))
+                stack.enter_context(without_overlap(self._overlapping))
                 if self.has_pipeline:
                     arguments = stack.enter_context(shapes_from(plans, self.layout, len(self.models), arguments))
             return schedule(**arguments)
-
-    def _overlapping(self) -> list[tuple[Any, str]]:
-        """Where short sequences would go through user buffers."""
-        return [switch for hook in self.decoders for switch in overlapping(hook.short_modules())]
 
     def lay_out(self, plan: StepPlan) -> list[ShardedPlan]:
         """This rank's part of every microbatch's plan, on its device; nothing in a dense step. No communication."""
