@@ -77,7 +77,9 @@ def _shifted(value_BS: Tensor) -> Tensor:
 
 
 def _packing(batch: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """Where samples of the one row start and end; nothing for rows of one sample each.
+    """Where samples of the one row start and end; nothing for padded rows of one sample each.
+
+    A row of one sample is packed, too, where nothing masks its padding: the trainer has packing parameters for it.
 
     The row may be filled up behind its samples, with positions that begin anew: ``seq_lens`` says how many samples
     there are. It does not say how long: for context ranks each is filled up after it is counted, and ends later.
@@ -86,7 +88,7 @@ def _packing(batch: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Tensor]
         ReGateError: context ranks cut what fills the row as segments of its own.
         ValueError: there are fewer starts than samples.
     """
-    if shape[0] > 1:
+    if shape[0] > 1 or batch.get("attention_mask_2d") is not None:
         return {}
     text = batch.get("text_position_ids")
     text_S = to_cpu(batch["position_ids"] if text is None else text).reshape(-1, shape[1])[0]
@@ -102,8 +104,6 @@ def _packing(batch: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Tensor]
             allowed="rows that end with their last sample",
             change="--packing and --padding_free to false, or --context_parallel_size to 1",
         )
-    if count < 2:
-        return {}
     return {
         "cu_seqlens_q": torch.cat([starts, end]),
         "cu_seqlens_q_padded": torch.cat([starts, torch.tensor([shape[1]])]),
