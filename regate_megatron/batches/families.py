@@ -95,10 +95,15 @@ def _llava_multiple(model: Any) -> int:
 
 
 def _llava_packs(model: Any, args: Any) -> bool | str:
-    """Whether the script hands a LLaVAModel the rows of a microbatch as one: Megatron-LM's do, to pad them for CP."""
+    """Whether the script hands a LLaVAModel the rows of a microbatch as one: Megatron-LM's do, to pad them for CP.
+
+    pretrain_vlm.py where they need padding or is told to, examples/multimodal always; a script of one's own does not.
+    """
     if args is None or model.context_parallel_lm == 1:
         return False
-    return "always" if getattr(args, "use_packed_sequence", False) else True
+    if hasattr(args, "use_packed_sequence"):
+        return "always" if args.use_packed_sequence else True
+    return "always" if hasattr(args, "max_num_tiles") else False
 
 
 def _bridge_qwen_vl(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:

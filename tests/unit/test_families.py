@@ -115,6 +115,23 @@ def test_rows_of_a_llava_whose_tensor_parallel_communication_overlaps_have_the_o
         adapter_for(_llava(True, context=2), None)
 
 
+@pytest.mark.parametrize(
+    ("flags", "unaligned", "aligned"),
+    [
+        ({"use_packed_sequence": False}, True, False),  # pretrain_vlm.py
+        ({"use_packed_sequence": True}, True, True),
+        ({"max_num_tiles": 1}, True, True),  # examples/multimodal
+        ({}, False, False),  # a script of one's own: the model pads, and cuts rows as rows
+    ],
+)
+def test_rows_of_a_llava_on_context_ranks_lie_as_their_script_lays_them(flags, unaligned, aligned):
+    adapter = adapter_for(_llava(False, context=2), None, SimpleNamespace(**flags))
+    for entries, is_packed in ((6, unaligned), (5, aligned)):  # of 9 and 8 merged positions, in multiples of 8
+        tokens = torch.tensor([[-200, *range(5, 4 + entries)]])
+        batch = {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(1, entries)}
+        assert (adapter.read(batch).sample_BS is not None) == is_packed
+
+
 def test_every_row_names_a_class_by_its_module():
     assert all(name.startswith(("megatron.", "mcore_bridge.")) and name.count(".") >= 3 for name in FAMILIES)
     assert len({family.title for family in FAMILIES.values()}) == len(FAMILIES)
