@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from regate_megatron.decoder import Layout, exchange, shard_plans
 from regate_megatron.decoder.compaction import _short_packing
+from regate_megatron.decoder.query_scale import QueryScale
 from regate_megatron.errors import ReGateError
 from regate_megatron.method.plan import MicrobatchPlan, Packing
 
@@ -66,6 +68,15 @@ def test_a_short_row_of_one_segment_is_covered_to_its_end(form, pads, end):
     short = _short_packing(_packed_as(form, [0, 16], pads=pads), plan)
     assert short.cu_seqlens_q.tolist() == [0, end]
     assert (short.cu_seqlens_q_padded is not None) == pads
+
+
+def test_the_rotary_table_of_scaled_queries_reaches_the_kernel_as_one_block():
+    attention = SimpleNamespace(core_attention=None, get_query_key_value_tensors=None)
+    attention.forward = lambda *, rotary_pos_emb: rotary_pos_emb
+    QueryScale(attention)
+    table_KB1D = torch.rand(5, 1, 1, 9)
+    rotates_KB1D = attention.forward(rotary_pos_emb=table_KB1D)
+    assert torch.equal(rotates_KB1D, table_KB1D[..., :8]) and rotates_KB1D.is_contiguous()
 
 
 def test_segments_of_which_the_plan_knows_nothing_are_refused():
