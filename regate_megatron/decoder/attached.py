@@ -16,6 +16,7 @@ from regate_megatron.decoder.exchange import Layout, ShardedPlan, shard_plans
 from regate_megatron.decoder.losses import LossHook
 from regate_megatron.decoder.overlap import overlapping, without_overlap
 from regate_megatron.decoder.pipeline import check_arguments, shapes_from
+from regate_megatron.errors import refuse
 from regate_megatron.method.plan import StepPlan
 
 
@@ -65,6 +66,20 @@ class Hooks:
         if count := len({id(module) for module, _ in self._overlapping}):
             lines.append(f"tensor-parallel communication overlap is off in sparse steps in {count} short modules")
         return lines
+
+    def check_packed(self) -> None:
+        """Refuse packed rows where the model itself gives them other positions than theirs.
+
+        Raises:
+            ReGateError: on the rank that asks.
+        """
+        if self.layout.cp_size > 1 and any(hook.positions.cuts_rows_whole for hook in self.decoders):
+            raise refuse(
+                "packed rows",
+                given="mrope and context parallelism in Megatron-Core's own GPTModel",
+                allowed="one of the two, as it cuts the rotary table of a packed row as if it were one segment",
+                change="--context-parallel-size to 1",
+            )
 
     def run(
         self,

@@ -39,7 +39,6 @@ class Positions:
         self.model = model
         self.is_dense_given = model.position_embedding_type == "mrope" and not arrives_short
         self.is_short_given = model.position_embedding_type == "mrope" and arrives_short
-        self.cuts_rows_whole = is_one_of(model, ("megatron.core.models.gpt.gpt_model.GPTModel",))
         attentions = [getattr(layer, "self_attention", None) for layer in model.decoder.layers]
         self.handed = [HandedRotary(one) for one in attentions if _is_latent(one)]
         self.scales = [QueryScale(one) for one in attentions if scales_queries(one)]
@@ -51,6 +50,11 @@ class Positions:
         for hooks in (self.handed, self.scales):
             while hooks:
                 hooks.pop().detach()
+
+    @property
+    def cuts_rows_whole(self) -> bool:
+        """Whether the model cuts the table of a packed row over context ranks as if it were one segment."""
+        return self.is_dense_given and is_one_of(self.model, ("megatron.core.models.gpt.gpt_model.GPTModel",))
 
     def rotary(self, given: Tensor | None, plan: ShardedPlan) -> Tensor | None:
         """What the layers get as ``rotary_pos_emb``; [k, B, 1, D], or None where nothing is rotated.
@@ -74,13 +78,6 @@ class Positions:
         if self.is_short_given:
             return _own_part(given, plan)
         if self.is_dense_given:
-            if plan.is_packed and plan.cp_size > 1 and self.cuts_rows_whole:
-                raise refuse(
-                    "packed rows",
-                    given="mrope and context parallelism in Megatron-Core's own GPTModel",
-                    allowed="one of the two, as it cuts the rotary table of a packed row as if it were one segment",
-                    change="--context-parallel-size to 1",
-                )
             return plan.tokens.to_short(given.expand(-1, len(plan.keep_idx_BK), -1, -1))
         table_kB1D = self._table(plan.dense_length, plan.place_Bk)[plan.place_Bk.t()][:, :, None]
         return self.scales[0].widened(table_kB1D, plan) if self.scales else table_kB1D
