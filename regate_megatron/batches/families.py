@@ -165,12 +165,14 @@ def _mimo(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
         wrong.append("modules with grids of ranks of their own (module_to_grid_map)")
     elif language.position_embedding_type not in ("rope", "yarn", "none"):
         wrong.append(f"{language.position_embedding_type} positions")
+    if (stages := model.config.pipeline_model_parallel_size) > 1:
+        wrong.append(f"{stages} pipeline stages")
     for name, modality in model.modality_submodules.items():
         encoders = getattr(modality, "encoders", ())  # in a wrapper of its own it has none
         if not compat.is_one_of(modality, _VISION) or len(encoders) != 1:
             wrong.append(f"modality {name} of {type(modality).__name__} with {len(encoders)} encoders")
     if wrong:
-        allowed = "rope, yarn or none, and pictures of one encoder, in one grid of ranks (nothing else was ever run)"
+        allowed = "rope, yarn or none, and pictures of one encoder, on every rank alike (nothing else was ever run)"
         raise refused_model(f"MimoModel: {', '.join(wrong)}", allowed, "the model, or train it without --regate")
     names = tuple(model.modality_submodules)
     return MimoBatches(names, tuple(model.special_token_ids[name] for name in names))

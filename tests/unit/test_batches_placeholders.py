@@ -131,8 +131,9 @@ def _class(qualified: str) -> type:
     return type(name, (), {"__module__": module, "__qualname__": name})
 
 
-def _mimo(positions: str = "rope", grids: dict | None = None, encoders: int = 1, kind: str = "vision"):
+def _mimo(positions: str = "rope", grids: dict | None = None, encoders: int = 1, kind: str = "vision", stages: int = 1):
     model = _class("megatron.core.models.mimo.model.base.MimoModel")()
+    model.config = SimpleNamespace(pipeline_model_parallel_size=stages)
     name = {"vision": "vision.VisionModalitySubmodules", "audio": "audio.AudioModalitySubmodules"}.get(kind)
     name = name or "wrapper.DistributedDataParallel"
     modality = _class(f"megatron.core.models.mimo.submodules.{name}")()
@@ -154,6 +155,7 @@ def test_a_mimo_model_of_pictures_is_known():
         (_mimo(grids={"language": 1}), "module_to_grid_map"),
         (_mimo(positions="mrope"), "mrope positions"),
         (_mimo(encoders=2), "VisionModalitySubmodules with 2 encoders"),
+        (_mimo(stages=2), "given MimoModel: 2 pipeline stages"),
         (_mimo(kind="audio"), "modality images of AudioModalitySubmodules"),
         (_mimo(kind="wrapped"), "modality images of DistributedDataParallel"),
     ],
