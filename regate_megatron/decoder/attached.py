@@ -67,13 +67,18 @@ class Hooks:
             lines.append(f"tensor-parallel communication overlap is off in sparse steps in {count} short modules")
         return lines
 
-    def check_packed(self) -> None:
-        """Refuse packed rows where the model itself gives them other positions than theirs.
+    def check_rows(self, longest: int, *, is_packed: bool) -> None:
+        """Refuse rows where the model itself gives them other positions than theirs.
+
+        Args:
+            longest: the longest row, or segment of a packed one, dense.
 
         Raises:
             ReGateError: on the rank that asks.
         """
-        if self.layout.cp_size > 1 and any(hook.positions.cuts_rows_whole for hook in self.decoders):
+        for hook in self.decoders:
+            hook.positions.check_length(longest)
+        if is_packed and self.layout.cp_size > 1 and any(hook.positions.cuts_rows_whole for hook in self.decoders):
             raise refuse(
                 "packed rows",
                 given="mrope and context parallelism in Megatron-Core's own GPTModel",

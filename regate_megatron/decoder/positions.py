@@ -56,6 +56,20 @@ class Positions:
         """Whether the model cuts the table of a packed row over context ranks as if it were one segment."""
         return self.is_dense_given and is_one_of(self.model, ("megatron.core.models.gpt.gpt_model.GPTModel",))
 
+    def check_length(self, longest: int) -> None:
+        """Refuse a row, or a segment of a packed one, that is so long that its length changes the frequencies.
+
+        Raises:
+            ReGateError: on the rank that asks.
+        """
+        if self._most is not None and longest > self._most:
+            raise refuse(
+                "RoPE scaling",
+                given=f"rows of {longest} positions; from {self._most} on frequencies change by length",
+                allowed=f"rows of up to {self._most} positions",
+                change="the greatest length of rows, or rope_scaling to a fixed one",
+            )
+
     def rotary(self, given: Tensor | None, plan: ShardedPlan) -> Tensor | None:
         """What the layers get as ``rotary_pos_emb``; [k, B, 1, D], or None where nothing is rotated.
 
@@ -64,15 +78,10 @@ class Positions:
             plan: of the microbatch, on the device of the hidden states.
 
         Raises:
-            ReGateError: rows so long that the frequencies depend on their length.
+            ReGateError: see :meth:`check_length`.
         """
-        if self._most is not None and plan.dense_length > self._most:
-            raise refuse(
-                "RoPE scaling",
-                given=f"rows of {plan.dense_length} positions; from {self._most} on frequencies change by length",
-                allowed=f"rows of up to {self._most} positions",
-                change="the greatest length of rows, or rope_scaling to a fixed one",
-            )
+        if not plan.is_packed:
+            self.check_length(plan.dense_length)
         if given is None and not self.handed:
             return None
         if self.is_short_given:
