@@ -449,6 +449,8 @@ def test_queries_scaled_by_their_place_are_refused_where_the_scale_cannot_travel
     assert "attention: given queries scaled by their place, with context parallelism" in _refusal(model)
     model.config.context_parallel_size, model.position_embedding_type = 1, "none"
     assert "attention: given queries scaled by their place, without the rotary table" in _refusal(model)
+    model.config.fused_single_qkv_rope, model.position_embedding_type = True, "rope"
+    assert "attention: given queries scaled by their place, with fused_single_qkv_rope" in _refusal(model)
 
 
 def test_another_block_in_the_place_of_the_decoder_is_found():

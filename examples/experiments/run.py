@@ -383,7 +383,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=HERE / "configs" / "cpu.toml", metavar="FILE")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="default: out/experiments, or out/experiments-POSITIONS"
+        "--out", type=Path, metavar="DIR", help="default: out/experiments, -POSITIONS and -clips behind it"
     )
     parser.add_argument(
         "--positions", type=int, metavar="N", help="visual positions of a picture (default: the config's): 16, 144 ..."
@@ -406,7 +406,7 @@ def main() -> int:
         config["pictures"]["positions"] = options.positions
     if options.clips:
         config["pictures"]["frames"] = clips.FRAMES
-    of = f"-{options.positions}" if options.positions else "-clips" if options.clips else ""
+    of = (f"-{options.positions}" if options.positions else "") + ("-clips" if options.clips else "")
     name = f"experiments{of}"
     out = (options.out or ROOT / "out" / name).resolve()
     signal.signal(signal.SIGTERM, interrupt)

@@ -64,7 +64,7 @@ TRAINING=(
 )
 STATE=(
     --ckpt-format torch                        # pretrain_vlm.py insists on it
-    --save "$SAVE" --load "$SAVE" --save-interval 1000   # --load $SAVE: a restart resumes, difficulty included
+    --save "$SAVE" --load "$SAVE" --save-interval 1000   # --load $SAVE: a restart resumes, ReGATE's state included
 )
 # weights only: its optimizer and iteration stay behind
 if [[ -n $START ]]; then STATE+=(--pretrained-checkpoint "$START"); fi

@@ -72,11 +72,14 @@ def _text(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
 
 
 def _llava(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
+    overlaps = model.sequence_parallel_lm and model.tp_comm_overlap_lm  # then it takes rows of one length alone
+    if overlaps:
+        on_one_context_rank(model, "LLaVAModel with tp_comm_overlap", change="or leave the overlap out")
     merged = LLaVABatches(
         image_length=model.img_seq_len,
         image_token=model.image_token_index,
         max_length=model._language_max_sequence_length,
-        pads_to_max=model._language_is_pipeline_parallel,
+        pads_to_max=model._language_is_pipeline_parallel or overlaps,
         multiple=_llava_multiple(model),
         packs=_llava_packs(model, args),
         reads_position_ids=_reads_position_ids(model),
@@ -92,10 +95,15 @@ def _llava_multiple(model: Any) -> int:
 
 
 def _llava_packs(model: Any, args: Any) -> bool | str:
-    """Whether the script hands a LLaVAModel the rows of a microbatch as one: Megatron-LM's do, to pad them for CP."""
+    """Whether the script hands a LLaVAModel the rows of a microbatch as one: Megatron-LM's do, to pad them for CP.
+
+    pretrain_vlm.py where they need padding or is told to, examples/multimodal always; a script of one's own does not.
+    """
     if args is None or model.context_parallel_lm == 1:
         return False
-    return "always" if getattr(args, "use_packed_sequence", False) else True
+    if hasattr(args, "use_packed_sequence"):
+        return "always" if args.use_packed_sequence else True
+    return "always" if hasattr(args, "max_num_tiles") else False
 
 
 def _bridge_qwen_vl(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
@@ -157,11 +165,14 @@ def _mimo(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
         wrong.append("modules with grids of ranks of their own (module_to_grid_map)")
     elif language.position_embedding_type not in ("rope", "yarn", "none"):
         wrong.append(f"{language.position_embedding_type} positions")
+    if (stages := model.config.pipeline_model_parallel_size) > 1:
+        wrong.append(f"{stages} pipeline stages")
     for name, modality in model.modality_submodules.items():
-        if not compat.is_one_of(modality, _VISION) or len(modality.encoders) != 1:
-            wrong.append(f"modality {name} of {type(modality).__name__} with {len(modality.encoders)} encoders")
+        encoders = getattr(modality, "encoders", ())  # in a wrapper of its own it has none
+        if not compat.is_one_of(modality, _VISION) or len(encoders) != 1:
+            wrong.append(f"modality {name} of {type(modality).__name__} with {len(encoders)} encoders")
     if wrong:
-        allowed = "rope, yarn or none, and pictures of one encoder, in one grid of ranks (nothing else was ever run)"
+        allowed = "rope, yarn or none, and pictures of one encoder, on every rank alike (nothing else was ever run)"
         raise refused_model(f"MimoModel: {', '.join(wrong)}", allowed, "the model, or train it without --regate")
     names = tuple(model.modality_submodules)
     return MimoBatches(names, tuple(model.special_token_ids[name] for name in names))

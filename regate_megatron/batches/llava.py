@@ -47,7 +47,8 @@ class LLaVABatches(BatchAdapter):
         packs: whether the script lays the rows of a microbatch one after the other where context parallelism has to pad
             them (pretrain_vlm.py does); "always": also where it need not.
         reads_position_ids: whether the language model has learned positions.
-        pads_to_max: whether the model pads every merged row to ``max_length`` (it does under pipeline parallelism).
+        pads_to_max: whether every merged row is padded to ``max_length``: by the model under pipeline parallelism, and
+            before where tensor-parallel communication overlaps.
     """
 
     image_length: int
@@ -68,7 +69,7 @@ class LLaVABatches(BatchAdapter):
         tiles_I = self._tiles(batch, is_image_BN)
         place_BN = self._places(is_image_BN, tiles_I)
         length = self._merged_length(place_BN)
-        is_text_BN = ~is_image_BN & (place_BN < length)
+        is_text_BN = ~is_image_BN & (place_BN < min(length, self.max_length))
         is_target_BN, has_loss_BN = (
             self._of_text(is_image_BN, is_text_BN, where_BN) for where_BN in targets_of(batch["loss_mask"], label_BN)
         )

@@ -41,6 +41,11 @@ def adapter_of(model: Any, pad_token: int | None, args: Any) -> SwiftBatches:
         raise refused_model(given, allowed, "the model, or train it without ReGATE")
     if kind not in CONTEXT:
         on_one_context_rank(model, f"{type(model).__name__} of {kind}")
+    cut = getattr(model.config, "cp_partition_mode", "zigzag")
+    if cut != "zigzag":
+        on_one_context_rank(
+            model, f"cp_partition_mode {cut}", "or cut by zigzag, as plans are", "or the mode to zigzag"
+        )
     return KINDS[kind](model.config.hf_config)
 
 

@@ -61,7 +61,7 @@ class MimoBatches(PlaceholderBatches):
             if len(inputs) != 1 or inputs[0].dim() != 4:
                 raise ValueError(f"modality {name} of {[tuple(one.shape) for one in inputs]}, not one [I, C, H, W]")
             (pixels_ICHW,) = inputs
-            count, rest = divmod(count_of.get(kind, 0), len(pixels_ICHW))
+            count, rest = divmod(count_of.get(kind, 0), max(len(pixels_ICHW), 1))
             if rest:
                 raise ValueError(f"{count_of[kind]} placeholders of {name} for {len(pixels_ICHW)} pictures")
             brought[kind] = [_medium(picture_CHW, count) for picture_CHW in pixels_ICHW]

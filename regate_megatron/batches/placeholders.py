@@ -158,7 +158,7 @@ def _placed(media: Sequence[Medium], is_placeholder_BS: Tensor, count_N: Tensor)
     last_token_I = torch.tensor([one.count for one in media]).cumsum(0)
     last_token_N = count_N.cumsum(0)
     fits = bool(torch.isin(last_token_N[count_N > 0], last_token_I).all()) and last_token_I[-1] == last_token_N[-1]
-    if not fits:
+    if not fits or not all(one.count for one in media):
         raise ValueError(
             f"media of {[one.count for one in media]} positions for samples of {count_N.tolist()} placeholders"
         )
@@ -173,13 +173,13 @@ def _media(found: Sequence[Medium]) -> Media:
     """Media in the order in which they lie in the rows."""
     if not found:
         return Media.none()
-    in_order = sorted(found, key=lambda one: one.place)
-    has_grids = all(one.grid is not None for one in in_order)
+    in_order, leads = sorted(found, key=lambda one: one.place), {one.lead for one in found}
+    has_grids = len(leads) == 1 and all(one.grid is not None for one in in_order)
     return Media(
         sample_I=torch.tensor([one.sample for one in in_order]),
         count_I=torch.tensor([one.count for one in in_order]),
         grid_I3=torch.tensor([one.grid for one in in_order]) if has_grids else None,
-        lead=max(one.lead for one in in_order),
+        lead=leads.pop() if has_grids else 0,
         pixels=(lambda medium: in_order[medium].values()) if has_grids else None,
     )
 

@@ -60,6 +60,8 @@ class QwenVLBatches(PlaceholderBatches):
         if stated is None:
             return torch.where(token_BS == self.video_token, 2 - kind_BS, kind_BS)
         is_placeholder_BS, kind_BS = kind_BS > 0, torch.zeros_like(kind_BS)
+        if len(stated) != len(kind_BS) or stated.shape[1] > kind_BS.shape[1]:
+            raise ValueError(f"{_STATED} {tuple(stated.shape)} for rows {tuple(kind_BS.shape)}")
         kind_BS[:, : stated.shape[1]] = stated.int()
         if not torch.equal(kind_BS > 0, is_placeholder_BS):
             raise ValueError(

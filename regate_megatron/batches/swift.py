@@ -2,7 +2,7 @@
 
 The trainer rolls labels by one when it takes a batch, and gives every label that is not −100 a loss. Placeholders are
 written out in full and positions (mRoPE) come with the batch. With ``padding_free`` (``--packing true``) a batch is one
-row: a sample begins wherever the text positions begin anew, and ``seq_lens`` says where the last one ends.
+row: a sample begins wherever the text positions begin anew, and ``seq_lens`` says how many there are.
 
 Shapes: B rows, S positions.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from regate_megatron.batches.facts import BatchAdapter, MicrobatchFacts, to_cpu
 from regate_megatron.batches.qwen_vl import QwenVLBatches
+from regate_megatron.errors import refuse
 
 _MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
 
@@ -76,13 +77,34 @@ def _shifted(value_BS: Tensor) -> Tensor:
 
 
 def _packing(batch: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """Where samples of the one row start and end; nothing for rows of one sample each."""
-    text = batch.get("text_position_ids")
-    text = batch["position_ids"] if text is None else text
-    text_S = to_cpu(text).reshape(-1, shape[1])[0]
-    real = sum(batch["seq_lens"]) if batch.get("seq_lens") is not None else shape[1]
-    starts = torch.where(text_S[:real] == 0)[0]
-    if shape[0] > 1 or len(starts) < 2:
+    """Where samples of the one row start and end; nothing for padded rows of one sample each.
+
+    A row of one sample is packed, too, where nothing masks its padding: the trainer has packing parameters for it.
+
+    The row may be filled up behind its samples, with positions that begin anew: ``seq_lens`` says how many samples
+    there are. It does not say how long: for context ranks each is filled up after it is counted, and ends later.
+
+    Raises:
+        ReGateError: context ranks cut what fills the row as segments of its own.
+        ValueError: there are fewer starts than samples.
+    """
+    if shape[0] > 1 or batch.get("attention_mask_2d") is not None:
         return {}
-    end = torch.tensor([shape[1]])
-    return {"cu_seqlens_q": torch.cat([starts, torch.tensor([real])]), "cu_seqlens_q_padded": torch.cat([starts, end])}
+    text = batch.get("text_position_ids")
+    text_S = to_cpu(batch["position_ids"] if text is None else text).reshape(-1, shape[1])[0]
+    starts, counted = torch.where(text_S == 0)[0], batch.get("seq_lens")
+    count = len(starts) if counted is None else len(counted)
+    if len(starts) < count:
+        raise ValueError(f"{count} seq_lens for {len(starts)} positions 0")
+    starts, end = starts[:count], torch.cat([starts, torch.tensor([shape[1]])])[count : count + 1]
+    if bool(text_S[end:].any()):
+        raise refuse(
+            "packed rows",
+            given=f"{shape[1] - int(end)} positions behind the samples that context ranks cut as segments of their own",
+            allowed="rows that end with their last sample",
+            change="--packing and --padding_free to false, or --context_parallel_size to 1",
+        )
+    return {
+        "cu_seqlens_q": torch.cat([starts, end]),
+        "cu_seqlens_q_padded": torch.cat([starts, torch.tensor([shape[1]])]),
+    }

@@ -271,6 +271,14 @@ class ReGateConfig:
         of_teacher = ("teacher_load", "reference_cache", "teacher_offload")
         return [] if self.needs_teacher else [flag(name) for name in of_teacher if getattr(self, name)]
 
+    @property
+    def idle(self) -> list[str]:
+        """Flags with values of their own that no score of this run reads."""
+        mixes = self.ranks_targets and self.score == "regate"
+        reads = {"reference_weight": mixes, "fusion": mixes, "difficulty": self.learns_losses, "ema_decay": self.learns}
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        return [flag(name) for name, is_read in reads.items() if not is_read and getattr(self, name) != usual[name]]
+
     def require_teacher(self) -> None:
         """Refuse a score that uses the reference loss when no teacher is named.
 

@@ -16,6 +16,7 @@ from regate_megatron.decoder.exchange import Layout, ShardedPlan, shard_plans
 from regate_megatron.decoder.losses import LossHook
 from regate_megatron.decoder.overlap import overlapping, without_overlap
 from regate_megatron.decoder.pipeline import check_arguments, shapes_from
+from regate_megatron.errors import refuse
 from regate_megatron.method.plan import StepPlan
 
 
@@ -41,6 +42,7 @@ class Hooks:
         self.decoders: list[DecoderHook] = []
         self.losses: list[LossHook] = []
         self._current = CurrentMicrobatch()
+        self._overlapping: list[tuple[Any, str]] = []  # where short sequences would go through user buffers
 
     def attach(self) -> None:
         """Put them on."""
@@ -49,9 +51,11 @@ class Hooks:
             self.decoders.append(DecoderHook(model, self._current, **dense))
             if model.post_process:
                 self.losses.append(LossHook(model, self._current))
+        self._overlapping = [switch for hook in self.decoders for switch in overlapping(hook.short_modules())]
 
     def detach(self) -> None:
         """Take them off again, last first."""
+        self._overlapping = []
         for kind in (self.losses, self.decoders):
             while kind:
                 kind.pop().detach()
@@ -59,9 +63,28 @@ class Hooks:
     def describe(self) -> list[str]:
         """What is attached where, one line per hook, and what sparse steps switch off."""
         lines = [hook.describe() for hook in (*self.decoders, *self.losses)]
-        if count := len({id(module) for module, _ in self._overlapping()}):
+        if count := len({id(module) for module, _ in self._overlapping}):
             lines.append(f"tensor-parallel communication overlap is off in sparse steps in {count} short modules")
         return lines
+
+    def check_rows(self, longest: int, *, is_packed: bool) -> None:
+        """Refuse rows where the model itself gives them other positions than theirs.
+
+        Args:
+            longest: the longest row, or segment of a packed one, dense.
+
+        Raises:
+            ReGateError: on the rank that asks.
+        """
+        for hook in self.decoders:
+            hook.positions.check_length(longest)
+        if is_packed and self.layout.cp_size > 1 and any(hook.positions.cuts_rows_whole for hook in self.decoders):
+            raise refuse(
+                "packed rows",
+                given="mrope and context parallelism in Megatron-Core's own GPTModel",
+                allowed="one of the two, as it cuts the rotary table of a packed row as if it were one segment",
+                change="--context-parallel-size to 1",
+            )
 
     def run(
         self,
@@ -99,14 +122,10 @@ class Hooks:
             check_arguments(arguments)
         with contextlib.ExitStack() as stack:
             if plans:
-                stack.enter_context(without_overlap(self._overlapping()))
+                stack.enter_context(without_overlap(self._overlapping))
                 if self.has_pipeline:
                     arguments = stack.enter_context(shapes_from(plans, self.layout, len(self.models), arguments))
             return schedule(**arguments)
-
-    def _overlapping(self) -> list[tuple[Any, str]]:
-        """Where short sequences would go through user buffers."""
-        return [switch for hook in self.decoders for switch in overlapping(hook.short_modules())]
 
     def lay_out(self, plan: StepPlan) -> list[ShardedPlan]:
         """This rank's part of every microbatch's plan, on its device; nothing in a dense step. No communication."""

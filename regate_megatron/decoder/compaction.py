@@ -244,9 +244,19 @@ def _short_packing(params: Any, plan: ShardedPlan) -> Any:
     """Packing parameters for the slots: real ones per row or segment, and with the fill that ends each.
 
     Where the dense run padded nothing between segments, fill is a part of its segment: no kept slot reads it.
+
+    Raises:
+        ReGateError: segments that the plan knows nothing of.
     """
-    pads = params.cu_seqlens_q_padded is not None
-    lengths = plan.cu_seqlens if pads or not plan.is_packed else plan.cu_seqlens_padded
+    is_one_row, pads = params.qkv_format == "thd", params.cu_seqlens_q_padded is not None
+    if is_one_row and len(params.cu_seqlens_q) > 2 and not plan.is_packed:
+        raise refuse(
+            "packed rows",
+            given=f"{len(params.cu_seqlens_q) - 1} segments of which the batch says nothing",
+            allowed="one, or batches that say where samples start",
+            change="the batches, or train without --regate",
+        )
+    lengths = plan.cu_seqlens_padded if is_one_row and not pads else plan.cu_seqlens
     padded = plan.cu_seqlens_padded if pads else None
     return dataclasses.replace(
         params,

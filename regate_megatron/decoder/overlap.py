@@ -1,14 +1,15 @@
 """Transformer Engine's overlap of tensor-parallel communication, off where sequences are short.
 
 With ``tp_comm_overlap`` a linear layer gathers and scatters through user buffers, which are as long as the dense
-sequence. Whether it does so are instance attributes of the layer, read in every forward; the backward of a forward does
-as that did. So the short layers have them off for the whole of a sparse step (recompute runs them again in backward):
-they communicate as without the flag. Dense steps, and the dense layers of a sparse one, overlap as ever.
+sequence. Whether it does so are instance attributes of the layer, set when it is built and read in every forward; the
+backward of a forward does as that did. So the short layers have them off for the whole of a sparse step (recompute runs
+them again in backward): they communicate as without the flag. Dense steps overlap as ever, and so do the dense layers
+of a sparse one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -22,9 +23,8 @@ def overlapping(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
 
 
 @contextmanager
-def without_overlap(switches: Iterable[tuple[nn.Module, str]]) -> Iterator[None]:
+def without_overlap(switches: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
     """These attributes False, and True again afterwards, however it ends."""
-    switches = list(switches)
     try:
         for module, name in switches:
             setattr(module, name, False)

@@ -39,7 +39,6 @@ class Positions:
         self.model = model
         self.is_dense_given = model.position_embedding_type == "mrope" and not arrives_short
         self.is_short_given = model.position_embedding_type == "mrope" and arrives_short
-        self.cuts_rows_whole = is_one_of(model, ("megatron.core.models.gpt.gpt_model.GPTModel",))
         attentions = [getattr(layer, "self_attention", None) for layer in model.decoder.layers]
         self.handed = [HandedRotary(one) for one in attentions if _is_latent(one)]
         self.scales = [QueryScale(one) for one in attentions if scales_queries(one)]
@@ -52,6 +51,25 @@ class Positions:
             while hooks:
                 hooks.pop().detach()
 
+    @property
+    def cuts_rows_whole(self) -> bool:
+        """Whether the model cuts the table of a packed row over context ranks as if it were one segment."""
+        return self.is_dense_given and is_one_of(self.model, ("megatron.core.models.gpt.gpt_model.GPTModel",))
+
+    def check_length(self, longest: int) -> None:
+        """Refuse a row, or a segment of a packed one, that is so long that its length changes the frequencies.
+
+        Raises:
+            ReGateError: on the rank that asks.
+        """
+        if self._most is not None and longest > self._most:
+            raise refuse(
+                "RoPE scaling",
+                given=f"rows of {longest} positions; from {self._most} on frequencies change by length",
+                allowed=f"rows of up to {self._most} positions",
+                change="the greatest length of rows, or rope_scaling to a fixed one",
+            )
+
     def rotary(self, given: Tensor | None, plan: ShardedPlan) -> Tensor | None:
         """What the layers get as ``rotary_pos_emb``; [k, B, 1, D], or None where nothing is rotated.
 
@@ -60,27 +78,15 @@ class Positions:
             plan: of the microbatch, on the device of the hidden states.
 
         Raises:
-            ReGateError: rows so long that the frequencies depend on their length.
+            ReGateError: see :meth:`check_length`.
         """
-        if self._most is not None and plan.dense_length > self._most:
-            raise refuse(
-                "RoPE scaling",
-                given=f"rows of {plan.dense_length} positions; from {self._most} on frequencies change by length",
-                allowed=f"rows of up to {self._most} positions",
-                change="the greatest length of rows, or rope_scaling to a fixed one",
-            )
+        if not plan.is_packed:
+            self.check_length(plan.dense_length)
         if given is None and not self.handed:
             return None
         if self.is_short_given:
             return _own_part(given, plan)
         if self.is_dense_given:
-            if plan.is_packed and plan.cp_size > 1 and self.cuts_rows_whole:
-                raise refuse(
-                    "packed rows",
-                    given="mrope and context parallelism in Megatron-Core's own GPTModel",
-                    allowed="one of the two, as it cuts the rotary table of a packed row as if it were one segment",
-                    change="--context-parallel-size to 1",
-                )
             return plan.tokens.to_short(given.expand(-1, len(plan.keep_idx_BK), -1, -1))
         table_kB1D = self._table(plan.dense_length, plan.place_Bk)[plan.place_Bk.t()][:, :, None]
         return self.scales[0].widened(table_kB1D, plan) if self.scales else table_kB1D

@@ -47,7 +47,8 @@ class QueryScale:
     def attend(self, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Any:
         """The attention's forward; a rotary table of odd width has a factor at its end."""
         if rotary_pos_emb is not None and torch.is_tensor(rotary_pos_emb) and rotary_pos_emb.shape[-1] % 2:
-            self._factor_KB11, rotary_pos_emb = rotary_pos_emb[..., -1:], rotary_pos_emb[..., :-1]
+            self._factor_KB11 = rotary_pos_emb[..., -1:]
+            rotary_pos_emb = rotary_pos_emb[..., :-1].contiguous()  # fused kernels read it as one block
         try:
             return self._attend(*args, rotary_pos_emb=rotary_pos_emb, **kwargs)
         finally:

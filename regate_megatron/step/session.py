@@ -308,6 +308,8 @@ class Session:
             read = iter(self.adapter.read_all(unread) if unread else ())
             step.take_facts([next(read) if facts is None else facts for facts in known])
             check_lengths(step.facts, self.hooks.has_one_dense_length, self.planner.segment_multiple)
+            longest = max(int(one.segment_length_N.max()) for one in step.facts)
+            self.hooks.check_rows(longest, is_packed=any(one.sample_BS is not None for one in step.facts))
             self.planner.check(step.whole)
 
     def _look_up(self, step: Step) -> bool:

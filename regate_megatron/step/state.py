@@ -131,6 +131,8 @@ def _summary(saved: SavedState, config: ReGateConfig) -> str:
     before, now = saved.progress.settings, _settings(config)
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
     line = f"difficulty of {saved.num_targets:,} targets in {saved.num_samples:,} samples restored"
+    if not config.learns and not saved.num_samples:
+        line = "schedule and totals restored (the score keeps nothing of samples)"
     if config.learns_gradients:  # kept beside it
         line = f"{saved.num_targets:,} averages of losses and gradients in {saved.num_samples:,} records restored"
     return line + (f"; settings changed: {', '.join(changed)}" if changed else "")

@@ -194,6 +194,9 @@ def _scaled_by_place(setting: Setting) -> Found | None:
     kinds = {chunk.position_embedding_type for chunk in setting.chunks} - {"rope", "yarn"}
     if kinds or setting.model.multi_latent_attention:
         return Found("without the rotary table of rope or yarn", "--position-embedding-type to rope or yarn")
+    if getattr(setting.model, "fused_single_qkv_rope", False):
+        change = "fused_single_qkv_rope of the model's config to False"
+        return Found("with fused_single_qkv_rope, where queries come with keys and values in one", change)
     return None
 
 

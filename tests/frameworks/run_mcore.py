@@ -122,7 +122,8 @@ class Rows:
 
     def batch(self, indices: list[int], packs: bool, multiple: int = 1) -> dict[str, Any]:
         """What ms-swift's collator makes."""
-        rows = [_filled(self.row(index), multiple) for index in indices]
+        counted = [self.row(index) for index in indices]  # and then filled up
+        rows = [_filled(row, multiple) for row in counted]
         lengths, media = [len(row["input_ids"]) for row in rows], [row["media"] for row in rows if row["media"]]
         most = 0 if packs else max(lengths)
         values = {
@@ -135,7 +136,7 @@ class Rows:
         join = partial(torch.cat, dim=-1) if packs else partial(torch.stack, dim=-2)
         joined = {name: join(one) for name, one in values.items()}
         batch = {name: joined[name].view(-1, joined[name].shape[-1]) for name in ("input_ids", "labels")}
-        batch["seq_lens"] = lengths
+        batch["seq_lens"] = [len(row["input_ids"]) for row in counted]
         if self.family.has_axes:
             positions = joined["position_ids"][:, None] if packs else joined["position_ids"]
             batch |= {"text_position_ids": positions[0], "position_ids": positions[1:]}

@@ -137,7 +137,8 @@ FAMILIES = {
             **_IDS,
         )
     ),
-    "internvl": Family(_internvl("qwen2"), **_TILES),
+    # Packed rows are longer than that, none of their samples is.
+    "internvl": Family(_internvl("qwen2", max_position_embeddings=24), **_TILES),
     "internvl_qwen3": Family(_internvl("qwen3", head_dim=8), **_TILES),
     "internvl_chat": Family(_internvl_chat, token=_context_token, **_TILES),
     "llava_onevision": Family(

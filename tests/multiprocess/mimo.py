@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.mimo import MimoModel, MimoModelConfig
+from megatron.core.models.mimo.partition import utils as partition
 from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from regate_megatron.cpu.emulation.attention import partitioned_indices
+
 TOKEN = 60  # stands for a position of a picture
+
+# Transformer Engine's function that cuts packed rows over context ranks, as the emulation has it.
+partition.tex = SimpleNamespace(thd_get_partitioned_indices=partitioned_indices)
+partition._HAVE_TEX, partition.is_te_min_version = True, lambda *_: True
 
 
 def mimo_model(config, vision, projection, layers, *, side, patch, vocabulary, length, packs) -> MimoModel:

@@ -39,6 +39,8 @@ DP4 = {"name": "dp4", "model": "gpt", "tp": 1, "pp": 1}
 TP2_PP2 = {"name": "tp2-pp2", "model": "gpt", "tp": 2, "pp": 2}
 TP2 = {"name": "tp2", "model": "gpt", "tp": 2, "pp": 1}
 CP2 = {"name": "cp2", "model": "gpt", "tp": 1, "pp": 1, "cp": 2}
+PACKED_MROPE = CP2 | {"name": "packed-mrope", "positions": "mrope", "packed": True}
+PACKED_MROPE["config"] = {"mrope_section": [2, 1, 1]}
 NO_LAYER = {"name": "nolayer", "model": "gpt", "tp": 1, "pp": 4}
 NO_LAYER["config"] = {"pipeline_model_parallel_layout": "E|tt|tt|L"}
 
@@ -233,6 +235,14 @@ def a_window_on_one_layer_is_refused(case: dict) -> None:
     refused("sliding-window attention: given window_size=(8, 0) in decoder.layers.", lambda: attach(models, config()))
 
 
+def packed_rows_whose_positions_the_model_cuts_otherwise_are_refused_when_they_are_read(case: dict) -> None:
+    """In the first step, be it dense: every rank of both replicas says so."""
+    models, schedule = build(case), wrap_forward_backward(get_forward_backward_func())
+    attach(models, config())
+    words = "packed rows: given mrope and context parallelism in Megatron-Core's own GPTModel"
+    refused(words, lambda: run(case, models, schedule, Step()))
+
+
 KNOWN: dict[tuple, torch.Tensor] = {}  # by sample, what was learned in the claim before
 
 
@@ -283,6 +293,7 @@ def main() -> None:
         (a_first_stage_without_layers_is_refused_with_a_way_out, NO_LAYER),
         (a_stage_without_adapters_takes_the_frozen_base_as_teacher_where_another_has_some, TP2_PP2),
         (a_window_on_one_layer_is_refused, TP2_PP2),
+        (packed_rows_whose_positions_the_model_cuts_otherwise_are_refused_when_they_are_read, PACKED_MROPE),
         (gradients_learned_at_one_size_are_known_at_another, dict(DP4, model="llava", side=32), folder),
         (gradients_learned_at_one_size_are_known_at_another, TP2 | {"model": "llava", "side": 32}, folder),
     ]

@@ -16,6 +16,9 @@ ONE_ROW = {"rows": 1, "uneven": True}
 # its pictures are in an object, as Megatron-Bridge has them
 QWEN = {"model": "qwen", "visual_keep": 0.25, "visual_score": "static", "config": {"mrope_section": [2, 1, 1]}}
 LEARNED = QWEN | {"visual_score": "gradient"}
+TILES = {"model": "llava", "tiles": [1, 3, 3, 1], "side": 16, "visual_keep": 0.25, "visual_score": "static"}
+# its pictures are in dictionaries
+MIMO = {"model": "mimo", "side": 24, "visual_keep": 0.25, "visual_score": "detail"}
 MEANS = {"per_token_loss": False, "ddp": True, "uneven": True}
 BATCH = {"share": "batch"}
 ONE_RANK = [
@@ -25,6 +28,8 @@ ONE_RANK = [
     case("moe", **OWN, **SENT),
     case("llava", model="llava", **OWN),
     case("qwen", **OWN, **QWEN),
+    case("tiles", **OWN, **TILES),
+    case("mimo", **OWN, **MIMO),
     case("qwen-share", **OWN, **LEARNED, **BATCH),
     case("packed", budget="per-sample", **PACKED),
     case("packed-share", budget="per-sample", **PACKED, **BATCH),
@@ -43,6 +48,9 @@ FOUR_RANKS = [
     case("llava@dp4", model="llava", budget="dealt", **ONE_ROW),
     case("llava@pp2-dp2", model="llava", budget="dealt", pp=2, **ONE_ROW),
     case("qwen@dp4", budget="dealt", **ONE_ROW, **QWEN),
+    case("tiles@dp4", budget="dealt", **ONE_ROW, **TILES),
+    case("tiles@pp2-dp2", budget="dealt", pp=2, **ONE_ROW, **TILES),
+    case("mimo@dp4", budget="dealt", **ONE_ROW, **MIMO),
     case("packed@dp4", budget="dealt", uneven=True, **PACKED),
     case("gpt-share@dp4", budget="dealt", **ONE_ROW, **BATCH),
     case("gpt-share@tp2-dp2", budget="dealt", tp=2, **ONE_ROW, **BATCH),

@@ -27,6 +27,9 @@ TWO_RANKS = [
     *(_mimo(f"{name}@{layout}", **settings, **sizes)
       for name, settings in {"targets-n1": {}, "visual-n1": VISUAL}.items()
       for layout, sizes in {"tp2": {"tp": 2}, "tp2-sp": {"tp": 2, "sp": True}, "cp2": {"cp": 2}, "dp2": {}}.items()),
+    *(_mimo(f"{name}@{layout}", packed=True, budget="per-sample", **settings, **sizes)
+      for name, settings in {"packed": {}, "packed-visual": VISUAL}.items()
+      for layout, sizes in {"tp2-sp": {"tp": 2, "sp": True}, "cp2": {"cp": 2}}.items()),
 ]  # fmt: skip
 
 

@@ -413,6 +413,17 @@ def test_a_text_only_row_has_one_key_beside_pictures_and_alone():
     assert torch.equal(_keys(_llava(PICTURE, TEXT))[1][1], _keys(_llava(TEXT))[1][0])
 
 
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_what_the_model_cuts_off_is_gone_where_it_pads_the_rest(multiple):
+    """A row of 11 positions cut to 10: where ranks cut it evenly it is padded to 12, with nothing."""
+    row = _llava(([5, V, *range(6, 15)], [0, *[1] * 9]))
+    facts = LLaVABatches(2, IMAGE, 10, False, multiple=multiple).read(row)
+    assert facts.dense_length == (12 if multiple > 1 else 10)
+    assert torch.where(facts.is_target_BS[0])[0].tolist() == list(range(3, 10))
+    assert torch.where(facts.is_context_BS[0])[0].tolist() == [0, 1, 2]
+    assert int(facts.media.count_I.sum()) == 2
+
+
 TILED = [([V, 5, V, 6], [0, 1, 1])]
 
 

@@ -49,6 +49,15 @@ def test_kinds_that_do_not_fit_are_refused(kinds, words):
         adapter.read(batch)
 
 
+@pytest.mark.parametrize("shape", [(1, 9), (2, 8)])
+def test_kinds_of_other_rows_are_refused(shape):
+    """As those of rows that were packed, or cut, without them."""
+    adapter = QwenVLBatches(PICTURE, PICTURE, merge_size=1, takes_kinds=True)
+    kinds = torch.zeros(shape, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"for rows \(1, 8\)"):
+        adapter.read(_batch(ROW, mm_token_type_ids=kinds))
+
+
 def _pictures(size: tuple[int, int], fill: float = 0.0) -> dict:
     pixels = torch.full((1, 3, 8, 8), fill)
     pixels[:, :, :4, :4] = torch.arange(16.0).view(4, 4)
@@ -98,16 +107,38 @@ def test_placeholders_of_mimo_without_pictures_and_pictures_of_uneven_sizes_are_
         adapter.read(_mimo_batch(3))
 
 
+def test_pictures_of_mimo_without_placeholders_are_refused_and_no_pictures_are_none():
+    adapter, text = MimoBatches(("images",), (PICTURE,)), _batch([1, 2, 3, 4, 5, 6, 7, 8])
+    given = {"modality_inputs": _mimo_batch(2)["modality_inputs"]}
+    with pytest.raises(ValueError, match=r"media of \[0, 0\] positions for samples of \[0\] placeholders"):
+        adapter.read(text | given)
+    given["modality_inputs"]["images"]["clip_encoder"]["x"] = torch.zeros(0, 3, 4, 4)
+    assert len(adapter.read(text | given).media.count_I) == 0
+
+
+def test_media_of_which_some_begin_with_a_class_token_have_no_grids():
+    """A lead is that of all media of a batch."""
+    tokens = torch.tensor([[1, 9, 9, 9, 9, 8, 8, 8, 8, 8, 2]])
+    batch = {"input_ids": tokens, "labels": tokens.roll(-1, 1), "loss_mask": torch.ones(1, 11)}
+    images = torch.zeros(1, 3, 4, 4)
+    batch["modality_inputs"] = {name: {"one": {"x": images}} for name in ("plain", "led")}
+    media = MimoBatches(("plain", "led"), (9, 8)).read(batch).media
+    assert media.count_I.tolist() == [4, 5] and media.lead == 0 and media.grid_I3 is None and media.pixels is None
+
+
 def _class(qualified: str) -> type:
     module, _, name = qualified.rpartition(".")
     return type(name, (), {"__module__": module, "__qualname__": name})
 
 
-def _mimo(positions: str = "rope", grids: dict | None = None, encoders: int = 1, kind: str = "vision"):
+def _mimo(positions: str = "rope", grids: dict | None = None, encoders: int = 1, kind: str = "vision", stages: int = 1):
     model = _class("megatron.core.models.mimo.model.base.MimoModel")()
-    name = {"vision": "vision.VisionModalitySubmodules", "audio": "audio.AudioModalitySubmodules"}[kind]
+    model.config = SimpleNamespace(pipeline_model_parallel_size=stages)
+    name = {"vision": "vision.VisionModalitySubmodules", "audio": "audio.AudioModalitySubmodules"}.get(kind)
+    name = name or "wrapper.DistributedDataParallel"
     modality = _class(f"megatron.core.models.mimo.submodules.{name}")()
-    modality.encoders = dict.fromkeys(range(encoders))
+    if kind != "wrapped":
+        modality.encoders = dict.fromkeys(range(encoders))
     model.language_model = SimpleNamespace(position_embedding_type=positions)
     model.mimo_config = SimpleNamespace(module_to_grid_map=grids)
     model.modality_submodules, model.special_token_ids = {"images": modality}, {"images": PICTURE}
@@ -124,7 +155,9 @@ def test_a_mimo_model_of_pictures_is_known():
         (_mimo(grids={"language": 1}), "module_to_grid_map"),
         (_mimo(positions="mrope"), "mrope positions"),
         (_mimo(encoders=2), "VisionModalitySubmodules with 2 encoders"),
+        (_mimo(stages=2), "given MimoModel: 2 pipeline stages"),
         (_mimo(kind="audio"), "modality images of AudioModalitySubmodules"),
+        (_mimo(kind="wrapped"), "modality images of DistributedDataParallel"),
     ],
 )
 def test_a_mimo_model_that_nobody_has_run_is_refused(model, words):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from regate_megatron.batches import QwenVLBatches, SwiftBatches
+from regate_megatron.errors import ReGateError
 
 PICTURE, VIDEO = 91, 92
 SWIFT = SwiftBatches(QwenVLBatches(PICTURE, VIDEO, merge_size=2, takes_positions=True))
@@ -59,6 +60,54 @@ def test_samples_of_a_packed_row_are_those_of_padded_rows(fill):
     assert packed.media.sample_I.tolist() == [0]
     real_BS = packed.is_context_BS | packed.is_target_BS
     assert real_BS[0].tolist() == [True] * 10 + [False] * fill
+
+
+def _for_two_context_ranks(*lengths: int, fill: int = 0) -> dict:
+    """Samples of text in one row, as ms-swift packs them: counted, then filled up to multiples of 4, then the row."""
+    filled = [length + -length % 4 for length in lengths]
+    text = [*(place for length in filled for place in range(length)), *(place % 4 for place in range(fill))]
+    tokens = torch.arange(2, 2 + len(text))[None]
+    labels = torch.where(torch.tensor(text) > 2, tokens, -100)
+    positions = {"text_position_ids": torch.tensor([text]), "position_ids": torch.tensor([text]).expand(3, 1, -1)}
+    return {"input_ids": tokens, "labels": labels, "seq_lens": list(lengths)} | positions
+
+
+@pytest.mark.parametrize("lengths", [(6, 4), (5, 5, 5, 4), (8, 3), (5,)])
+def test_samples_that_were_filled_up_after_they_were_counted_are_whole(lengths):
+    """What fills a sample counts as its own; no sample behind it loses a position, or its start."""
+    facts = SWIFT.read(_for_two_context_ranks(*lengths))
+    assert facts.segment_length_N.tolist() == [length + -length % 4 for length in lengths]
+    assert bool((facts.is_context_BS | facts.is_target_BS).all())
+
+
+def test_what_fills_the_row_in_segments_that_context_ranks_cut_is_refused():
+    with pytest.raises(ReGateError, match="given 8 positions behind the samples that context ranks cut"):
+        SWIFT.read(_for_two_context_ranks(6, 4, fill=8))
+
+
+@pytest.mark.parametrize("fill", [0, 3])
+def test_a_row_of_one_packed_sample_is_a_segment(fill):
+    """The trainer has packing parameters for it, whose segments those of the short row have to be."""
+    text = torch.tensor([[0, 1, 2, 3, *[0] * fill]])
+    labels = torch.tensor([[-100, -100, 4, 5, *[-100] * fill]])
+    positions = {"text_position_ids": text, "position_ids": text.expand(3, 1, -1), "seq_lens": [4]}
+    facts = SWIFT.read({"input_ids": torch.arange(2, 6 + fill)[None], "labels": labels} | positions)
+    assert facts.sample_BS.tolist() == [[0] * (4 + fill)]
+    assert (facts.is_context_BS | facts.is_target_BS)[0].tolist() == [True] * 4 + [False] * fill
+
+
+def test_a_padded_row_by_itself_is_no_segment():
+    rows = {
+        name: values[..., :1, :] for name, values in _padded().items() if torch.is_tensor(values) and values.dim() > 1
+    }
+    del rows["pixel_values"], rows["image_grid_thw"]
+    rows["input_ids"] = torch.arange(6)[None]
+    assert SWIFT.read(rows | {"seq_lens": [6]}).sample_BS is None
+
+
+def test_more_samples_than_starts_are_refused():
+    with pytest.raises(ValueError, match="3 seq_lens for 2 positions 0"):
+        SWIFT.read(_packed() | {"seq_lens": [6, 2, 2]})
 
 
 def test_what_has_no_weight_in_the_loss_is_no_target():

@@ -306,6 +306,22 @@ def test_what_a_score_without_teacher_does_not_use_is_named():
     assert ReGateConfig(score="regate", **given).unused == [] == ReGateConfig(score="random").unused
 
 
+@pytest.mark.parametrize(
+    ("settings", "idle"),
+    [
+        ({"reference_weight": 2.0}, ["--regate-reference-weight"]),  # that of the score that is no default any more
+        ({"fusion": "convex", "ema_decay": 0.5}, ["--regate-fusion", "--regate-ema-decay"]),
+        ({"difficulty": "kind", "score": "random"}, ["--regate-difficulty"]),
+        ({"reference_weight": 2.0, "fusion": "sum", "difficulty": "kind", "score": "regate"}, []),
+        ({"difficulty": "kind", "ema_decay": 0.5, "score": "gain"}, []),
+        ({"ema_decay": 0.5, "visual_keep_ratio": 0.5, "visual_score": "gradient"}, []),
+        ({"recipe": "paper", "score": "random"}, []),
+    ],
+)
+def test_what_no_score_reads_is_named(settings, idle):
+    assert ReGateConfig(**settings).idle == idle
+
+
 def test_settings_cannot_be_changed_once_checked():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ReGateConfig().keep_ratio = 2.0

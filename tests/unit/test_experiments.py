@@ -597,6 +597,20 @@ def test_a_third_of_a_mix_is_text_whose_prompt_says_all_that_its_answer_repeats(
         assert (batch["loss_mask"][i, shift : 52 + shift].numpy() == after["loss_mask"][i]).all()
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [("", ""), ("--positions 144", "-144"), ("--clips", "-clips"), ("--positions 36 --clips", "-36-clips")],
+)
+def test_every_kind_of_picture_has_a_folder_of_its_own(options, name, tmp_path, monkeypatch):
+    import run
+
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run.sys, "argv", ["run.py", "--report-only", *options.split()])
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    assert run.main() == 0
+    assert [folder.name for folder in (tmp_path / "out").iterdir()] == [f"experiments{name}"]
+
+
 def test_clips_have_no_arms_whose_captions_say_it_all_again(tmp_path):
     import run
     from launch import CommandError

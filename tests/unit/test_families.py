@@ -5,8 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from regate_megatron.batches import FAMILIES, GPTBatches, QwenVLBatches, adapter_for
+from regate_megatron.batches import FAMILIES, GPTBatches, QwenVLBatches, SwiftBatches, adapter_for
 from regate_megatron.errors import ReGateError
 from regate_megatron.support.bridge import REFUSED, check_settings
 
@@ -73,6 +74,62 @@ def test_bridge_s_qwen25_vl_which_cuts_no_row_is_refused_under_context_paralleli
     with pytest.raises(ReGateError, match="Qwen25VLModel of Megatron-Bridge on 2 context ranks; allowed one") as no:
         adapter_for(model, None)
     assert no.value.everywhere
+
+
+def _mcore(context: int = 2, cut: str = "zigzag"):
+    vision = SimpleNamespace(spatial_merge_size=2)
+    tokens = SimpleNamespace(image_token_id=91, video_token_id=92, vision_config=vision)
+    model = _class("mcore_bridge.model.mm_gpt_model.MultimodalGPTModel")()
+    sizes = {"context_parallel_size": context, "cp_partition_mode": cut}
+    model.config = SimpleNamespace(hf_model_type="qwen3_vl", llm_model_type="qwen3", hf_config=tokens, **sizes)
+    return model
+
+
+def test_a_row_that_context_ranks_cut_otherwise_than_plans_do_is_refused():
+    with pytest.raises(
+        ReGateError, match="cp_partition_mode contiguous on 2 context ranks; .*the mode to zigzag"
+    ) as no:
+        adapter_for(_mcore(cut="contiguous"), None)
+    assert no.value.everywhere
+    for model in (_mcore(), _mcore(context=1, cut="contiguous")):
+        assert isinstance(adapter_for(model, None), SwiftBatches)
+
+
+def _llava(overlaps: bool, context: int = 1):
+    model = _class("megatron.core.models.multimodal.llava_model.LLaVAModel")()
+    model.img_seq_len, model.image_token_index, model._language_max_sequence_length = 4, -200, 12
+    model._language_is_pipeline_parallel, model.tensor_model_parallel_size_lm = False, 2
+    model.sequence_parallel_lm, model.tp_comm_overlap_lm, model.context_parallel_lm = True, overlaps, context
+    model.config = SimpleNamespace(context_parallel_size=context)
+    model.language_model = SimpleNamespace(position_embedding_type="rope")
+    return model
+
+
+def test_rows_of_a_llava_whose_tensor_parallel_communication_overlaps_have_the_one_length_that_it_takes():
+    """Megatron-LM's script pads them to it, and the model asserts it."""
+    tokens = torch.tensor([[-200, 5, 6]])
+    batch = {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(1, 3)}
+    for overlaps, length in ((False, 6), (True, 12)):
+        assert adapter_for(_llava(overlaps), None).read(batch).dense_length == length
+    with pytest.raises(ReGateError, match="LLaVAModel with tp_comm_overlap on 2 context ranks"):
+        adapter_for(_llava(True, context=2), None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "unaligned", "aligned"),
+    [
+        ({"use_packed_sequence": False}, True, False),  # pretrain_vlm.py
+        ({"use_packed_sequence": True}, True, True),
+        ({"max_num_tiles": 1}, True, True),  # examples/multimodal
+        ({}, False, False),  # a script of one's own: the model pads, and cuts rows as rows
+    ],
+)
+def test_rows_of_a_llava_on_context_ranks_lie_as_their_script_lays_them(flags, unaligned, aligned):
+    adapter = adapter_for(_llava(False, context=2), None, SimpleNamespace(**flags))
+    for entries, is_packed in ((6, unaligned), (5, aligned)):  # of 9 and 8 merged positions, in multiples of 8
+        tokens = torch.tensor([[-200, *range(5, 4 + entries)]])
+        batch = {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(1, entries)}
+        assert (adapter.read(batch).sample_BS is not None) == is_packed
 
 
 def test_every_row_names_a_class_by_its_module():

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from regate_megatron.decoder import Layout, exchange, shard_plans
+from regate_megatron.decoder.compaction import _short_packing
+from regate_megatron.decoder.query_scale import QueryScale
+from regate_megatron.errors import ReGateError
 from regate_megatron.method.plan import MicrobatchPlan, Packing
 
 CPU = torch.device("cpu")
@@ -47,6 +52,37 @@ def test_what_arrives_on_a_device_is_what_was_made_on_the_host(layout, monkeypat
                 assert got == expected, field.name
         for got, expected in zip(_indices(one), _indices(other), strict=True):
             assert got is expected is None or torch.equal(got, expected)
+
+
+def _packed_as(form: str, starts: list[int], *, pads: bool = False) -> PackedSeqParams:
+    values = torch.tensor(starts, dtype=torch.int32)
+    own = {"cu_seqlens_q_padded": values, "cu_seqlens_kv_padded": values} if pads else {}
+    return PackedSeqParams(form, values, values, max_seqlen_q=16, max_seqlen_kv=16, **own)
+
+
+@pytest.mark.parametrize(("form", "pads", "end"), [("thd", False, 12), ("thd", True, 8), ("sbhd", False, 8)])
+def test_a_short_row_of_one_segment_is_covered_to_its_end(form, pads, end):
+    """A kernel that takes rows end to end leaves what lies behind the last segment as it finds it."""
+    kept = torch.arange(16)[None] < 8
+    (plan,) = shard_plans([MicrobatchPlan.of(kept, 12)], Layout(), CPU, **MOVES)
+    short = _short_packing(_packed_as(form, [0, 16], pads=pads), plan)
+    assert short.cu_seqlens_q.tolist() == [0, end]
+    assert (short.cu_seqlens_q_padded is not None) == pads
+
+
+def test_the_rotary_table_of_scaled_queries_reaches_the_kernel_as_one_block():
+    attention = SimpleNamespace(core_attention=None, get_query_key_value_tensors=None)
+    attention.forward = lambda *, rotary_pos_emb: rotary_pos_emb
+    QueryScale(attention)
+    table_KB1D = torch.rand(5, 1, 1, 9)
+    rotates_KB1D = attention.forward(rotary_pos_emb=table_KB1D)
+    assert torch.equal(rotates_KB1D, table_KB1D[..., :8]) and rotates_KB1D.is_contiguous()
+
+
+def test_segments_of_which_the_plan_knows_nothing_are_refused():
+    (plan,) = shard_plans([MicrobatchPlan.of(torch.arange(16)[None] < 8, 12)], Layout(), CPU, **MOVES)
+    with pytest.raises(ReGateError, match="given 2 segments of which the batch says nothing"):
+        _short_packing(_packed_as("thd", [0, 4, 16]), plan)
 
 
 def test_a_step_that_elides_nothing_has_nothing_to_lay_out():

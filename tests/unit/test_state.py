@@ -11,9 +11,9 @@ import torch
 from regate_megatron.config import ReGateConfig
 from regate_megatron.errors import ReGateError
 from regate_megatron.memory.learned import Learned
-from regate_megatron.memory.state import Progress, StateSave, has_state, read_state
+from regate_megatron.memory.state import Progress, SavedState, StateSave, has_state, read_state
 from regate_megatron.ranks.topology import Topology
-from regate_megatron.step.state import lacks_what_it_scores_by
+from regate_megatron.step.state import _summary, lacks_what_it_scores_by
 
 ALONE = Topology(0, 1, True, 0, 1, None, None, None)
 BESIDE = Topology(0, 1, False, 0, 1, None, None, None)  # a rank that is no planner, and alone here
@@ -73,6 +73,22 @@ def test_a_resumed_run_begins_dense_where_it_scores_by_what_the_run_before_did_n
     settings = {name: getattr(old, name) for name in ("difficulty", "visual_score")}
     progress = dataclasses.replace(PROGRESS, learns=old.learns_losses, settings=settings)
     assert lacks_what_it_scores_by(progress, ReGateConfig(**now)) is lacks
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "held", "says"),
+    [
+        ({}, {}, 0, "schedule and totals restored (the score keeps nothing of samples)"),
+        ({"score": "regate"}, {"score": "regate"}, 2, "difficulty of 3 targets in 2 samples restored"),
+        ({"score": "regate"}, {}, 2, "difficulty of 3 targets in 2 samples restored; settings changed: score regate -> "
+                                     "reference"),
+        (GRADIENT, GRADIENT, 2, "3 averages of losses and gradients in 2 records restored"),
+    ],
+)  # fmt: skip
+def test_a_resumed_run_says_what_came_back(before, now, held, says):
+    settings = {name: before.get(name, getattr(ReGateConfig(), name)) for name in ("score", "visual_score")}
+    saved = SavedState(dataclasses.replace(PROGRESS, settings=settings), held, 3 if held else 0)
+    assert _summary(saved, ReGateConfig(**now)) == says
 
 
 def test_a_rank_that_is_no_planner_learns_how_far_the_run_was_and_reads_no_records(tmp_path):
