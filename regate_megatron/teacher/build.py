@@ -40,6 +40,7 @@ _NO_CALLBACKS = {
     "fine_grained_activation_offloading": False,
     "defer_embedding_wgrad_compute": False,
     "variable_seq_lengths": False,
+    "mtp_num_layers": None,  # it predicts the next token alone
 }
 
 # What says which layers a GPTModel and a HybridModel have; rotary options come with the rotary module.
