@@ -20,7 +20,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.models.multimodal.llava_model import DEFAULT_IMAGE_TOKEN_INDEX, LLaVAModel
 from megatron.core.models.multimodal.llava_spec import decoder_model_with_local_default_spec
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
@@ -129,7 +133,10 @@ def recompute(method: str | None) -> dict:
 def _gpt(config, case, first, last, vp_stage):
     where = {"use_transformer_engine": False, "vp_stage": vp_stage}
     layers = get_gpt_decoder_block_spec(config, **where)
-    ahead = {"mtp_block_spec": get_gpt_mtp_block_spec(config, layers, **where)} if config.mtp_num_layers else {}
+    ahead = {}
+    if config.mtp_num_layers:  # which are as the last layer of their stage, or the plain one where there is none
+        last_layer = layers if layers.layer_specs else get_gpt_layer_local_spec()
+        ahead = {"mtp_block_spec": get_gpt_mtp_block_spec(config, last_layer, **where)}
     return GPTModel(
         config,
         layers,
