@@ -219,6 +219,9 @@ def check(case: dict) -> dict:
         assert bool(pending.is_visual_known.any()), "the dense step taught nothing"
     shortened = [one.length < one.dense_length for one in plan.microbatches]
     assert all(shortened) or (case.get("budget", "uniform") != "uniform" and any(shortened)), "nothing was shortened"
+    if session.topology.sees_losses and case.get("cp", 1) == 1:
+        assert len(pending.losses) == len(sparse.losses), "learned from other losses than the main head's"
+        assert all(map(torch.equal, pending.losses, sparse.losses))
     sparse_gradients, sparse_counts = gradients(models, optimizer), router_counts(models)
     session.finish()
     detach(models)
