@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from regate_megatron.compat import adapters_of, is_one_of
@@ -189,10 +190,19 @@ def _beside_more_than_one_token(setting: Setting) -> str | None:
         return "with adapters"
     if getattr(setting.model, "mtp_hsm", False):
         return "with mtp_hsm"
+    if setting.model.num_moe_experts and not _tells_padding_ahead():
+        return "with experts in Megatron-Core 0.17"
     layout = getattr(setting.model, "pipeline_model_parallel_layout", None)
     if hasattr(layout, "layout") and not any(kind.name == "mtp" for kind in layout.layout[-1][-1]):
         return "on a stage of their own"
     return None
+
+
+def _tells_padding_ahead() -> bool:
+    """Whether experts of MTP layers can be told which slots are fill."""
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
+
+    return "padding_mask" in inspect.signature(MultiTokenPredictionBlock.forward).parameters
 
 
 def _other_attention(setting: Setting) -> Any:
@@ -297,7 +307,7 @@ DECODER_RULES = (
     Rule(
         "multi-token prediction",
         _more_than_one_token,
-        "MTP layers of a GPTModel by itself, on the stage of its loss, without context parallelism",
+        "MTP layers of a GPTModel by itself, on the stage of its loss, without context parallelism and adapters",
         "the command: leave out --mtp-num-layers, m in a pipeline layout, / and what follows it in a pattern",
         "each context rank weighs their losses by its own tokens; other models were not tried",
     ),
