@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from regate_megatron.compat import adapters_of, is_one_of
+from regate_megatron.compat import adapters_of, is_one_of, qualified_name
 from regate_megatron.config import flag
 from regate_megatron.support.setting import Fields, Found, Rule, Setting
 
@@ -181,7 +181,7 @@ def _beside_more_than_one_token(setting: Setting) -> str | None:
     if setting.pattern:
         return "in a HybridModel"
     models = [chunk for chunk in setting.chunks if hasattr(chunk, "named_modules")]
-    others = [type(chunk).__name__ for chunk in models if not is_one_of(chunk, LANGUAGE_MODELS[:1])]
+    others = [qualified_name(type(chunk)) for chunk in models if not is_one_of(chunk, LANGUAGE_MODELS[:1])]
     if setting.is_multimodal or others:
         return f"in {', '.join(dict.fromkeys(others)) or 'a multimodal model'}"
     if setting.model.context_parallel_size > 1:

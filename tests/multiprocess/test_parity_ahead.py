@@ -21,6 +21,7 @@ ONE_RANK = [
     _ahead("mtp2-even", 2, multiple=2),
     _ahead("mtp2-mean-per-sample", 2, per_token_loss=False, budget="per-sample"),
     _ahead("mtp2-one-layer-uniform", 2, recompute="uniform", config={"mtp_use_repeated_layer": True}),
+    _ahead("mtp2-dealt", 2, budget="dealt", rows=1),
     _ahead("mtp1-read-tied", context="read", budget="per-sample", tied=True),
     _ahead("mtp1-last1-learned-positions", dense_last=1, positions="learned_absolute"),
     _ahead("mtp2-packed", 2, packed=True),
@@ -32,6 +33,8 @@ FOUR_RANKS = [
     _ahead("mtp2-even@tp2-sp-pp2", 2, tp=2, sp=True, pp=2, multiple=2),
     _ahead("mtp2-n1@tp2-dp2", 2, tp=2),
     _ahead("mtp1-n0@pp2-dp2", pp=2, dense_layers=0),
+    _ahead("mtp1-n1@pp2-vpp2-dp2", pp=2, vpp=2),
+    _ahead("mtp2-dealt@tp2-dp2", 2, tp=2, budget="dealt", rows=1, uneven=True),
     _ahead("mtp2-n1@Et|t|tt|mmL", 2, pp=4, config={"pipeline_model_parallel_layout": "Et|t|tt|mmL"}),
 ]
 
