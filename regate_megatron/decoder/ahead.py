@@ -4,9 +4,9 @@ Depth d reads at position i, beside the hidden state, the token at i + d, and pr
 there by rolling ids, labels and loss mask by one, depth after depth. Here they are rolled at full length and gathered
 then, so that i + d is the true place and not the next kept one. The layers attend to kept positions, as all others do.
 
-Depth d has a loss at i where i is kept and the batch's own loss mask, before elision, has one at i + d. Its mean is
-over those; how it is weighed, logged and counted is Megatron's ``process_mtp_loss``. Difficulty and reference losses
-know the main head alone.
+Depth d has a loss at i where i is kept and the batch's own loss mask, before elision, has one at i + d (everywhere, if
+the host gives its model no loss mask: Megatron-Bridge). Its mean is over those; how it is weighed, logged and counted
+is Megatron's ``process_mtp_loss``. Difficulty and reference losses know the main head alone.
 
 Means: instance attributes ``_postprocess`` on the model and ``_get_embeddings`` on the layers, which run Megatron's
 functions with another ``roll_tensor`` among the names they see.

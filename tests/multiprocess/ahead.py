@@ -33,7 +33,9 @@ def ahead_at(kept_BS: torch.Tensor, segment_S: torch.Tensor, logged: dict[str, t
 
     def process(*, hidden_states, labels, loss_mask, output_layer, config, **given):
         main, *ahead = hidden_states.chunk(1 + config.mtp_num_layers)
-        num_main = (loss_mask * kept_BS).sum() if config.calculate_per_token_loss else 1
+        num_main = labels.numel() if loss_mask is None else (loss_mask * kept_BS).sum()
+        loss_mask = torch.ones_like(labels) if loss_mask is None else loss_mask
+        num_main = num_main if config.calculate_per_token_loss else 1
         for index, hidden in enumerate(ahead):
             logits, _ = output_layer(hidden, weight=given["output_weight"], runtime_gather_output=None)
             label_BS, mask_BS, there_S = torch.zeros_like(labels), torch.zeros_like(loss_mask), -torch.ones(length)

@@ -303,6 +303,7 @@ class Step:
         if "image" not in batch and "modality_inputs" not in batch:  # these cut their merged rows themselves
             batch = own_part(batch)
         mask = batch["loss_mask"]
+        needs_mask = getattr(model.config, "mtp_num_layers", None) and not hasattr(model.config, "tells_no_loss_mask")
         if "image" in batch:
             entries = (batch[name] for name in ("image", "tokens", "position_ids"))
             tiles = batch.get("num_image_tiles")
@@ -317,7 +318,7 @@ class Step:
                 None,
                 labels=batch["labels"],
                 packed_seq_params=packed_seq_params,
-                **({"loss_mask": mask} if getattr(model.config, "mtp_num_layers", None) else {}),
+                **({"loss_mask": mask} if needs_mask else {}),
             )
 
         def loss_func(loss_BS):

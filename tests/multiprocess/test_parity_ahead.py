@@ -22,6 +22,7 @@ ONE_RANK = [
     _ahead("mtp2-mean-per-sample", 2, per_token_loss=False, budget="per-sample"),
     _ahead("mtp2-one-layer-uniform", 2, recompute="uniform", config={"mtp_use_repeated_layer": True}),
     _ahead("mtp2-dealt", 2, budget="dealt", rows=1),
+    _ahead("mtp2-maskless", 2, set={"tells_no_loss_mask": True}),  # as Megatron-Bridge's gpt_step calls the model
     _ahead("mtp1-read-tied", context="read", budget="per-sample", tied=True),
     _ahead("mtp1-last1-learned-positions", dense_last=1, positions="learned_absolute"),
     _ahead("mtp2-packed", 2, packed=True),
