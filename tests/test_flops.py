@@ -51,6 +51,14 @@ def test_dense_layers_count_at_full_length_and_logits_at_the_kept_one(args):
     assert _share(args, 2) == _share(args, 1, last=1) == expected
 
 
+def test_layers_that_predict_ahead_count_at_the_kept_length(args):
+    ahead = copy.copy(args)
+    ahead.mtp_num_layers = 2
+    long_layers = _flops(args, num_layers=2, padded_vocab_size=0)
+    short_layers_and_logits = _flops(ahead, num_layers=LAYERS - 2, seq_length=KEPT)
+    assert _share(ahead, 2) == pytest.approx((long_layers + short_layers_and_logits) / _flops(ahead), rel=1e-12)
+
+
 @pytest.mark.parametrize(("first", "last", "long"), [(1, 0, "*"), (2, 1, "*-E"), (0, 2, "*E"), (0, 0, "")])
 def test_layers_of_a_hybrid_model_count_as_what_they_are(args, first, last, long):
     """Attention alone has squares, and experts are as wide as they are: which layers are dense matters."""

@@ -155,7 +155,24 @@ REFUSED = {
     "prediction depths in a layer pattern": ({"pattern": "*-*-/*-"}, "given 1 in the layer pattern"),
     "offloaded activations": ({"model": {"cpu_offloading": True}}, "given cpu_offloading=True"),
     "sliding window": ({"model": {"window_size": (128, 0)}}, "given window_size=(128, 0)"),
-    "multi-token prediction": ({"model": {"mtp_num_layers": 1}}, "given mtp_num_layers=1"),
+    "multi-token prediction over context ranks": (
+        {"model": {"mtp_num_layers": 1, "context_parallel_size": 2}},
+        "given mtp_num_layers=1 with context parallelism",
+    ),
+    "multi-token prediction in a larger model": (
+        {"model": {"mtp_num_layers": 1}, "is_multimodal": True},
+        "given mtp_num_layers=1 in a multimodal model",
+    ),
+    "multi-token prediction on a stage of its own": (
+        {
+            "model": {
+                "mtp_num_layers": 1,
+                "pipeline_model_parallel_size": 3,
+                "pipeline_model_parallel_layout": _layout("Ett|ttm|L", 3),
+            }
+        },
+        "given mtp_num_layers=1 on a stage of their own",
+    ),
     "linear attention": ({"model": {"linear_attention_freq": 2}}, "given linear_attention_freq=2"),
     "FP4": ({"model": {"fp4": "e2m1"}}, "given fp4=e2m1"),
     "document masks with a teacher": (
@@ -286,6 +303,14 @@ def test_a_refused_number_of_layers_comes_with_one_that_runs(options, change):
 
 SUPPORTED = {
     "GPTModel": {},
+    "multi-token prediction": {"model": {"mtp_num_layers": 2}},
+    "multi-token prediction beside the loss": {
+        "model": {
+            "mtp_num_layers": 2,
+            "pipeline_model_parallel_size": 2,
+            "pipeline_model_parallel_layout": _layout("Etttt|mmL", 2),
+        }
+    },
     "hybrid of attention, MLP and experts": {"pattern": "*-|*E"},
     "hybrid of latent attention": {"pattern": "+-+-", "model": {"multi_latent_attention": True}},
     "dense layers first and last": {"config": {"dense_layers": 1, "dense_last_layers": 2}},

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from regate_megatron.config import ReGateConfig
+from regate_megatron.decoder.ahead import AheadHook
 from regate_megatron.decoder.compaction import DecoderHook
 from regate_megatron.decoder.current import CurrentMicrobatch, Observer
 from regate_megatron.decoder.exchange import Layout, ShardedPlan, shard_plans
@@ -31,6 +33,7 @@ class Hooks:
         layout: this rank's place among those that share a sequence.
         has_pipeline: whether the decoder is cut into stages.
         has_one_dense_length: whether the host sends states of one shape between them in dense steps.
+        predicts_ahead: whether the model predicts more than the next token, on whichever stage.
     """
 
     def __init__(self, language_models: Sequence[Any], config: ReGateConfig) -> None:
@@ -39,8 +42,10 @@ class Hooks:
         self.layout = Layout.of_model(transformer, sequence_parallel=transformer.sequence_parallel)
         self.has_pipeline = transformer.pipeline_model_parallel_size > 1
         self.has_one_dense_length = self.has_pipeline and not transformer.variable_seq_lengths
+        self.predicts_ahead = bool(getattr(transformer, "mtp_num_layers", None))
         self.decoders: list[DecoderHook] = []
         self.losses: list[LossHook] = []
+        self.ahead: list[AheadHook] = []
         self._current = CurrentMicrobatch()
         self._overlapping: list[tuple[Any, str]] = []  # where short sequences would go through user buffers
 
@@ -51,18 +56,20 @@ class Hooks:
             self.decoders.append(DecoderHook(model, self._current, **dense))
             if model.post_process:
                 self.losses.append(LossHook(model, self._current))
+            if getattr(model, "mtp_process", False):
+                self.ahead.append(AheadHook(model, self._current, self.decoders[-1], self.losses[-1]))
         self._overlapping = [switch for hook in self.decoders for switch in overlapping(hook.short_modules())]
 
     def detach(self) -> None:
         """Take them off again, last first."""
         self._overlapping = []
-        for kind in (self.losses, self.decoders):
+        for kind in (self.ahead, self.losses, self.decoders):
             while kind:
                 kind.pop().detach()
 
     def describe(self) -> list[str]:
         """What is attached where, one line per hook, and what sparse steps switch off."""
-        lines = [hook.describe() for hook in (*self.decoders, *self.losses)]
+        lines = [hook.describe() for hook in (*self.decoders, *self.losses, *self.ahead)]
         if count := len({id(module) for module, _ in self._overlapping}):
             lines.append(f"tensor-parallel communication overlap is off in sparse steps in {count} short modules")
         return lines
@@ -127,15 +134,23 @@ class Hooks:
                     arguments = stack.enter_context(shapes_from(plans, self.layout, len(self.models), arguments))
             return schedule(**arguments)
 
-    def lay_out(self, plan: StepPlan) -> list[ShardedPlan]:
-        """This rank's part of every microbatch's plan, on its device; nothing in a dense step. No communication."""
+    def lay_out(self, plan: StepPlan, loss_masks: Sequence[Tensor] = ()) -> list[ShardedPlan]:
+        """This rank's part of every microbatch's plan, on its device; nothing in a dense step. No communication.
+
+        Args:
+            loss_masks: of the batches, before elision, [B, S] each, where the model predicts ahead.
+        """
         device = next(self.models[0].parameters()).device
         moves = {
             "moves_hidden": any(hook.compacts for hook in self.decoders),
             "moves_tokens": bool(self.losses) or any(hook.positions.is_dense_given for hook in self.decoders),
             "comes_back": any(hook.comes_back for hook in self.decoders),
         }
-        return shard_plans(plan.microbatches, self.layout, device, **moves)
+        shards = shard_plans(plan.microbatches, self.layout, device, **moves)
+        if not self.ahead:
+            return shards
+        masks = [mask_BS.to(device, non_blocking=True) for mask_BS in loss_masks]
+        return [replace(one, loss_mask_BS=mask_BS) for one, mask_BS in zip(shards, masks, strict=True)]
 
 
 def _fresh(batch: Any) -> Any:

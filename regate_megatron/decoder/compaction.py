@@ -74,7 +74,8 @@ class DecoderHook:
         self._signature = inspect.signature(self._forward)
         self._rest = [one.name for one in self._signature.parameters.values() if one.kind is one.VAR_KEYWORD]
         self._takes_padding = "padding_mask" in self._signature.parameters
-        self.positions, self.experts = Positions(model, arrives_short=arrives_short), Experts(self.block)
+        self.positions = Positions(model, arrives_short=arrives_short)
+        self.experts = Experts(self.block.config, self.block.layers)
         self.block.forward = self.forward
 
     def detach(self) -> None:
@@ -185,10 +186,14 @@ class DecoderHook:
         arguments = dict(arguments)
         if self.compacts:
             arguments["hidden_states"] = plan.hidden.to_short(arguments["hidden_states"])
-        arguments["rotary_pos_emb"] = self.positions.rotary(arguments.get("rotary_pos_emb"), plan)
         padding_mask = self.experts.padding(arguments.pop("padding_mask", None), plan)
         if padding_mask is not None:
             arguments["padding_mask"] = padding_mask
+        return self.attended(arguments, plan)
+
+    def attended(self, arguments: dict[str, Any], plan: ShardedPlan) -> dict[str, Any]:
+        """The same arguments, changed in place, with what attention gets of them at the kept positions."""
+        arguments["rotary_pos_emb"] = self.positions.rotary(arguments.get("rotary_pos_emb"), plan)
         if arguments.get("attention_mask") is not None:
             arguments["attention_mask"] = _short_mask(arguments["attention_mask"], plan)
         if arguments.get("packed_seq_params") is not None:

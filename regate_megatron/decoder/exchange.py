@@ -159,6 +159,7 @@ class ShardedPlan:
         cp_size: context-parallel ranks.
         is_kept_LB: which dense positions of hidden states on this rank are kept, where they come back.
         is_fill_lB: which of its short ones are fill (l under context and sequence parallelism), where they come back.
+        loss_mask_BS: the batch's own, before elision, where the model predicts ahead.
     """
 
     dense_length: int
@@ -175,6 +176,7 @@ class ShardedPlan:
     cp_size: int
     is_kept_LB: Tensor | None = None
     is_fill_lB: Tensor | None = None
+    loss_mask_BS: Tensor | None = None
 
     def put_back(self, dense_LBH: Tensor, short_lBH: Tensor) -> Tensor:
         """Hidden states of the dense sequence: ``short_lBH`` where positions were kept, ``dense_LBH`` elsewhere.

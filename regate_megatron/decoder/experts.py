@@ -13,6 +13,7 @@ Shapes: S dense positions, K slots that run, k those of this context rank, B row
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -22,11 +23,11 @@ from regate_megatron.errors import refuse
 
 
 class Experts:
-    """The routers of one model chunk's decoder."""
+    """The routers of one model chunk's decoder, or of its layers that predict ahead."""
 
-    def __init__(self, block: Any) -> None:
-        self.config = block.config
-        routers = [getattr(getattr(layer, "mlp", None), "router", None) for layer in block.layers]
+    def __init__(self, config: Any, layers: Iterable[Any]) -> None:
+        self.config = config
+        routers = [getattr(getattr(layer, "mlp", None), "router", None) for layer in layers]
         self.biased = [ExpertCounts(one) for one in routers if getattr(one, "enable_expert_bias", False)]
         self.has_routers = any(one is not None for one in routers)
 

@@ -21,11 +21,15 @@ from regate_megatron.decoder.current import CurrentMicrobatch
 
 
 class LossHook:
-    """Hook on the last chunk of a language model."""
+    """Hook on the last chunk of a language model.
+
+    Attributes:
+        inner: the model's own loss, of labels and logits of one length.
+    """
 
     def __init__(self, model: Any, current: CurrentMicrobatch) -> None:
         self.model, self.current = model, current
-        self._inner = model.compute_language_model_loss
+        self.inner = model.compute_language_model_loss
         model.compute_language_model_loss = self.compute
 
     def detach(self) -> None:
@@ -40,11 +44,11 @@ class LossHook:
         """Per-token losses [B, S] from labels [B, S] and logits [S or k, B, V]."""
         plan, observe = self.current.plan, self.current.observe
         if plan is None:
-            loss_BS = self._inner(labels, logits)
+            loss_BS = self.inner(labels, logits)
         else:
             check_length("labels", labels.shape[1], plan.dense_length // plan.cp_size)
             label_Bk = plan.tokens.to_short(labels.t()).t().contiguous()
-            loss_Bk = self._inner(label_Bk, logits).masked_fill(plan.is_fill_Bk, 0)
+            loss_Bk = self.inner(label_Bk, logits).masked_fill(plan.is_fill_Bk, 0)
             loss_BS = plan.tokens.to_dense(loss_Bk.t()).t().contiguous()  # the script's loss function views it flat
         if observe is not None:
             observe(loss_BS.detach())

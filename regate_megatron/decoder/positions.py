@@ -39,7 +39,7 @@ class Positions:
         self.model = model
         self.is_dense_given = model.position_embedding_type == "mrope" and not arrives_short
         self.is_short_given = model.position_embedding_type == "mrope" and arrives_short
-        attentions = [getattr(layer, "self_attention", None) for layer in model.decoder.layers]
+        attentions = [getattr(layer, "self_attention", None) for layer in (*model.decoder.layers, *layers_ahead(model))]
         self.handed = [HandedRotary(one) for one in attentions if _is_latent(one)]
         self.scales = [QueryScale(one) for one in attentions if scales_queries(one)]
         self._most = _most_positions(model)
@@ -98,6 +98,12 @@ class Positions:
             table_S11D, _ = _emb_and_mscale(rotary, dense_length)
             self._tables = {dense_length: table_S11D[:, 0, 0].to(like.device)}
         return self._tables[dense_length]
+
+
+def layers_ahead(model: Any) -> list[Any]:
+    """The transformer layers of a chunk that predict ahead, one per depth or one for all."""
+    ahead = getattr(model, "mtp", None)
+    return [] if ahead is None else [one.mtp_model_layer for one in ahead.layers]
 
 
 class HandedRotary:

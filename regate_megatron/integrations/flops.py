@@ -52,7 +52,7 @@ def share_of_dense(formula: Callable[..., float], args: Any, work: Counters, con
     num_long = config.dense_layers + config.dense_last_layers
     every = costs()
     if (pattern := getattr(args, "hybrid_layer_pattern", None)) is None:
-        long = every * num_long / num_layers
+        long = costs(mtp_num_layers=None) * num_long / num_layers  # layers that predict ahead come after all of them
     else:
         kinds = pattern.split("/")[0].replace("|", "")
         kinds = kinds[: config.dense_layers] + kinds[len(kinds) - config.dense_last_layers :]

@@ -35,7 +35,7 @@ from regate_megatron.step.counters import (
 from regate_megatron.step.dealing import Dealing
 from regate_megatron.step.peek import check_lengths, pull
 from regate_megatron.step.planner import Planner
-from regate_megatron.step.sharing import share_plan
+from regate_megatron.step.sharing import share_loss_masks, share_plan
 from regate_megatron.step.step import Step
 from regate_megatron.step.trace import Trace
 from regate_megatron.support import HostRun, Setting, check_support, hints
@@ -302,9 +302,8 @@ class Session:
     def _read_facts(self, step: Step) -> None:
         """Read the batches whose facts are not known; planners only."""
         with step.enter("read"):
-            own = next(pulled for pulled in reversed(step.batches) if pulled is not None)
-            known = step.facts or [None] * len(own)
-            unread = [one for one, facts in zip(own, known, strict=True) if facts is None]
+            known = step.facts or [None] * len(step.own)
+            unread = [one for one, facts in zip(step.own, known, strict=True) if facts is None]
             read = iter(self.adapter.read_all(unread) if unread else ())
             step.take_facts([next(read) if facts is None else facts for facts in known])
             check_lengths(step.facts, self.hooks.has_one_dense_length, self.planner.segment_multiple)
@@ -361,8 +360,9 @@ class Session:
             if self.planner:
                 self.planner.plan(step)
             step.plan = share_plan(step.plan, self.topology)
+            masks = share_loss_masks(step.own, step.plan, self.topology) if self.hooks.predicts_ahead else []
             step.batches = [self._elide(pulled, step.plan) for pulled in step.batches]
-            return self.hooks.lay_out(step.plan)
+            return self.hooks.lay_out(step.plan, masks)
 
     def _elide(self, pulled: list[Any] | None, plan: StepPlan) -> list[Any] | None:
         """Batches whose loss mask is 0 wherever a position does not run (context has none anyway)."""

@@ -6,10 +6,13 @@ before the schedule starts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import xxhash
+from torch import Tensor
 
 from regate_megatron.errors import refuse
 from regate_megatron.method.plan import StepPlan
@@ -32,6 +35,26 @@ def share_plan(plan: StepPlan | None, topology: Topology) -> StepPlan:
         plan = StepPlan.unpack(flat)
     verify_plan(plan, topology)
     return plan
+
+
+def share_loss_masks(pulled: Sequence[dict] | None, plan: StepPlan, topology: Topology) -> list[Tensor]:
+    """Give the loss masks of the planner's batches to every rank of its replica; all of its ranks call this.
+
+    Args:
+        pulled: the planner's microbatches, before anything is left out of them; elsewhere they are not looked at.
+        plan: what they run.
+
+    Returns:
+        float64 [B, S] of each, on the host; nothing in a dense step.
+    """
+    if not plan.is_sparse:
+        return []
+    flat = None
+    if topology.is_planner:
+        flat = torch.cat([batch["loss_mask"].cpu().reshape(-1) for batch in pulled]).double().view(torch.int64)
+    mask_P = topology.broadcast_from_planner(flat, plan.kept_P.numel()).view(torch.float64)
+    sizes = [one.kept_mask().numel() for one in plan.microbatches]
+    return [part.view_as(one.kept_mask()) for part, one in zip(mask_P.split(sizes), plan.microbatches, strict=True)]
 
 
 def verify_plan(plan: StepPlan, topology: Topology) -> None:

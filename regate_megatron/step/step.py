@@ -97,6 +97,11 @@ class Step:
     def __post_init__(self) -> None:
         self.plan = StepPlan(self.number)
 
+    @property
+    def own(self) -> list[Any] | None:
+        """The microbatches of this rank's last chunk that has any, which planners read; None where none has."""
+        return next((pulled for pulled in reversed(self.batches) if pulled is not None), None)
+
     @cached_property
     def whole(self) -> StepFacts:
         """The facts of all microbatches together, on planners; asked for once they are read."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-from regate_megatron.compat import is_one_of
+from regate_megatron.compat import adapters_of, is_one_of, qualified_name
 from regate_megatron.config import flag
 from regate_megatron.support.setting import Fields, Found, Rule, Setting
 
@@ -163,13 +164,45 @@ def _window(setting: Setting) -> Any:
 
 
 def _more_than_one_token(setting: Setting) -> Any:
-    if found := _MTP(setting):
-        layout = getattr(setting.model, "pipeline_model_parallel_layout", None)
-        parts = str(layout or "").replace("embedding", "")  # the only other word with an m in it
-        also = ", and the m of --pipeline-model-parallel-layout" if "m" in parts else ""
-        return Found(found.given, (found.change or "") + also)
-    depths = (setting.pattern or "").count("/")
-    return Found(f"{depths} in the layer pattern", f"{_pattern_flag(setting)}: end it before the /") if depths else None
+    if depths := (setting.pattern or "").count("/"):
+        return Found(f"{depths} in the layer pattern", f"{_pattern_flag(setting)}: end it before the /")
+    found = _MTP(setting)
+    beside = found and _beside_more_than_one_token(setting)
+    if not beside:
+        return None
+    layout = getattr(setting.model, "pipeline_model_parallel_layout", None)
+    parts = str(layout or "").replace("embedding", "")  # the only other word with an m in it
+    also = ", and the m of --pipeline-model-parallel-layout" if "m" in parts else ""
+    return Found(f"{found.given} {beside}", (found.change or "") + also)
+
+
+def _beside_more_than_one_token(setting: Setting) -> str | None:
+    """What :mod:`regate_megatron.decoder.ahead` is not exact with, or was not tried with."""
+    if setting.pattern:
+        return "in a HybridModel"
+    models = [chunk for chunk in setting.chunks if hasattr(chunk, "named_modules")]
+    others = [qualified_name(type(chunk)) for chunk in models if not is_one_of(chunk, LANGUAGE_MODELS[:1])]
+    if setting.is_multimodal or others:
+        return f"in {', '.join(dict.fromkeys(others)) or 'a multimodal model'}"
+    if setting.model.context_parallel_size > 1:
+        return "with context parallelism"
+    if any(adapters_of(chunk) for chunk in models):
+        return "with adapters"
+    if getattr(setting.model, "mtp_hsm", False):
+        return "with mtp_hsm"
+    if setting.model.num_moe_experts and not _tells_padding_ahead():
+        return "with experts in Megatron-Core 0.17"
+    layout = getattr(setting.model, "pipeline_model_parallel_layout", None)
+    if hasattr(layout, "layout") and not any(kind.name == "mtp" for kind in layout.layout[-1][-1]):
+        return "on a stage of their own"
+    return None
+
+
+def _tells_padding_ahead() -> bool:
+    """Whether experts of MTP layers can be told which slots are fill."""
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlock
+
+    return "padding_mask" in inspect.signature(MultiTokenPredictionBlock.forward).parameters
 
 
 def _other_attention(setting: Setting) -> Any:
@@ -277,9 +310,9 @@ DECODER_RULES = (
     Rule(
         "multi-token prediction",
         _more_than_one_token,
-        "no MTP layers",
+        "MTP layers of a GPTModel by itself, on the stage of its loss, without context parallelism and adapters",
         "the command: leave out --mtp-num-layers, m in a pipeline layout, / and what follows it in a pattern",
-        "targets would become the next kept token",
+        "each context rank weighs their losses by its own tokens; other models were not tried",
     ),
     Rule(
         "linear or experimental attention",

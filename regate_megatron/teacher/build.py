@@ -79,6 +79,8 @@ def build_teacher(student: Any, checkpoint: LanguageModelCheckpoint | None) -> A
         options |= {name: getattr(student, name) for name in _LAYERS_OF[is_hybrid(student.decoder)]}
         known = inspect.signature(type(student)).parameters  # mcore-bridge's class has most of them from the config
         teacher = type(student)(**{name: value for name, value in options.items() if name in known})
+        if getattr(config, "mtp_num_layers", None):  # not before: it says on which stage the final norm is
+            config.mtp_num_layers = None  # it predicts the next token alone
         if settings.rotary is not None:
             teacher.rotary_pos_emb = settings.rotary  # no weights; keeps every rope option
         parameter = next(student.parameters(), None)

@@ -61,8 +61,7 @@ class Case:
 
 
 EACH = {"teacher_load": "student", "budget": "per-sample"}
-VISUAL = EACH | {"visual_keep_ratio": 0.5, "visual_score": "random"}
-LEARNS = VISUAL | {"score": "regate"}  # from difficulty, too
+VISUAL = EACH | {"score": "regate", "visual_keep_ratio": 0.5, "visual_score": "random"}  # learns: it is gone on with
 ALL_KEPT = {"keep_ratio": 1.0, "teacher_load": "student"}
 ONE_RANK = {
     "plain": Case(),
@@ -81,9 +80,9 @@ WITH_ADAPTERS = {
     "lora all kept": Case(regate=ALL_KEPT, adapts=True),
     "lora": Case(regate=EACH, adapts=True),
     "lora packed": Case(regate=EACH, adapts=True, packs=True),
-    "lora visual": Case(regate=LEARNS, adapts=True),
-    "lora taught": Case(regate=LEARNS, adapts=True, is_taught=True),
-    "lora resumed": Case(regate=LEARNS, adapts=True, goes_on="lora visual"),
+    "lora visual": Case(regate=VISUAL, adapts=True),
+    "lora taught": Case(regate=VISUAL, adapts=True, is_taught=True),
+    "lora resumed": Case(regate=VISUAL, adapts=True, goes_on="lora visual"),
 }
 LAYOUTS = {"tp2": Layout(tp=2), "pp2": Layout(pp=2), "dp2": Layout(dp=2)}
 OF_EXPERTS = {"ep2": Layout(dp=2, ep=2)}
@@ -93,7 +92,7 @@ ON_CONTEXT_RANKS = {
     "cp2": Case(regate=EACH),
     "packed cp2": Case(regate=EACH, packs=True),
     "packed visual cp2": Case(regate=VISUAL, packs=True),
-    "lora cp2": Case(regate=LEARNS, adapts=True),
+    "lora cp2": Case(regate=VISUAL, adapts=True),
 }
 
 
@@ -313,7 +312,7 @@ def on_one_rank(name: str, family: tiny_mcore.Family, folder: Path) -> None:
 
 def on_ranks(name: str, family: tiny_mcore.Family, layout: str, folder: Path) -> None:
     cases = {layout: Case(regate=VISUAL, is_still=not family.trains_alike), f"{layout} plain": Case()}
-    cases |= {f"lora {layout}": Case(regate=LEARNS, adapts=True), f"lora {layout} plain": Case(adapts=True)}
+    cases |= {f"lora {layout}": Case(regate=VISUAL, adapts=True), f"lora {layout} plain": Case(adapts=True)}
     Training(name, family, (LAYOUTS | OF_EXPERTS)[layout], folder).cases(cases)
 
 

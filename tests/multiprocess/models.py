@@ -20,7 +20,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.models.multimodal.llava_model import DEFAULT_IMAGE_TOKEN_INDEX, LLaVAModel
 from megatron.core.models.multimodal.llava_spec import decoder_model_with_local_default_spec
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
@@ -32,7 +36,9 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.spec_utils import get_submodules
 
 from regate_megatron.compat import unwrap
+from regate_megatron.decoder.positions import layers_ahead
 from regate_megatron.method.budget import align_up
+from tests.multiprocess.ahead import forget_ahead
 from tests.multiprocess.cores import flat_rows, forget_router_metrics, own_part
 from tests.multiprocess.mimo import end_to_end, mimo_model, put_pictures
 from tests.multiprocess.qwen_like import QwenLike, put_media
@@ -125,9 +131,15 @@ def recompute(method: str | None) -> dict:
 
 
 def _gpt(config, case, first, last, vp_stage):
+    where = {"use_transformer_engine": False, "vp_stage": vp_stage}
+    layers = get_gpt_decoder_block_spec(config, **where)
+    ahead = {}
+    if config.mtp_num_layers:  # which are as the last layer of their stage, or the plain one where there is none
+        last_layer = layers if layers.layer_specs else get_gpt_layer_local_spec()
+        ahead = {"mtp_block_spec": get_gpt_mtp_block_spec(config, last_layer, **where)}
     return GPTModel(
         config,
-        get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage),
+        layers,
         VOCAB,
         TEXT,
         pre_process=first,
@@ -135,6 +147,7 @@ def _gpt(config, case, first, last, vp_stage):
         position_embedding_type=case.get("positions", "rope"),
         share_embeddings_and_output_weights=case.get("tied", False),
         vp_stage=vp_stage,
+        **ahead,
         **case.get("gpt", {}),
     )
 
@@ -290,6 +303,7 @@ class Step:
         if "image" not in batch and "modality_inputs" not in batch:  # these cut their merged rows themselves
             batch = own_part(batch)
         mask = batch["loss_mask"]
+        needs_mask = getattr(model.config, "mtp_num_layers", None) and not hasattr(model.config, "tells_no_loss_mask")
         if "image" in batch:
             entries = (batch[name] for name in ("image", "tokens", "position_ids"))
             tiles = batch.get("num_image_tiles")
@@ -304,6 +318,7 @@ class Step:
                 None,
                 labels=batch["labels"],
                 packed_seq_params=packed_seq_params,
+                **({"loss_mask": mask} if needs_mask else {}),
             )
 
         def loss_func(loss_BS):
@@ -348,13 +363,19 @@ def run(case: dict, models: list, schedule, step: Step, own: list[dict] | None =
 
 
 def routers(models) -> list:
-    layers = [layer for model in language_models(models) for layer in model.decoder.layers]
-    return [(layer, layer.mlp.router) for layer in layers if hasattr(getattr(layer, "mlp", None), "router")]
+    """The routers of the chunks with the numbers of their layers; those that predict ahead come after the last."""
+    found = []
+    for model in language_models(models):
+        layers = [(layer.layer_number, layer) for layer in model.decoder.layers]
+        layers += [(LAYERS + layer.layer_number, layer) for layer in layers_ahead(model)]
+        found += [(number, getattr(getattr(layer, "mlp", None), "router", None)) for number, layer in layers]
+    return [(number, router) for number, router in found if router is not None]
 
 
 def reset_counts(models) -> None:
     """Forget what routers counted, as Megatron's training loop does after each step."""
     forget_router_metrics()
+    forget_ahead()
     for _, router in routers(models):
         router.reset_global_aux_loss_tracker()
         if router.enable_expert_bias:

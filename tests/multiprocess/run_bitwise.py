@@ -28,6 +28,7 @@ CASES = {
     "gpt@cp2-tp2-sp": {"model": "gpt", "tp": 2, "pp": 1, "cp": 2, "sp": True},
     "llava@tp2-pp2": {"model": "llava", "tp": 2, "pp": 2},
     "llava@dp4": {"model": "llava", "tp": 1, "pp": 1},
+    "gpt-ahead@tp2-pp2": {"model": "gpt", "tp": 2, "pp": 2, "config": {"mtp_num_layers": 2}},
     "mimo@tp2-dp2": {"model": "mimo", "tp": 2, "pp": 1, "sp": True},
 }
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from regate_megatron.cpu import emulation
@@ -27,7 +28,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from regate_megatron import ReGateConfig, attach, detach, wrap_forward_backward
 from regate_megatron.api import session_of
 from regate_megatron.decoder.cutting import places
+from regate_megatron.decoder.positions import layers_ahead
 from regate_megatron.memory.references import RecentLosses
+from tests.multiprocess.ahead import ahead_at, logged_ahead
 from tests.multiprocess.cores import router_metrics
 from tests.multiprocess.models import (
     LAYERS,
@@ -46,11 +49,11 @@ from tests.multiprocess.parity import GRADIENT_BOUND, LOSS_BOUND
 def router_counts(models) -> dict[str, torch.Tensor]:
     """Tokens per expert, which move the expert bias, and the auxiliary losses that were logged."""
     counted = {
-        f"tokens of layer {layer.layer_number}": router.local_tokens_per_expert.clone()
-        for layer, router in routers(models)
+        f"tokens of layer {number}": router.local_tokens_per_expert.clone()
+        for number, router in routers(models)
         if router.enable_expert_bias
     }
-    return counted | router_metrics()
+    return counted | router_metrics() | logged_ahead()
 
 
 def local_slice(mask_BS: torch.Tensor, case: dict) -> torch.Tensor:
@@ -97,8 +100,11 @@ def masked_full_length(
             hidden_LBH = torch.where(kept_LB1, output[0] if is_tuple else output, kwargs["hidden_states"])
             return (hidden_LBH, *output[1:]) if is_tuple else hidden_LBH
 
+        chunk = language_models([model])[0]
+        ahead = layers_ahead(chunk)
+
         def mask_keys(layer, args, kwargs):
-            if is_elided(layer):
+            if is_elided(layer) or layer in ahead:
                 kwargs = dict(kwargs, attention_mask=own_BqS[:, None])
                 if case.get("aux"):
                     kwargs["padding_mask"] = local_slice(~kept_BS, case)
@@ -106,17 +112,21 @@ def masked_full_length(
 
         def count_kept(router, _, output):
             routing_NE = output[1]
-            if is_elided(router):
+            number = next(number for number, one in routers([model]) if one is router)
+            if number > dense_layers and number <= LAYERS - case.get("dense_last", 0) or number > LAYERS:
                 routing_NE = routing_NE & local_slice(kept_BS, case).t().reshape(-1, 1)
-            name = f"tokens of layer {router.layer_number}"
+            name = f"tokens of layer {number}"
             counts[name] = counts.get(name, 0) + routing_NE.sum(dim=0).float()
 
-        layers = language_models([model])[0].decoder.layers
-        hooks = [layer.register_forward_pre_hook(mask_keys, with_kwargs=True) for layer in layers]
+        layers = chunk.decoder.layers
+        hooks = [layer.register_forward_pre_hook(mask_keys, with_kwargs=True) for layer in (*layers, *ahead)]
         hooks += [layer.register_forward_hook(pass_by, with_kwargs=True) for layer in layers]
         hooks += [r.register_forward_hook(count_kept) for _, r in routers([model]) if r.enable_expert_bias]
         try:
-            return step(iterator, model)
+            length_N = segments(plan.microbatches[index])
+            segment_S = torch.arange(len(length_N)).repeat_interleave(length_N)
+            with ahead_at(kept_BS, segment_S, counts) if ahead else nullcontext():
+                return step(iterator, model)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -209,11 +219,15 @@ def check(case: dict) -> dict:
         assert bool(pending.is_visual_known.any()), "the dense step taught nothing"
     shortened = [one.length < one.dense_length for one in plan.microbatches]
     assert all(shortened) or (case.get("budget", "uniform") != "uniform" and any(shortened)), "nothing was shortened"
+    if session.topology.sees_losses and case.get("cp", 1) == 1:
+        assert len(pending.losses) == len(sparse.losses), "learned from other losses than the main head's"
+        assert all(map(torch.equal, pending.losses, sparse.losses))
     sparse_gradients, sparse_counts = gradients(models, optimizer), router_counts(models)
     session.finish()
     detach(models)
     own = {key for model in models for module in model.modules() for key in vars(module)}
     hooked = {"forward", "compute_language_model_loss", "_apply_expert_bias", "_regate_session"}
+    hooked |= {"_postprocess", "_get_embeddings"}
     assert not hooked & own, "detach left something behind"
 
     oracle, oracle_counts = masked_full_length(

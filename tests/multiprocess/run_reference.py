@@ -124,6 +124,20 @@ def fingerprint_is_of_the_weights_alone(case: dict, folder: Path) -> dict:
     return {"weights": in_memory}
 
 
+def teacher_that_predicts_ahead_is_its_main_head(case: dict, folder: Path) -> dict:
+    """Taken from a student with such layers, or from a checkpoint with them, for a student with or without."""
+    models, _ = train(case)
+    expected = losses_by_key(models)
+    detach(models)
+    ahead = dict(case, config={**case.get("config", {}), "mtp_num_layers": 2})
+    load = {"teacher_load": make_teacher(ahead, folder)}
+    for student, options in ((ahead, {}), (ahead, load), (case, load)):
+        models, _ = train(student, **options)
+        assert losses_by_key(models) == expected
+        detach(models)
+    return expected
+
+
 def warm_cache_builds_no_teacher_and_plans_alike(case: dict, folder: Path) -> dict:
     options = {"teacher_load": make_teacher(case, folder), "reference_cache": str(folder / "cache")}
     models, first = train(case, **options)

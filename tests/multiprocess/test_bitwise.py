@@ -16,7 +16,7 @@ def _equal(steps: int, *names: str) -> None:
 
 
 def test_steps_at_keep_ratio_one_are_plain_megatron():
-    _equal(20, "gpt@tp2-dp2", "llava@tp2-pp2")
+    _equal(20, "gpt@tp2-dp2", "gpt-ahead@tp2-pp2", "llava@tp2-pp2")
 
 
 def test_steps_of_mimo_at_keep_ratio_one_are_plain_megatron():

@@ -211,7 +211,7 @@ def test_teacher_with_another_vocabulary_is_refused(plain):
 
 
 def test_unsupported_flags_are_refused_before_megatron_looks_at_them():
-    """CUDA graphs and MTP would fail in Megatron itself on this machine, for reasons of its own."""
+    """CUDA graphs would fail in Megatron itself on this machine, for reasons of its own."""
     run = _train(1, "--window-size", "8,0", *REGATE, "--regate-score", "student", ok=False)
     assert "sliding-window attention" in _refusal(run, 1)
 
@@ -233,7 +233,7 @@ def known_flags():
     ("flags", "what"),
     [
         (["--window-size", "8,0"], "sliding-window attention"),
-        (["--mtp-num-layers", "1"], "multi-token prediction"),
+        (["--mtp-num-layers", "1", "--context-parallel-size", "2"], "multi-token prediction"),
         (["--cuda-graph-impl", "local"], "CUDA graphs"),
         (["--overlap-moe-expert-parallel-comm"], "combined 1F1B"),
         (["--num-experts", "4", "--moe-expert-capacity-factor", "1.5"], "expert capacity"),
