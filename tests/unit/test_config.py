@@ -524,6 +524,12 @@ def test_the_last_of_several_recipes_holds_and_nothing_of_the_others():
     assert parse(["--regate", *words]) == ReGateConfig(recipe="pictures", ema_decay=0.5)
 
 
+def test_pictures_need_no_teacher_unless_targets_are_left_out_too():
+    assert not ReGateConfig(recipe="pictures").needs_teacher
+    both = ReGateConfig(recipe="pictures", keep_ratio=0.5, teacher_load="student")
+    assert both.needs_teacher and (both.score, both.visual_score) == ("reference", "even")
+
+
 def test_replacing_a_setting_keeps_the_others_of_a_recipe():
     config = dataclasses.replace(ReGateConfig(recipe="pictures", keep_ratio=0.25), score="random")
     assert (config.score, config.keep_ratio, config.recipe) == ("random", 0.25, "pictures")
