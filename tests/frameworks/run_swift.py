@@ -40,7 +40,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from regate_megatron.api import session_of
 from tests.frameworks import tiny_hf
 from tests.frameworks.forked import run
-from tests.frameworks.run_mcore import ALL_KEPT, LEARNS
+from tests.frameworks.run_mcore import ALL_KEPT, VISUAL
 
 # Folders have the names of published ones, by which ms-swift knows its templates.
 FAMILIES = {"qwen25": ("qwen2_5_vl", "Qwen2.5-VL-7B-Instruct"), "qwen3": ("qwen3_vl", "Qwen3-VL-8B-Instruct")}
@@ -88,13 +88,13 @@ for _family in FAMILIES:
             f"{_family} {_tuner} plain": Case(None, _flags),
             f"{_family} {_tuner} all kept": Case(ALL_KEPT, _flags),
             f"{_family} {_tuner} regate": Case(SHOWN, _flags),
-            f"{_family} {_tuner} visual": Case(LEARNS, _flags),
-            f"{_family} {_tuner} resumed": Case(LEARNS, f"{_flags} --finetune false", _goes_on),
+            f"{_family} {_tuner} visual": Case(VISUAL, _flags),
+            f"{_family} {_tuner} resumed": Case(VISUAL, f"{_flags} --finetune false", _goes_on),
         }
     CASES |= {f"{_family} full padded": Case(SHOWN, PADDED), f"{_family} full padded plain": Case(None, PADDED)}
 CASES |= {
-    "qwen25 lora exported": Case(LEARNS, f"{LORA} --finetune false", ("qwen25 lora visual", "--adapters")),
-    "qwen25 lora checkpoint": Case(LEARNS | {"teacher_load": FIRST}, LORA),
+    "qwen25 lora exported": Case(VISUAL, f"{LORA} --finetune false", ("qwen25 lora visual", "--adapters")),
+    "qwen25 lora checkpoint": Case(VISUAL | {"teacher_load": FIRST}, LORA),
 }
 for _layout, _size in {"tp2": "tensor", "pp2": "pipeline"}.items():
     for _tuner, _flags in {"full": "", "lora": LORA}.items():
