@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -76,8 +77,10 @@ def parse(argv: Sequence[str]) -> ReGateConfig | None:
         raise refuse(name, given=error.message, allowed="a value as --help describes it", change="the value") from None
     unknown = [word for word in rest if word.startswith("--regate")]
     if unknown:
-        known = ", ".join(flag(field.name) for field in dataclasses.fields(ReGateConfig))
-        raise refuse("command line", given=unknown[0], allowed=known, change="the spelling")
+        known = [flag(field.name) for field in dataclasses.fields(ReGateConfig)]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+        change = f"it to {near[0]}" if near else "the spelling"
+        raise refuse("command line", given=unknown[0], allowed=", ".join(known), change=change)
     return config_of(args)
 
 

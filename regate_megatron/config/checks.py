@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from regate_megatron.config.options import SAMPLE_KEYS, flag
@@ -69,6 +70,19 @@ def check(config: ReGateConfig) -> None:
     _check_learns(config)
 
 
+def check_names(given: Iterable[str], fields: Sequence[str]) -> None:
+    """Refuse a name that is no field of the settings.
+
+    Raises:
+        ReGateError: one line with the nearest name.
+    """
+    for name in given:
+        if name not in fields:
+            near = difflib.get_close_matches(name.removeprefix("regate_"), fields, n=1)
+            change = f"it to {near[0]}" if near else "the spelling"
+            raise refuse("ReGateConfig", given=f"{name}=…", allowed=", ".join(fields), change=change)
+
+
 def _check_learns(config: ReGateConfig) -> None:
     """Refuse a score of the student's losses alone where no step ever shows those of elided targets.
 
@@ -115,7 +129,12 @@ def _check_number(config: ReGateConfig, name: str, allowed: str, ok: Any, exampl
     kinds = int if integer else (int, float)
     is_number = isinstance(value, kinds) and not isinstance(value, bool)
     if not (is_number and (isinstance(value, int) or math.isfinite(value)) and ok(value)):
-        raise refused(config, name, allowed, f"it to {example}, for example")
+        change = f"it to {example}, for example"
+        if isinstance(value, str):
+            change = f"it to a number, such as {example}, not text"
+        elif "at most 1" in allowed and is_number and 1 < value <= 100:
+            change = f"it to {value / 100:g}, if {value:g} % was meant"
+        raise refused(config, name, allowed, change)
 
 
 def refused(config: ReGateConfig, name: str, allowed: str, change: str) -> ReGateError:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from typing import Any
 
-from regate_megatron.config.checks import check, refused
+from regate_megatron.config.checks import check, check_names, refused
 from regate_megatron.config.options import (
     BUDGETS,
     CONTEXTS,
@@ -273,9 +273,10 @@ class ReGateConfig:
 
     @property
     def idle(self) -> list[str]:
-        """Flags with values of their own that no score of this run reads."""
+        """Flags with values of their own that nothing in this run reads."""
         mixes = self.ranks_targets and self.score == "regate"
         reads = {"reference_weight": mixes, "fusion": mixes, "difficulty": self.learns_losses, "ema_decay": self.learns}
+        reads |= {"visual_score": self.ranks_visual, "visual_keep_ratio_spread": self.ranks_visual}
         usual = {field.name: field.default for field in dataclasses.fields(self)}
         return [flag(name) for name, is_read in reads.items() if not is_read and getattr(self, name) != usual[name]]
 
@@ -322,6 +323,7 @@ _init = ReGateConfig.__init__
 
 @functools.wraps(_init)
 def _init_with_recipe(self: ReGateConfig, **given: Any) -> None:
+    check_names(given, [field.name for field in dataclasses.fields(self)])
     name = given.get("recipe")
     _init(self, **(RECIPES[name].values if name in tuple(RECIPES) else {}) | given)
 

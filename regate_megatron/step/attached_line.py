@@ -23,7 +23,7 @@ def attached_line(session: Session) -> str:
     parts = [
         *([f"recipe {config.recipe}"] if config.recipe else []),
         *_kept_of(config),
-        *([f"{' and '.join(config.idle)} not used: no score reads it"] if config.idle else []),
+        *([f"{' and '.join(config.idle)} not used: nothing reads it"] if config.idle else []),
         f"dense layers {config.dense_layers}{last} of {transformer.num_layers}",
         f"budget {config.budget} ({_why(config, session.topology.dp_size)})",
         config.schedule.describe(),

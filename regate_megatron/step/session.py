@@ -193,7 +193,7 @@ class Session:
         lines += [f"regate on data-parallel rank {self.topology.dp_rank}" + (", planner" if self.planner else "")]
         lines += self.hooks.describe()
         lines += hints(Setting(self.language_models, self.config, self._run_of_host))
-        if self.planner:
+        if self.planner and self.config.learns:
             lines.append(self.learned.describe())
         if self.reference is not None:
             lines.append(self.reference.describe())

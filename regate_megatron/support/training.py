@@ -118,7 +118,7 @@ TRAINING_RULES = (
         flag("visual_keep_ratio"),
         _no_pictures,
         "less than 1 where the model reads images or video",
-        "--regate-visual-keep-ratio to 1, or the model",
+        "--regate-visual-keep-ratio to 1 (--regate-recipe pictures sets it: leave that out), or the model",
         "there is no visual position to leave out",
         in_flags=False,
     ),

@@ -316,10 +316,31 @@ def test_what_a_score_without_teacher_does_not_use_is_named():
         ({"difficulty": "kind", "ema_decay": 0.5, "score": "gain"}, []),
         ({"ema_decay": 0.5, "visual_keep_ratio": 0.5, "visual_score": "gradient"}, []),
         ({"recipe": "paper", "score": "random"}, []),
+        ({"visual_score": "even"}, ["--regate-visual-score"]),
+        ({"visual_score": "even", "visual_keep_ratio": 0.5}, []),
+        ({"visual_keep_ratio_spread": 0.5}, ["--regate-visual-keep-ratio-spread"]),
     ],
 )
-def test_what_no_score_reads_is_named(settings, idle):
+def test_what_nothing_reads_is_named(settings, idle):
     assert ReGateConfig(**settings).idle == idle
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("keepratio", "it to keep_ratio"), ("regate_budget", "it to budget"), ("foo", "the spelling")],
+)
+def test_a_name_that_is_no_setting_is_refused_with_the_nearest(name, change):
+    with pytest.raises(ReGateError) as refusal:
+        ReGateConfig(**{name: 0.5})
+    assert str(refusal.value).startswith(f"regate: ReGateConfig: given {name}=…; allowed enabled, ")
+    assert str(refusal.value).endswith(f"; change {change}")
+
+
+def test_a_ratio_in_percent_or_as_text_is_told_what_it_is_as_a_number():
+    for value, change in ((25, "it to 0.25, if 25 % was meant"), ("0.5", "it to a number, such as 0.5, not text")):
+        with pytest.raises(ReGateError) as refusal:
+            ReGateConfig(keep_ratio=value)
+        assert str(refusal.value).endswith(f"; change {change}")
 
 
 def test_settings_cannot_be_changed_once_checked():
@@ -414,6 +435,7 @@ def test_an_unknown_flag_of_ours_is_refused_even_when_off(word):
         message = str(refusal.value)
         assert message.startswith("regate: ") and "\n" not in message
         assert f"given {word}; allowed --regate, " in message and "; change " in message
+        assert word != "--regate-keep-ration" or message.endswith("; change it to --regate-keep-ratio")
 
 
 @pytest.mark.parametrize(
