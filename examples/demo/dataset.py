@@ -69,4 +69,4 @@ class Captions(torch.utils.data.Dataset):
 def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """A batch whose "image" holds the pictures of the rows that have one: fewer than rows."""
     images = [sample.pop("image") for sample in samples if "image" in sample]
-    return default_collate(samples) | {"image": torch.stack(images)}
+    return default_collate(samples) | ({"image": torch.stack(images)} if images else {})

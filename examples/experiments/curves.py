@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from pathlib import Path
 
@@ -17,15 +18,18 @@ SPENT = {  # unit, and what it is called
     "cpu_seconds": (60, TIME),
 }
 STYLE = pictures.STYLE | {"dense-short": ("#999999", "v")}
+OTHERS = [("#009E73", "^"), ("#0072B2", "s"), ("#D55E00", "D"), ("#CC79A7", "P"), ("#E69F00", "X"), ("#56B4E9", "*")]
 
 
 def over_training(arms: dict[str, list[dict]], named: dict, file: Path, *, first: str) -> None:
     """Mean over seeds with the range, against what `first` counts and against CPU time."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), dpi=150, sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 6), dpi=150, sharey=True)
+    others = [name for name in arms if name not in STYLE]
+    style = STYLE | dict(zip(others, itertools.cycle(OTHERS), strict=False))
     for axis, key in zip(axes, (first, "cpu_seconds"), strict=True):
         unit, label = SPENT[key]
         for name, runs in arms.items():
-            colour, marker = STYLE.get(name, ("#009E73", "^"))
+            colour, marker = style[name]
             points = defaultdict(list)
             for run in runs:
                 for point in run["curve"]:
@@ -40,13 +44,14 @@ def over_training(arms: dict[str, list[dict]], named: dict, file: Path, *, first
         axis.grid(axis="y", color="#e6e9ed", linewidth=0.8)
         axis.set_xlim(left=0)
     axes[0].set_ylabel("held-out accuracy, words that need the picture, %")
-    axes[0].legend(frameon=False, fontsize=9, loc="lower right")
+    rows = -(-len(arms) // 2)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, ncol=2, loc=(0.06, 0.035))
     note = (
         "Mean over seeds, shaded from the lowest to the highest. Every evaluation is dense. The learning rate falls to "
         "the end of each run: a point before the end is not what a run of that length would reach."
     )
-    figure.text(0.012, 0.012, note, fontsize=8.5, color=FAINT)
-    figure.tight_layout(rect=(0, 0.04, 1, 1), w_pad=2)
+    figure.text(0.012, 0.012, note, fontsize=8, color=FAINT)
+    figure.tight_layout(rect=(0, 0.06 + 0.04 * rows, 1, 1), w_pad=2)
     figure.savefig(file)
     plt.close(figure)
 
