@@ -22,7 +22,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from regate_megatron import compat, support
+from regate_megatron import ReGateError, attach, compat, support
 from regate_megatron.config import ReGateConfig, flag
 from regate_megatron.integrations.flags import run_of
 from regate_megatron.support import RULES, Setting, check_support, hints
@@ -510,6 +510,11 @@ def test_a_class_below_a_known_one_is_known_while_it_changes_nothing_that_runs()
     for kind, known in ((GPTModel, True), (Saved, True), (Run, False), (Mixture, False), (torch.nn.Linear, False)):
         instance = kind.__new__(kind)
         assert compat.is_one_of(instance, support.decoder.LANGUAGE_MODELS) is known, kind
+
+
+def test_a_model_that_is_no_list_of_chunks_is_refused():
+    with pytest.raises(ReGateError, match=r"given a Linear by itself; .* change it to \[model\]$"):
+        attach(torch.nn.Linear(1, 1), ReGateConfig(score="random"))
 
 
 # ------------------------------------------------------------------------------------------------------------- hints

@@ -23,6 +23,7 @@ smaller.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import re
 from collections.abc import Sequence
@@ -225,7 +226,9 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
         raise refuse("estimate", given=error, allowed="whole numbers", change="the command") from None
     own = {f"--{name}" for name in ("trace", *_NUMBERS)}
     if unknown := [word for word in rest if word.startswith("--") and not word.startswith("--regate")]:
-        raise refuse("estimate", given=unknown[0], allowed=", ".join(sorted(own)), change="the spelling")
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], sorted(own), n=1)
+        change = f"it to {near[0]}" if near else "the spelling"
+        raise refuse("estimate", given=unknown[0], allowed=", ".join(sorted(own)), change=change)
     if (options.trace is None) == (options.length is None):
         given = "no rows" if options.trace is None else "--length beside --trace, which has the rows"
         raise refuse("estimate", given=given, allowed="--trace DIR, or --length and --targets", change="the command")
