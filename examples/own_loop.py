@@ -60,6 +60,7 @@ def build_model() -> list[GPTModel]:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         finalize_model_grads_func=finalize_model_grads,
+        calculate_per_token_loss=True,  # rows keep different numbers of targets: weigh tokens alike
     )
     model = GPTModel(
         transformer,
@@ -96,13 +97,13 @@ def forward_step(iterator, model):
     """One microbatch, as every Megatron loop has it."""
     batch = {name: value.cuda() for name, value in next(iterator).items()}
     losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return losses, partial(masked_mean, batch["loss_mask"])
+    return losses, partial(masked_sum, batch["loss_mask"])
 
 
-def masked_mean(loss_mask, losses):
-    """The mean over positions with loss: elided targets come with a loss mask of 0."""
-    loss = (losses * loss_mask).sum() / loss_mask.sum().clamp(min=1)
-    return loss, {"loss": loss.detach().clone()}  # the schedule scales the loss itself in place
+def masked_sum(loss_mask, losses):
+    """Sum and number over positions with loss, and a report: elided targets come with a loss mask of 0."""
+    loss, targets = (losses * loss_mask).sum(), loss_mask.sum().int()
+    return loss, targets, {"loss": loss.detach() / targets.clamp(min=1)}
 
 
 def main() -> None:

@@ -61,6 +61,9 @@ def attach(
     """
     if not config.enabled:
         return model_chunks
+    if isinstance(model_chunks, torch.nn.Module) and not isinstance(model_chunks, torch.nn.ModuleList):
+        given = f"a {type(model_chunks).__name__} by itself"
+        raise refuse("attach", given=given, allowed="a list of model chunks", change="it to [model]")
     chunks = list(model_chunks)
     if any(hasattr(compat.unwrap(chunk), _SESSION) for chunk in chunks):
         raise refuse("attach", given="a model that has ReGATE already", allowed="one attach", change="it: detach first")

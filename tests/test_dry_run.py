@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from regate_megatron import ReGateConfig
-from regate_megatron.cpu.dry_run.command import _reason
+from regate_megatron.cpu.dry_run.command import _reason, _worth_knowing
 from regate_megatron.cpu.dry_run.flags import _regate
 from regate_megatron.cpu.dry_run.line import parse_line
 from regate_megatron.cpu.dry_run.shrink import (
@@ -190,6 +190,26 @@ def test_other_names_of_torchrun_are_the_same_line(words):
 def test_launchers_with_ways_of_their_own_are_told_how_to_write_it(launcher):
     with pytest.raises(ReGateError, match=f"given {launcher.split()[0]}; .* change it to: dry-run --nproc N {SCRIPT} "):
         parse_line([*launcher.split(), SCRIPT, "--regate"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "per_token", "said"),
+    [
+        ([], False, "ReGATE is off: no --regate"),
+        (["--regate-keep-ratio=0.3"], True, "ReGATE is off: --regate-keep-ratio given without --regate"),
+        (["--regate"], False, "--calculate-per-token-loss is off"),
+        (["--regate", "--regate-visual-score", "even"], True, "--regate-visual-score not used"),
+        (["--regate"], True, None),
+        (["--regate", "--regate-recipe", "pictures"], False, None),  # every target runs
+    ],
+    ids=str,
+)
+def test_what_passes_and_is_most_likely_not_meant_is_said(flags, per_token, said):
+    from regate_megatron.flags import parse
+
+    cluster = Namespace(calculate_per_token_loss=per_token)
+    found = _worth_knowing(Namespace(flags=flags), cluster, parse(flags))
+    assert len(found) == (said is not None) and all(one.startswith(said) for one in found)
 
 
 @pytest.mark.parametrize("words", [[], ["--nproc", "8"], ["--nproc", "8", "no_such.py"], [SCRIPT], ["--nproc", "x"]])

@@ -22,7 +22,7 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from regate_megatron import compat, support
+from regate_megatron import ReGateError, attach, compat, support
 from regate_megatron.config import ReGateConfig, flag
 from regate_megatron.integrations.flags import run_of
 from regate_megatron.support import RULES, Setting, check_support, hints
@@ -31,7 +31,7 @@ from regate_megatron.support.setting import Fields, flag_of
 
 def _setting(config: dict | None = None, model: dict | None = None, args: dict | None = None, **chunk) -> Setting:
     """A GPTModel without weights (only its settings are looked at), with some settings changed after construction."""
-    transformer = TransformerConfig(num_layers=4, hidden_size=32, num_attention_heads=4)
+    transformer = TransformerConfig(num_layers=4, hidden_size=32, num_attention_heads=4, calculate_per_token_loss=True)
     for name, value in (model or {}).items():
         setattr(transformer, name, value)
     pattern = chunk.get("pattern")
@@ -512,15 +512,26 @@ def test_a_class_below_a_known_one_is_known_while_it_changes_nothing_that_runs()
         assert compat.is_one_of(instance, support.decoder.LANGUAGE_MODELS) is known, kind
 
 
+def test_a_model_that_is_no_list_of_chunks_is_refused():
+    with pytest.raises(ReGateError, match=r"given a Linear by itself; .* change it to \[model\]$"):
+        attach(torch.nn.Linear(1, 1), ReGateConfig(score="random"))
+
+
 # ------------------------------------------------------------------------------------------------------------- hints
 
 
 def test_context_parallelism_without_the_loss_per_token_is_told():
-    with_cp = {"context_parallel_size": 2}
+    with_cp = {"context_parallel_size": 2, "calculate_per_token_loss": False}
     (line,) = hints(_setting(model=with_cp))
     assert "--calculate-per-token-loss" in line
     assert hints(_setting(model={**with_cp, "calculate_per_token_loss": True})) == []
     assert hints(_setting()) == []
+
+
+def test_targets_left_out_without_the_loss_per_token_are_told():
+    (line,) = hints(_setting(model={"calculate_per_token_loss": False}))
+    assert line.startswith("--calculate-per-token-loss is off")
+    assert hints(_setting(model={"calculate_per_token_loss": True})) == []
 
 
 @pytest.mark.parametrize(("backend", "named"), [(None, "deepep"), ("hybridep", "hybridep")])

@@ -40,7 +40,7 @@ MODEL=(
     --normalization RMSNorm --swiglu --disable-bias-linear --untie-embeddings-and-output-weights   # its layers
     --position-embedding-type rope --rotary-base 500000   # its positions; kept tokens keep theirs
     --attention-dropout 0 --hidden-dropout 0   # as it was trained
-    --img-h 336 --img-w 336 --patch-dim 14     # 576 visual tokens per picture; context, never elided
+    --img-h 336 --img-w 336 --patch-dim 14     # 576 visual tokens per picture; all run, but see docs/visual.md
     --seq-length 576                           # of the vision tower
     --dataloader-seq-length 2048 --max-position-embeddings 8192   # text per row; longest merged row
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$HF_BACKBONE"   # must be the teacher's own

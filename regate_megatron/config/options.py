@@ -19,8 +19,9 @@ STUDENT_AS_TEACHER = "student"
 
 WORDS = (
     "ReGATE: reference-guided adaptive token elision. In a dense step every token runs through the decoder; in a "
-    "sparse step some answer tokens are left out. An answer token (or target) is one with a loss. The student is the "
-    "model that is trained, the teacher a frozen language model that sees the text alone."
+    "sparse step some answer tokens or visual positions are left out. An answer token (or target) is one with a loss, "
+    "a visual position a token of a picture. The student is the model that is trained, the teacher a frozen language "
+    "model that sees the text alone."
 )
 """What the help texts take for known."""
 

@@ -36,7 +36,9 @@ class ReGateConfig:
         ReGateError: a value is out of its range; one line with what was given, what is allowed, what to change.
     """
 
-    enabled: bool = option(True, "train with ReGATE: in sparse steps easy answer tokens are left out of the decoder")
+    enabled: bool = option(
+        True, "train with ReGATE: in sparse steps some answer tokens or visual positions are left out of the decoder"
+    )
     recipe: str | None = option(
         None,
         "take settings by name, but for those given beside it; "
@@ -45,7 +47,7 @@ class ReGateConfig:
     )
     keep_ratio: float = option(
         0.5,
-        "share of the answer tokens that runs in a sparse step: above 0, at most 1; 1 leaves nothing out",
+        "share of the answer tokens that runs in a sparse step: above 0, at most 1; 1 leaves none out",
         metavar="P",
     )
     keep_ratio_end: float | None = option(
@@ -74,7 +76,8 @@ class ReGateConfig:
     visual_keep_ratio: float = option(
         1.0,
         "share of the visual positions (tokens of a picture) of each image or video that runs in a sparse step: above "
-        "0, at most 1; 1 leaves none out; with --regate-keep-ratio 1 beside it no teacher is needed",
+        "0, at most 1; 1 leaves none out; with --regate-keep-ratio 1 beside it no teacher is needed; "
+        "--regate-recipe pictures sets both",
         metavar="P",
     )
     visual_keep_ratio_end: float | None = option(
@@ -107,7 +110,8 @@ class ReGateConfig:
     )
     dense_steps: int = option(
         16,
-        "N iterations of each cycle are dense, the first ones: the student's loss on every answer token is seen again",
+        "N iterations of each cycle are dense, the first ones: every position is trained, and scores with m in their "
+        "formula see the student's loss on every answer token again",
         metavar="N",
     )
     dense_at: str = option(

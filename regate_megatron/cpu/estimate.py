@@ -14,6 +14,7 @@ images or video, of ``--images`` (1).
 ``--ranks`` data-parallel replicas run ``--rows`` rows each in a step (8). The model: ``--layers``, ``--hidden``,
 ``--ffn``, ``--vocabulary`` (32, 4096, 11008, 32000); ``--kv`` is the width of keys (default: hidden).
 
+*Times as fast* takes the teacher's losses as known (a cache, or samples that come again), *if all new* none of them.
 Rows are drawn for 20 steps, and every budget runs the lengths that the planner would give them. What is said is the
 decoder's work, the teacher's included: a vision tower, the optimizer and communication come on top and make gains
 smaller.
@@ -22,6 +23,7 @@ smaller.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import re
 from collections.abc import Sequence
@@ -54,7 +56,26 @@ def main(words: Sequence[str]) -> None:
         return
     with one_line_refusals():
         config, options = parse(["--regate", *(word for word in words if word != "--regate")]), _options(words)
+        _require_what_can_go(options, config)
         say(_rows(options), config, options)
+
+
+def _require_what_can_go(options: argparse.Namespace, config: ReGateConfig) -> None:
+    """Refuse numbers that leave nothing to leave out, which most likely were forgotten.
+
+    Raises:
+        ReGateError: the row has neither targets nor visual positions that the settings rank.
+    """
+    asked = {"targets": config.ranks_targets, "visual": config.ranks_visual}
+    names = [f"--{name}" for name, ranks in asked.items() if ranks]
+    if options.trace is None and names and not any(asked[name] and getattr(options, name) for name in asked):
+        ratios = f"{flag('keep_ratio')} {config.keep_ratio:g}, {flag('visual_keep_ratio')} {config.visual_keep_ratio:g}"
+        raise refuse(
+            "estimate",
+            given=f"a row without {' and '.join(names)}, of which nothing can go ({ratios})",
+            allowed="positions of the row that can go",
+            change=f"the command: add {' or '.join(names)}",
+        )
 
 
 def say(rows_R4: np.ndarray, config: ReGateConfig, options: argparse.Namespace) -> None:
@@ -205,7 +226,9 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
         raise refuse("estimate", given=error, allowed="whole numbers", change="the command") from None
     own = {f"--{name}" for name in ("trace", *_NUMBERS)}
     if unknown := [word for word in rest if word.startswith("--") and not word.startswith("--regate")]:
-        raise refuse("estimate", given=unknown[0], allowed=", ".join(sorted(own)), change="the spelling")
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], sorted(own), n=1)
+        change = f"it to {near[0]}" if near else "the spelling"
+        raise refuse("estimate", given=unknown[0], allowed=", ".join(sorted(own)), change=change)
     if (options.trace is None) == (options.length is None):
         given = "no rows" if options.trace is None else "--length beside --trace, which has the rows"
         raise refuse("estimate", given=given, allowed="--trace DIR, or --length and --targets", change="the command")

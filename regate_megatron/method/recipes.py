@@ -57,7 +57,7 @@ RECIPES: dict[str, Recipe] = {
     "pictures": Recipe(
         {"keep_ratio": 1.0, "visual_keep_ratio": 0.25, "visual_score": "even"},
         "rows that are mostly pictures or clips: a quarter of their positions, evenly spread; every target, no "
-        "teacher; half of the targets too: add --regate-keep-ratio 0.5",
+        "teacher; half of the targets too: add --regate-keep-ratio 0.5 and a teacher",
         "docs/learning.md, pictures of 144 positions, three seeds: 1.2 points behind dense with 61 % of the decoder's "
         "work, 2.3 ahead of dense in the same time; with half of the targets 2.2 behind with 55 %, 1.5 ahead",
     ),

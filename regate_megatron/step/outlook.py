@@ -82,7 +82,7 @@ def advice(found: Outlook, targets: float, visual: float, config: ReGateConfig) 
     if found.verdict() == "worth it":
         return ""
     if visual > _MUCH and config.visual_keep_ratio == 1.0:
-        return f"; much is visual: {flag('visual_keep_ratio')} 0.25"
+        return f"; much is visual: {flag('recipe')} pictures"
     if targets > _MUCH and config.budget != "dealt":
         return f"; the slowest rank decides: {flag('budget')} dealt"
     return ""

@@ -123,7 +123,7 @@ def judge(config: dict[str, Any]) -> Verdict:
     if deep := (config.get("vision_config") or {}).get("deepstack_visual_indexes"):
         notes.append(f"its first {len(deep)} layers take visual features in: any --regate-dense-layers is exact")
     if config.get("vision_config"):
-        notes.append("--regate-visual-keep-ratio leaves visual positions out, too")
+        notes.append("--regate-recipe pictures leaves visual positions out, where rows are mostly these")
     return Verdict(kind, SUPPORTED.get(kind, ()), tuple(reasons), tuple(notes))
 
 
@@ -146,6 +146,8 @@ def config_of(name: str) -> dict[str, Any]:
     path = Path(name)
     path = path / "config.json" if path.is_dir() else path
     try:
+        if not path.is_file() and (path.is_absolute() or name.startswith(".") or path.name == "config.json"):
+            raise FileNotFoundError  # no name of the hub
         if not path.is_file():
             from huggingface_hub import hf_hub_download
 

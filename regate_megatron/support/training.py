@@ -207,6 +207,11 @@ def hints(setting: Setting) -> list[str]:
             "context parallelism without --calculate-per-token-loss: each context rank divides its loss by its own"
             " targets (Megatron's rule), so the weight of a target depends on the cut; with the flag it does not"
         )
+    elif setting.config.ranks_targets and getattr(setting.model, "calculate_per_token_loss", None) is False:
+        lines.append(
+            "--calculate-per-token-loss is off: rows keep different numbers of targets, and Megatron's mean per"
+            " microbatch gives lone targets more weight; add it (calculate_per_token_loss=True in a model config)"
+        )
     budget = setting.config.budget
     if setting.config.share == "batch" and budget in ("uniform", "balanced"):
         lines.append(

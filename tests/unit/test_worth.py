@@ -71,7 +71,9 @@ def test_the_line_says_what_went_and_what_to_change_where_that_is_little():
     line = describe(_counters(), outlook_of(_counters(), SMALL, ReGateConfig()), ReGateConfig())
     assert line.startswith("is it worth it? Of the positions 60.0% are answer tokens and 20.0% visual; 30.0% went; a ")
     little = Outlook(0.99, 0.1, 0.875, 0.875)
-    assert describe(_counters(visual_total=14), little, ReGateConfig()).endswith("--regate-visual-keep-ratio 0.25")
+    assert describe(_counters(visual_total=14), little, ReGateConfig()).endswith(
+        "much is visual: --regate-recipe pictures"
+    )
     assert describe(_counters(), little, ReGateConfig(budget="uniform")).endswith("--regate-budget dealt")
 
 
@@ -127,7 +129,10 @@ def test_estimate_takes_rows_of_a_trace_and_knows_that_the_slowest_rank_decides(
     [
         ((), "no rows"),
         (("--length", 10, "--targets", 11), "11 targets and 0 visual positions in 10 of 10"),
+        (("--length", 10), "a row without --targets"),
+        (("--length", 10, "--targets", 1, "--regate-recipe", "pictures"), "a row without --visual"),
         (("--length", 10, "--targets", 1, "--rank", 3), "--rank"),
+        (("--lenght", 10, "--targets", 1), "--lenght; allowed "),
         (("--length", 10, "--targets", "x"), "argument --targets"),
         (("--length", 10, "--targets", 1, "--ranks", 0), "0"),
         (("--length", 10, "--regate-score", "other"), "other"),

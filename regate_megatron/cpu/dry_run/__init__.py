@@ -7,11 +7,11 @@
 Options, before the line: ``--nproc`` ranks of the cluster, where the line does not say; ``--max-ranks`` to start here;
 ``--timeout`` in seconds, 900.
 
-Two checks. First, the line as it is: Megatron's own validation at the cluster's number of ranks, the model's
-settings, ReGATE's refusals with the flags as given, the teacher's folder; all that is wrong is said together. Then
-the same layout (tensor, pipeline, virtual pipeline, context, expert) runs on gloo ranks: a warm-up step, a dense
-step, two sparse steps, an evaluation and a checkpoint, with a model shrunk where no layout decision depends on it
-(:mod:`.shrink`) and without what needs a GPU (``emulation.arguments``). Where the layout is too large for this
+Two checks. First, the line as it is: Megatron's own validation at the cluster's number of ranks, the model's settings,
+ReGATE's refusals with the flags as given, the teacher's folder where this machine has it; all that is wrong is said
+together. Then the same layout (tensor, pipeline, virtual pipeline, context, expert) runs on gloo ranks: a warm-up step,
+a dense step, two sparse steps, an evaluation and a checkpoint, with a model shrunk where no layout decision depends on
+it (:mod:`.shrink`) and without what needs a GPU (``emulation.arguments``). Where the layout is too large for this
 machine, the largest of the same kinds runs. The expected time is said first; all that is written goes to a temporary
 folder.
 

@@ -201,14 +201,30 @@ def _report(
         f"            {_layout(cluster, replicas)} ran {TRAIN_STEPS} steps: {', '.join(done)}",
     ]
     if attached:
-        lines.append(f"            ReGATE on {attached[0]}; {len(sparse)} sparse steps, the last:")
+        last = ", the last:" if sparse else ": the settings leave nothing out"
+        lines.append(f"            ReGATE on {attached[0]}; {len(sparse)} sparse steps{last}")
         lines += [f"            {sparse[-1].split('| ', 1)[1].split(' | per step')[0]}"] if sparse else []
     lines += [f"{'shrunk' if index == 0 else '':12}{one}" for index, one in enumerate(said)]
     lines.append(f"not checked {_NOT_CHECKED}")
     print("\n".join(f"[dry run] {one}" for one in lines))
     if config is not None and config.teacher_load != STUDENT_AS_TEACHER and config.needs_teacher:
         print(f"[dry run]             the teacher {config.teacher_load} was not run: the small student took its place")
+        if not Path(config.teacher_load).exists():
+            print(f"[dry run]             nothing is at {config.teacher_load} here: see that every node has it")
+    for one in _worth_knowing(line, cluster, config):
+        print(f"[dry run] look at     {one}")
     print("[dry run] ok")
+
+
+def _worth_knowing(line: LaunchLine, cluster: Any, config: ReGateConfig | None) -> list[str]:
+    """What passes, and is most likely not meant."""
+    ours = [word.partition("=")[0] for word in line.flags if word.startswith("--regate")]
+    if config is None:
+        return [f"ReGATE is off: {', '.join(ours)} given without --regate"] if ours else ["ReGATE is off: no --regate"]
+    found = [f"{', '.join(config.idle)} not used: nothing reads it"] if config.idle else []
+    if config.ranks_targets and not cluster.calculate_per_token_loss:
+        found.append("--calculate-per-token-loss is off: rows keep different numbers of targets; add it")
+    return found
 
 
 def _layout(cluster: Any, replicas: int | None = None) -> str:
