@@ -26,7 +26,12 @@ from megatron.bridge.models.qwen_vl.modelling_qwen3_vl import attention as qwen3
 from megatron.bridge.models.qwen_vl.modelling_qwen3_vl import model as qwen3_vl_model
 from megatron.bridge.models.qwen_vl.qwen3_vl_provider import Qwen3VLModelProvider, Qwen3VLMoEModelProvider
 from megatron.bridge.training.utils.visual_inputs import GenericVisualInputs
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tokenizers.text.libraries import NullTokenizer
@@ -71,7 +76,13 @@ TINY = {
 
 
 def gpt(**layout: Any) -> GPTModelProvider:
+    if layout.get("mtp_num_layers"):
+        gpt_layer_specs.get_gpt_mtp_block_spec = _local_layers_ahead
     return GPTModelProvider(position_embedding_type="rope", **TINY | layout)
+
+
+def _local_layers_ahead(*given: Any, use_transformer_engine: bool, **options: Any) -> ModuleSpec:
+    return get_gpt_mtp_block_spec(*given, use_transformer_engine=False, **options)
 
 
 def qwen(**layout: Any) -> Qwen25VLModelProvider:

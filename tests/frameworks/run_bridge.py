@@ -72,6 +72,7 @@ class Case:
         packs: whether the step is to pack the rows (``enable_in_batch_packing`` without a collator that does).
         step: the forward step; None: the model's usual one.
         lora: whether adapters alone learn.
+        ahead: tokens that are predicted beyond the next (MTP).
         resume: a case whose checkpoint of the third step is continued.
     """
 
@@ -93,6 +94,7 @@ class Case:
     offline: int | None = None
     vp: int | None = None
     lora: bool = False
+    ahead: int = 0
 
 
 PREFIX = {"gpt": ""} | {name: f"{name} " for name in ("qwen", "qwen3", "qwen3_moe", "glm", "ministral")}
@@ -156,6 +158,13 @@ CASES |= {
     "lora tp2": Case(lora=True, regate=STUDENT | {"score": "reference"}, tp=2),
     "lora pp2": Case(lora=True, regate=STUDENT | {"score": "reference"}, pp=2),
     "lora resumed": Case(lora=True, regate=STUDENT, resume="lora"),
+}
+CASES |= {
+    "ahead start": Case(ahead=1, begin=None),
+    "ahead plain": Case(ahead=1, begin="ahead start"),
+    "ahead all kept": Case(ahead=1, begin="ahead start", regate=ALL_KEPT),
+    "ahead": Case(ahead=1, begin="ahead start", regate=STUDENT),
+    "ahead tp2 pp2": Case(ahead=1, begin="ahead start", regate=STUDENT, tp=2, pp=2),
 }
 REFERENCE = EACH | {"score": "reference"}  # whatever the order of samples, a sample keeps the same positions
 CASES |= {
@@ -289,6 +298,7 @@ def settings(name: str, case: Case, folder: Path) -> ConfigContainer:
         layout["num_layers_in_first_pipeline_stage"] = 3  # which take visual features in
     layout |= {"expert_model_parallel_size": case.ep} if case.ep > 1 else {}
     layout |= {"context_parallel_size": case.cp} if case.cp > 1 else {}
+    layout |= {"mtp_num_layers": case.ahead} if case.ahead else {}
     layout |= {"virtual_pipeline_model_parallel_size": case.vp} if case.vp else {}
     layout |= {"calculate_per_token_loss": True} if case.per_token else {}
     layout |= {"seq_length": bridge_models.PACK} if case.offline else {}

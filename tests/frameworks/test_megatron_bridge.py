@@ -122,6 +122,12 @@ def test_the_frozen_base_is_the_same_teacher_in_every_layout(trainings, layout):
     assert trainings.kept(f"lora {layout}") == trainings.kept("lora reference")
 
 
+def test_a_model_that_predicts_ahead_keeps_the_same_positions(trainings):
+    assert trainings["ahead all kept"]["losses"] == trainings["ahead plain"]["losses"]
+    assert trainings.kept("ahead tp2 pp2") == trainings.kept("ahead")
+    assert trainings["ahead tp2 pp2"]["losses"] == pytest.approx(trainings["ahead"]["losses"], rel=1e-5)
+
+
 def test_three_steps_and_three_more_are_six(trainings):
     """Bit for bit: losses, kept positions, and what was learned by the end."""
     assert trainings["resumed"]["losses"] == trainings["regate"]["losses"][3:]
