@@ -88,6 +88,7 @@ num_heldout = 32
 fresh_factor = 2
 seed = 1
 [pictures]
+sort = "drawings"
 size = 48
 positions = 16
 [environment]

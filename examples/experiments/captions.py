@@ -1,10 +1,10 @@
-"""The demo's pictures and captions in the tokens of a pretrained language model, its vocabulary cut to those in use.
+"""Pictures and captions in the tokens of a pretrained language model, its vocabulary cut to those in use.
 
 Files in the folder: `train.npz` and `heldout.npz` as examples/demo/data.py writes them, but with the kind of word in
-`needs_image` (0: text predicts it; 1 and up: KINDS); `fresh/`, the same with `fresh_factor` times as many training
-samples, the first of them the same; `long/`, the usual samples with long answers; `align/`, all of these with short
-captions, for the stage that teaches the vision tower to speak to the language model; `vocabulary.json`, the model's own
-id of every id used here; `about.json`.
+`needs_image` (0: text predicts it; 1 and up: the kinds of that sort of pictures); `fresh/`, the same with
+`fresh_factor` times as many training samples, the first of them the same; `long/`, the usual samples with long answers;
+`align/`, all of these with short captions, for the stage that teaches the vision tower to speak to the language model;
+`vocabulary.json`, the model's own id of every id used here; `about.json`.
 
 A vocabulary of 32,000 or more would spend most of a small machine's time in the LM head, on pieces that no caption
 has. Rows of the embedding are taken as they are, so that the weights stay the pretrained ones.
@@ -16,7 +16,8 @@ import hashlib
 import json
 import random
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +30,9 @@ sys.path.append(str(DEMO))
 
 import clips  # noqa: E402
 import data as scenes  # noqa: E402  the demo's: what is drawn and said
+import photographs  # noqa: E402
 
 KINDS = ("count", "colour", "object", "place")
-CLIP_KINDS = ("order", *KINDS[1:])
 PLACES = {"at", "on", "in", "top", "bottom", "left", "right"}
 COLOURS = {*scenes.GROUNDS, "red", "orange", "brown", "purple", "black"}
 
@@ -45,7 +46,9 @@ def kind_of(word: str) -> int:
     return 4 if word in PLACES else 3
 
 
-def encode(tokenizer: Tokenizer, sample: tuple, bos: int, eos: int) -> tuple[list[int], list[int], list[int]]:
+def encode(
+    tokenizer: Tokenizer, sample: tuple, bos: int, eos: int, kind_of: Callable[[str], int] = kind_of
+) -> tuple[list[int], list[int], list[int]]:
     """`<bos> instruction answer <eos>` in the model's own ids; per token whether it is a target, and the kind of word.
 
     Only the first piece of a word that needs the picture has a kind: it tells the others.
@@ -70,63 +73,60 @@ def prepare(
     num_train: int,
     num_heldout: int,
     fresh_factor: int,
+    sort: str,
     size: int,
-    frames: int,
     seed: int,
 ) -> Path:
     """Write all files into `out` unless they are there; a failed run leaves nothing. Returns `out`.
 
-    `size`: the pictures' height and width in pixels, an even number; `frames`: of a clip, 1 for pictures.
+    `sort`: of pictures, one of SORTS; `size`: their height and width in pixels, an even number.
     """
     wanted = {"num_train": num_train, "num_heldout": num_heldout, "fresh_factor": fresh_factor, "seed": seed}
-    wanted |= {"size": size, "frames": frames}
-    wanted["language_model"] = language_model.name
-    sources = (Path(__file__), DEMO / "data.py", *([Path(clips.__file__)] if frames > 1 else []))
-    wanted["source"] = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()
+    wanted |= {"sort": sort, "size": size, "language_model": language_model.name}
+    of = SORTS[sort]
+    sources = {Path(__file__), DEMO / "data.py", Path(sys.modules[of.draw.__module__].__file__)}
+    wanted["source"] = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(sources))).hexdigest()
     if (out / "about.json").exists() and wanted.items() <= json.loads((out / "about.json").read_text()).items():
         return out
     with scenes.written_aside(out) as aside:
         rng = random.Random(seed)
-        emoji = scenes.load_emoji(size // 2)
-        draw, describe, short_of, paint = (
-            (clips.draw, clips.describe, clips.short_caption, clips.paint)
-            if frames > 1
-            else (scenes.draw_scene, scenes.describe, short_caption, scenes.paint)
-        )
-        drawn: dict[tuple, scenes.Scene | clips.Clip] = {}
+        parts = of.load(size // 2, out.parent)
+        drawn: dict[tuple, object] = {}
         while len(drawn) < fresh_factor * num_train + num_heldout:
-            scene = draw(emoji, rng)
-            drawn.setdefault(scene.content if frames > 1 else (scene.parts, scene.ground), scene)  # no two are alike
+            scene = of.draw(parts, rng)
+            drawn.setdefault(of.content(scene), scene)  # no two are alike
         config = json.loads((language_model / "config.json").read_text())
         special = [int(config[name]) for name in ("bos_token_id", "eos_token_id")]
         tokenizer = Tokenizer.from_file(str(language_model / "tokenizer.json"))
-        long = [encode(tokenizer, describe(scene, emoji), *special) for scene in drawn.values()]
-        short = [encode(tokenizer, short_of(scene, emoji), *special) for scene in drawn.values()]
-        vocabulary = sorted(set(special).union(*(tokens for tokens, _, _ in long + short)))
+
+        def told(by: Callable) -> list[tuple[list[int], list[int], list[int]]]:
+            return [encode(tokenizer, by(scene, parts), *special, of.kind_of) for scene in drawn.values()]
+
+        usual, short = told(of.describe), told(of.short_caption)
+        vocabulary = sorted(set(special).union(*(tokens for tokens, _, _ in usual + short)))
         pictures = tqdm(drawn.values(), desc="painting pictures", unit="picture", mininterval=1, disable=None)
-        images = np.stack([paint(scene, emoji, rng, size) for scene in pictures])
+        images = np.stack([of.paint(scene, parts, rng, size) for scene in pictures])
         heldout, train, rest = slice(num_heldout), slice(num_heldout, num_heldout + num_train), slice(num_heldout, None)
-        for folder in ("fresh", "align", *(["long"] if frames == 1 else [])):
+        for folder in ("fresh", "align", *(["long"] if of.long_caption else [])):
             (aside / folder).mkdir()
-        long, short = padded(long, vocabulary), padded(short, vocabulary)
-        if frames == 1:
-            told = [encode(tokenizer, long_caption(scene, emoji), *special) for scene in drawn.values()]
-            told = padded(told[: num_heldout + num_train], vocabulary)
-            write(aside / "long", told, images[: num_heldout + num_train], heldout=heldout, train=train)
-        write(aside, long, images, heldout=heldout, train=train)
-        write(aside / "fresh", long, images, heldout=heldout, train=rest)
+        usual, short = padded(usual, vocabulary), padded(short, vocabulary)
+        if of.long_caption:
+            long = padded(told(of.long_caption)[: num_heldout + num_train], vocabulary)
+            write(aside / "long", long, images[: num_heldout + num_train], heldout=heldout, train=train)
+        write(aside, usual, images, heldout=heldout, train=train)
+        write(aside / "fresh", usual, images, heldout=heldout, train=rest)
         write(aside / "align", short, images, heldout=heldout, train=rest)
-        _, target, kind = long
+        _, target, kind = usual
         (aside / "vocabulary.json").write_text(json.dumps(vocabulary))
-        shares = [round(float((kind == k).sum() / target.sum()), 3) for k in range(1, len(KINDS) + 1)]
+        shares = [round(float((kind == k).sum() / target.sum()), 3) for k in range(1, len(of.kinds) + 1)]
         about = wanted | {
-            "licence": scenes.LICENCE,
-            "num_emoji": len(emoji),
+            "licence": of.licence,
+            "num_parts": len(parts),
             "vocabulary": len(vocabulary),
             "targets_per_sample": round(float(target.sum(1).mean()), 2),
-            "kinds": CLIP_KINDS if frames > 1 else KINDS,
+            "kinds": of.kinds,
             "share_of_targets_by_kind": shares,
-            "content": hashlib.sha256(images.tobytes() + long[0].tobytes()).hexdigest()[:16],
+            "content": hashlib.sha256(images.tobytes() + usual[0].tobytes()).hexdigest()[:16],
         }
         (aside / "about.json").write_text(json.dumps(about, indent=1))
     return out
@@ -143,6 +143,72 @@ def long_caption(scene: scenes.Scene, emoji: list[scenes.Emoji]) -> tuple:
     others = ((scene.template + step) % len(scenes.TEMPLATES) for step in range(1, len(scenes.TEMPLATES)))
     again = [scenes.describe(replace(scene, template=template), emoji)[1] for template in others]
     return instruction, " ".join([answer, *again]), spans
+
+
+@dataclass(frozen=True)
+class Sort:
+    """One sort of pictures: what they are made of, drawn by chance, said in words and painted.
+
+    `load` takes a cell's pixels and a folder that downloads may lie in; what it returns goes to the others.
+    `long_caption` is None where a caption is told in one way alone.
+    `judged`: the kind of word by which starts are judged.
+    """
+
+    load: Callable[[int, Path], list]
+    draw: Callable[[list, random.Random], object]
+    describe: Callable[[object, list], tuple]
+    short_caption: Callable[[object, list], tuple]
+    paint: Callable[[object, list, random.Random, int], np.ndarray]
+    content: Callable[[object], tuple]  # what no two samples share
+    kinds: tuple[str, ...]
+    licence: str
+    kind_of: Callable[[str], int] = kind_of
+    long_caption: Callable[[object, list], tuple] | None = None
+    frames: int = 1
+    judged: int = KINDS.index("object") + 1
+
+
+def load_drawings(side: int, _: Path) -> list[scenes.Emoji]:
+    """The demo's."""
+    return scenes.load_emoji(side)
+
+
+SORTS = {
+    "drawings": Sort(
+        load_drawings,
+        scenes.draw_scene,
+        scenes.describe,
+        short_caption,
+        scenes.paint,
+        lambda scene: (scene.parts, scene.ground),
+        KINDS,
+        scenes.LICENCE,
+        long_caption=long_caption,
+    ),
+    "clips": Sort(
+        load_drawings,
+        clips.draw,
+        clips.describe,
+        clips.short_caption,
+        clips.paint,
+        lambda clip: clip.content,
+        ("order", *KINDS[1:]),
+        scenes.LICENCE,
+        frames=clips.FRAMES,
+    ),
+    "photographs": Sort(
+        photographs.load,
+        photographs.draw,
+        photographs.describe,
+        photographs.short_caption,
+        photographs.paint,
+        lambda pair: pair.content,
+        photographs.KINDS,
+        photographs.LICENCE,
+        kind_of=photographs.kind_of,
+        judged=photographs.KINDS.index("name") + 1,
+    ),
+}
 
 
 def padded(rows: list, vocabulary: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

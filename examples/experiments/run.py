@@ -5,6 +5,7 @@
     python examples/experiments/run.py --arms dense,regate --seeds 1
     python examples/experiments/run.py --positions 144     pictures of 144 visual positions, in a folder of their own
     python examples/experiments/run.py --clips             clips of eight frames of 16 positions, likewise
+    python examples/experiments/run.py --photographs       photographs with human captions, 64 positions, likewise
     python examples/experiments/run.py --config examples/experiments/configs/h200.toml --all
 
 Everything is Megatron's own training loop on examples/demo/train.py, through the launcher:
@@ -52,7 +53,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE.parent / "demo")]
 
 import captions  # noqa: E402
-import clips  # noqa: E402
+import photographs  # noqa: E402
 import regimes  # noqa: E402
 import results  # noqa: E402
 import weights  # noqa: E402
@@ -87,24 +88,24 @@ class Experiment:
 
     def __init__(self, config: dict, out: Path, wrap: str = "") -> None:
         self.config, self.train, self.out, self.wrap = config, config["train"], out, shlex.split(wrap)
-        self.environment = config["environment"]
+        self.environment, self.sort = config["environment"], captions.SORTS[config["pictures"]["sort"]]
         self.lock = threading.Lock()
         self.logs = out / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
 
     @property
     def regimes(self) -> list[str]:
-        """What an arm's data can be. A clip's caption is told in one way, so there is none of what says it again."""
-        again = {"long", "mixed"} if self.config["pictures"].get("frames", 1) > 1 else set()
+        """What an arm's data can be; what says a caption again needs captions that can be told in another way."""
+        again = set() if self.sort.long_caption else {"long", "mixed"}
         return [name for name in ("", "fresh", "long", *regimes.REGIMES) if name not in again]
 
     def prepare(self) -> None:
         """Weights, pictures and captions, the language model with their vocabulary in Megatron's format."""
         name = self.config["language_model"]
         language_model = weights.prepare(name, self.out / "weights" / Path(name).name)
-        pictures = self.config["pictures"]
-        size, patch, frames = pictures["size"], patch_of(**pictures), pictures.get("frames", 1)
-        self.data = captions.prepare(self.out / "data", language_model, **self.config["data"], size=size, frames=frames)
+        size, positions, sort = (self.config["pictures"][name] for name in ("size", "positions", "sort"))
+        patch = patch_of(size, positions)
+        self.data = captions.prepare(self.out / "data", language_model, **self.config["data"], size=size, sort=sort)
         self.about = json.loads((self.data / "about.json").read_text())
         settings = fingerprint(self.about)
         self.language_model = self.out / "language_model"
@@ -126,13 +127,13 @@ class Experiment:
             *architecture.split(),
             *self.train["shared"].split(),
             *(["--bf16"] if multiplies_bf16() else []),
-            *f"--img-h {size} --img-w {size} --patch-dim {patch} --frames {frames}".split(),
+            *f"--img-h {size} --img-w {size} --patch-dim {patch} --frames {self.sort.frames}".split(),
             *f"--tokenizer-type NullTokenizer --vocab-size {self.about['vocabulary']} --ckpt-format torch_dist".split(),
         ]
 
     def start(self, seed: int) -> Path:
         """The LLaVA every run of a seed starts from, and its teacher; made once."""
-        target, judged = self.out / "starts" / str(seed), captions.KINDS.index("object") + 1
+        target, judged = self.out / "starts" / str(seed), self.sort.judged
         text = f"{self.train['text']} --train-iters {self.train['text_iterations']} --seed {seed}"
         text += f" --vision-until {self.train['vision_recall']} --vision-steps {self.train['vision_most_steps']}"
         text += f" --vision-kind {judged}"
@@ -288,8 +289,8 @@ def regate_flags(arm: str, settings: dict[str, Any], values: dict[str, int]) -> 
     return flags
 
 
-def patch_of(*, size: int, positions: int, frames: int = 1) -> int:
-    """Pixels of a patch's side when a picture, or one of `frames`, of `size` x `size` becomes that many positions.
+def patch_of(size: int, positions: int) -> int:
+    """Pixels of a patch's side when a picture, or a frame, of `size` x `size` becomes that many positions.
 
     Raises:
         CommandError: the picture cannot be cut so.
@@ -383,12 +384,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=HERE / "configs" / "cpu.toml", metavar="FILE")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="default: out/experiments, -POSITIONS and -clips behind it"
+        "--out", type=Path, metavar="DIR", help="default: out/experiments, -POSITIONS, -clips or -photographs behind it"
     )
     parser.add_argument(
         "--positions", type=int, metavar="N", help="visual positions of a picture (default: the config's): 16, 144 ..."
     )
-    parser.add_argument("--clips", action="store_true", help="clips of moving drawings in place of pictures")
+    sorts = parser.add_mutually_exclusive_group()
+    sorts.add_argument("--clips", action="store_true", help="clips of moving drawings in place of pictures")
+    sorts.add_argument("--photographs", action="store_true", help="photographs with human captions in their place")
     parser.add_argument("--arms", metavar="A,B", help="of arms.toml (default: the main ones)")
     parser.add_argument("--all", action="store_true", help="every arm, some with fewer seeds")
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"seeds per arm (default: {SEEDS})")
@@ -402,18 +405,20 @@ def main() -> int:
     )
     options = parser.parse_args()
     config = tomllib.loads(options.config.read_text())
+    sort = "clips" if options.clips else "photographs" if options.photographs else ""
+    if options.photographs:
+        config["pictures"] |= {"size": photographs.SIZE, "positions": photographs.POSITIONS}
     if options.positions:
         config["pictures"]["positions"] = options.positions
-    if options.clips:
-        config["pictures"]["frames"] = clips.FRAMES
-    of = (f"-{options.positions}" if options.positions else "") + ("-clips" if options.clips else "")
+    config["pictures"]["sort"] = sort or "drawings"
+    of = (f"-{options.positions}" if options.positions else "") + (f"-{sort}" if sort else "")
     name = f"experiments{of}"
     out = (options.out or ROOT / "out" / name).resolve()
     signal.signal(signal.SIGTERM, interrupt)
     arms = tomllib.loads((HERE / "arms.toml").read_text())
     main_arms = [name for name, arm in arms.items() if arm.get("main")]
     try:
-        patch_of(**config["pictures"])
+        patch_of(config["pictures"]["size"], config["pictures"]["positions"])
         experiment = Experiment(config, out, options.wrap)
         runs = experiment.runs(options.arms.split(",") if options.arms else main_arms, options.seeds)
         if options.all:
@@ -424,7 +429,7 @@ def main() -> int:
                 experiment.prepare()
                 run_all(experiment, runs, options.jobs or config["jobs"])
         results.write(out, options.docs, of)
-    except (CommandError, weights.WeightsError) as error:
+    except (CommandError, weights.WeightsError, photographs.PhotographsError) as error:
         print(f"experiment: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -319,6 +319,71 @@ def test_a_clip_s_drawing_moves_and_another_comes_in_their_frames():
     assert corners[6:] == [[[white, blue], [white, red]]] * 2
 
 
+def _stamps(folder: Path) -> Path:
+    """A folder as the package's, of one-coloured squares."""
+    from PIL import Image
+
+    captions = {
+        "animals/birds/lark": "A lark.",
+        "animals/fox": "A red fox.",
+        "animals/cartoon/fox": "A drawn fox.",
+        "food/apple": "An apple.\nde.utf8=Ein Apfel.",
+        "food/twin": "An apple.",
+        "plants/rose": "Press here! A rose of 3 colours.",
+        "symbols/one": "The number one.",
+    }
+    for colour, (name, caption) in enumerate(captions.items(), 1):
+        file = folder / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGBA", (30, 20), (40 * colour - 20, 0, 0, 255)).save(file)
+        file.with_suffix(".txt").write_text(caption)
+    Image.new("RGBA", (3, 3)).save(folder / "food" / "untold.png")
+    return folder
+
+
+def test_photographs_are_those_with_a_short_caption_of_their_own(tmp_path, monkeypatch):
+    import photographs
+
+    monkeypatch.setattr(photographs, "INSTALLED", _stamps(tmp_path))
+    found = photographs.load(24, tmp_path)
+    assert [one.caption for one in found] == ["A lark", "A red fox", "An apple"]
+    assert all(one.art.size == (24, 24) for one in found)
+
+
+def test_every_word_of_a_photograph_s_caption_needs_the_picture(tmp_path, monkeypatch):
+    import captions
+    import photographs
+
+    monkeypatch.setattr(photographs, "INSTALLED", _stamps(tmp_path))
+    found = photographs.load(24, tmp_path)
+    pair = photographs.Pair((1, 2), (0, 3), "green", 0)
+    _, answer, spans = photographs.describe(pair, found)
+    assert answer == "At the top left: A red fox. At the bottom right: An apple. The background is green."
+    words = [answer[slice(*span)] for span in spans]
+    assert words == "top left A red fox bottom right An apple green".split()
+    kinds = [photographs.KINDS[captions.SORTS["photographs"].kind_of(word) - 1] for word in words]
+    place, small, name = "place", "small word", "name"
+    assert kinds == [place, place, small, "colour", name, place, place, small, name, "colour"]
+    picture = photographs.paint(pair, found, random.Random(1), 48)
+    red = [found[index].art.getpixel((12, 12))[0] for index in (1, 2)]
+    assert [picture[12, 12, 0], picture[36, 36, 0]] == red
+    assert picture[12, 36].tolist() == list(captions.scenes.GROUNDS["green"])
+
+
+def test_photographs_that_cannot_be_had_are_refused_in_one_line(tmp_path, monkeypatch):
+    import photographs
+
+    monkeypatch.setattr(photographs, "INSTALLED", tmp_path / "none")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(photographs.PhotographsError, match="given a machine without apt-get; allowed .*install it"):
+        photographs.find(tmp_path / "brought")
+    (tmp_path / "apt-get").write_text("#!/bin/sh\necho E: no such package >&2\nexit 100\n")
+    (tmp_path / "apt-get").chmod(0o755)
+    with pytest.raises(photographs.PhotographsError, match="apt-get download, which failed .E: no such package.;"):
+        photographs.find(tmp_path / "brought")
+    assert not list((tmp_path / "brought").iterdir())
+
+
 @pytest.mark.parametrize(("positions", "patch"), [(16, 12), (144, 4), (36, 8)])
 def test_pictures_are_cut_into_the_positions_asked_for(positions, patch):
     import run
@@ -599,7 +664,13 @@ def test_a_third_of_a_mix_is_text_whose_prompt_says_all_that_its_answer_repeats(
 
 @pytest.mark.parametrize(
     ("options", "name"),
-    [("", ""), ("--positions 144", "-144"), ("--clips", "-clips"), ("--positions 36 --clips", "-36-clips")],
+    [
+        ("", ""),
+        ("--positions 144", "-144"),
+        ("--clips", "-clips"),
+        ("--positions 36 --clips", "-36-clips"),
+        ("--photographs", "-photographs"),
+    ],
 )
 def test_every_kind_of_picture_has_a_folder_of_its_own(options, name, tmp_path, monkeypatch):
     import run
@@ -616,7 +687,7 @@ def test_clips_have_no_arms_whose_captions_say_it_all_again(tmp_path):
     from launch import CommandError
 
     config = tomllib.loads((FOLDER / "configs" / "cpu.toml").read_text())
-    config["pictures"]["frames"] = 8
+    config["pictures"]["sort"] = "clips"
     for data in ("long", "mixed"):
         with pytest.raises(CommandError, match=f"arm mine: data: given {data}; allowed fresh, few, noisy; change it"):
             run.Experiment(config, tmp_path).describe("mine", {"data": data, "plain": True}, 1)
