@@ -90,7 +90,7 @@ def prepare(
         return out
     with scenes.written_aside(out) as aside:
         rng = random.Random(seed)
-        parts = of.load(size // 2, out.parent)
+        parts = of.load(size // 2, out.parent / "photographs")
         drawn: dict[tuple, object] = {}
         while len(drawn) < fresh_factor * num_train + num_heldout:
             scene = of.draw(parts, rng)
