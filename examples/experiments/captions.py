@@ -202,7 +202,7 @@ SORTS = {
         photographs.describe,
         photographs.short_caption,
         photographs.paint,
-        lambda pair: pair.content,
+        lambda page: page.content,
         photographs.KINDS,
         photographs.LICENCE,
         kind_of=photographs.kind_of,

@@ -2,11 +2,11 @@
 
 Of Debian's package `tuxpaint-stamps-default` (GPL-2, never vendored): cut-out photographs of animals, food, plants and
 vehicles with captions such as "A green apple." or "A great blue heron." Where it is not installed, `apt-get download`
-brings it. A picture holds two of them, each in a cell of a 2 x 2 grid on a coloured ground, shifted, scaled and
-mirrored at random; the answer is both captions as they are, with the place of each, and the ground.
+brings it. A picture holds one or two of them, each in a cell of a 2 x 2 grid on a coloured ground, shifted, scaled and
+mirrored at random; the answer is the captions as they are, with the place of each, and the ground.
 
 Every word of a caption needs the picture, but some more than others, as in real captions: after "a great blue" text
-alone knows the heron. Held-out pictures show the same photographs in pairs and places of their own.
+alone knows the heron. Held-out pictures show the same photographs, shifted, scaled and mirrored in ways of their own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ SIZE, POSITIONS = 96, 64  # pixels of a picture's side and its visual positions,
 KINDS = ("small word", "colour", "name", "place")
 SMALL = {"a", "an", "the", "of", "and", "with", "in", "for", "your", "some", "this", "is"}
 COLOURS = {*scenes.GROUNDS, "red", "orange", "brown", "purple", "black", "gray", "gold", "golden", "silver", "dark"}
-INSTRUCTIONS = ("What do these photographs show?", "Caption both photographs.")
+INSTRUCTIONS = ("What is in this picture?", "Caption every photograph.")
+PAIRS = 0.3  # of the pictures: two photographs
+LOOKS = 8  # pictures of the same page, by other chances
 
 
 class PhotographsError(RuntimeError):
@@ -52,18 +54,19 @@ class Photograph:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Indices of two photographs, their cells (the first one's is read first), the ground, and the instruction."""
+class Page:
+    """Indices of one or two photographs, their cells in reading order, the ground, the instruction, and which look."""
 
-    photographs: tuple[int, int]
-    cells: tuple[int, int]
+    photographs: tuple[int, ...]
+    cells: tuple[int, ...]
     ground: str
     template: int
+    look: int = 0
 
     @property
     def content(self) -> tuple:
         """What no two samples share."""
-        return self.photographs, self.cells, self.ground
+        return self.photographs, self.cells, self.ground, self.look
 
 
 def find(folder: Path) -> Path:
@@ -119,30 +122,32 @@ def load(side: int, folder: Path) -> list[Photograph]:
     return list(found.values())[::every]
 
 
-def draw(photographs: list[Photograph], rng: random.Random) -> Pair:
-    """A pair by chance."""
-    first, second = rng.sample(range(len(photographs)), 2)
-    cells = tuple(sorted(rng.sample(range(4), 2)))
-    return Pair((first, second), cells, rng.choice(list(scenes.GROUNDS)), rng.randrange(len(INSTRUCTIONS)))
+def draw(photographs: list[Photograph], rng: random.Random) -> Page:
+    """A page by chance."""
+    count = 2 if rng.random() < PAIRS else 1
+    shown = tuple(rng.sample(range(len(photographs)), count))
+    cells = tuple(sorted(rng.sample(range(4), count)))
+    ground, template = rng.choice(list(scenes.GROUNDS)), rng.randrange(len(INSTRUCTIONS))
+    return Page(shown, cells, ground, template, rng.randrange(LOOKS))
 
 
-def told(pair: Pair, photographs: list[Photograph]) -> str:
-    """Both captions, every word of them marked."""
-    marked = [" ".join(f"*{word}*" for word in photographs[index].caption.split()) for index in pair.photographs]
+def told(page: Page, photographs: list[Photograph]) -> str:
+    """The captions, every word of them marked."""
+    marked = [" ".join(f"*{word}*" for word in photographs[index].caption.split()) for index in page.photographs]
     return " ".join(
-        f"At the {scenes.CORNERS[cell]}: {caption}." for cell, caption in zip(pair.cells, marked, strict=True)
+        f"At the {scenes.CORNERS[cell]}: {caption}." for cell, caption in zip(page.cells, marked, strict=True)
     )
 
 
-def describe(pair: Pair, photographs: list[Photograph]) -> tuple[str, str, list[tuple[int, int]]]:
+def describe(page: Page, photographs: list[Photograph]) -> tuple[str, str, list[tuple[int, int]]]:
     """The instruction, the answer, and the character spans of the answer that need the picture."""
-    told_both = told(pair, photographs)
-    return INSTRUCTIONS[pair.template], *scenes.without_marks(f"{told_both} The background is *{pair.ground}*.")
+    answer = f"{told(page, photographs)} The background is *{page.ground}*."
+    return INSTRUCTIONS[page.template], *scenes.without_marks(answer)
 
 
-def short_caption(pair: Pair, photographs: list[Photograph]) -> tuple[str, str, list[tuple[int, int]]]:
+def short_caption(page: Page, photographs: list[Photograph]) -> tuple[str, str, list[tuple[int, int]]]:
     """The captions and the places alone."""
-    return ("Photographs:", *scenes.without_marks(told(pair, photographs)))
+    return ("Photographs:", *scenes.without_marks(told(page, photographs)))
 
 
 def kind_of(word: str) -> int:
@@ -155,13 +160,13 @@ def kind_of(word: str) -> int:
     return 4 if word in ("top", "bottom", "left", "right") else 3
 
 
-def paint(pair: Pair, photographs: list[Photograph], rng: random.Random, size: int) -> np.ndarray:
+def paint(page: Page, photographs: list[Photograph], rng: random.Random, size: int) -> np.ndarray:
     """The picture [size, size, 3] uint8. `photographs` are of cells of half `size`."""
     from PIL import Image, ImageOps
 
     side = size // 2
-    canvas = Image.new("RGB", (size, size), scenes.GROUNDS[pair.ground])
-    for index, cell in zip(pair.photographs, pair.cells, strict=True):
+    canvas = Image.new("RGB", (size, size), scenes.GROUNDS[page.ground])
+    for index, cell in zip(page.photographs, page.cells, strict=True):
         pixels = rng.randint(side - side // 8, side)
         art = photographs[index].art.resize((pixels, pixels), Image.Resampling.BILINEAR)
         art = ImageOps.mirror(art) if rng.random() < 0.5 else art

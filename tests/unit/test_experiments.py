@@ -356,15 +356,15 @@ def test_every_word_of_a_photograph_s_caption_needs_the_picture(tmp_path, monkey
 
     monkeypatch.setattr(photographs, "INSTALLED", _stamps(tmp_path))
     found = photographs.load(24, tmp_path)
-    pair = photographs.Pair((1, 2), (0, 3), "green", 0)
-    _, answer, spans = photographs.describe(pair, found)
+    page = photographs.Page((1, 2), (0, 3), "green", 0)
+    _, answer, spans = photographs.describe(page, found)
     assert answer == "At the top left: A red fox. At the bottom right: An apple. The background is green."
     words = [answer[slice(*span)] for span in spans]
     assert words == "top left A red fox bottom right An apple green".split()
     kinds = [photographs.KINDS[captions.SORTS["photographs"].kind_of(word) - 1] for word in words]
     place, small, name = "place", "small word", "name"
     assert kinds == [place, place, small, "colour", name, place, place, small, name, "colour"]
-    picture = photographs.paint(pair, found, random.Random(1), 48)
+    picture = photographs.paint(page, found, random.Random(1), 48)
     red = [found[index].art.getpixel((12, 12))[0] for index in (1, 2)]
     assert [picture[12, 12, 0], picture[36, 36, 0]] == red
     assert picture[12, 36].tolist() == list(captions.scenes.GROUNDS["green"])
