@@ -49,8 +49,8 @@ def attach(
     Args:
         model_chunks: the chunks the framework trains, wrapped or not.
         config: the settings.
-        teacher: a frozen language model sharded like the student, without sequence parallelism (its chunk, or the list
-            of its chunks), in place of ``config.teacher_load``; not looked at where no score asks for one.
+        teacher: a frozen language model sharded like the student, with or without sequence parallelism (its chunk, or
+            the list of its chunks), in place of ``config.teacher_load``; not looked at where no score asks for one.
         run: what the host tells of its run, where one does, for checks and defaults.
         pad_token: the tokenizer's pad id, for ``teacher_visual="pad"`` and batches without a loss mask.
         vocab_size: the student tokenizer's true size, to check the teacher's against.

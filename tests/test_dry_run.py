@@ -352,7 +352,7 @@ def test_what_is_right_on_a_gpu_is_not_blamed(flags):
         (["--fp4-format", "e2m1"], 8, ["FP4: given fp4=e2m1"]),
         (["--skip-train"], 8, ["dry-run: given --skip-train: the line only evaluates"]),
         (
-            "--skip-train --mtp-num-layers 1 --context-parallel-size 2 --cuda-graph-impl local".split()
+            "--skip-train --mtp-num-layers 1 --context-parallel-size 2 --cuda-graph-impl full_iteration".split()
             + "--regate-keep-ratio 7 --regate-seed -1".split(),
             8,
             [

@@ -117,7 +117,6 @@ REFUSED = {
         {"model": {"fine_grained_activation_offloading": True}},
         "given fine_grained_activation_offloading=True",
     ),
-    "graphs of Transformer Engine": ({"model": {"external_cuda_graph": True}}, "given external_cuda_graph=True"),
     "multimodal packing with fused rope": (
         {"args": {"use_packed_sequence": True}, "model": {"apply_rope_fusion": True}},
         "given --use-packed-sequence with fused RoPE",
@@ -179,8 +178,14 @@ REFUSED = {
         {"config": {"score": "regate", "teacher_load": "student"}, "args": {"reset_attention_mask": True}},
         "given --reset-attention-mask",
     ),
-    "CUDA graphs": ({"model": {"cuda_graph_impl": "local"}}, "given cuda_graph_impl=local"),
-    "old CUDA graph flag": ({"model": {"enable_cuda_graph": True}}, "given enable_cuda_graph=True"),
+    "one CUDA graph of a step": (
+        {"model": {"cuda_graph_impl": "full_iteration"}},
+        "given cuda_graph_impl=full_iteration",
+    ),
+    "one CUDA graph of a step by its old names": (
+        {"model": {"enable_cuda_graph": True, "cuda_graph_scope": ["attn", "full_iteration"]}},
+        "given full_iteration in cuda_graph_scope",
+    ),
     "combined 1F1B": (
         {"model": {"overlap_moe_expert_parallel_comm": True}},
         "given overlap_moe_expert_parallel_comm=True",
@@ -540,6 +545,21 @@ def test_the_flex_dispatcher_is_taken_and_told_to_be_unproven(backend, named):
     assert check_support(_setting(model=flex)) == (True, "")
     (line,) = hints(_setting(model=flex))
     assert f"the flex dispatcher ({named}) was never run" in line
+
+
+@pytest.mark.parametrize(
+    "graphs",
+    [
+        {"cuda_graph_impl": "local"},
+        {"cuda_graph_impl": "transformer_engine", "cuda_graph_scope": "attn,moe_router"},
+        {"enable_cuda_graph": True},
+        {"external_cuda_graph": True},
+    ],
+)
+def test_cuda_graphs_of_layers_are_taken_and_told_to_be_unproven(graphs):
+    assert check_support(_setting(model=graphs)) == (True, "")
+    (line,) = hints(_setting(model=graphs))
+    assert "on in dense steps, off in sparse ones" in line and "never run with ReGATE, for want of a GPU" in line
 
 
 def test_overlap_of_tensor_parallel_communication_is_taken_and_told_to_be_unproven():

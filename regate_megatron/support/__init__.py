@@ -13,7 +13,7 @@ from regate_megatron.errors import refuse
 from regate_megatron.support.decoder import DECODER_RULES
 from regate_megatron.support.host_run import HostRun, folder_or_none
 from regate_megatron.support.setting import Rule, Setting, setting_of_flags
-from regate_megatron.support.training import TRAINING_RULES, hints
+from regate_megatron.support.training import TRAINING_RULES, hints, unproven
 
 __all__ = [
     "RULES",
@@ -25,6 +25,7 @@ __all__ = [
     "hints",
     "refusals",
     "setting_of_flags",
+    "unproven",
 ]
 
 RULES = (*DECODER_RULES, *TRAINING_RULES)
