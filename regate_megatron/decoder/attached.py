@@ -19,7 +19,7 @@ from regate_megatron.decoder.graphs import graphed
 from regate_megatron.decoder.losses import LossHook
 from regate_megatron.decoder.overlap import overlapping
 from regate_megatron.decoder.pipeline import check_arguments, shapes_from
-from regate_megatron.decoder.switches import Switch, num_modules, switched_off
+from regate_megatron.decoder.switches import Switch, switched_off
 from regate_megatron.errors import refuse
 from regate_megatron.method.plan import StepPlan
 
@@ -79,10 +79,10 @@ class Hooks:
     def describe(self) -> list[str]:
         """What is attached where, one line per hook, and what sparse steps switch off."""
         lines = [hook.describe() for hook in (*self.decoders, *self.losses, *self.ahead)]
-        if count := num_modules(self._overlapping):
+        if count := len({id(one.module) for one in self._overlapping}):
             lines.append(f"tensor-parallel communication overlap is off in sparse steps in {count} short modules")
-        if count := num_modules(self._graphed):
-            lines.append(f"CUDA graphs are off in sparse steps in {count} modules")
+        if self._graphed:
+            lines.append("CUDA graphs are off in sparse steps, in all of the model")
         return lines
 
     def check_rows(self, longest: int, *, is_packed: bool) -> None:

@@ -34,8 +34,3 @@ def switched_off(switches: Iterable[Switch]) -> Iterator[None]:
                 vars(module).pop(name, None)
             else:
                 vars(module)[name] = was
-
-
-def num_modules(switches: Iterable[Switch]) -> int:
-    """How many modules have these switches."""
-    return len({id(one.module) for one in switches})

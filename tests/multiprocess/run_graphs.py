@@ -6,7 +6,6 @@ torchrun --nproc-per-node 2 tests/multiprocess/run_graphs.py [WORD ...]
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable
 
@@ -199,7 +198,7 @@ def what_is_off_is_described_and_given_back_after_each_step(case: dict) -> None:
         return [name for module in models[0].modules() for name in vars(module) if name.startswith("_should_call")]
 
     attach(models, config(), pad_token=0)
-    assert re.search(r"^CUDA graphs are off in sparse steps in \d+ modules$", describe(models), re.M)
+    assert "CUDA graphs are off in sparse steps, in all of the model" in describe(models)
     assert "CUDA graphs: on in dense steps, off in sparse ones" in describe(models)
     during = []
 

@@ -72,7 +72,15 @@ def test_without_a_gpu_a_part_stops_in_one_line(tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize(
     "part, only",
-    [("setup", ""), ("parity", "n1"), ("parity", "keep1-gpt-fp32"), ("step_time", ""), ("fp8", "e"), ("learning", "")],
+    [
+        ("setup", ""),
+        ("parity", "n1"),
+        ("parity", "keep1-gpt-fp32"),
+        ("step_time", ""),
+        ("fp8", "e"),
+        ("graphs", ""),
+        ("learning", ""),
+    ],
 )
 def test_every_part_runs_in_small_on_a_cpu(tmp_path, part, only):
     """What holds there holds exactly; figures of time mean nothing and are judged nowhere."""

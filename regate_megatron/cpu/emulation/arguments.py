@@ -45,7 +45,9 @@ TAKEN_OUT = {
         --use-torch-optimizer-for-cpu-offload --overlap-cpu-optimizer-d2h-h2d
         --no-pin-cpu-grads --no-pin-cpu-params --log-max-attention-logit --qk-clip*
         --fine-grained-activation-offloading --offload-modules --moe-token-dispatcher-type=flex
-        --moe-enable-deepep --symmetric-ar-type --position-embedding-type=relative --moe-flex-dispatcher-backend""",
+        --moe-enable-deepep --symmetric-ar-type --position-embedding-type=relative --moe-flex-dispatcher-backend
+        --batch-invariant-mode --batch-invariant-backend --gpu-sniff-test-interval --record-memory-history
+        --memory-snapshot-path""",
 }
 # Options in these rows that scripts add to Megatron's parser: pretrain_vlm.py's and examples/multimodal's.
 OF_SCRIPTS = frozenset({"--decoder-tp-comm-overlap", "--use-te"})
