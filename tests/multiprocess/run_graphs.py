@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from unittest import mock
 
 from regate_megatron.cpu import emulation
 
@@ -17,12 +18,13 @@ emulation.install()
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.cuda_graphs import CudaGraphManager
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
 
 from regate_megatron import ReGateConfig, attach, describe, detach, wrap_forward_backward
 from regate_megatron.api import session_of
 from regate_megatron.compat import language_model_of
 from tests.multiprocess import graphs_without_cuda as graphs
+from tests.multiprocess import models as small
 from tests.multiprocess.models import LAYERS, Step, batches, build, parallel, run, shared_store
 
 LOCAL = {"cuda_graph_impl": "local"}
@@ -32,7 +34,6 @@ EXPERTS |= {"moe_token_dispatcher_type": "alltoall"}
 DP2 = {"model": "gpt", "tp": 1, "pp": 1, "dp": 2}
 # Megatron does not free an output that is a view, and what it puts behind a recorded layer makes one.
 PP2 = {"model": "gpt", "tp": 1, "pp": 2, "set": {"deallocate_pipeline_outputs": False}}
-HYBRID = DP2 | {"model": "hybrid", "pattern": "*E*E", "config": EXPERTS}
 
 
 def config(**options) -> ReGateConfig:
@@ -107,9 +108,17 @@ def a_short_sequence_would_find_no_graph(case: dict) -> None:
 
 def routers_with_graphs_of_their_own_are_off_and_dispatchers_keep_their_notes(case: dict) -> None:
     """Lengths differ between microbatches, and a dense dispatcher goes by what the capture left in it."""
-    case = with_graphs(case, **{graphs.SCOPE: ["moe_router"]})
-    models = build(case)
-    layers = [layer for layer in models[0].decoder.layers if getattr(layer, "is_moe_layer", False)]
+    case, spec = with_graphs(case, **{graphs.SCOPE: ["moe_router"]}), small.get_gpt_decoder_block_spec
+
+    def in_parts(*args, **kwargs):
+        block = spec(*args, **kwargs)
+        for layer in block.layer_specs:
+            layer.module = MoETransformerLayer  # as hybrid models have them, which not every version can build here
+        return block
+
+    with mock.patch.object(small, "get_gpt_decoder_block_spec", in_parts):
+        models = build(case)
+    layers = models[0].decoder.layers
     experts = [layer.mlp for layer in layers]
     own = [one.token_dispatcher for one in experts]
     notes: list[list] = []
@@ -223,13 +232,16 @@ CHECKS: list[tuple[Callable[[dict], None], dict, str]] = [
     (a_run_that_begins_dense_replays_in_its_next_dense_step, DP2, "dp2"),
     (a_run_that_begins_dense_replays_in_its_next_dense_step, PP2, "pp2"),
     (a_short_sequence_would_find_no_graph, DP2, "dp2"),
-    (routers_with_graphs_of_their_own_are_off_and_dispatchers_keep_their_notes, HYBRID, "experts"),
+    (routers_with_graphs_of_their_own_are_off_and_dispatchers_keep_their_notes, DP2 | {"config": EXPERTS}, "experts"),
     (graphs_of_transformer_engine_are_replayed_in_dense_steps_alone, DP2, "dp2"),
     (a_tower_is_without_graphs_in_sparse_steps, DP2, "llava"),
     (teachers_have_no_graphs, DP2, "dp2"),
     (teachers_have_no_graphs, PP2, "pp2"),
     (what_is_off_is_described_and_given_back_after_each_step, DP2, "dp2"),
 ]
+
+if graphs.SCOPE == "cuda_graph_scope":  # core 0.17 has such expert layers in Mamba models alone
+    CHECKS = [one for one in CHECKS if one[2] != "experts"]
 
 
 def main() -> None:
