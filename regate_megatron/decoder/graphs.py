@@ -1,10 +1,11 @@
 """CUDA graphs of layers and of their parts, off for the whole of a sparse step.
 
 A graph replays kernels on buffers as long as the sequence it was captured with. Whether a call goes through one the
-layer asks itself each time, in methods named :data:`_ASKED`; whether parts of an expert layer do is an attribute of it.
-So a sparse step runs as Megatron's own do before there is a graph, and dense steps replay as ever.
+layer asks itself each time: it has a method for Megatron's own graphs ("local"), an attribute that says whether parts
+of an expert layer do, and a list of Transformer Engine's graphs, which others look at, too. So a sparse step runs as
+Megatron's own do before there is a graph, and dense steps replay as ever.
 
-All of the model is without, dense layers and towers as well, for what Megatron's own graphs ("local") rely on:
+All of the model is without, dense layers and towers as well, for what Megatron's own graphs rely on:
 
 - The first training step whose layers ask for graphs records all there will ever be, in their order. A sparse step
   records nothing, so they are made of the first dense one.
@@ -28,7 +29,7 @@ from torch import nn
 from regate_megatron.decoder.switches import Switch
 from regate_megatron.errors import refuse
 
-_ASKED = ("_should_call_local_cudagraph", "_should_call_te_cudagraph")
+_ASKED = "_should_call_local_cudagraph"
 _WHOLE = ("route", "expert_compute", "postprocess")  # what an expert layer does where it has no graphs
 
 
@@ -47,14 +48,14 @@ def graphed(modules: Iterable[nn.Module]) -> list[Switch]:
         if not managers and not hasattr(module, "cuda_graphs"):
             continue
         has_parts = any(one.func is not None for one in managers)
-        if not all(hasattr(module, name) for name in _ASKED) or has_parts > hasattr(module, "use_partial_cudagraphs"):
+        if (managers and not hasattr(module, _ASKED)) or has_parts > hasattr(module, "use_partial_cudagraphs"):
             raise refuse(
                 "CUDA graphs",
                 given=f"a {type(module).__name__} that has some",
                 allowed="Megatron-Core's layers, which ask themselves whether a call goes through one",
                 change="--cuda-graph-impl to none",
             )
-        switches += [Switch(module, name, _never) for name in _ASKED]
+        switches.append(Switch(module, _ASKED, _never) if managers else Switch(module, "cuda_graphs", []))
         experts = getattr(module, "mlp", None)
         if hasattr(experts, "token_dispatcher"):
             switches.append(Switch(experts, "token_dispatcher", _another(experts.token_dispatcher)))

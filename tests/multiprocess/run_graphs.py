@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.cuda_graphs import CudaGraphManager
 from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
 
-from regate_megatron import ReGateConfig, attach, describe, detach, wrap_forward_backward
+from regate_megatron import ReGateConfig, ReGateError, attach, describe, detach, wrap_forward_backward
 from regate_megatron.api import session_of
 from regate_megatron.compat import language_model_of
 from tests.multiprocess import graphs_without_cuda as graphs
@@ -217,8 +217,20 @@ def what_is_off_is_described_and_given_back_after_each_step(case: dict) -> None:
 
     real = Step()
     run(case, models, wrap_forward_backward(get_forward_backward_func()), step)
-    assert own() == [] and min(during) >= 2 * LAYERS, (own(), during)
+    assert own() == [] and min(during) >= LAYERS, (own(), during)
     detach(models)
+
+
+def a_module_that_does_not_ask_is_refused(case: dict) -> None:
+    models = build(with_graphs(case))
+    models[0].decoder.layers[0].mlp.cudagraph_manager = CudaGraphManager(models[0].config)
+    try:
+        attach(models, config(), pad_token=0)
+    except ReGateError as error:
+        assert str(error).startswith("regate: CUDA graphs: given a MLP that has some; allowed "), error
+    else:
+        raise AssertionError("not refused")
+    assert session_of(models) is None and "forward" not in vars(models[0].decoder)
 
 
 def run_length(case: dict) -> int:
@@ -238,6 +250,7 @@ CHECKS: list[tuple[Callable[[dict], None], dict, str]] = [
     (teachers_have_no_graphs, DP2, "dp2"),
     (teachers_have_no_graphs, PP2, "pp2"),
     (what_is_off_is_described_and_given_back_after_each_step, DP2, "dp2"),
+    (a_module_that_does_not_ask_is_refused, DP2, "dp2"),
 ]
 
 if graphs.SCOPE == "cuda_graph_scope":  # core 0.17 has such expert layers in Mamba models alone

@@ -22,6 +22,7 @@ CLAIMS = (
     "teachers_have_no_graphs dp2",
     "teachers_have_no_graphs pp2",
     "what_is_off_is_described_and_given_back_after_each_step dp2",
+    "a_module_that_does_not_ask_is_refused dp2",
 )
 
 
