@@ -90,7 +90,7 @@ class ReGateConfig:
         metavar="S",
     )
     visual_score: str = option(
-        "random",
+        "even",
         "which visual positions run in sparse steps, those with the highest score; "
         + ", ".join(f"{name}: {row.formula}" for name, row in VISUAL_SCORES.items()),
         tuple(VISUAL_SCORES),
@@ -282,6 +282,7 @@ class ReGateConfig:
         reads = {"reference_weight": mixes, "fusion": mixes, "difficulty": self.learns_losses, "ema_decay": self.learns}
         reads |= {"visual_score": self.ranks_visual, "visual_keep_ratio_spread": self.ranks_visual}
         usual = {field.name: field.default for field in dataclasses.fields(self)}
+        usual |= RECIPES[self.recipe].values if self.recipe else {}
         return [flag(name) for name, is_read in reads.items() if not is_read and getattr(self, name) != usual[name]]
 
     def require_teacher(self) -> None:
@@ -291,12 +292,13 @@ class ReGateConfig:
             ReGateError: ``teacher_load`` is missing.
         """
         if self.needs_teacher and not self.teacher_load:
-            raise refused(
-                self,
-                "teacher_load",
-                f"a checkpoint directory or 'student' with {flag('score')} {self.score}",
-                f"it to 'student', or {flag('score')} to one that needs none: {self._without_teacher()}",
-            )
+            allowed = "a checkpoint folder, or 'student' for the student's language model as training starts"
+            others = [name for name, row in SCORES.items() if not row.needs_teacher(self.difficulty)]
+            without = [f"{flag('score')} {name}" for name in others]
+            if not self.ranks_visual:
+                without.append(f"{flag('recipe')} pictures for rows that are mostly pictures")
+            change = f"it to one of these, or to settings without a teacher: {' or '.join(without)}"
+            raise refused(self, "teacher_load", f"with {flag('score')} {self.score} {allowed}", change)
 
     @property
     def learns_losses(self) -> bool:
@@ -317,9 +319,6 @@ class ReGateConfig:
     def learns(self) -> bool:
         """Whether any score uses what earlier steps showed."""
         return self.learns_losses or self.learns_gradients
-
-    def _without_teacher(self) -> str:
-        return " or ".join(name for name, row in SCORES.items() if not row.needs_teacher(self.difficulty))
 
 
 _init = ReGateConfig.__init__

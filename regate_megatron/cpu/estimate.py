@@ -23,7 +23,6 @@ smaller.
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import re
 from collections.abc import Sequence
@@ -36,7 +35,7 @@ import torch
 from regate_megatron.config import BUDGETS, ReGateConfig, flag
 from regate_megatron.cpu.dry_run import command as dry_run
 from regate_megatron.cpu.dry_run.shrink import dense_group
-from regate_megatron.errors import one_line_refusals, refuse
+from regate_megatron.errors import nearest, one_line_refusals, refuse
 from regate_megatron.flags import parse
 from regate_megatron.method import balance, budget
 from regate_megatron.method.budget import Alignment
@@ -224,11 +223,10 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
         options, rest = parser.parse_known_args(list(words))
     except argparse.ArgumentError as error:
         raise refuse("estimate", given=error, allowed="whole numbers", change="the command") from None
-    own = {f"--{name}" for name in ("trace", *_NUMBERS)}
+    own = sorted(f"--{name}" for name in ("trace", *_NUMBERS))
     if unknown := [word for word in rest if word.startswith("--") and not word.startswith("--regate")]:
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], sorted(own), n=1)
-        change = f"it to {near[0]}" if near else "the spelling"
-        raise refuse("estimate", given=unknown[0], allowed=", ".join(sorted(own)), change=change)
+        change = nearest(unknown[0].partition("=")[0], own)
+        raise refuse("estimate", given=unknown[0], allowed=", ".join(own), change=change)
     if (options.trace is None) == (options.length is None):
         given = "no rows" if options.trace is None else "--length beside --trace, which has the rows"
         raise refuse("estimate", given=given, allowed="--trace DIR, or --length and --targets", change="the command")
