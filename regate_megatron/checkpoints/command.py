@@ -67,9 +67,7 @@ MEGATRON_OPTIONS = ("tensor_model_parallel_size", "make_vocab_size_divisible_by"
 HUGGINGFACE_OPTIONS = ("like", "family", "vocab_size")
 
 
-def refuse_options(
-    options: argparse.Namespace, names: Iterable[str], *, where: str, change: str = "the command: remove it"
-) -> None:
+def refuse_options(options: argparse.Namespace, names: Iterable[str], *, where: str) -> None:
     """Refuse options that would have no effect.
 
     Args:
@@ -81,8 +79,8 @@ def refuse_options(
     """
     for name in names:
         if name in options.changed:
-            flag = "--" + name.replace("_", "-")
-            raise refuse(flag, given=f"{getattr(options, name)} {where}", allowed="nothing there", change=change)
+            form = {"allowed": "nothing there", "change": "the command: remove it"}
+            raise refuse("--" + name.replace("_", "-"), given=f"{getattr(options, name)} {where}", **form)
 
 
 def run(made: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:

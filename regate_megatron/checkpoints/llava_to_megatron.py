@@ -52,7 +52,7 @@ class Vision:
         return [*range(self.architecture.num_layers)] if rule.per_layer else [None]
 
 
-def open_vision(model: TextModel, what: str = "--source") -> Vision:
+def open_vision(model: TextModel) -> Vision:
     """Open tower and projector beside a LLaVA's language model; reads headers only.
 
     Raises:
@@ -71,9 +71,8 @@ def open_vision(model: TextModel, what: str = "--source") -> Vision:
             for name, shape in zip(vision.sources(rule, layer), rule.shapes(clip), strict=True):
                 if name not in left or folder.shape(name) != shape:
                     given = f"{name} of shape {folder.shape(name)}" if name in left else f"no {name}"
-                    raise refuse(
-                        what, given=f"{folder.path} with {given}", allowed=f"the config's {shape}", change="config.json"
-                    )
+                    given = f"{folder.path} with {given}"
+                    raise refuse("--source", given=given, allowed=f"the config's {shape}", change="config.json")
                 left.discard(name)
     unused = (
         vision.stored(UNUSED_NORM),
@@ -81,9 +80,8 @@ def open_vision(model: TextModel, what: str = "--source") -> Vision:
     )
     if left := sorted(name for name in left if not name.startswith(unused) and not name.endswith("position_ids")):
         given = f"{folder.path} with {left[0]}"
-        raise refuse(
-            what, given=given, allowed="only tensors of CLIP and a projector of two layers", change="the model"
-        )
+        allowed = "only tensors of CLIP and a projector of two layers"
+        raise refuse("--source", given=given, allowed=allowed, change="the model")
     return vision
 
 

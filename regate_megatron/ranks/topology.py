@@ -1,7 +1,7 @@
 """Who plans for whom: the planner of each data-parallel replica, and the host-side groups they talk over.
 
-No group of Megatron spans TP × PP × CP, and its device groups would make streams wait for host decisions; so two kinds
-of gloo groups are made here: one per replica, and one over all planners.
+No group of Megatron spans TP × PP × CP, and its device groups would make streams wait for host decisions; so gloo
+groups are made here: one per replica, one over all planners, and one over all ranks.
 
 How ranks fail together is in :mod:`.together`: every exchange below first learns whether a rank has failed, so that
 none waits for one that has left.
@@ -184,12 +184,8 @@ def build_topology() -> Topology:
     )
 
 
-def whole_world(group: Any = None) -> Topology:
-    """A place in which all ranks are one replica and rank 0 plans, for what is no matter of replicas. Any rank.
-
-    Args:
-        group: all ranks, able to carry messages on the host; the default group when None.
-    """
+def whole_world() -> Topology:
+    """A place in which all ranks are one replica and rank 0 plans, for what is no matter of replicas. Any rank."""
     rank, size = dist.get_rank(), dist.get_world_size()
     return Topology(
         dp_rank=0,
@@ -197,8 +193,8 @@ def whole_world(group: Any = None) -> Topology:
         is_planner=rank == 0,
         planner_rank=0,
         replica_size=size,
-        replica_group=group,
+        replica_group=None,
         planner_group=None,
-        world_group=group,
+        world_group=None,
         sees_losses=False,
     )
