@@ -1,7 +1,7 @@
 """The public verbs: attach ReGATE to model chunks, detach, describe, wrap a forward-backward function; and for loops of
 one's own, count steps, save what was learned and load it again.
 
-Megatron-LM's integration does the latter three by itself.
+The integrations of hosts do the latter three by themselves.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which Hugging Face models can be trained with ReGATE, in which host, and how; by the model type that they state.
 
 A table of what was run, and of what is refused by name with the reason. What a model's own configuration adds (sliding
-windows, linear attention, heads that predict ahead) is looked at too. No weights are read, nothing is imported.
+windows, layers that keep a state) is looked at too. No weights are read, nothing is imported.
 """
 
 from __future__ import annotations
