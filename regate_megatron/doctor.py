@@ -15,7 +15,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from regate_megatron import compat
-from regate_megatron.errors import ReGateError, nearest, refuse
+from regate_megatron.errors import ReGateError, refuse
 from regate_megatron.support import RULES, models
 
 _WIDTH = 116
@@ -49,7 +49,7 @@ def main(argv: list[str] = ()) -> int:
 def _model(option: str, name: str) -> int:
     if option != "--model" or not name:
         given = f"{option} {name}".strip()
-        change = nearest(option, ["--model"], "it")
+        change = f"it to --model {name or ('NAME_OR_FOLDER' if option.startswith('-') else option)}"
         print(refuse("doctor", given=given, allowed="--model NAME_OR_FOLDER", change=change), file=sys.stderr)
         return 1
     try:

@@ -78,7 +78,7 @@ def use_checkout_of(script: str) -> None:
 def _script_and_flags(words: Sequence[str]) -> tuple[str, list[str]]:
     script = words[0] if words else ""
     if not Path(script).is_file():
-        change = nearest(script, COMMANDS, "the path")
+        change = nearest(script, COMMANDS, "the path" if script else "the command")
         error = refuse("launcher", given=script or "no script", allowed=f"a script: {USAGE}", change=change)
         error.everywhere = True  # every rank has the same command line
         raise error
