@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from regate_megatron.checkpoints.clip import PROJECTOR, TOWER, UNUSED_NORM, Clip, clip_rules, from_llava_config
-from regate_megatron.checkpoints.names import Rule
+from regate_megatron.checkpoints.names import InFolder
 from regate_megatron.checkpoints.safetensors_folder import SafetensorsFolder, companions_of
 from regate_megatron.checkpoints.text_model import TextModel, open_text_model
 from regate_megatron.checkpoints.to_megatron import ToMegatron, pieces_of, plan_to_megatron
@@ -22,7 +22,7 @@ _PROJECTORS = (f"model.{PROJECTOR}", PROJECTOR)
 
 
 @dataclass(frozen=True)
-class Vision:
+class Vision(InFolder):
     """The tower and the projector in a Hugging Face folder.
 
     Attributes:
@@ -42,14 +42,6 @@ class Vision:
         if name.startswith(PROJECTOR):
             return self.projector + name.removeprefix(PROJECTOR)
         return self.tower + name.removeprefix(TOWER)
-
-    def sources(self, rule: Rule, layer: int | None) -> list[str]:
-        """Names in the folder of a rule's tensors."""
-        return [self.stored(name.format(layer)) for name in rule.sources]
-
-    def layers(self, rule: Rule) -> list[int | None]:
-        """The layers a rule applies to; [None] for what is there once."""
-        return [*range(self.architecture.num_layers)] if rule.per_layer else [None]
 
 
 def open_vision(model: TextModel) -> Vision:

@@ -14,7 +14,7 @@ import torch
 
 from regate_megatron.checkpoints.families import FAMILIES, Architecture, allowed_families
 from regate_megatron.checkpoints.hf_config import from_config, text_config
-from regate_megatron.checkpoints.names import LM_HEAD, Rule, rules_for
+from regate_megatron.checkpoints.names import LM_HEAD, InFolder, rules_for
 from regate_megatron.checkpoints.safetensors_folder import SafetensorsFolder
 from regate_megatron.errors import refuse
 
@@ -31,7 +31,7 @@ _BUFFER = "rotary_emb.inv_freq"  # old releases stored it; it follows from the c
 
 
 @dataclass(frozen=True)
-class TextModel:
+class TextModel(InFolder):
     """A language model to be converted.
 
     Attributes:
@@ -53,14 +53,6 @@ class TextModel:
         if name == LM_HEAD:
             return self.prefix[1] + "weight"
         return self.prefix[0] + name.removeprefix("model.")
-
-    def sources(self, rule: Rule, layer: int | None) -> list[str]:
-        """Names in the folder of a rule's tensors."""
-        return [self.stored(name.format(layer)) for name in rule.sources]
-
-    def layers(self, rule: Rule) -> list[int | None]:
-        """The layers a rule applies to; [None] for what is there once."""
-        return [*range(self.architecture.num_layers)] if rule.per_layer else [None]
 
 
 def open_text_model(path: str | Path, *, inside: bool) -> TextModel:

@@ -92,16 +92,10 @@ def keep_best(candidates: Candidates, first_G: Tensor, num_keep_R: Tensor) -> Te
     Args:
         first_G: how many of each group come before all others; a row keeps no fewer.
     """
-    num_sorts, num_rows = len(candidates.sorts), len(candidates.always_R)
-    kind_G = candidates.row_G * num_sorts + candidates.sort_G  # one sort in one row
-    num_Y = num_keep_R
-    if num_sorts > 1:
-        counts = [
-            np.bincount(kind_G.numpy(), weights=values_G.numpy(), minlength=num_rows * num_sorts)
-            for values_G in (first_G, candidates.ask_G, candidates.count_G)
-        ]
-        by_row = (values_Y.astype(np.int64).reshape(num_rows, num_sorts) for values_Y in counts)
-        num_Y = torch.from_numpy(share_out(*by_row, num_keep_R.numpy()).reshape(-1))
+    kind_G, num_Y = candidates.kind_G, num_keep_R
+    if len(candidates.sorts) > 1:
+        counts = map(candidates.sum_by_kind, (first_G, candidates.ask_G, candidates.count_G))
+        num_Y = torch.from_numpy(share_out(*counts, num_keep_R.numpy()).reshape(-1))
     if bool((kind_G.diff() > 0).all()):
         return _best_of_each(candidates.score_X, candidates.count_G, num_Y[kind_G])
     kind_X = kind_G.repeat_interleave(candidates.count_G)
@@ -155,24 +149,19 @@ def rank_candidates(candidates: Candidates, first_G: Tensor) -> Ranking:
     score_X, row_X, group_X = candidates.score_X, candidates.row_X, candidates.group_X
     if len(candidates.sorts) == 1:
         return Ranking(rank_targets(score_X, row_X, group_X, first_G), score_X)
-    num_sorts, num_rows = len(candidates.sorts), len(candidates.always_R)
-    kind_G = candidates.row_G * num_sorts + candidates.sort_G  # one sort in one row
-
-    def in_kind(value_G: Tensor) -> np.ndarray:
-        weights = value_G.numpy()
-        return np.bincount(kind_G.numpy(), weights=weights, minlength=num_rows * num_sorts).astype(np.int64)
-
-    first_Y, ask_Y, all_Y = in_kind(first_G), in_kind(candidates.ask_G), in_kind(candidates.count_G)
+    all_RZ = candidates.sum_by_kind(candidates.count_G)
+    first_Y, ask_Y = (candidates.sum_by_kind(value_G).reshape(-1) for value_G in (first_G, candidates.ask_G))
+    all_Y = all_RZ.reshape(-1)
     # From floor to ask and from there to all, the best first; those before the floor have gone no way. A slot is a
     # place in a kind's order, which counts alone say all of.
     start_Y = all_Y.cumsum() - all_Y
     number_X = np.arange(1, all_Y.sum() + 1) - np.repeat(start_Y + first_Y, all_Y)
     way_X = _way(number_X, np.repeat(ask_Y - first_Y, all_Y), np.repeat(all_Y - ask_Y, all_Y))
     rank_X, end = np.empty_like(number_X), 0
-    for count in all_Y.reshape(num_rows, num_sorts).sum(axis=1).tolist():
+    for count in all_RZ.sum(axis=1).tolist():
         own, end = slice(end, end + count), end + count
         rank_X[own][way_X[own].argsort(kind="stable")] = np.arange(count)  # a row is a few rising runs
-    kind_X = kind_G.repeat_interleave(candidates.count_G)
+    kind_X = candidates.kind_G.repeat_interleave(candidates.count_G)
     slot_X = rank_targets(score_X, kind_X, group_X, first_G).numpy() + start_Y[kind_X.numpy()]
     return Ranking(torch.from_numpy(rank_X[slot_X]), torch.from_numpy(-way_X[slot_X]))
 
