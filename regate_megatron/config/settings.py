@@ -294,10 +294,10 @@ class ReGateConfig:
         if self.needs_teacher and not self.teacher_load:
             allowed = "a checkpoint folder, or 'student' for the student's language model as training starts"
             others = [name for name, row in SCORES.items() if not row.needs_teacher(self.difficulty)]
-            without = [f"{flag('score')} {name}" for name in others]
-            if not self.ranks_visual:
-                without.append(f"{flag('recipe')} pictures for rows that are mostly pictures")
-            change = f"it to one of these, or to settings without a teacher: {' or '.join(without)}"
+            without = ", ".join(f"{flag('score')} {name}" for name in others)
+            pictures = f"{flag('recipe')} pictures (rows that are mostly pictures)"
+            pictures = f"{flag('keep_ratio')} 1 (visual positions alone go)" if self.ranks_visual else pictures
+            change = f"it to one of these, or to settings without a teacher: {without} or {pictures}"
             raise refused(self, "teacher_load", f"with {flag('score')} {self.score} {allowed}", change)
 
     @property

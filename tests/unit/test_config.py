@@ -298,6 +298,12 @@ def test_a_teacher_is_asked_for_exactly_where_the_score_uses_the_reference_loss(
         config.require_teacher()
     assert _is_refusal(str(refusal.value), "teacher_load")
     assert "given nothing;" in str(refusal.value) and f"--regate-score {score}" in str(refusal.value)
+    assert str(refusal.value).endswith(
+        "without a teacher: --regate-score student, --regate-score random or --regate-recipe pictures (rows that are "
+        "mostly pictures)"
+    )
+    with pytest.raises(ReGateError, match=r" or --regate-keep-ratio 1 \(visual positions alone go\)$"):
+        dataclasses.replace(config, visual_keep_ratio=0.25).require_teacher()
 
 
 def test_what_a_score_without_teacher_does_not_use_is_named():
