@@ -22,6 +22,7 @@ from regate_megatron.config.options import (
     flag,
     option,
 )
+from regate_megatron.errors import refuse
 from regate_megatron.method.recipes import RECIPES
 from regate_megatron.method.schedule import Schedule, drawn_ratio, keep_ratio_of, least_ratio
 from regate_megatron.method.scores import SCORES
@@ -319,6 +320,17 @@ class ReGateConfig:
     def learns(self) -> bool:
         """Whether any score uses what earlier steps showed."""
         return self.learns_losses or self.learns_gradients
+
+
+def require_settings(given: Any, what: str) -> None:
+    """Refuse to ``what`` what is no :class:`ReGateConfig`, such as a dictionary.
+
+    Raises:
+        ReGateError: it is none.
+    """
+    if not isinstance(given, ReGateConfig):
+        kind = f"settings of type {type(given).__name__}"
+        raise refuse(what, given=kind, allowed="a ReGateConfig", change="them to ReGateConfig(…)")
 
 
 _init = ReGateConfig.__init__

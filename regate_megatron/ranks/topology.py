@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from regate_megatron.errors import refuse
 from regate_megatron.ranks.together import Together
 
 
@@ -144,9 +145,18 @@ class Topology:
 
 
 def build_topology() -> Topology:
-    """Read this rank's place from Megatron's parallel state and make the groups. All ranks call this, in step."""
+    """Read this rank's place from Megatron's parallel state and make the groups. All ranks call this, in step.
+
+    Raises:
+        ReGateError: there is no parallel state yet.
+    """
     from megatron.core import parallel_state as mpu
 
+    if not mpu.model_parallel_is_initialized():
+        allowed = "the parallel state that initialize_model_parallel sets up"
+        raise refuse(
+            "attach", given="a process without parallel state", allowed=allowed, change="the order: that first"
+        )
     last_stage = mpu.get_pipeline_model_parallel_rank() == mpu.get_pipeline_model_parallel_world_size() - 1
     sees_losses = last_stage and mpu.get_tensor_model_parallel_rank() == 0
     is_planner = sees_losses and mpu.get_context_parallel_rank() == 0
