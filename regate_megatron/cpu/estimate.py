@@ -173,7 +173,7 @@ def lengths(rows_N4: np.ndarray, config: ReGateConfig, options: argparse.Namespa
     length_M = budget.per_sample_lengths(candidates, alignment)[0].numpy()
     if kind == "dealt":
         at_home_DR = length_M.reshape(options.ranks, -1)
-        return length_M[deal(at_home_DR, number_N.numpy().reshape(at_home_DR.shape)).from_DR.ravel()]
+        return length_M[deal(at_home_DR, number_N.numpy().reshape(at_home_DR.shape)).from_DM.ravel()]
     if kind == "per-sample":
         return length_M
     span = balance.span_of(candidates, alignment)
