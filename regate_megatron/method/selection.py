@@ -1,4 +1,4 @@
-"""From scores and lengths to kept positions. Torch and numpy; every function gives the same on every rank, exactly.
+"""From scores and lengths to kept candidates. Torch and numpy; every function gives the same on every rank, exactly.
 
 **The rule.** A row that keeps k candidates of one sort keeps the best-scored set of k that holds the floor of each of
 its groups: the floor's best of each group, then the best of all others. *It is optimal*: where an allowed set lacks one
@@ -13,8 +13,7 @@ to all; ties go to the sort named first.
 How many candidates each row keeps is decided before: by counts in ``uniform`` and ``per-sample`` (:mod:`.budget`), by
 scores in ``balanced`` (:mod:`.balance`).
 
-Shapes: R rows, S positions of the merged sequence, K kept positions per row, G groups, X candidates; see
-:mod:`.candidates`.
+Shapes: R rows, G groups, X candidates; see :mod:`.candidates`.
 """
 
 from __future__ import annotations
@@ -218,39 +217,3 @@ def _places(order_X: np.ndarray, count_G: np.ndarray) -> np.ndarray:
     place_X = np.empty_like(order_X)
     place_X[order_X] = np.arange(len(order_X)) - np.repeat(count_G.cumsum() - count_G, count_G)
     return place_X
-
-
-def read_by_targets(is_target_RS: Tensor, sample_RS: Tensor | None = None) -> Tensor:
-    """Mark the positions up to the last target of each row, or of each sample of packed rows; bool [R, S].
-
-    Under causal attention no loss depends on what follows, nor any gradient: leaving it out changes neither.
-    """
-    if sample_RS is None:
-        return is_target_RS.flip(1).cumsum(dim=1).flip(1) > 0
-    position_RS = torch.arange(is_target_RS.shape[1]).expand_as(is_target_RS)
-    last_N = torch.full((int(sample_RS.max()) + 1,), -1)
-    last_N.scatter_reduce_(0, sample_RS[is_target_RS], position_RS[is_target_RS], "amax")
-    return position_RS <= last_N[sample_RS]
-
-
-def pack_positions(kept_RS: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Kept positions of each row in ascending order, then fill up to ``length``.
-
-    Fill slots come last, so that under causal attention no kept position reads them, and point at position 0. They are
-    counted nowhere and have no loss.
-
-    Returns:
-        keep_idx_RK: int64 [R, K] with K = ``length``.
-        num_kept_R: int64 [R], how many leading slots are real.
-
-    Raises:
-        ValueError: a row keeps more than ``length`` positions.
-    """
-    rows = [kept_S.nonzero()[0] for kept_S in kept_RS.numpy()]
-    num_kept = [len(kept_K) for kept_K in rows]
-    if max(num_kept) > length:
-        raise ValueError(f"a row keeps {max(num_kept)} positions, more than the length {length}")
-    keep_idx_RK = np.zeros((len(rows), length), np.int64)
-    for row, kept_K in enumerate(rows):
-        keep_idx_RK[row, : len(kept_K)] = kept_K
-    return torch.from_numpy(keep_idx_RK), torch.from_numpy(np.array(num_kept))
