@@ -49,8 +49,8 @@ class Planned(Runner):
 
     name = "dense"
 
-    def __init__(self, size: Size, dense_layers: int) -> None:
-        super().__init__(size)
+    def __init__(self, size: Size, dense_layers: int, *, like: Any = None) -> None:
+        super().__init__(size, like=like)
         self.dense_layers = dense_layers
         self.language_model = getattr(self.model, "language_model", self.model)
         self.plan: MicrobatchPlan | None = None
