@@ -199,7 +199,7 @@ def test_launchers_with_ways_of_their_own_are_told_how_to_write_it(launcher):
         ([], False, "ReGATE is off: no --regate"),
         (["--regate-keep-ratio=0.3"], True, "ReGATE is off: --regate-keep-ratio given without --regate"),
         (["--regate"], False, "--calculate-per-token-loss is off"),
-        (["--regate", "--regate-visual-score", "even"], True, "--regate-visual-score not used"),
+        (["--regate", "--regate-visual-score", "random"], True, "--regate-visual-score not used"),
         (["--regate"], True, None),
         (["--regate", "--regate-recipe", "pictures"], False, None),  # every target runs
     ],

@@ -517,9 +517,23 @@ def test_a_class_below_a_known_one_is_known_while_it_changes_nothing_that_runs()
         assert compat.is_one_of(instance, support.decoder.LANGUAGE_MODELS) is known, kind
 
 
-def test_a_model_that_is_no_list_of_chunks_is_refused():
-    with pytest.raises(ReGateError, match=r"given a Linear by itself; .* change it to \[model\]$"):
-        attach(torch.nn.Linear(1, 1), ReGateConfig(score="random"))
+@pytest.mark.parametrize(
+    ("chunks", "settings", "line"),
+    [
+        (torch.nn.Linear(1, 1), ReGateConfig(score="random"), r"given a Linear by itself; .* change it to \[model\]$"),
+        ([], ReGateConfig(score="random"), r"given no chunk; .* change it to \[model\]$"),
+        ([torch.nn.Linear(1, 1)], {"score": "random"}, r"given settings of type dict; .* change them to ReGateConfig"),
+        (
+            [torch.nn.Linear(1, 1)],
+            ReGateConfig(score="random"),
+            "given a process without parallel state; .* that first$",
+        ),
+    ],
+    ids=["no list", "no chunk", "no settings", "too early"],
+)
+def test_attach_refuses_in_one_line_what_it_is_not_given_rightly(chunks, settings, line):
+    with pytest.raises(ReGateError, match=f"^regate: attach: {line}"):
+        attach(chunks, settings)
 
 
 # ------------------------------------------------------------------------------------------------------------- hints

@@ -1,8 +1,8 @@
 """What is supported: one table of refusals, walked before step 0.
 
 Each rule looks at one :class:`Setting`, the model and how it is to be trained, and says what is wrong, what is allowed,
-why, and what to change. It looks at the model's config and at that of every module which has one of its own. README and
-``doctor`` print the same table. :func:`hints` says what is allowed and still worth knowing.
+why, and what to change. It looks at the model's config and at that of every module which has one of its own.
+docs/support.md and ``doctor`` print the same table. :func:`hints` says what is allowed and still worth knowing.
 """
 
 from __future__ import annotations
