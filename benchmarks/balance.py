@@ -181,22 +181,21 @@ def _count_dealt(
     tally.table_bytes = length_DM.nbytes + key_DM.nbytes
     least, least_each = at_best(length_DM.numpy())
     mean = float(length_DM.sum()) / len(ranks)
-    count(tally, ranks, length_DM.flatten()[torch.from_numpy(dealt.from_DR)], kept, least / mean)
+    count(tally, ranks, length_DM.flatten()[torch.from_numpy(dealt.from_DM)], kept, least / mean)
     tally.each_at_best += least_each * ranks[0].rows
 
 
 def _count_dealt_rows(tally: Tally, ranks: list[Candidates], alignment: Alignment, kept: int) -> None:
-    """As :func:`_count_dealt`, were single rows dealt, alike ones to one microbatch."""
+    """As :func:`_count_dealt`, were single rows dealt, alike ones to one microbatch; how many move is not counted."""
     rows = ranks[0].rows
     alone = [
         replace(own, dense_M=own.dense_M.repeat_interleave(rows), key_M=torch.arange(len(own.always_R)))
         for own in ranks
     ]
     length_DR = torch.stack([per_sample_lengths(own, alignment)[0] for own in alone]).numpy()
-    dealt = deal(length_DR, torch.stack([own.key_M for own in alone]).numpy(), rows=rows, in_columns=False)
-    tally.moved += dealt.num_moved // rows
-    length_DM = length_DR.ravel()[dealt.from_DR].reshape(len(ranks), -1, rows).max(axis=2)
-    count(tally, ranks, torch.from_numpy(length_DM), kept, 0)
+    length_DM = -np.sort(-length_DR, axis=None)[::rows].reshape(len(ranks), -1)  # the longest of alike ones
+    dealt = deal(length_DM, np.arange(length_DM.size).reshape(length_DM.shape), in_columns=False)
+    count(tally, ranks, torch.from_numpy(length_DM.ravel()[dealt.from_DM]), kept, 0)
 
 
 def table(results: dict[str, Any]) -> str:

@@ -71,7 +71,7 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[below], ordered[count - 1 - below]
 
 
-def rounds_within(rounds: int, seconds: float, *, least: int = 3, name: str = "") -> Iterator[int]:
+def rounds_within(rounds: int, seconds: float, *, name: str) -> Iterator[int]:
     """Numbers from 0 with a progress bar: ``rounds`` of them and one to warm up, none begun after ``seconds``.
 
     The first round, number 0, touches memory for the first time: it is run and thrown away.
@@ -80,7 +80,7 @@ def rounds_within(rounds: int, seconds: float, *, least: int = 3, name: str = ""
 
     begin = time.perf_counter()
     for index in tqdm(range(rounds + 1), desc=name, unit="round", disable=None):
-        if index > least and time.perf_counter() - begin > seconds:
+        if index > 3 and time.perf_counter() - begin > seconds:
             break
         yield index
 
@@ -134,8 +134,6 @@ def run_part(
     name: str,
     document: str,
     measure: Callable[[argparse.Namespace], dict[str, Any]],
-    argv: Sequence[str] | None = None,
-    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> dict[str, Any]:
     """The command line of one part: measure, write ``NAME.json``, print its table.
 
@@ -147,8 +145,7 @@ def run_part(
     parser.add_argument("--quick", action="store_true", help="tiny sizes and few rounds: a smoke test, no measurement")
     parser.add_argument("--seconds", type=float, default=None, help="about how long to measure")
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where NAME.json goes")
-    add_options(parser)
-    options = parser.parse_args(argv)
+    options = parser.parse_args()
     start = Clock()
     on = machine()
     print(f"{name}: {on}")

@@ -93,7 +93,7 @@ def _measure_mix(name: str, mix: Any, size: Size, ranks: int, seconds: float, ro
             length_DM = np.array([[plan.length if plan else size.length for plan in of_rank] for of_rank in plans])
             ran[budget] = spent_DM, length_DM
         spent_DM, length_DM = ran["per-sample"]
-        from_DM = deal(length_DM, np.stack([rows.key_M.numpy() for rows in own])).from_DR
+        from_DM = deal(length_DM, np.stack([rows.key_M.numpy() for rows in own])).from_DM
         ran["dealt"], kept["dealt"] = (spent_DM.ravel()[from_DM], length_DM.ravel()[from_DM]), kept["per-sample"]
         for budget, (spent_DM, length_DM) in ran.items():
             spent, lengths = spent_DM.sum(axis=1), length_DM.sum(axis=1)

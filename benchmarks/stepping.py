@@ -68,13 +68,12 @@ class Runner:
     Args:
         size: the model's.
         like: another model of this size, whose weights it gets.
-        model: the model itself, not built again.
     """
 
-    def __init__(self, size: Size, *, like: Any = None, model: Any = None) -> None:
+    def __init__(self, size: Size, *, like: Any = None) -> None:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        self.size, self.model = size, build(size) if model is None else model
+        self.size, self.model = size, build(size)
         if like is not None:
             self.model.load_state_dict(copy.copy(like.state_dict()))
         self.forward_step = forward_step_for(size)
@@ -111,16 +110,15 @@ class ReGATERunner(Runner):
 
     Args:
         settings: of :class:`ReGateConfig`; score "student" unless it says otherwise.
-        teacher: its frozen language model, where the score needs one.
     """
 
-    def __init__(self, size: Size, settings: dict[str, Any], *, like: Any = None, teacher: Any = None) -> None:
+    def __init__(self, size: Size, settings: dict[str, Any], *, like: Any) -> None:
         from regate_megatron import ReGateConfig, attach, wrap_forward_backward
         from regate_megatron.api import session_of
 
         super().__init__(size, like=like)
         always = {"score": "student", "warmup_steps": 1, "dense_steps": 0, "cycle_steps": 1}
-        attach([self.model], ReGateConfig(**{**always, **settings}), teacher=teacher)
+        attach([self.model], ReGateConfig(**{**always, **settings}))
         self.session = session_of([self.model])
         self.session.counts_own_steps = False  # we say when, inside the timed stretch
         self._inside = Clock(0.0, 0.0)

@@ -1,7 +1,8 @@
 """ReGATE (Reference-Guided Adaptive Token Elision) for Megatron-style training.
 
-A frozen text-only teacher gives every answer token a reference loss; fused with a running average of the student's
-own loss it ranks the answer tokens; in sparse steps only the best-ranked go through the decoder (arXiv 2507.21420).
+A frozen text-only teacher gives every answer token a reference loss, which ranks the answer tokens (in the paper, arXiv
+2507.21420, together with a running average of the student's own loss); in sparse steps only the best-ranked go through
+the decoder, and of pictures and clips only as many positions as are asked for.
 Importing this package changes nothing: everything happens in :func:`attach` and :func:`wrap_forward_backward`, or in
 the launcher ``torchrun … -m regate_megatron SCRIPT … --regate``.
 """

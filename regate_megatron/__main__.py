@@ -15,6 +15,7 @@ that starts with ``--regate`` nothing of Megatron is touched; without ``--regate
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,27 +33,12 @@ def main(argv: list[str], install: Callable[[ReGateConfig], None] | None = None)
     """
     if argv in (["--help"], ["-h"], ["help"], ["--cpu", "--help"]):
         print(_help())
-    elif argv[:1] == ["doctor"] and not Path("doctor").is_file():
-        from regate_megatron import doctor
-
+    elif argv and argv[0] in launch.COMMANDS and not Path(argv[0]).is_file():
+        module = importlib.import_module(launch.COMMANDS[argv[0]])
         if argv[1:] in (["--help"], ["-h"]):
-            print(doctor.__doc__.strip())
-        else:
-            sys.exit(doctor.main(argv[1:]))
-    elif argv[:1] == ["estimate"] and not Path("estimate").is_file():
-        from regate_megatron.cpu import estimate
-
-        if argv[1:] in (["--help"], ["-h"]):
-            print(estimate.__doc__.strip())
-        else:
-            estimate.main(argv[1:])
-    elif argv[:1] == ["dry-run"] and not Path("dry-run").is_file():
-        from regate_megatron.cpu import dry_run
-
-        if argv[1:] in (["--help"], ["-h"]):
-            print(dry_run.__doc__.strip())
-        else:
-            dry_run.main(argv[1:])
+            print(module.__doc__.strip())
+        elif code := module.main(argv[1:]):
+            sys.exit(code)
     else:
         on_cpu = argv[:1] == ["--cpu"]
         launch.run_script(argv[on_cpu:], on_cpu=on_cpu, install=install)

@@ -1,7 +1,7 @@
 """The public verbs: attach ReGATE to model chunks, detach, describe, wrap a forward-backward function; and for loops of
 one's own, count steps, save what was learned and load it again.
 
-Megatron-LM's integration does the latter three by itself.
+The integrations of hosts do the latter three by themselves.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from regate_megatron import compat
 from regate_megatron.batches import adapter_for
-from regate_megatron.config import ReGateConfig
+from regate_megatron.config import ReGateConfig, require_settings
 from regate_megatron.errors import ReGateError, refuse
 from regate_megatron.ranks.topology import Topology, build_topology
 from regate_megatron.step.session import Session
@@ -49,8 +49,8 @@ def attach(
     Args:
         model_chunks: the chunks the framework trains, wrapped or not.
         config: the settings.
-        teacher: a frozen language model sharded like the student, without sequence parallelism (its chunk, or the list
-            of its chunks), in place of ``config.teacher_load``; not looked at where no score asks for one.
+        teacher: a frozen language model sharded like the student, with or without sequence parallelism (its chunk, or
+            the list of its chunks), in place of ``config.teacher_load``; not looked at where no score asks for one.
         run: what the host tells of its run, where one does, for checks and defaults.
         pad_token: the tokenizer's pad id, for ``teacher_visual="pad"`` and batches without a loss mask.
         vocab_size: the student tokenizer's true size, to check the teacher's against.
@@ -59,12 +59,15 @@ def attach(
     Raises:
         ReGateError: something asked for is not supported; on every rank, before anything is changed.
     """
+    require_settings(config, "attach")
     if not config.enabled:
         return model_chunks
     if isinstance(model_chunks, torch.nn.Module) and not isinstance(model_chunks, torch.nn.ModuleList):
         given = f"a {type(model_chunks).__name__} by itself"
         raise refuse("attach", given=given, allowed="a list of model chunks", change="it to [model]")
     chunks = list(model_chunks)
+    if not chunks:
+        raise refuse("attach", given="no chunk", allowed="a list of model chunks", change="it to [model]")
     if any(hasattr(compat.unwrap(chunk), _SESSION) for chunk in chunks):
         raise refuse("attach", given="a model that has ReGATE already", allowed="one attach", change="it: detach first")
     run = run or HostRun()

@@ -23,7 +23,7 @@ def unwrap(module: Any) -> Any:
 
 
 def language_model_of(model: Any) -> Any:
-    """The GPTModel inside a multimodal model, or the model itself."""
+    """The language model inside a multimodal model, or the model itself."""
     return getattr(model, "language_model", None) or model
 
 

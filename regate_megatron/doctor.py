@@ -49,7 +49,8 @@ def main(argv: list[str] = ()) -> int:
 def _model(option: str, name: str) -> int:
     if option != "--model" or not name:
         given = f"{option} {name}".strip()
-        print(refuse("doctor", given=given, allowed="--model NAME_OR_FOLDER", change="it"), file=sys.stderr)
+        change = f"it to --model {name or ('NAME_OR_FOLDER' if option.startswith('-') else option)}"
+        print(refuse("doctor", given=given, allowed="--model NAME_OR_FOLDER", change=change), file=sys.stderr)
         return 1
     try:
         verdict = models.judge(models.config_of(name))

@@ -1,9 +1,10 @@
 """The one form of every refusal: what was given, what is allowed, what to change."""
 
+import difflib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -32,6 +33,12 @@ def refuse(what: str, *, given: object, allowed: str, change: str) -> ReGateErro
     """Build the refusal of ``what`` (an option or a property of the model); the caller raises it."""
     line = f"regate: {what}: given {given}; allowed {allowed}; change {change}"
     return ReGateError(" ".join(line.split()))
+
+
+def nearest(given: str, names: Iterable[str], otherwise: str = "the spelling") -> str:
+    """What to change in a word that is none of ``names``: it to the most alike of them, where one is alike."""
+    near = difflib.get_close_matches(given, list(names), n=1)
+    return f"it to {near[0]}" if near else otherwise
 
 
 @contextmanager

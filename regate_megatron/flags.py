@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from regate_megatron.config import WORDS, ReGateConfig, flag, shown_default
-from regate_megatron.errors import ReGateError, refuse
+from regate_megatron.errors import ReGateError, nearest, refuse
 from regate_megatron.method.recipes import RECIPES
 
 
@@ -78,8 +77,7 @@ def parse(argv: Sequence[str]) -> ReGateConfig | None:
     unknown = [word for word in rest if word.startswith("--regate")]
     if unknown:
         known = [flag(field.name) for field in dataclasses.fields(ReGateConfig)]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
-        change = f"it to {near[0]}" if near else "the spelling"
+        change = nearest(unknown[0].partition("=")[0], known)
         raise refuse("command line", given=unknown[0], allowed=", ".join(known), change=change)
     return config_of(args)
 

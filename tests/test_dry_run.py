@@ -15,8 +15,8 @@ import pytest
 
 from regate_megatron import ReGateConfig
 from regate_megatron.cpu.dry_run.command import _reason, _worth_knowing
-from regate_megatron.cpu.dry_run.flags import _regate
-from regate_megatron.cpu.dry_run.line import parse_line
+from regate_megatron.cpu.dry_run.flags import _regate, _unproven
+from regate_megatron.cpu.dry_run.line import LaunchLine, parse_line
 from regate_megatron.cpu.dry_run.shrink import (
     TRAIN_STEPS,
     data_parallel_size,
@@ -26,6 +26,7 @@ from regate_megatron.cpu.dry_run.shrink import (
     weights_gb,
 )
 from regate_megatron.cpu.emulation import forked
+from regate_megatron.cpu.emulation.arguments import options_of_megatron, take_out, what_goes
 from regate_megatron.cpu.emulation.forked import Ended
 from regate_megatron.errors import ReGateError
 from regate_megatron.method.schedule import phase_of
@@ -198,7 +199,7 @@ def test_launchers_with_ways_of_their_own_are_told_how_to_write_it(launcher):
         ([], False, "ReGATE is off: no --regate"),
         (["--regate-keep-ratio=0.3"], True, "ReGATE is off: --regate-keep-ratio given without --regate"),
         (["--regate"], False, "--calculate-per-token-loss is off"),
-        (["--regate", "--regate-visual-score", "even"], True, "--regate-visual-score not used"),
+        (["--regate", "--regate-visual-score", "random"], True, "--regate-visual-score not used"),
         (["--regate"], True, None),
         (["--regate", "--regate-recipe", "pictures"], False, None),  # every target runs
     ],
@@ -327,14 +328,43 @@ def test_a_layout_too_large_for_here_runs_as_the_largest_of_the_same_kinds():
         --overlap-grad-reduce --overlap-param-gather --log-progress""",
         """--num-experts 8 --moe-grouped-gemm --recompute-granularity selective --recompute-modules moe_act core_attn
         --moe-router-padding-for-fp8 --fp8-format hybrid""",
+        "--tp-comm-overlap --cuda-graph-impl local --cuda-graph-scope attn --te-rng-tracker",
     ],
-    ids=["fp16", "optimizer", "experts"],
+    ids=["fp16", "optimizer", "experts", "graphs"],
 )
 def test_what_is_right_on_a_gpu_is_not_blamed(flags):
     model = [word for word in MODEL if word != "--bf16"] if "--fp16" in flags else MODEL
     run = _dry_run(*model, *REGATE, *flags.split(), nproc=2)
     assert run.returncode == 0, run.output + run.errors
     assert "2 sparse steps" in run.output and ("taken out: " in run.output) == ("--fp16" not in flags)
+    assert ("CUDA graphs: on in dense steps" in run.output) == ("--cuda-graph" in flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("", []),
+        ("--tp-comm-overlap --cuda-graph-impl local", ["tp_comm_overlap: on in dense", "CUDA graphs: on in dense"]),
+        ("--decoder-tp-comm-overlap --enable-cuda-graph", ["tp_comm_overlap: on in dense", "CUDA graphs: on in dense"]),
+        ("--num-experts 8 --moe-token-dispatcher-type flex", ["the flex dispatcher (deepep) was never run"]),
+    ],
+    ids="none graphs multimodal experts".split(),
+)
+def test_what_no_gpu_has_shown_is_told_of_the_line_as_given(flags, said):
+    """The run itself has none of it: all of it needs a GPU."""
+    pytest.importorskip("megatron.training", reason="megatron.training is not installed")
+    line = LaunchLine(SCRIPT, [*MODEL, *flags.split()], 8, None, 900.0)
+    found = _unproven(line, ReGateConfig(score="random"))
+    assert [text[: len(start)] for text, start in zip(found, said, strict=True)] == said
+    kept, went = take_out(line.flags, what_goes(), options_of_megatron())
+    experts = ["--num-experts", "8"] if "--num-experts" in flags else []
+    assert kept == [*MODEL, *experts] and bool(went) == bool(flags)
+
+
+def test_options_that_scripts_add_are_taken_out_where_they_need_a_gpu():
+    pytest.importorskip("megatron.training", reason="megatron.training is not installed")
+    kept, went = take_out("--use-te --img-h 32 --use-tiling".split(), what_goes(), options_of_megatron())
+    assert kept == ["--img-h", "32", "--use-tiling"] and list(went.values()) == [["--use-te"]]
 
 
 @pytest.mark.parametrize(
@@ -352,7 +382,7 @@ def test_what_is_right_on_a_gpu_is_not_blamed(flags):
         (["--fp4-format", "e2m1"], 8, ["FP4: given fp4=e2m1"]),
         (["--skip-train"], 8, ["dry-run: given --skip-train: the line only evaluates"]),
         (
-            "--skip-train --mtp-num-layers 1 --context-parallel-size 2 --cuda-graph-impl local".split()
+            "--skip-train --mtp-num-layers 1 --context-parallel-size 2 --cuda-graph-impl full_iteration".split()
             + "--regate-keep-ratio 7 --regate-seed -1".split(),
             8,
             [

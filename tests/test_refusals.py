@@ -117,7 +117,6 @@ REFUSED = {
         {"model": {"fine_grained_activation_offloading": True}},
         "given fine_grained_activation_offloading=True",
     ),
-    "graphs of Transformer Engine": ({"model": {"external_cuda_graph": True}}, "given external_cuda_graph=True"),
     "multimodal packing with fused rope": (
         {"args": {"use_packed_sequence": True}, "model": {"apply_rope_fusion": True}},
         "given --use-packed-sequence with fused RoPE",
@@ -179,8 +178,14 @@ REFUSED = {
         {"config": {"score": "regate", "teacher_load": "student"}, "args": {"reset_attention_mask": True}},
         "given --reset-attention-mask",
     ),
-    "CUDA graphs": ({"model": {"cuda_graph_impl": "local"}}, "given cuda_graph_impl=local"),
-    "old CUDA graph flag": ({"model": {"enable_cuda_graph": True}}, "given enable_cuda_graph=True"),
+    "one CUDA graph of a step": (
+        {"model": {"cuda_graph_impl": "full_iteration"}},
+        "given cuda_graph_impl=full_iteration",
+    ),
+    "one CUDA graph of a step by its old names": (
+        {"model": {"enable_cuda_graph": True, "cuda_graph_scope": ["attn", "full_iteration"]}},
+        "given full_iteration in cuda_graph_scope",
+    ),
     "combined 1F1B": (
         {"model": {"overlap_moe_expert_parallel_comm": True}},
         "given overlap_moe_expert_parallel_comm=True",
@@ -512,9 +517,23 @@ def test_a_class_below_a_known_one_is_known_while_it_changes_nothing_that_runs()
         assert compat.is_one_of(instance, support.decoder.LANGUAGE_MODELS) is known, kind
 
 
-def test_a_model_that_is_no_list_of_chunks_is_refused():
-    with pytest.raises(ReGateError, match=r"given a Linear by itself; .* change it to \[model\]$"):
-        attach(torch.nn.Linear(1, 1), ReGateConfig(score="random"))
+@pytest.mark.parametrize(
+    ("chunks", "settings", "line"),
+    [
+        (torch.nn.Linear(1, 1), ReGateConfig(score="random"), r"given a Linear by itself; .* change it to \[model\]$"),
+        ([], ReGateConfig(score="random"), r"given no chunk; .* change it to \[model\]$"),
+        ([torch.nn.Linear(1, 1)], {"score": "random"}, r"given settings of type dict; .* change them to ReGateConfig"),
+        (
+            [torch.nn.Linear(1, 1)],
+            ReGateConfig(score="random"),
+            "given a process without parallel state; .* that first$",
+        ),
+    ],
+    ids=["no list", "no chunk", "no settings", "too early"],
+)
+def test_attach_refuses_in_one_line_what_it_is_not_given_rightly(chunks, settings, line):
+    with pytest.raises(ReGateError, match=f"^regate: attach: {line}"):
+        attach(chunks, settings)
 
 
 # ------------------------------------------------------------------------------------------------------------- hints
@@ -540,6 +559,21 @@ def test_the_flex_dispatcher_is_taken_and_told_to_be_unproven(backend, named):
     assert check_support(_setting(model=flex)) == (True, "")
     (line,) = hints(_setting(model=flex))
     assert f"the flex dispatcher ({named}) was never run" in line
+
+
+@pytest.mark.parametrize(
+    "graphs",
+    [
+        {"cuda_graph_impl": "local"},
+        {"cuda_graph_impl": "transformer_engine", "cuda_graph_scope": "attn,moe_router"},
+        {"enable_cuda_graph": True},
+        {"external_cuda_graph": True},
+    ],
+)
+def test_cuda_graphs_of_layers_are_taken_and_told_to_be_unproven(graphs):
+    assert check_support(_setting(model=graphs)) == (True, "")
+    (line,) = hints(_setting(model=graphs))
+    assert "on in dense steps, off in sparse ones" in line and "never run with ReGATE, for want of a GPU" in line
 
 
 def test_overlap_of_tensor_parallel_communication_is_taken_and_told_to_be_unproven():

@@ -31,6 +31,9 @@ if __name__ == "__main__":
         print(__doc__)
         sys.exit(0)
     if "--regate" not in words:
-        print(refuse("command line", given="no --regate", allowed="the training command", change="it"), file=sys.stderr)
+        print(
+            refuse("command line", given="no --regate", allowed="the training command", change="it: add --regate"),
+            file=sys.stderr,
+        )
         sys.exit(1)
     main(words, fill_the_cache)

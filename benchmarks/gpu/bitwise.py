@@ -17,24 +17,33 @@ from regate_megatron import ReGateConfig, attach, wrap_forward_backward
 STEPS = {"cuda": 30, "cpu": 4}
 
 
-def train(case: Case, device: torch.device, *, with_regate: bool) -> tuple[list[Any], list[Tensor]]:
-    """Losses and gradient norms of every step, and the weights at the end."""
+def under_ddp(case: Case, device: torch.device, *, overlap_param_gather: bool = True) -> tuple[Any, Any]:
+    """The case's model under Megatron's DDP, and its distributed optimizer."""
     model = build(case, device)
-    sync = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+    sync = {"use_distributed_optimizer": True, "overlap_grad_reduce": True}
+    sync |= {"overlap_param_gather": overlap_param_gather}
     settings = DistributedDataParallelConfig(**sync, grad_reduce_in_fp32=True, bucket_size=100_000)
     model = DistributedDataParallel(model.config, settings, model)
     precision = {"bf16": case.half, "params_dtype": model.config.params_dtype}
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam", lr=1e-3, use_distributed_optimizer=True, overlap_param_gather=True, **precision
-        ),
-        [model],
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=1e-3,
+        use_distributed_optimizer=True,
+        overlap_param_gather=overlap_param_gather,
+        **precision,
     )
+    optimizer = get_megatron_optimizer(settings, [model])
     transformer = model.config
     transformer.no_sync_func, transformer.grad_sync_func = model.no_sync, model.start_grad_sync
-    transformer.param_sync_func = model.start_param_sync
+    transformer.param_sync_func = model.start_param_sync if overlap_param_gather else None
     transformer.finalize_model_grads_func = finalize_model_grads
     transformer.grad_scale_func = optimizer.scale_loss
+    return model, optimizer
+
+
+def train(case: Case, device: torch.device, *, with_regate: bool) -> tuple[list[Any], list[Tensor]]:
+    """Losses and gradient norms of every step, and the weights at the end."""
+    model, optimizer = under_ddp(case, device)
     schedule = get_forward_backward_func()
     if with_regate:
         phases = {"warmup_steps": 2, "cycle_steps": 4, "dense_steps": 1}

@@ -44,6 +44,7 @@ class Case:
     visual: str = "drop"
     rows: int = 4
     fused_rope: bool = False
+    graphs: str = "none"
 
 
 def size_and_length(device: torch.device) -> tuple[models.Size, int]:
@@ -55,6 +56,7 @@ def build(case: Case, device: torch.device) -> Any:
     """The case's model; weights larger than usual, so that attention matters."""
     size, length = size_and_length(device)
     options: dict[str, Any] = {"init_method_std": 0.08, "apply_rope_fusion": case.fused_rope}
+    options["cuda_graph_impl"] = case.graphs
     if case.recompute:
         options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if case.experts:

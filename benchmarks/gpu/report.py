@@ -15,7 +15,7 @@ from benchmarks.gpu.results import write_json
 from regate_megatron.errors import refuse
 
 PAGE = machine.ROOT / "docs" / "gpu.md"
-PARTS = ("setup", "parity", "step_time", "fp8", "learning")
+PARTS = ("setup", "parity", "step_time", "fp8", "graphs", "learning")
 VERDICT = {True: "holds", False: "**does not hold**", None: "measured"}
 
 

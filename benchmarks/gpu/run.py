@@ -5,6 +5,7 @@
     python3 benchmarks/gpu/run.py parity              # exactness on CUDA and NCCL, and keep ratio 1.0 bit for bit
     python3 benchmarks/gpu/run.py step_time           # dense against sparse: conv, speed-up, peak memory
     python3 benchmarks/gpu/run.py fp8                 # Transformer Engine's FP8 recipes
+    python3 benchmarks/gpu/run.py graphs              # CUDA graphs in dense steps beside sparse ones without
     python3 benchmarks/gpu/run.py learning            # the learning experiment in its larger form
     python3 benchmarks/gpu/run.py report              # tables into docs/gpu.md, raw figures into docs/gpu/
     python3 benchmarks/gpu/run.py PART --cpu-rehearsal   # the same code in small, without a GPU; proves no figure
@@ -28,10 +29,11 @@ PARTS = {
     "parity": "parity",
     "step_time": "step_time",
     "fp8": "fp8",
+    "graphs": "graphs",
     "learning": "learning",
     "report": "report",
 }
-ON_ONE_RANK = ("parity", "step_time", "fp8")  # Megatron is set up before they are imported
+ON_ONE_RANK = ("parity", "step_time", "fp8", "graphs")  # Megatron is set up before they are imported
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from regate_megatron.batches.media import Media
 from regate_megatron.method import masks
-from regate_megatron.method.selection import read_by_targets
 
 
 @dataclass(frozen=True)
@@ -175,6 +174,19 @@ def targets_of(loss_mask_BS: Tensor, label_BS: Tensor) -> tuple[Tensor, Tensor]:
     """
     has_loss_BS = to_cpu(loss_mask_BS) > 0
     return has_loss_BS & (label_BS >= 0), has_loss_BS
+
+
+def read_by_targets(is_target_BS: Tensor, sample_BS: Tensor | None = None) -> Tensor:
+    """Mark the positions up to the last target of each row, or of each sample of packed rows; bool [B, S].
+
+    Under causal attention no loss depends on what follows, nor any gradient: leaving it out changes neither.
+    """
+    if sample_BS is None:
+        return is_target_BS.flip(1).cumsum(dim=1).flip(1) > 0
+    position_BS = torch.arange(is_target_BS.shape[1]).expand_as(is_target_BS)
+    last_N = torch.full((int(sample_BS.max()) + 1,), -1)
+    last_N.scatter_reduce_(0, sample_BS[is_target_BS], position_BS[is_target_BS], "amax")
+    return position_BS <= last_N[sample_BS]
 
 
 def content_keys(rows: Sequence[Sequence[np.ndarray]]) -> Tensor:

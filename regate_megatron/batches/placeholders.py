@@ -51,7 +51,7 @@ class Medium:
 
 
 class PlaceholderBatches(BatchAdapter):
-    """Adapter of a family with one id per visual position; a family says the three methods below.
+    """Adapter of a family with one id per visual position; a family says the first two methods below.
 
     Attributes:
         pixels_in: where a batch has its pixels.

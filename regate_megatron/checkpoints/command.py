@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from regate_megatron.checkpoints.arguments import DEFAULT_DIVISOR
+from regate_megatron.checkpoints.families import allowed_families
 from regate_megatron.checkpoints.to_huggingface import ToHuggingFace
 from regate_megatron.checkpoints.to_megatron import ToMegatron
 from regate_megatron.checkpoints.writing import Plan, check_target
@@ -59,7 +60,9 @@ def add_huggingface_options(made: argparse.ArgumentParser) -> None:
     """Options of conversions to Hugging Face."""
     group = made.add_argument_group("to Hugging Face")
     group.add_argument("--like", metavar="HF_DIR", help="Hugging Face folder whose config and tokenizer are right")
-    group.add_argument("--family", help="model_type to name, where the config is made from Megatron's arguments")
+    group.add_argument(
+        "--family", help=f"model_type to name where the config is made from Megatron's arguments: {allowed_families()}"
+    )
     group.add_argument("--vocab-size", type=positive, metavar="N", help="rows of the embedding to keep")
 
 
@@ -67,9 +70,7 @@ MEGATRON_OPTIONS = ("tensor_model_parallel_size", "make_vocab_size_divisible_by"
 HUGGINGFACE_OPTIONS = ("like", "family", "vocab_size")
 
 
-def refuse_options(
-    options: argparse.Namespace, names: Iterable[str], *, where: str, change: str = "the command: remove it"
-) -> None:
+def refuse_options(options: argparse.Namespace, names: Iterable[str], *, where: str) -> None:
     """Refuse options that would have no effect.
 
     Args:
@@ -81,8 +82,8 @@ def refuse_options(
     """
     for name in names:
         if name in options.changed:
-            flag = "--" + name.replace("_", "-")
-            raise refuse(flag, given=f"{getattr(options, name)} {where}", allowed="nothing there", change=change)
+            form = {"allowed": "nothing there", "change": "the command: remove it"}
+            raise refuse("--" + name.replace("_", "-"), given=f"{getattr(options, name)} {where}", **form)
 
 
 def run(made: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from regate_megatron.checkpoints.clip import PROJECTOR, TOWER, UNUSED_NORM, Clip, clip_rules, from_llava_config
-from regate_megatron.checkpoints.names import Rule
+from regate_megatron.checkpoints.names import InFolder
 from regate_megatron.checkpoints.safetensors_folder import SafetensorsFolder, companions_of
 from regate_megatron.checkpoints.text_model import TextModel, open_text_model
 from regate_megatron.checkpoints.to_megatron import ToMegatron, pieces_of, plan_to_megatron
@@ -22,7 +22,7 @@ _PROJECTORS = (f"model.{PROJECTOR}", PROJECTOR)
 
 
 @dataclass(frozen=True)
-class Vision:
+class Vision(InFolder):
     """The tower and the projector in a Hugging Face folder.
 
     Attributes:
@@ -43,16 +43,8 @@ class Vision:
             return self.projector + name.removeprefix(PROJECTOR)
         return self.tower + name.removeprefix(TOWER)
 
-    def sources(self, rule: Rule, layer: int | None) -> list[str]:
-        """Names in the folder of a rule's tensors."""
-        return [self.stored(name.format(layer)) for name in rule.sources]
 
-    def layers(self, rule: Rule) -> list[int | None]:
-        """The layers a rule applies to; [None] for what is there once."""
-        return [*range(self.architecture.num_layers)] if rule.per_layer else [None]
-
-
-def open_vision(model: TextModel, what: str = "--source") -> Vision:
+def open_vision(model: TextModel) -> Vision:
     """Open tower and projector beside a LLaVA's language model; reads headers only.
 
     Raises:
@@ -71,9 +63,8 @@ def open_vision(model: TextModel, what: str = "--source") -> Vision:
             for name, shape in zip(vision.sources(rule, layer), rule.shapes(clip), strict=True):
                 if name not in left or folder.shape(name) != shape:
                     given = f"{name} of shape {folder.shape(name)}" if name in left else f"no {name}"
-                    raise refuse(
-                        what, given=f"{folder.path} with {given}", allowed=f"the config's {shape}", change="config.json"
-                    )
+                    given = f"{folder.path} with {given}"
+                    raise refuse("--source", given=given, allowed=f"the config's {shape}", change="config.json")
                 left.discard(name)
     unused = (
         vision.stored(UNUSED_NORM),
@@ -81,9 +72,8 @@ def open_vision(model: TextModel, what: str = "--source") -> Vision:
     )
     if left := sorted(name for name in left if not name.startswith(unused) and not name.endswith("position_ids")):
         given = f"{folder.path} with {left[0]}"
-        raise refuse(
-            what, given=given, allowed="only tensors of CLIP and a projector of two layers", change="the model"
-        )
+        allowed = "only tensors of CLIP and a projector of two layers"
+        raise refuse("--source", given=given, allowed=allowed, change="the model")
     return vision
 
 

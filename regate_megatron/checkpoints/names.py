@@ -43,6 +43,18 @@ class Rule:
         return LAYERS in self.megatron
 
 
+class InFolder:
+    """Where the tensors of a table are in a Hugging Face folder, for a model that says how a name is ``stored``."""
+
+    def sources(self, rule: Rule, layer: int | None) -> list[str]:
+        """Names in the folder of a rule's tensors."""
+        return [self.stored(name.format(layer)) for name in rule.sources]
+
+    def layers(self, rule: Rule) -> list[int | None]:
+        """The layers a rule applies to; [None] for what is there once."""
+        return [*range(self.architecture.num_layers)] if rule.per_layer else [None]
+
+
 def _hidden(a: Architecture) -> tuple[tuple[int, ...], ...]:
     return ((a.hidden_size,),)
 

@@ -31,17 +31,16 @@ class SafetensorsFolder:
 
     Args:
         folder: what ``save_pretrained`` wrote.
-        what: the option to name in a refusal.
 
     Raises:
         ReGateError: no such folder, no safetensors, or a file is missing, truncated or disagrees with the index.
     """
 
-    def __init__(self, folder: str | Path, what: str = "--source") -> None:
-        self.path, self.what = Path(folder), what
+    def __init__(self, folder: str | Path) -> None:
+        self.path = Path(folder)
         if not self.path.is_dir():
             raise self._refuse("which is no folder", "a folder with config.json and safetensors", "the path")
-        self.config = read_config(self.path, what)
+        self.config = read_config(self.path, "--source")
         self._file_of: dict[str, Any] = {}
         for name, expected in self._files().items():
             try:
@@ -88,7 +87,7 @@ class SafetensorsFolder:
         """File names, and the tensors the index places in each; no tensors: all there are."""
         if (self.path / INDEX).is_file():
             files: dict[str, set[str]] = {}
-            index = _read_json(self.path, INDEX, self.what)
+            index = _read_json(self.path, INDEX, "--source")
             places = index.get("weight_map")
             if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
                 raise self._broken(INDEX, "has no weight_map of tensors to files")
@@ -113,7 +112,7 @@ class SafetensorsFolder:
         return self._refuse(f"whose {name} {reason}", "a complete checkpoint", "it: copy or download it again")
 
     def _refuse(self, given: str, allowed: str, change: str) -> ReGateError:
-        return refuse(self.what, given=f"{self.path}, {given}", allowed=allowed, change=change)
+        return refuse("--source", given=f"{self.path}, {given}", allowed=allowed, change=change)
 
 
 def read_config(folder: Path, what: str) -> dict[str, Any]:

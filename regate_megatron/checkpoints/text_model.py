@@ -14,7 +14,7 @@ import torch
 
 from regate_megatron.checkpoints.families import FAMILIES, Architecture, allowed_families
 from regate_megatron.checkpoints.hf_config import from_config, text_config
-from regate_megatron.checkpoints.names import LM_HEAD, Rule, rules_for
+from regate_megatron.checkpoints.names import LM_HEAD, InFolder, rules_for
 from regate_megatron.checkpoints.safetensors_folder import SafetensorsFolder
 from regate_megatron.errors import refuse
 
@@ -31,7 +31,7 @@ _BUFFER = "rotary_emb.inv_freq"  # old releases stored it; it follows from the c
 
 
 @dataclass(frozen=True)
-class TextModel:
+class TextModel(InFolder):
     """A language model to be converted.
 
     Attributes:
@@ -54,16 +54,8 @@ class TextModel:
             return self.prefix[1] + "weight"
         return self.prefix[0] + name.removeprefix("model.")
 
-    def sources(self, rule: Rule, layer: int | None) -> list[str]:
-        """Names in the folder of a rule's tensors."""
-        return [self.stored(name.format(layer)) for name in rule.sources]
 
-    def layers(self, rule: Rule) -> list[int | None]:
-        """The layers a rule applies to; [None] for what is there once."""
-        return [*range(self.architecture.num_layers)] if rule.per_layer else [None]
-
-
-def open_text_model(path: str | Path, *, inside: bool, what: str = "--source") -> TextModel:
+def open_text_model(path: str | Path, *, inside: bool) -> TextModel:
     """Open the language model of a Hugging Face folder; reads the config and headers only.
 
     Args:
@@ -72,28 +64,27 @@ def open_text_model(path: str | Path, *, inside: bool, what: str = "--source") -
     Raises:
         ReGateError: no such model, another family, or tensors that are missing, unknown or of another shape.
     """
-    folder = SafetensorsFolder(path, what)
+    folder = SafetensorsFolder(path)
     prefix = next((pair for pair in _PREFIXES if pair[0] + _WORDS in folder.names), None)
     config = text_config(folder.config, has_head=prefix is not None and prefix[1] + "weight" in folder.names)
     is_inside = config is not folder.config or config.get("model_type") not in FAMILIES
     if is_inside and not inside and "vision_config" in folder.config:
         raise refuse(
-            what,
+            "--source",
             given=f"{path}, a {folder.config.get('model_type')!r}",
             allowed=f"a causal language model ({allowed_families()})",
             change="the command: take its language model out with tools/extract_teacher.py",
         )
     architecture = from_config(config)
     if prefix is None:
-        raise refuse(
-            what, given=f"{path}, which holds no {_WORDS}", allowed=f"a dense {allowed_families()}", change="the path"
-        )
+        given = f"{path}, which holds no {_WORDS}"
+        raise refuse("--source", given=given, allowed=f"a dense {allowed_families()}", change="the path")
     model = TextModel(folder, config, architecture, is_inside, prefix)
-    _check_tensors(model, what)
+    _check_tensors(model)
     return model
 
 
-def _check_tensors(model: TextModel, what: str) -> None:
+def _check_tensors(model: TextModel) -> None:
     """Every tensor of the table is there with its shape, and none of the model's tensors is left over."""
     names, wanted = model.folder.names, {}
     for rule in rules_for(model.architecture):
@@ -103,14 +94,13 @@ def _check_tensors(model: TextModel, what: str) -> None:
     path = model.folder.path
     for name, shape in wanted.items():
         if name not in names:
-            raise refuse(
-                what, given=f"{path}, which lacks {name}", allowed="all tensors that its config implies", change="it"
-            )
+            allowed = "all tensors that its config implies"
+            raise refuse("--source", given=f"{path}, which lacks {name}", allowed=allowed, change="it")
         found = model.folder.shape(name)
         if found != shape:
             vocabulary = found[1:] == shape[1:] and name.endswith((_WORDS, LM_HEAD))
             raise refuse(
-                what,
+                "--source",
                 given=f"{path} with a vocabulary of {found[0]} in {name}"
                 if vocabulary
                 else f"{path} with {name} of shape {found}",
@@ -124,7 +114,8 @@ def _check_tensors(model: TextModel, what: str) -> None:
     if left := sorted(name for name in left if not name.endswith(_BUFFER)):
         given = f"{path} with {left[0]}" + (f" and {len(left) - 1} more tensors" if len(left) > 1 else "")
         allowed = f"only tensors of a dense {model.architecture.family.name} of its config"
-        raise refuse(what, given=given + " that have no place in Megatron's GPT", allowed=allowed, change="the model")
+        given += " that have no place in Megatron's GPT"
+        raise refuse("--source", given=given, allowed=allowed, change="the model")
 
 
 def _own(model: TextModel, name: str) -> bool:

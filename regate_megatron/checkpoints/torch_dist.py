@@ -93,14 +93,13 @@ class TorchDistReader:
 
     Args:
         folder: a checkpoint folder, or that of one iteration.
-        what: the option to name in a refusal.
 
     Raises:
         ReGateError: see ``teacher.weights.find_iteration``.
     """
 
-    def __init__(self, folder: str | Path, what: str = "--source") -> None:
-        self.path, self.what = find_iteration(folder, what), what
+    def __init__(self, folder: str | Path) -> None:
+        self.path = find_iteration(folder, "--source")
         self._reader = FileSystemReader(str(self.path))
         self.metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self.metadata, True)
@@ -213,7 +212,7 @@ class TorchDistReader:
 
     def _unreadable(self, name: str, reason: str) -> ReGateError:
         return refuse(
-            self.what,
+            "--source",
             given=f"{self.path}, whose {name} cannot be read ({reason})",
             allowed="a complete checkpoint",
             change="to one saved or copied in full",

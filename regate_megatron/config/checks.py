@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from regate_megatron.config.options import SAMPLE_KEYS, flag
-from regate_megatron.errors import ReGateError, refuse
+from regate_megatron.errors import ReGateError, nearest, refuse
 from regate_megatron.method.scores import SCORES
 
 if TYPE_CHECKING:
@@ -49,8 +48,8 @@ def check(config: ReGateConfig) -> None:
         choices = field.metadata["choices"]
         value = getattr(config, field.name)
         if choices and value not in choices and (value is not None or field.default is not None):
-            near = difflib.get_close_matches(str(value), choices, n=1) or [field.default or choices[0]]
-            raise refused(config, field.name, "one of " + ", ".join(choices), f"it to {near[0]}")
+            change = nearest(str(value), choices, f"it to {field.default or choices[0]}")
+            raise refused(config, field.name, "one of " + ", ".join(choices), change)
     if config.dense_steps > config.cycle_steps:
         raise refused(
             config,
@@ -78,8 +77,7 @@ def check_names(given: Iterable[str], fields: Sequence[str]) -> None:
     """
     for name in given:
         if name not in fields:
-            near = difflib.get_close_matches(name.removeprefix("regate_"), fields, n=1)
-            change = f"it to {near[0]}" if near else "the spelling"
+            change = nearest(name.removeprefix("regate_"), fields)
             raise refuse("ReGateConfig", given=f"{name}=…", allowed=", ".join(fields), change=change)
 
 

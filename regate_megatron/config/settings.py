@@ -22,6 +22,7 @@ from regate_megatron.config.options import (
     flag,
     option,
 )
+from regate_megatron.errors import refuse
 from regate_megatron.method.recipes import RECIPES
 from regate_megatron.method.schedule import Schedule, drawn_ratio, keep_ratio_of, least_ratio
 from regate_megatron.method.scores import SCORES
@@ -90,7 +91,7 @@ class ReGateConfig:
         metavar="S",
     )
     visual_score: str = option(
-        "random",
+        "even",
         "which visual positions run in sparse steps, those with the highest score; "
         + ", ".join(f"{name}: {row.formula}" for name, row in VISUAL_SCORES.items()),
         tuple(VISUAL_SCORES),
@@ -282,6 +283,7 @@ class ReGateConfig:
         reads = {"reference_weight": mixes, "fusion": mixes, "difficulty": self.learns_losses, "ema_decay": self.learns}
         reads |= {"visual_score": self.ranks_visual, "visual_keep_ratio_spread": self.ranks_visual}
         usual = {field.name: field.default for field in dataclasses.fields(self)}
+        usual |= RECIPES[self.recipe].values if self.recipe else {}
         return [flag(name) for name, is_read in reads.items() if not is_read and getattr(self, name) != usual[name]]
 
     def require_teacher(self) -> None:
@@ -291,12 +293,13 @@ class ReGateConfig:
             ReGateError: ``teacher_load`` is missing.
         """
         if self.needs_teacher and not self.teacher_load:
-            raise refused(
-                self,
-                "teacher_load",
-                f"a checkpoint directory or 'student' with {flag('score')} {self.score}",
-                f"it to 'student', or {flag('score')} to one that needs none: {self._without_teacher()}",
-            )
+            allowed = "a checkpoint folder, or 'student' for the student's language model as training starts"
+            others = [name for name, row in SCORES.items() if not row.needs_teacher(self.difficulty)]
+            without = ", ".join(f"{flag('score')} {name}" for name in others)
+            pictures = f"{flag('recipe')} pictures (rows that are mostly pictures)"
+            pictures = f"{flag('keep_ratio')} 1 (visual positions alone go)" if self.ranks_visual else pictures
+            change = f"it to one of these, or to settings without a teacher: {without} or {pictures}"
+            raise refused(self, "teacher_load", f"with {flag('score')} {self.score} {allowed}", change)
 
     @property
     def learns_losses(self) -> bool:
@@ -318,8 +321,16 @@ class ReGateConfig:
         """Whether any score uses what earlier steps showed."""
         return self.learns_losses or self.learns_gradients
 
-    def _without_teacher(self) -> str:
-        return " or ".join(name for name, row in SCORES.items() if not row.needs_teacher(self.difficulty))
+
+def require_settings(given: Any, what: str) -> None:
+    """Refuse to ``what`` what is no :class:`ReGateConfig`, such as a dictionary.
+
+    Raises:
+        ReGateError: it is none.
+    """
+    if not isinstance(given, ReGateConfig):
+        kind = f"settings of type {type(given).__name__}"
+        raise refuse(what, given=kind, allowed="a ReGateConfig", change="them to ReGateConfig(…)")
 
 
 _init = ReGateConfig.__init__

@@ -23,7 +23,6 @@ smaller.
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import re
 from collections.abc import Sequence
@@ -36,8 +35,8 @@ import torch
 from regate_megatron.config import BUDGETS, ReGateConfig, flag
 from regate_megatron.cpu.dry_run import command as dry_run
 from regate_megatron.cpu.dry_run.shrink import dense_group
-from regate_megatron.errors import one_line_refusals, refuse
-from regate_megatron.flags import parse
+from regate_megatron.errors import nearest, one_line_refusals, refuse
+from regate_megatron.flags import add_arguments, parse
 from regate_megatron.method import balance, budget
 from regate_megatron.method.budget import Alignment
 from regate_megatron.method.candidates import Candidates, Sort
@@ -174,7 +173,7 @@ def lengths(rows_N4: np.ndarray, config: ReGateConfig, options: argparse.Namespa
     length_M = budget.per_sample_lengths(candidates, alignment)[0].numpy()
     if kind == "dealt":
         at_home_DR = length_M.reshape(options.ranks, -1)
-        return length_M[deal(at_home_DR, number_N.numpy().reshape(at_home_DR.shape)).from_DR.ravel()]
+        return length_M[deal(at_home_DR, number_N.numpy().reshape(at_home_DR.shape)).from_DM.ravel()]
     if kind == "per-sample":
         return length_M
     span = balance.span_of(candidates, alignment)
@@ -211,12 +210,12 @@ def _decoder(options: argparse.Namespace, config: ReGateConfig) -> Decoder:
 
 
 def _options(words: Sequence[str]) -> argparse.Namespace:
-    """Our own options; those of ReGATE are read elsewhere.
+    """Our own options, beside those of ReGATE, which are made settings elsewhere.
 
     Raises:
         ReGateError: one is missing, unknown or out of range.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = add_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False))
     parser.add_argument("--trace", type=Path)
     for name, default in _NUMBERS.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -224,11 +223,10 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
         options, rest = parser.parse_known_args(list(words))
     except argparse.ArgumentError as error:
         raise refuse("estimate", given=error, allowed="whole numbers", change="the command") from None
-    own = {f"--{name}" for name in ("trace", *_NUMBERS)}
-    if unknown := [word for word in rest if word.startswith("--") and not word.startswith("--regate")]:
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], sorted(own), n=1)
-        change = f"it to {near[0]}" if near else "the spelling"
-        raise refuse("estimate", given=unknown[0], allowed=", ".join(sorted(own)), change=change)
+    own = sorted(f"--{name}" for name in ("trace", *_NUMBERS))
+    if rest:
+        change = nearest(rest[0].partition("=")[0], own, "the command")
+        raise refuse("estimate", given=rest[0], allowed=f"{', '.join(own)}, and ReGATE's", change=change)
     if (options.trace is None) == (options.length is None):
         given = "no rows" if options.trace is None else "--length beside --trace, which has the rows"
         raise refuse("estimate", given=given, allowed="--trace DIR, or --length and --targets", change="the command")

@@ -10,7 +10,14 @@ from pathlib import Path
 
 from regate_megatron import compat
 from regate_megatron.config import ReGateConfig
-from regate_megatron.errors import ReGateError, one_line_refusals, refuse
+from regate_megatron.errors import nearest, one_line_refusals, refuse
+
+COMMANDS = {
+    "dry-run": "regate_megatron.cpu.dry_run",
+    "estimate": "regate_megatron.cpu.estimate",
+    "doctor": "regate_megatron.doctor",
+}
+"""What is no script, unless there is one of that name; and the module that does it."""
 
 USAGE = (
     "torchrun … -m regate_megatron [--cpu] SCRIPT [its flags] [--regate …], dry-run LINE, estimate …, doctor or --help"
@@ -71,9 +78,8 @@ def use_checkout_of(script: str) -> None:
 def _script_and_flags(words: Sequence[str]) -> tuple[str, list[str]]:
     script = words[0] if words else ""
     if not Path(script).is_file():
-        given = script or "no script"
-        raise ReGateError(
-            str(refuse("launcher", given=given, allowed=f"a script: {USAGE}", change="the path")),
-            everywhere=True,  # every rank has the same command line
-        )
+        change = nearest(script, COMMANDS, "the path" if script else "the command")
+        error = refuse("launcher", given=script or "no script", allowed=f"a script: {USAGE}", change=change)
+        error.everywhere = True  # every rank has the same command line
+        raise error
     return script, list(words[1:])

@@ -15,9 +15,11 @@ from regate_megatron.decoder.ahead import AheadHook
 from regate_megatron.decoder.compaction import DecoderHook
 from regate_megatron.decoder.current import CurrentMicrobatch, Observer
 from regate_megatron.decoder.exchange import Layout, ShardedPlan, shard_plans
+from regate_megatron.decoder.graphs import graphed
 from regate_megatron.decoder.losses import LossHook
-from regate_megatron.decoder.overlap import overlapping, without_overlap
+from regate_megatron.decoder.overlap import overlapping
 from regate_megatron.decoder.pipeline import check_arguments, shapes_from
+from regate_megatron.decoder.switches import Switch, switched_off
 from regate_megatron.errors import refuse
 from regate_megatron.method.plan import StepPlan
 
@@ -28,6 +30,7 @@ class Hooks:
     Args:
         language_models: this rank's chunks, unwrapped.
         config: the settings.
+        chunks: this rank's chunks of the whole model, where the language model is a part of it.
 
     Attributes:
         layout: this rank's place among those that share a sequence.
@@ -36,9 +39,12 @@ class Hooks:
         predicts_ahead: whether the model predicts more than the next token, on whichever stage.
     """
 
-    def __init__(self, language_models: Sequence[Any], config: ReGateConfig) -> None:
+    def __init__(
+        self, language_models: Sequence[Any], config: ReGateConfig, chunks: Sequence[Any] | None = None
+    ) -> None:
         transformer = language_models[0].config
         self.models, self.config = language_models, config
+        self._chunks = language_models if chunks is None else chunks
         self.layout = Layout.of_model(transformer, sequence_parallel=transformer.sequence_parallel)
         self.has_pipeline = transformer.pipeline_model_parallel_size > 1
         self.has_one_dense_length = self.has_pipeline and not transformer.variable_seq_lengths
@@ -47,7 +53,9 @@ class Hooks:
         self.losses: list[LossHook] = []
         self.ahead: list[AheadHook] = []
         self._current = CurrentMicrobatch()
-        self._overlapping: list[tuple[Any, str]] = []  # where short sequences would go through user buffers
+        # What sparse steps switch off: where short sequences would go through user buffers, and all CUDA graphs.
+        self._overlapping: list[Switch] = []
+        self._graphed: list[Switch] = []
 
     def attach(self) -> None:
         """Put them on."""
@@ -59,10 +67,11 @@ class Hooks:
             if getattr(model, "mtp_process", False):
                 self.ahead.append(AheadHook(model, self._current, self.decoders[-1], self.losses[-1]))
         self._overlapping = [switch for hook in self.decoders for switch in overlapping(hook.short_modules())]
+        self._graphed = [switch for chunk in self._chunks for switch in graphed(chunk.modules())]
 
     def detach(self) -> None:
         """Take them off again, last first."""
-        self._overlapping = []
+        self._overlapping, self._graphed = [], []
         for kind in (self.ahead, self.losses, self.decoders):
             while kind:
                 kind.pop().detach()
@@ -70,8 +79,10 @@ class Hooks:
     def describe(self) -> list[str]:
         """What is attached where, one line per hook, and what sparse steps switch off."""
         lines = [hook.describe() for hook in (*self.decoders, *self.losses, *self.ahead)]
-        if count := len({id(module) for module, _ in self._overlapping}):
+        if count := len({id(one.module) for one in self._overlapping}):
             lines.append(f"tensor-parallel communication overlap is off in sparse steps in {count} short modules")
+        if self._graphed:
+            lines.append("CUDA graphs are off in sparse steps, in all of the model")
         return lines
 
     def check_rows(self, longest: int, *, is_packed: bool) -> None:
@@ -129,7 +140,7 @@ class Hooks:
             check_arguments(arguments)
         with contextlib.ExitStack() as stack:
             if plans:
-                stack.enter_context(without_overlap(self._overlapping))
+                stack.enter_context(switched_off(self._overlapping + self._graphed))
                 if self.has_pipeline:
                     arguments = stack.enter_context(shapes_from(plans, self.layout, len(self.models), arguments))
             return schedule(**arguments)

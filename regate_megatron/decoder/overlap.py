@@ -9,29 +9,18 @@ of a sparse one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 from torch import nn
+
+from regate_megatron.decoder.switches import Switch
 
 _PREFIX = "ub_"
 
 
-def overlapping(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str]]:
-    """Modules that use user buffers, with the attributes that say so."""
-    return [(one, name) for one in modules for name, value in vars(one).items() if _is_on(name, value)]
-
-
-@contextmanager
-def without_overlap(switches: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
-    """These attributes False, and True again afterwards, however it ends."""
-    try:
-        for module, name in switches:
-            setattr(module, name, False)
-        yield
-    finally:
-        for module, name in switches:
-            setattr(module, name, True)
+def overlapping(modules: Iterable[nn.Module]) -> list[Switch]:
+    """What to switch off so that none of the modules uses user buffers."""
+    return [Switch(one, name, False) for one in modules for name, value in vars(one).items() if _is_on(name, value)]
 
 
 def _is_on(name: str, value: object) -> bool:

@@ -20,7 +20,7 @@ from megatron.bridge.utils.common_utils import print_rank_last
 
 from regate_megatron.api import detach, session_of, wrap_forward_backward
 from regate_megatron.batches import BatchAdapter, PaddedRows
-from regate_megatron.config import ReGateConfig
+from regate_megatron.config import ReGateConfig, require_settings
 from regate_megatron.errors import one_line_refusals
 from regate_megatron.integrations import host
 from regate_megatron.integrations.megatron_checkpoints import CheckpointState
@@ -38,6 +38,7 @@ def install(config: ReGateConfig, *, pad_token: int | None = None) -> Callback:
     With settings that say off nothing is patched, and the callback does nothing. ``pad_token`` is the tokenizer's pad
     id for ``teacher_visual="pad"``, where the tokenizer does not tell it.
     """
+    require_settings(config, "install")
     uninstall()
     callback = _ReGateCallback(config, pad_token)
     if not config.enabled:

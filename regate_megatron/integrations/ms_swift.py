@@ -22,7 +22,7 @@ from swift.megatron.callbacks import MegatronCallback, megatron_callbacks_map
 from swift.megatron.trainers import base
 
 from regate_megatron.api import detach, load_state, save_state, wrap_forward_backward
-from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig
+from regate_megatron.config import STUDENT_AS_TEACHER, ReGateConfig, require_settings
 from regate_megatron.errors import one_line_refusals, refuse
 from regate_megatron.integrations import host
 from regate_megatron.integrations.patching import patch, unpatch
@@ -34,6 +34,7 @@ TUNERS = ("full", "lora")
 
 def install(config: ReGateConfig, *, pad_token: int | None = None) -> None:
     """Register the callback ``regate``; with settings that say off it does nothing. Any rank."""
+    require_settings(config, "install")
 
     def make(trainer: Any) -> MegatronCallback:
         return _ReGateCallback(trainer, config, pad_token)

@@ -1,7 +1,7 @@
 """What a run has learned and how far it is, saved into a folder and loaded from it: at another data-parallel size too.
 
 - ``difficulty-00003.records``: the difficulty of one planner, see :mod:`.files`; nobody holds more than its share.
-- ``prior.table``: the mean loss per token id, NaN where never seen.
+- ``prior.table``: the mean loss per token id, NaN where never seen; or what is known of kinds of targets.
 - ``state.json``, written last: how far the run is, its settings, and the seal of every file, see :mod:`.manifests`.
 
 On loading, a planner reads the files that can hold keys it owns and keeps those. Difficulty, prior, schedule position

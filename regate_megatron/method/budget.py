@@ -7,6 +7,7 @@ What rows ask for, and the floors below which they do not go, is in :mod:`.candi
   the largest floor, aligned up, capped at the dense length. Rows with room keep more of their own best candidates,
   then fill.
 - ``balanced``: one total for every rank; see :mod:`regate_megatron.method.balance`.
+- ``dealt``: the lengths of ``per-sample``; see :mod:`regate_megatron.method.deal` for which rank runs which.
 
 **Few lengths.** torch.compile and buffers of MoE layers want few distinct lengths, so lengths are rounded up to a
 multiple of :func:`length_step`.

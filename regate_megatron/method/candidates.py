@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -117,9 +118,15 @@ class Candidates:
         return self._by_row([one.ask_G for one in self.sorts])
 
     @cached_property
-    def sort_G(self) -> Tensor:
-        """The sort of each group, as its place in ``sorts``; int64."""
-        return self._by_row([torch.full_like(one.row_G, number) for number, one in enumerate(self.sorts)])
+    def kind_G(self) -> Tensor:
+        """The row and the sort of each group as one number, by row and then in the order of ``sorts``; int64."""
+        return self._by_row([one.row_G * len(self.sorts) + number for number, one in enumerate(self.sorts)])
+
+    def sum_by_kind(self, value_G: Tensor) -> np.ndarray:
+        """The sum of each row's groups of each of Z sorts; int64 [R, Z]."""
+        shape = len(self.always_R), len(self.sorts)
+        total_Y = np.bincount(self.kind_G.numpy(), weights=value_G.numpy(), minlength=shape[0] * shape[1])
+        return total_Y.astype(np.int64).reshape(shape)
 
     @cached_property
     def group_X(self) -> Tensor:

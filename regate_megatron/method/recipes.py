@@ -29,6 +29,7 @@ _PAPER = {
     "share": "sample",
     "least_score": None,
     "visual_keep_ratio": 1.0,
+    "visual_score": "random",
     "dense_layers": 1,
     "dense_last_layers": 0,
     "warmup_steps": 100,

@@ -1,4 +1,4 @@
-"""From scores and lengths to kept positions. Torch and numpy; every function gives the same on every rank, exactly.
+"""From scores and lengths to kept candidates. Torch and numpy; every function gives the same on every rank, exactly.
 
 **The rule.** A row that keeps k candidates of one sort keeps the best-scored set of k that holds the floor of each of
 its groups: the floor's best of each group, then the best of all others. *It is optimal*: where an allowed set lacks one
@@ -13,8 +13,7 @@ to all; ties go to the sort named first.
 How many candidates each row keeps is decided before: by counts in ``uniform`` and ``per-sample`` (:mod:`.budget`), by
 scores in ``balanced`` (:mod:`.balance`).
 
-Shapes: R rows, S positions of the merged sequence, K kept positions per row, G groups, X candidates; see
-:mod:`.candidates`.
+Shapes: R rows, G groups, X candidates; see :mod:`.candidates`.
 """
 
 from __future__ import annotations
@@ -92,16 +91,10 @@ def keep_best(candidates: Candidates, first_G: Tensor, num_keep_R: Tensor) -> Te
     Args:
         first_G: how many of each group come before all others; a row keeps no fewer.
     """
-    num_sorts, num_rows = len(candidates.sorts), len(candidates.always_R)
-    kind_G = candidates.row_G * num_sorts + candidates.sort_G  # one sort in one row
-    num_Y = num_keep_R
-    if num_sorts > 1:
-        counts = [
-            np.bincount(kind_G.numpy(), weights=values_G.numpy(), minlength=num_rows * num_sorts)
-            for values_G in (first_G, candidates.ask_G, candidates.count_G)
-        ]
-        by_row = (values_Y.astype(np.int64).reshape(num_rows, num_sorts) for values_Y in counts)
-        num_Y = torch.from_numpy(share_out(*by_row, num_keep_R.numpy()).reshape(-1))
+    kind_G, num_Y = candidates.kind_G, num_keep_R
+    if len(candidates.sorts) > 1:
+        counts = map(candidates.sum_by_kind, (first_G, candidates.ask_G, candidates.count_G))
+        num_Y = torch.from_numpy(share_out(*counts, num_keep_R.numpy()).reshape(-1))
     if bool((kind_G.diff() > 0).all()):
         return _best_of_each(candidates.score_X, candidates.count_G, num_Y[kind_G])
     kind_X = kind_G.repeat_interleave(candidates.count_G)
@@ -155,24 +148,19 @@ def rank_candidates(candidates: Candidates, first_G: Tensor) -> Ranking:
     score_X, row_X, group_X = candidates.score_X, candidates.row_X, candidates.group_X
     if len(candidates.sorts) == 1:
         return Ranking(rank_targets(score_X, row_X, group_X, first_G), score_X)
-    num_sorts, num_rows = len(candidates.sorts), len(candidates.always_R)
-    kind_G = candidates.row_G * num_sorts + candidates.sort_G  # one sort in one row
-
-    def in_kind(value_G: Tensor) -> np.ndarray:
-        weights = value_G.numpy()
-        return np.bincount(kind_G.numpy(), weights=weights, minlength=num_rows * num_sorts).astype(np.int64)
-
-    first_Y, ask_Y, all_Y = in_kind(first_G), in_kind(candidates.ask_G), in_kind(candidates.count_G)
+    all_RZ = candidates.sum_by_kind(candidates.count_G)
+    first_Y, ask_Y = (candidates.sum_by_kind(value_G).reshape(-1) for value_G in (first_G, candidates.ask_G))
+    all_Y = all_RZ.reshape(-1)
     # From floor to ask and from there to all, the best first; those before the floor have gone no way. A slot is a
     # place in a kind's order, which counts alone say all of.
     start_Y = all_Y.cumsum() - all_Y
     number_X = np.arange(1, all_Y.sum() + 1) - np.repeat(start_Y + first_Y, all_Y)
     way_X = _way(number_X, np.repeat(ask_Y - first_Y, all_Y), np.repeat(all_Y - ask_Y, all_Y))
     rank_X, end = np.empty_like(number_X), 0
-    for count in all_Y.reshape(num_rows, num_sorts).sum(axis=1).tolist():
+    for count in all_RZ.sum(axis=1).tolist():
         own, end = slice(end, end + count), end + count
         rank_X[own][way_X[own].argsort(kind="stable")] = np.arange(count)  # a row is a few rising runs
-    kind_X = kind_G.repeat_interleave(candidates.count_G)
+    kind_X = candidates.kind_G.repeat_interleave(candidates.count_G)
     slot_X = rank_targets(score_X, kind_X, group_X, first_G).numpy() + start_Y[kind_X.numpy()]
     return Ranking(torch.from_numpy(rank_X[slot_X]), torch.from_numpy(-way_X[slot_X]))
 
@@ -229,39 +217,3 @@ def _places(order_X: np.ndarray, count_G: np.ndarray) -> np.ndarray:
     place_X = np.empty_like(order_X)
     place_X[order_X] = np.arange(len(order_X)) - np.repeat(count_G.cumsum() - count_G, count_G)
     return place_X
-
-
-def read_by_targets(is_target_RS: Tensor, sample_RS: Tensor | None = None) -> Tensor:
-    """Mark the positions up to the last target of each row, or of each sample of packed rows; bool [R, S].
-
-    Under causal attention no loss depends on what follows, nor any gradient: leaving it out changes neither.
-    """
-    if sample_RS is None:
-        return is_target_RS.flip(1).cumsum(dim=1).flip(1) > 0
-    position_RS = torch.arange(is_target_RS.shape[1]).expand_as(is_target_RS)
-    last_N = torch.full((int(sample_RS.max()) + 1,), -1)
-    last_N.scatter_reduce_(0, sample_RS[is_target_RS], position_RS[is_target_RS], "amax")
-    return position_RS <= last_N[sample_RS]
-
-
-def pack_positions(kept_RS: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Kept positions of each row in ascending order, then fill up to ``length``.
-
-    Fill slots come last, so that under causal attention no kept position reads them, and point at position 0. They are
-    counted nowhere and have no loss.
-
-    Returns:
-        keep_idx_RK: int64 [R, K] with K = ``length``.
-        num_kept_R: int64 [R], how many leading slots are real.
-
-    Raises:
-        ValueError: a row keeps more than ``length`` positions.
-    """
-    rows = [kept_S.nonzero()[0] for kept_S in kept_RS.numpy()]
-    num_kept = [len(kept_K) for kept_K in rows]
-    if max(num_kept) > length:
-        raise ValueError(f"a row keeps {max(num_kept)} positions, more than the length {length}")
-    keep_idx_RK = np.zeros((len(rows), length), np.int64)
-    for row, kept_K in enumerate(rows):
-        keep_idx_RK[row, : len(kept_K)] = kept_K
-    return torch.from_numpy(keep_idx_RK), torch.from_numpy(np.array(num_kept))

@@ -4,7 +4,8 @@ Of two positions of an image or clip the one with the larger score is kept first
 look at content keys, places, pixels, and at what earlier steps taught, so that every layout ranks alike: a plan is made
 before the step, from nothing that a model computes in it.
 
-*A picture that does not move* has no earlier frame: what compares frames falls back to ``even`` there.
+*A picture that does not move* has no earlier frame: what compares frames falls back to ``even`` there, and ``even`` to
+chance where nobody knows how the tower cuts a picture.
 
 Shapes: X candidates of a step, I images and clips (media), N places of a grid, D values under a place.
 """
@@ -35,7 +36,7 @@ class VisualSignals:
     Attributes:
         medium_X: the medium of each candidate, counted over the step; int64, ascending.
         place_X: its place in the grid of that; int64.
-        grid_I3: frames, height and width of each medium; int64.
+        grid_I3: frames, height and width of each medium, all 0 where they are not known; int64.
         pixels: gives what lies under every place of medium i; float [N, D].
         keys: gives the content key of each medium's sample, int64 [I, 2], the place of every candidate in its sample,
             int64 [X], and how many candidates each medium has, int64 [I].
@@ -62,14 +63,12 @@ class VisualScore:
     Attributes:
         formula: for people.
         of: the score of every candidate, float64 [X], finite.
-        needs_grid: whether the grids must be known.
-        needs_pixels: whether it reads pixels.
+        needs_pixels: whether it reads pixels, each at its place of a known grid.
         needs_gradient: whether dense steps have to be watched for gradients.
     """
 
     formula: str
     of: Callable[[VisualSignals], np.ndarray]
-    needs_grid: bool = False
     needs_pixels: bool = False
     needs_gradient: bool = False
 
@@ -83,17 +82,24 @@ def _random(signals: VisualSignals) -> np.ndarray:
 def _even(signals: VisualSignals) -> np.ndarray:
     """A lattice over each grid, moved by chance: any number of the best are spread evenly, each place is as likely.
 
-    In whole numbers, which wrap alike on every machine.
+    In whole numbers, which wrap alike on every machine. Chance alone where a grid is not known.
     """
     import numpy as np
 
     offset_I = (signals.chance() * 2.0**53).astype(np.uint64) << np.uint64(11)
-    state_X, lattices = np.empty(len(signals.medium_X), np.uint64), {}
+    state_X, lattices, unknown = np.empty(len(signals.medium_X), np.uint64), {}, []
     for own, grid, offset in _each_medium(signals, offset_I):
+        if not any(grid):
+            unknown.append(own)
+            continue
         if grid not in lattices:
             lattices[grid] = _lattice(*grid)
         state_X[own] = lattices[grid][signals.place_X[own]] + offset
-    return (state_X >> np.uint64(11)).astype(np.float64) / 2.0**53
+    score_X = (state_X >> np.uint64(11)).astype(np.float64) / 2.0**53
+    random_X = _random(signals) if unknown else None
+    for own in unknown:
+        score_X[own] = random_X[own]
+    return score_X
 
 
 def _lattice(frames: int, height: int, width: int) -> np.ndarray:
@@ -176,24 +182,22 @@ def _gradient(signals: VisualSignals) -> np.ndarray:
 
 
 def _only(signals: VisualSignals, where_X: np.ndarray) -> VisualSignals:
-    """The same for some of the candidates; for rules that ask for no keys."""
+    """The same for some of the candidates, of known grids: for rules that ask for no keys."""
     return replace(signals, medium_X=signals.medium_X[where_X], place_X=signals.place_X[where_X])
 
 
 VISUAL_SCORES: dict[str, VisualScore] = {
     "random": VisualScore("chance", _random),
-    "even": VisualScore("a lattice over the picture, moved by chance", _even, needs_grid=True),
+    "even": VisualScore("a lattice over the picture, moved by chance (cells that are not known: random)", _even),
     "static": VisualScore(
         "1 - cosine with the same place one frame earlier, the first frame first; images: even",
         _static,
-        needs_grid=True,
         needs_pixels=True,
     ),
-    "detail": VisualScore("standard deviation of the pixels", _detail, needs_grid=True, needs_pixels=True),
+    "detail": VisualScore("standard deviation of the pixels", _detail, needs_pixels=True),
     "gradient": VisualScore(
         "running average of the gradient's norm where the row is shortened, in dense steps; new samples: even",
         _gradient,
-        needs_grid=True,
         needs_gradient=True,
     ),
 }

@@ -1,1 +1,1 @@
-"""Many ranks: who plans for whom, how they fail together, how they publish files."""
+"""Many ranks: who plans for whom, how they fail together, how microbatches travel, how they publish files."""

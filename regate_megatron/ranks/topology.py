@@ -1,7 +1,7 @@
 """Who plans for whom: the planner of each data-parallel replica, and the host-side groups they talk over.
 
-No group of Megatron spans TP × PP × CP, and its device groups would make streams wait for host decisions; so two kinds
-of gloo groups are made here: one per replica, and one over all planners.
+No group of Megatron spans TP × PP × CP, and its device groups would make streams wait for host decisions; so gloo
+groups are made here: one per replica, one over all planners, and one over all ranks.
 
 How ranks fail together is in :mod:`.together`: every exchange below first learns whether a rank has failed, so that
 none waits for one that has left.
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from regate_megatron.errors import refuse
 from regate_megatron.ranks.together import Together
 
 
@@ -144,9 +145,18 @@ class Topology:
 
 
 def build_topology() -> Topology:
-    """Read this rank's place from Megatron's parallel state and make the groups. All ranks call this, in step."""
+    """Read this rank's place from Megatron's parallel state and make the groups. All ranks call this, in step.
+
+    Raises:
+        ReGateError: there is no parallel state yet.
+    """
     from megatron.core import parallel_state as mpu
 
+    if not mpu.model_parallel_is_initialized():
+        allowed = "the parallel state that initialize_model_parallel sets up"
+        raise refuse(
+            "attach", given="a process without parallel state", allowed=allowed, change="the order: that first"
+        )
     last_stage = mpu.get_pipeline_model_parallel_rank() == mpu.get_pipeline_model_parallel_world_size() - 1
     sees_losses = last_stage and mpu.get_tensor_model_parallel_rank() == 0
     is_planner = sees_losses and mpu.get_context_parallel_rank() == 0
@@ -184,12 +194,8 @@ def build_topology() -> Topology:
     )
 
 
-def whole_world(group: Any = None) -> Topology:
-    """A place in which all ranks are one replica and rank 0 plans, for what is no matter of replicas. Any rank.
-
-    Args:
-        group: all ranks, able to carry messages on the host; the default group when None.
-    """
+def whole_world() -> Topology:
+    """A place in which all ranks are one replica and rank 0 plans, for what is no matter of replicas. Any rank."""
     rank, size = dist.get_rank(), dist.get_world_size()
     return Topology(
         dp_rank=0,
@@ -197,8 +203,8 @@ def whole_world(group: Any = None) -> Topology:
         is_planner=rank == 0,
         planner_rank=0,
         replica_size=size,
-        replica_group=group,
+        replica_group=None,
         planner_group=None,
-        world_group=group,
+        world_group=None,
         sees_losses=False,
     )

@@ -1,11 +1,10 @@
 """Counts of what ran, and the log line.
 
 Every number counts the same everywhere: *targets* are positions with loss; *visual* positions hold a part of an image
-or clip; *kept* are those that ran in a step;
-*positions* are what a row runs after the first dense layers, fill included; *dense-equivalent* is the share of decoder
-layer-positions that ran, dense layers included, against running every position in every layer; *max/mean* compares
-the positions that data-parallel ranks ran in sparse steps, step by step: every step waits for the slowest rank. Fill is
-never kept.
+or clip; *kept* are those that ran in a step; *positions* are what a row runs after the first dense layers, fill
+included; *dense-equivalent* is the share of decoder layer-positions that ran, dense layers included, against running
+every position in every layer; *max/mean* compares the positions that data-parallel ranks ran in sparse steps, step by
+step: every step waits for the slowest rank. Fill is never kept.
 """
 
 from __future__ import annotations

@@ -115,4 +115,4 @@ class Dealing:
         table_D2M = self._topology.all_gather_planners(torch.cat([positions_M, key_M])).numpy()
         length_DM, key_DM = np.split(table_D2M, 2, axis=1)
         step.at_best = at_best(length_DM)[0] * len(length_DM) / max(int(length_DM.sum()), 1)
-        return deal(length_DM, key_DM, in_columns=self._in_columns).from_DR
+        return deal(length_DM, key_DM, in_columns=self._in_columns).from_DM

@@ -72,7 +72,7 @@ class Session:
         self.config, self.topology = config, topology
         self.models = [compat.unwrap(model) for model in models]
         self.language_models = [compat.language_model_of(model) for model in self.models]
-        self.hooks = Hooks(self.language_models, config)
+        self.hooks = Hooks(self.language_models, config, self.models)
         self.step: Step | None = None
         self.steps_done, self.dense_until = 0, 0
         self.totals, self.work = Counters(), Counters()

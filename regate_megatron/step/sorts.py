@@ -152,18 +152,16 @@ class Visual:
         return self._count_I(facts), facts.planned_row_N[facts.sample_I], least_I
 
     def check(self, facts: StepFacts) -> None:
-        """See :class:`CandidateSort`: the rule may need grids or pixels."""
-        row = VISUAL_SCORES[self.config.visual_score]
-        for one in facts.media if self.config.ranks_visual else ():
-            missing = "no square cells" if row.needs_grid and one.grid_I3 is None else None
-            missing = "no pixels in the batch" if row.needs_pixels and one.pixels is None else missing
-            if missing and bool(one.count_I.any()):
-                raise refuse(
-                    flag("visual_score"),
-                    given=f"{self.config.visual_score} for pictures with {missing}",
-                    allowed="random, or pictures that the tower cuts into square cells, with their pixels",
-                    change="it to random",
-                )
+        """See :class:`CandidateSort`: the rule may need pixels."""
+        if not (self.config.ranks_visual and VISUAL_SCORES[self.config.visual_score].needs_pixels):
+            return
+        if any(one.pixels is None and bool(one.count_I.any()) for one in facts.media):
+            raise refuse(
+                flag("visual_score"),
+                given=f"{self.config.visual_score} for pictures without pixels in the batch, or in no square cells",
+                allowed="even, random, or pictures that the tower cuts into square cells, with their pixels",
+                change="it to even",
+            )
 
     def score(self, step: Step) -> Tensor:
         """See :class:`CandidateSort`; communicates where gradients are asked for, and notes which are known."""

@@ -1,8 +1,8 @@
 """What is supported: one table of refusals, walked before step 0.
 
 Each rule looks at one :class:`Setting`, the model and how it is to be trained, and says what is wrong, what is allowed,
-why, and what to change. It looks at the model's config and at that of every module which has one of its own. README and
-``doctor`` print the same table. :func:`hints` says what is allowed and still worth knowing.
+why, and what to change. It looks at the model's config and at that of every module which has one of its own.
+docs/support.md and ``doctor`` print the same table. :func:`hints` says what is allowed and still worth knowing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from regate_megatron.errors import refuse
 from regate_megatron.support.decoder import DECODER_RULES
 from regate_megatron.support.host_run import HostRun, folder_or_none
 from regate_megatron.support.setting import Rule, Setting, setting_of_flags
-from regate_megatron.support.training import TRAINING_RULES, hints
+from regate_megatron.support.training import TRAINING_RULES, hints, unproven
 
 __all__ = [
     "RULES",
@@ -25,6 +25,7 @@ __all__ = [
     "hints",
     "refusals",
     "setting_of_flags",
+    "unproven",
 ]
 
 RULES = (*DECODER_RULES, *TRAINING_RULES)

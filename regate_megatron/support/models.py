@@ -1,7 +1,7 @@
 """Which Hugging Face models can be trained with ReGATE, in which host, and how; by the model type that they state.
 
 A table of what was run, and of what is refused by name with the reason. What a model's own configuration adds (sliding
-windows, linear attention, heads that predict ahead) is looked at too. No weights are read, nothing is imported.
+windows, layers that keep a state) is looked at too. No weights are read, nothing is imported.
 """
 
 from __future__ import annotations
@@ -60,6 +60,13 @@ SUPPORTED = {
     "qwen2": (_GPT, _BRIDGE_GPT),
     "qwen3": (_GPT, _BRIDGE_GPT),
 }
+# The language models that were run inside of those that come with several; the first where the configuration says none.
+_OVER = {
+    "internvl": ("qwen2", "qwen3"),
+    "internvl_chat": ("qwen2", "qwen3"),
+    "mistral3": ("ministral3",),
+    "llava": ("llama", "mistral", "qwen2", "qwen3"),
+}
 _UNTRIED = "nobody has run it with ReGATE"
 _BIASES = (
     "all order is in attention biases (pictures are read in both directions, windows slide), which only Transformer "
@@ -110,15 +117,13 @@ class Verdict:
 
 def judge(config: dict[str, Any]) -> Verdict:
     """Judge a Hugging Face configuration, as its ``config.json`` has it."""
-    kind = str(config.get("model_type"))
+    kind = str(config["model_type"])
     text = config.get("text_config") or config.get("llm_config") or config
     reasons = [*_inexact(text)]
-    if kind in ("internvl", "internvl_chat") and text.get("model_type", "qwen2") not in ("qwen2", "qwen3"):
-        reasons.append(f"over {text['model_type']} {_UNTRIED}, over qwen2 and qwen3 alone")
+    if (over := _OVER.get(kind)) and text.get("model_type", over[0]) not in over:
+        reasons.append(f"over {text['model_type']} {_UNTRIED}, over {', '.join(over)} alone")
     if kind not in SUPPORTED:
         reasons.insert(0, REFUSED.get(kind, _UNTRIED))
-    if kind == "mistral3" and text.get("model_type", "ministral3") != "ministral3":
-        reasons.append(f"{_UNTRIED}: its language model is {text['model_type']}, not ministral3")
     notes = []
     if deep := (config.get("vision_config") or {}).get("deepstack_visual_indexes"):
         notes.append(f"its first {len(deep)} layers take visual features in: any --regate-dense-layers is exact")
@@ -141,7 +146,7 @@ def config_of(name: str) -> dict[str, Any]:
     """The configuration of a folder, of a ``config.json``, or of a name on the Hugging Face hub (or in its cache).
 
     Raises:
-        ReGateError: there is none.
+        ReGateError: there is none, or it states no model type.
     """
     path = Path(name)
     path = path / "config.json" if path.is_dir() else path
@@ -152,7 +157,7 @@ def config_of(name: str) -> dict[str, Any]:
             from huggingface_hub import hf_hub_download
 
             path = Path(hf_hub_download(name, "config.json"))
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except Exception as fault:  # the hub and its library raise whatever they like
         raise refuse(
             "--model",
@@ -160,3 +165,7 @@ def config_of(name: str) -> dict[str, Any]:
             allowed="a folder with one, that file, or a name on the Hugging Face hub",
             change="the name, or download the file",
         ) from None
+    if not isinstance(config, dict) or not config.get("model_type"):
+        allowed = "a configuration of Hugging Face's, with the model_type that it states"
+        raise refuse("--model", given=f"{path} without model_type", allowed=allowed, change="the name")
+    return config

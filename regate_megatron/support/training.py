@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from regate_megatron.compat import adapters_of, is_adapter
@@ -12,12 +13,6 @@ from regate_megatron.support.setting import Fields, Found, Rule, Setting, flag_o
 _PACKING_FLAGS = ("sft", "dataloader_inter_document_masking", "use_packed_sequence")
 
 
-OVERLAP = (
-    "tp_comm_overlap: on in dense steps and layers, off where sequences are short, as its user buffers have one size;"
-    " never run with ReGATE, for want of a GPU: compare a few steps with and without it first"
-)
-
-
 def _several_lengths(setting: Setting) -> Any:
     budget = setting.config.budget
     if budget in ("uniform", "dealt") or not gathers_over_replicas(setting.model):
@@ -25,14 +20,27 @@ def _several_lengths(setting: Setting) -> Any:
     return f"{budget} with {setting.model.moe_token_dispatcher_type} dispatch over several replicas"
 
 
+def has_graphs(model: Any) -> bool:
+    """Whether a model's config, or Megatron's flags, ask for CUDA graphs, by their present or their old names."""
+    names = ("enable_cuda_graph", "external_cuda_graph")
+    return getattr(model, "cuda_graph_impl", None) not in (None, "none") or any(getattr(model, n, False) for n in names)
+
+
 def _cuda_graphs(setting: Setting) -> Any:
-    implementation = getattr(setting.model, "cuda_graph_impl", "none")
-    if implementation not in (None, "none"):
-        return Found(f"cuda_graph_impl={implementation}", "--cuda-graph-impl to none")
-    return _OLD_CUDA_GRAPHS(setting)
+    """Graphs that are no layer's; the whole step's is a scope of "local" in core 0.17, and under names of that time."""
+    implementation = getattr(setting.model, "cuda_graph_impl", None)
+    if implementation not in (None, "none", "local", "transformer_engine"):
+        return f"cuda_graph_impl={implementation}"
+    if has_graphs(setting.model) and "full_iteration" in _scopes(setting.model):
+        return Found("full_iteration in cuda_graph_scope", "the command: leave it out of --cuda-graph-scope")
+    return None
 
 
-_OLD_CUDA_GRAPHS = Fields("enable_cuda_graph", "external_cuda_graph")
+def _scopes(model: Any) -> Iterator[str]:
+    for name in ("cuda_graph_scope", "cuda_graph_scope_deprecated", "cuda_graph_modules"):
+        given = getattr(model, name, None) or []
+        given = given.split(",") if isinstance(given, str) else given if isinstance(given, list) else [given]
+        yield from (getattr(one, "name", one) for one in given)
 
 
 def _packed_rows(setting: Setting) -> Any:
@@ -136,7 +144,13 @@ TRAINING_RULES = (
         "the command: leave its flag out",
         "needs a GPU to be tried",
     ),
-    Rule("CUDA graphs", _cuda_graphs, "none", "--cuda-graph-impl to none", "lengths change between steps"),
+    Rule(
+        "CUDA graphs",
+        _cuda_graphs,
+        "graphs of layers and their parts, local or transformer_engine (not tried without a GPU)",
+        "--cuda-graph-impl to local or transformer_engine",
+        "one graph of a whole step has one length, and nothing switches it off",
+    ),
     Rule(
         "combined 1F1B",
         Fields("overlap_moe_expert_parallel_comm"),
@@ -191,17 +205,31 @@ TRAINING_RULES = (
 )
 
 
-def hints(setting: Setting) -> list[str]:
-    """What is allowed, and still worth knowing before step 0; one line each."""
+def unproven(model: Any) -> list[str]:
+    """What a model's config, or Megatron's flags, ask for that no GPU has shown with ReGATE; one line each."""
     lines = []
-    if setting.model.num_moe_experts and setting.model.moe_token_dispatcher_type == "flex":
-        backend = getattr(setting.model, "moe_flex_dispatcher_backend", None) or "deepep"
+    if model.num_moe_experts and model.moe_token_dispatcher_type == "flex":
+        backend = getattr(model, "moe_flex_dispatcher_backend", None) or "deepep"
         lines.append(
             f"the flex dispatcher ({backend}) was never run with ReGATE, for want of a GPU: compare a few steps at"
             " --regate-keep-ratio 1 and at your ratio with --moe-token-dispatcher-type alltoall first"
         )
-    if getattr(setting.model, "tp_comm_overlap", False):
-        lines.append(OVERLAP)
+    if getattr(model, "tp_comm_overlap", False):
+        lines.append(
+            "tp_comm_overlap: on in dense steps and layers, off where sequences are short, as its user buffers have one"
+            " size; never run with ReGATE, for want of a GPU: compare a few steps with and without it first"
+        )
+    if has_graphs(model):
+        lines.append(
+            "CUDA graphs: on in dense steps, off in sparse ones, as a graph has one length; never run with ReGATE, for"
+            " want of a GPU: compare a few steps with and without them first"
+        )
+    return lines
+
+
+def hints(setting: Setting) -> list[str]:
+    """What is allowed, and still worth knowing before step 0; one line each."""
+    lines = unproven(setting.model)
     if setting.model.context_parallel_size > 1 and not getattr(setting.model, "calculate_per_token_loss", False):
         lines.append(
             "context parallelism without --calculate-per-token-loss: each context rank divides its loss by its own"

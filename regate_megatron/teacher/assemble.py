@@ -78,8 +78,9 @@ def open_reference(
             stage.wish = teacher is None and topology.is_planner and topology.dp_rank == 0 and not len(store)
         if stage.anyone_wishes:
             teacher = build()  # a new cache: it will be needed, so let it fail now if it must
+    cut = student if source.model is None else teacher[0]  # a caller's may have sequence parallelism by itself
     return ReferenceLosses(
-        student.config,
+        cut.config,
         teacher,
         topology,
         visual=config.teacher_visual,

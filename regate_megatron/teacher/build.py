@@ -32,6 +32,7 @@ _NO_CALLBACKS = {
     "fp4_param": False,
     "sequence_parallel": False,
     "tp_comm_overlap": False,
+    "cuda_graph_impl": "none",
     "overlap_p2p_comm": False,
     "recompute_granularity": None,
     "recompute_method": None,

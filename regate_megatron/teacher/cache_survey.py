@@ -69,7 +69,8 @@ def loss_files(directory: Path) -> list[Path]:
         ReGateError: it is no cache.
     """
     if read_manifest(directory) is None:
-        raise refuse("cache", given=f"{directory}, which has no manifest", allowed="a cache", change="the path")
+        allowed = "a folder that --regate-reference-cache has filled"
+        raise refuse("cache", given=f"{directory}, which has no manifest", allowed=allowed, change="the path")
     return sorted((directory / LOSS_FOLDER).glob(f"[!.]*{RECORDS}"))
 
 

@@ -44,7 +44,10 @@ def check_given(teacher: Any, students: Sequence[Any], vocab_size: int | None) -
         if odd:
             raise _refused(", ".join(odd), "a teacher cut like the student", "its configuration")
         if chunk.config.sequence_parallel and chunk.config.tensor_model_parallel_size > 1:
-            raise _refused("sequence_parallel=True", "False: its rows are short", "its configuration")
+            words = getattr(chunk, "embedding", None)
+            if words is not None and not words.scatter_to_sequence_parallel:
+                given = "sequence_parallel=True where the model does not cut its words itself"
+                raise _refused(given, "False, or a model that does", "its configuration")
         dropout = max(chunk.config.hidden_dropout, chunk.config.attention_dropout)
         if chunk.training and dropout:
             raise _refused(f"training mode with dropout {dropout}", "evaluation mode", "it by teacher.eval()")

@@ -48,7 +48,7 @@ class ReferenceLosses:
     """Reference losses by content: from the store, else from the teacher.
 
     A step asks in two halves, because building the teacher and bringing its weights are done by many ranks together:
-    planners :meth:`look_up`, all ranks learn whether any planner misses (:meth:`Topology.agree`), and :meth:`fetch`
+    planners :meth:`look_up`, all ranks learn at the end of that stage whether any planner misses, and :meth:`fetch`
     computes what is missing, building the teacher first where it is not there.
 
     Args:

@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from regate_megatron.method.budget import align_up
-from regate_megatron.method.selection import pack_positions
 
 _FIELDS = ("token_NK", "position_NK", "position_id_NK", "num_read_N", "target_slot_NT", "label_NT", "num_target_N")
 
@@ -137,3 +137,26 @@ def rows_for_teacher(
         label_NT=label_NS.gather(1, target_NT),
         num_target_N=num_target_N,
     )
+
+
+def pack_positions(kept_NS: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Kept positions of each row in ascending order, then fill up to ``length``.
+
+    Fill slots come last, so that under causal attention no kept position reads them, and point at position 0. They are
+    counted nowhere and have no loss.
+
+    Returns:
+        keep_idx_NK: int64 [N, K] with K = ``length``.
+        num_kept_N: int64 [N], how many leading slots are real.
+
+    Raises:
+        ValueError: a row keeps more than ``length`` positions.
+    """
+    rows = [kept_S.nonzero()[0] for kept_S in kept_NS.numpy()]
+    num_kept = [len(kept_K) for kept_K in rows]
+    if max(num_kept) > length:
+        raise ValueError(f"a row keeps {max(num_kept)} positions, more than the length {length}")
+    keep_idx_NK = np.zeros((len(rows), length), np.int64)
+    for row, kept_K in enumerate(rows):
+        keep_idx_NK[row, : len(kept_K)] = kept_K
+    return torch.from_numpy(keep_idx_NK), torch.from_numpy(np.array(num_kept))

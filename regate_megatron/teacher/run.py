@@ -21,13 +21,16 @@ from torch.nn.functional import pad
 
 from regate_megatron.decoder import CurrentMicrobatch, DecoderHook, Layout, shard_plans
 from regate_megatron.decoder.cutting import places
+from regate_megatron.decoder.graphs import graphed
+from regate_megatron.decoder.overlap import overlapping
+from regate_megatron.decoder.switches import switched_off
 from regate_megatron.method.budget import align_up
 from regate_megatron.method.plan import MicrobatchPlan
 from regate_megatron.teacher.rows import TeacherRows
 
 
 class TeacherRun:
-    """A frozen model and how to run it.
+    """A frozen model and how to run it, without what has buffers of the student's dense length.
 
     Args:
         chunks: this rank's chunks of the frozen model, in pipeline order.
@@ -43,6 +46,8 @@ class TeacherRun:
         self._hooks = [DecoderHook(one, self._current, dense_layers=0, arrives_short=True) for one in self.chunks]
         last = [one.output_layer for one in self.chunks if one.post_process]
         self._handles = [one.register_forward_pre_hook(self._targets_only) for one in last]
+        modules = [module for chunk in self.chunks for module in chunk.modules()]
+        self._switches = [*overlapping(modules), *graphed(modules)]
 
     def detach(self) -> None:
         """Leave the model as it was: it may be the caller's."""
@@ -60,16 +65,17 @@ class TeacherRun:
         microbatches, num_rows = self._microbatches(request, micro_batch_size)
         iterators = [iter(microbatches) for _ in self.chunks]
         is_interleaved = self.config.virtual_pipeline_model_parallel_size is not None
-        outputs = self._schedule()(
-            forward_step_func=self._forward_step,
-            data_iterator=iterators if is_interleaved else iterators[0],
-            model=self.chunks,
-            num_microbatches=len(microbatches),
-            seq_length=request.token_NK.shape[1],
-            micro_batch_size=num_rows,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+        with switched_off(self._switches):
+            outputs = self._schedule()(
+                forward_step_func=self._forward_step,
+                data_iterator=iterators if is_interleaved else iterators[0],
+                model=self.chunks,
+                num_microbatches=len(microbatches),
+                seq_length=request.token_NK.shape[1],
+                micro_batch_size=num_rows,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
         if not self.chunks[-1].post_process:
             return []
         return list(torch.cat(outputs).float().cpu()[: len(request)])

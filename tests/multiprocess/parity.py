@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,14 +25,6 @@ def names(cases: Sequence[dict]) -> list[str]:
     return [case["name"] for case in cases]
 
 
-def selected(request: pytest.FixtureRequest, cases: Sequence[dict], *more: str) -> list[dict]:
-    """The cases that the selected tests of a module ask for by ``name``, those they are compared with, and ``more``."""
-    items = [item for item in request.session.items if item.module is request.module and hasattr(item, "callspec")]
-    asked = {item.callspec.params.get("name", "") for item in items}
-    asked |= {name.split("@")[0] for name in asked} | set(more)
-    return [case for case in cases if case["name"] in asked]
-
-
 def parameters(cases: Sequence[dict], full: Collection[str] = ()) -> list:
     """What to parametrize a test with; the names in ``full`` run with `make test-full` only."""
     return [pytest.param(name, marks=[pytest.mark.full] if name in full else []) for name in names(cases)]
@@ -44,6 +36,23 @@ def run_cases(num_ranks: int, cases: list[dict], folder: Path, timeout_s: int = 
     given.write_text(json.dumps(cases))
     succeed(num_ranks, [str(ROOT / WORKER), str(given), str(results)], timeout_s=timeout_s, **options)
     return json.loads(results.read_text())
+
+
+def launched(num_ranks: int, cases: Sequence[dict], *more: str) -> Callable[..., dict]:
+    """A fixture of a module: results by name, of one launch.
+
+    Of the cases that the selected tests ask for by ``name``, those they are compared with, and ``more``.
+    """
+
+    @pytest.fixture(scope="module")
+    def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
+        items = [item for item in request.session.items if item.module is request.module and hasattr(item, "callspec")]
+        asked = {item.callspec.params.get("name", "") for item in items}
+        asked |= {name.split("@")[0] for name in asked} | set(more)
+        selected = [case for case in cases if case["name"] in asked]
+        return run_cases(num_ranks, selected, tmp_path_factory.mktemp("ranks"))
+
+    return results
 
 
 def assert_exact(result: dict) -> None:

@@ -275,6 +275,31 @@ def gradients_learned_at_one_size_are_known_at_another(case: dict, folder: str) 
     save_state(models, folder)
 
 
+def a_teacher_given_with_sequence_parallelism_scores_as_one_without(case: dict) -> None:
+    """The student has none, so the teacher's own layout says what its rows' lengths divide by: here they are odd."""
+    found, own = {}, [{name: values[:, :23] for name, values in batch.items()} for batch in batches(case)]
+    for has_it in (False, True):
+        teacher = [chunk.eval() for chunk in build(case | {"sp": has_it})]
+        models = attach(
+            build(case), config(score="reference", warmup_steps=0, dense_steps=0), teacher=teacher, pad_token=0
+        )
+        run(case, models, wrap_forward_backward(get_forward_backward_func()), Step(), own)
+        step = session_of(models).step
+        assert step.plan.is_sparse and bool(step.reference) == session_of(models).topology.is_planner
+        found[has_it] = step.plan.digest(), step.reference
+        detach(models)
+    (plan, without), (other, with_it) = found[False], found[True]
+    assert plan == other
+    for one, two in zip(without or (), with_it or (), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    teacher = [
+        chunk.eval() for chunk in build(case | {"sp": True, "gpt": {"scatter_embedding_sequence_parallel": False}})
+    ]
+    models = build(case)
+    words = "given sequence_parallel=True where the model does not cut its words itself"
+    refused(words, lambda: attach(models, config(score="reference"), teacher=teacher, pad_token=0))
+
+
 def main() -> None:
     store = shared_store()
     if os.environ["RANK"] == "0":
@@ -292,6 +317,7 @@ def main() -> None:
         (a_cut_that_weighs_targets_is_described, CP2),
         (a_first_stage_without_layers_is_refused_with_a_way_out, NO_LAYER),
         (a_stage_without_adapters_takes_the_frozen_base_as_teacher_where_another_has_some, TP2_PP2),
+        (a_teacher_given_with_sequence_parallelism_scores_as_one_without, TP2),
         (a_window_on_one_layer_is_refused, TP2_PP2),
         (packed_rows_whose_positions_the_model_cuts_otherwise_are_refused_when_they_are_read, PACKED_MROPE),
         (gradients_learned_at_one_size_are_known_at_another, dict(DP4, model="llava", side=32), folder),

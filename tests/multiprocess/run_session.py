@@ -634,6 +634,19 @@ def teacher_of_the_callers_own_is_given_back_as_it_was() -> None:
     assert digests[0] == digests[1]
 
 
+def teacher_of_the_callers_own_runs_without_user_buffers() -> None:
+    """They are as long as dense rows; its rows have lengths of their own. Such attributes are Transformer Engine's."""
+    teacher, seen = build(GPT)[0].eval(), []
+    linear = teacher.decoder.layers[0].self_attention.linear_qkv
+    linear.ub_overlap_ag_fprop = True
+    linear.register_forward_pre_hook(lambda module, _: seen.append(module.ub_overlap_ag_fprop))
+    models = attach(build(GPT), config(score="reference"), teacher=teacher, pad_token=0)
+    schedule = wrap_forward_backward(get_forward_backward_func())
+    for _ in range(2):
+        run(GPT, models, schedule, Step())
+    assert seen and not any(seen) and linear.ub_overlap_ag_fprop
+
+
 def teacher_of_the_callers_own_that_cannot_serve_is_refused() -> None:
     def refusal(line: str, teacher, **more) -> None:
         student = build(GPT)

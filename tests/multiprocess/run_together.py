@@ -103,7 +103,7 @@ def faults_of_deals(session) -> dict:
 def faults(session) -> dict:
     """By name: the ranks that fail, what they patch (object, name, value), and what all ranks must hear."""
     planner, word = session.planner, "has a fault"
-    places = {
+    return {
         "peek on a planner": ([0], sessions, "pull", data_ends, "data"),
         "peek on a rank that is no planner": ([1], sessions, "pull", fail, "rank 1 " + word),
         "read": ([2], type(session.adapter), "read", fail, "rank 2 " + word),
@@ -116,11 +116,10 @@ def faults(session) -> dict:
         "two ranks of two replicas in two places": ([1, 2], None, None, None, "rank 1 " + word),
         "learning": ([2], planner, "learn", fail, "rank 2 " + word),
     }
-    return places
 
 
 def faults_beside_steps(models, folder: Path) -> dict:
-    """As :func:`faults`, and last what is done."""
+    """As :func:`faults`, and last what is done in place of a step."""
     session, word = session_of(models), "has a fault"
 
     def save() -> None:
@@ -166,75 +165,58 @@ def fault(session, ranks, place, name, value):
             yield
 
 
-def try_faults(case: dict, settings: dict, faults_of, heard: dict, expected: dict) -> None:
-    """Every fault, what all ranks heard of it, and a step after it."""
-    models = attach(build(case), ReGateConfig(**settings), pad_token=0)
-    session = session_of(models)
-    schedule = wrap_forward_backward(get_forward_backward_func())
+class Tried:
+    """A model with ReGATE and the faults it meets; ``found`` gets what all ranks heard of each, and must hear."""
 
-    def step() -> None:
-        run(case, models, schedule, Step())
-        step_done(models)
+    def __init__(self, case: dict, settings: dict, found: dict) -> None:
+        self.case, self.found = case, found
+        self.models = attach(build(case), ReGateConfig(**settings), pad_token=0)
+        self.session = session_of(self.models)
+        self._schedule = wrap_forward_backward(get_forward_backward_func())
 
-    def hear(name: str, ranks: list, place, attribute: str | None, value, words: str) -> None:
-        line, expected[name] = None, words
-        with fault(session, ranks, place, attribute, value):
+    def step(self) -> None:
+        run(self.case, self.models, self._schedule, Step())
+        step_done(self.models)
+
+    def hear(self, name: str, ranks: list, place, attribute: str | None, value, words: str, act=None) -> None:
+        line, lines = None, [None] * dist.get_world_size()
+        with fault(self.session, ranks, place, attribute, value):
             try:
-                step()
+                (act or self.step)()
             except ReGateError as error:
                 line = str(error)
-        step_done(models, counted=False)
-        heard[name] = [None] * dist.get_world_size()
-        dist.all_gather_object(heard[name], line)  # every rank is there to say so
+        step_done(self.models, counted=False)
+        dist.all_gather_object(lines, line)  # every rank is there to say so
+        self.found["heard"][name], self.found["expected"][name] = lines, words
 
-    if session.dealing:  # ranks find their peers in the first step
-        hear("a rank that never has data", [3], sessions, "pull", no_data, "on some of the ranks [1, 3]")
-    step()  # the dense one
-    for name, what in faults_of(session).items():
-        hear(name, *what)
-        before = session.totals.sparse_steps
-        step()
-        done = torch.tensor([session.totals.sparse_steps - before if session.planner else 1])
-        dist.all_reduce(done, dist.ReduceOp.MIN)
-        assert int(done) == 1, f"after {name} no step went well"
-    detach(models)
+    def hear_each(self, faults: dict) -> None:
+        """Every fault, and a step after it."""
+        for name, what in faults.items():
+            self.hear(name, *what)
+            before = self.session.totals.sparse_steps
+            self.step()
+            done = torch.tensor([self.session.totals.sparse_steps - before if self.session.planner else 1])
+            dist.all_reduce(done, dist.ReduceOp.MIN)
+            assert int(done) == 1, f"after {name} no step went well"
+        detach(self.models)
 
 
 def main(results: Path) -> None:
-    heard: dict[str, list] = {}
+    found: dict[str, dict] = {"heard": {}, "expected": {}}
     with parallel(CASE, shared_store()):
-        models = attach(build(CASE), ReGateConfig(**SETTINGS), pad_token=0)
-        session = session_of(models)
-        schedule = wrap_forward_backward(get_forward_backward_func())
-
-        def step() -> None:
-            run(CASE, models, schedule, Step())
-            step_done(models)
-
-        step()  # the dense one
+        tried = Tried(CASE, SETTINGS, found)
+        tried.step()  # the dense one
         folder = results.parent / "states"
-        save_state(models, folder / "whole")
-        places = {name: (*one, step) for name, one in faults(session).items()} | faults_beside_steps(models, folder)
-        for name, (ranks, place, attribute, value, _, act) in places.items():
-            line = None
-            with fault(session, ranks, place, attribute, value):
-                try:
-                    act()
-                except ReGateError as error:
-                    line = str(error)
-            step_done(models, counted=False)
-            heard[name] = [None] * dist.get_world_size()
-            dist.all_gather_object(heard[name], line)  # every rank is there to say so
-            before = session.totals.sparse_steps
-            step()
-            done = torch.tensor([session.totals.sparse_steps - before if session.planner else 1])
-            dist.all_reduce(done, dist.ReduceOp.MIN)
-            assert int(done) == 1, f"after {name} no step went well"
-        expected = {name: words for name, (*_, words, _) in places.items()}
-        detach(models)
-        try_faults(CASE | {"rows": 1, "uneven": True}, DEALT, faults_of_deals, heard, expected)
+        save_state(tried.models, folder / "whole")
+        tried.hear_each(faults(tried.session) | faults_beside_steps(tried.models, folder))
+        tried = Tried(CASE | {"rows": 1, "uneven": True}, DEALT, found)
+        # ranks find their peers in the first step
+        no_peer = ([3], sessions, "pull", no_data, "on some of the ranks [1, 3]")
+        tried.hear("a rank that never has data", *no_peer)
+        tried.step()  # the dense one
+        tried.hear_each(faults_of_deals(tried.session))
         if dist.get_rank() == 0:
-            results.write_text(json.dumps({"heard": heard, "expected": expected}))
+            results.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, case, parameters, run_cases, selected
+from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, case, launched, parameters
 
 
 def _grid(layout: str, recomputes: tuple, **options) -> list[dict]:
@@ -126,16 +126,8 @@ FULL = {
     *("llava-n1-last1-uniform", "llava-n1-last1-by4"),
 }
 READ = ("gpt-n1-per-sample", "gpt-n1-read-per-sample")
-
-
-@pytest.fixture(scope="module")
-def one_rank(request, tmp_path_factory) -> dict:
-    return run_cases(1, selected(request, ONE_RANK, *READ), tmp_path_factory.mktemp("one"))
-
-
-@pytest.fixture(scope="module")
-def four_ranks(request, tmp_path_factory) -> dict:
-    return run_cases(4, selected(request, FOUR_RANKS), tmp_path_factory.mktemp("four"))
+one_rank = launched(1, ONE_RANK, *READ)
+four_ranks = launched(4, FOUR_RANKS)
 
 
 @pytest.mark.parametrize("name", parameters(ONE_RANK, FULL))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, case, parameters, run_cases, selected
+from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, case, launched, parameters
 from tests.multiprocess.test_parity_models import AUX, BIAS, MLA, MOE
 
 
@@ -38,16 +38,8 @@ FOUR_RANKS = [
     _ahead("mtp2-dealt@tp2-dp2", 2, tp=2, budget="dealt", rows=1, uneven=True),
     _ahead("mtp2-n1@Et|t|tt|mmL", 2, pp=4, config={"pipeline_model_parallel_layout": "Et|t|tt|mmL"}),
 ]
-
-
-@pytest.fixture(scope="module")
-def one_rank(request, tmp_path_factory) -> dict:
-    return run_cases(1, selected(request, ONE_RANK), tmp_path_factory.mktemp("one"))
-
-
-@pytest.fixture(scope="module")
-def four_ranks(request, tmp_path_factory) -> dict:
-    return run_cases(4, selected(request, FOUR_RANKS), tmp_path_factory.mktemp("four"))
+one_rank = launched(1, ONE_RANK)
+four_ranks = launched(4, FOUR_RANKS)
 
 
 @pytest.mark.parametrize("name", parameters(ONE_RANK))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, case, names, run_cases, selected
+from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, case, launched, names
 
 
 def _mimo(name: str, **options) -> dict:
@@ -31,17 +31,8 @@ TWO_RANKS = [
       for name, settings in {"packed": {}, "packed-visual": VISUAL}.items()
       for layout, sizes in {"tp2-sp": {"tp": 2, "sp": True}, "cp2": {"cp": 2}}.items()),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def one_rank(request, tmp_path_factory) -> dict:
-    cases = selected(request, ONE_RANK, "packed", "each", "packed-visual", "each-visual")
-    return run_cases(1, cases, tmp_path_factory.mktemp("one"))
-
-
-@pytest.fixture(scope="module")
-def two_ranks(request, tmp_path_factory) -> dict:
-    return run_cases(2, selected(request, TWO_RANKS), tmp_path_factory.mktemp("two"))
+one_rank = launched(1, ONE_RANK, "packed", "each", "packed-visual", "each-visual")
+two_ranks = launched(2, TWO_RANKS)
 
 
 @pytest.mark.parametrize("name", names(ONE_RANK))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, case, parameters, run_cases, selected
+from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, case, launched, parameters
 
 YARN = {"yarn_rotary_scaling_factor": 8.0, "yarn_original_max_position_embeddings": 8, "yarn_beta_fast": 32.0}
 YARN |= {"yarn_beta_slow": 1.0, "yarn_mscale": 1.0, "yarn_mscale_all_dim": 0.0}
@@ -136,16 +136,8 @@ FOUR_RANKS = [
     _hybrid("hybrid-moe@ep2-pp2", "*E|*E", config={**MOE, **AUX}, aux=True, ep=2, pp=2, multiple=5),
     case("frozen-language-uniform@tp2-pp2", model="llava", frozen=["language_model"], recompute="uniform", tp=2, pp=2),
 ]
-
-
-@pytest.fixture(scope="module")
-def one_rank(request, tmp_path_factory) -> dict:
-    return run_cases(1, selected(request, ONE_RANK), tmp_path_factory.mktemp("one"))
-
-
-@pytest.fixture(scope="module")
-def four_ranks(request, tmp_path_factory) -> dict:
-    return run_cases(4, selected(request, FOUR_RANKS), tmp_path_factory.mktemp("four"))
+one_rank = launched(1, ONE_RANK)
+four_ranks = launched(4, FOUR_RANKS)
 
 
 @pytest.mark.parametrize("name", parameters(ONE_RANK))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, case, names, run_cases, selected
+from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, case, launched, names
 
 
 def _visual(name: str, **options) -> dict:
@@ -84,18 +84,8 @@ TWO_RANKS = [
     _qwen("qwen-n1@pp2", pp=2),
     _qwen("qwen-alone@dp2", keep_ratio=1.0),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def one_rank(request, tmp_path_factory) -> dict:
-    cases = selected(request, ONE_RANK, "visual-read-per-sample")
-    return run_cases(1, cases, tmp_path_factory.mktemp("one"))
-
-
-@pytest.fixture(scope="module")
-def two_ranks(request, tmp_path_factory) -> dict:
-    cases = selected(request, TWO_RANKS, "both-balanced@dp2")
-    return run_cases(2, cases, tmp_path_factory.mktemp("two"))
+one_rank = launched(1, ONE_RANK, "visual-read-per-sample")
+two_ranks = launched(2, TWO_RANKS, "both-balanced@dp2")
 
 
 @pytest.mark.parametrize("name", names(ONE_RANK))

@@ -18,6 +18,7 @@ CLAIMS = (
     "a_cut_that_weighs_targets_is_described cp2",
     "a_first_stage_without_layers_is_refused_with_a_way_out nolayer",
     "a_stage_without_adapters_takes_the_frozen_base_as_teacher_where_another_has_some tp2-pp2",
+    "a_teacher_given_with_sequence_parallelism_scores_as_one_without tp2",
     "a_window_on_one_layer_is_refused tp2-pp2",
     "packed_rows_whose_positions_the_model_cuts_otherwise_are_refused_when_they_are_read packed-mrope",
     "gradients_learned_at_one_size_are_known_at_another dp4",

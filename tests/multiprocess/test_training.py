@@ -234,7 +234,7 @@ def known_flags():
     [
         (["--window-size", "8,0"], "sliding-window attention"),
         (["--mtp-num-layers", "1", "--context-parallel-size", "2"], "multi-token prediction"),
-        (["--cuda-graph-impl", "local"], "CUDA graphs"),
+        (["--cuda-graph-impl", "full_iteration"], "CUDA graphs"),
         (["--overlap-moe-expert-parallel-comm"], "combined 1F1B"),
         (["--num-experts", "4", "--moe-expert-capacity-factor", "1.5"], "expert capacity"),
         (["--multi-latent-attention"], "multi-latent attention"),

@@ -71,6 +71,16 @@ def test_a_recipe_passes_its_dry_run(checkout, recipe, precision):
     assert ("FP8 to the precision beside it" in said) == (precision == "fp8")
 
 
+def test_what_has_buffers_of_one_size_is_taken_out_and_told(checkout):
+    """pretrain_vlm.py has an option of its own for its language model's overlap; Megatron's parser knows none such."""
+    sizes = "--tensor-model-parallel-size 2 --no-rope-fusion".split()
+    flags = "--decoder-tp-comm-overlap --cuda-graph-impl local --regate --regate-score student --train-iters 9".split()
+    command = [sys.executable, "-m", "regate_megatron", "dry-run", "--nproc", "2", checkout.script("pretrain_vlm.py")]
+    said = _tried([*command, *flags_of("pretrain_vlm.py", "one"), *sizes, *flags])
+    assert "--decoder-tp-comm-overlap" in said and "taken out" in said
+    assert "tp_comm_overlap: on in dense steps" in said and "CUDA graphs: on in dense steps" in said
+
+
 def test_nothing_is_written_beside_the_data_or_into_the_checkout(checkout, tmp_path):
     """Index files go to the run's temporary folder, also where the line names another; progress has its folder."""
     data, cache = tmp_path / "data", tmp_path / "indices"

@@ -282,6 +282,28 @@ def communication_overlap_is_off_where_sequences_are_short() -> None:
     hooks.detach()
 
 
+def cuda_graphs_are_replayed_in_dense_steps_alone() -> None:
+    """Megatron's layers are asked what their next call does; graphs themselves need a GPU."""
+    model = gpt(cuda_graph_impl="transformer_engine", cuda_graph_modules=["attn"])
+    layers = model.decoder.layers
+    hooks = Hooks([model], ReGateConfig(score="random"))
+    hooks.attach()
+    assert hooks.describe()[-1] == "CUDA graphs are off in sparse steps, in all of the model"
+    for layer in layers:
+        layer.cuda_graphs = [mock.Mock()]  # as Megatron's training loop leaves them, after hooks are on
+    seen: list[list[bool]] = []
+
+    def schedule(**arguments):
+        seen.append([bool(layer._should_call_te_cudagraph()) for layer in layers])
+
+    given = {"data_iterator": None, "forward_step_func": None}
+    for plans in ([], [mock.Mock()], []):
+        hooks.run(schedule, given, [None], plans, None)
+    assert seen == [[True] * 4, [False] * 4, [True] * 4], seen
+    hooks.detach()
+    assert not any(hasattr(layer, "cuda_graphs") for layer in build_teacher(model, None).decoder.layers)
+
+
 def the_backward_of_te_s_layers_overlaps_as_their_forward_did() -> None:
     """What the forward was told is kept for the backward: neither looks at the layer again."""
     for module in (te_linear, te_layernorm_linear):

@@ -108,13 +108,13 @@ def _rows(mine, rows, dense, ratio, keys=None) -> Candidates:
     )
 
 
-def _select(case, ratio, step, kind="balanced"):
+def _select(case, ratio, step):
     rows, dense, ranks = case
     return over_ranks(
         len(ranks),
         lambda rank, all_gather: select(
             _rows(ranks[rank], rows, dense, ratio),
-            kind=kind,
+            kind="balanced",
             alignment=Alignment(step, 1),
             all_gather=all_gather,
         ),

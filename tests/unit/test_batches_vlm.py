@@ -22,9 +22,9 @@ IMAGE, PAD, IGNORE = -200, 0, -100
 # ------------------------------------------------------------------------------------------- examples/multimodal
 
 
-def _multimodal(*rows: tuple[list[int], list[int]], images: bool = True, length: int = 7) -> dict[str, torch.Tensor]:
+def _multimodal(*rows: tuple[list[int], list[int]], images: bool = True) -> dict[str, torch.Tensor]:
     """Rows of (tokens, labels not yet shifted); every placeholder has an image of ones."""
-    tokens, labels = torch.full((len(rows), length), PAD), torch.full((len(rows), length + 1), PAD)
+    tokens, labels = torch.full((len(rows), 7), PAD), torch.full((len(rows), 8), PAD)
     for row, (text, target) in enumerate(rows):
         tokens[row, : len(text)], labels[row, : len(target)] = torch.tensor(text), torch.tensor(target)
     count, dummy = sum(text.count(IMAGE) for text, _ in rows), torch.zeros(1, 1, dtype=torch.int32)
@@ -43,8 +43,8 @@ PICTURE = ([IMAGE, 5, 6, 7, 8], [IGNORE, IGNORE, 6, 7, 8])  # an image, a prompt
 TEXT_ONLY = ([5, 6, 7, 8], [IGNORE, 6, 7, 8])
 
 
-def _adapter(image_length: int = 2) -> MultimodalBatches:
-    return MultimodalBatches(LLaVABatches(image_length, IMAGE, 99, False), PAD)
+def _adapter() -> MultimodalBatches:
+    return MultimodalBatches(LLaVABatches(2, IMAGE, 99, False), PAD)
 
 
 def test_labels_of_multimodal_batches_are_shifted_and_make_the_loss_mask():

@@ -39,7 +39,7 @@ FLAGS = {  # a change here breaks users' scripts
     "--regate-visual-keep-ratio": 1.0,
     "--regate-visual-keep-ratio-end": None,
     "--regate-visual-keep-ratio-spread": 0.0,
-    "--regate-visual-score": "random",
+    "--regate-visual-score": "even",
     "--regate-dense-layers": 1,
     "--regate-dense-last-layers": 0,
     "--regate-warmup-steps": 100,
@@ -298,6 +298,12 @@ def test_a_teacher_is_asked_for_exactly_where_the_score_uses_the_reference_loss(
         config.require_teacher()
     assert _is_refusal(str(refusal.value), "teacher_load")
     assert "given nothing;" in str(refusal.value) and f"--regate-score {score}" in str(refusal.value)
+    assert str(refusal.value).endswith(
+        "without a teacher: --regate-score student, --regate-score random or --regate-recipe pictures (rows that are "
+        "mostly pictures)"
+    )
+    with pytest.raises(ReGateError, match=r" or --regate-keep-ratio 1 \(visual positions alone go\)$"):
+        dataclasses.replace(config, visual_keep_ratio=0.25).require_teacher()
 
 
 def test_what_a_score_without_teacher_does_not_use_is_named():
@@ -316,8 +322,9 @@ def test_what_a_score_without_teacher_does_not_use_is_named():
         ({"difficulty": "kind", "ema_decay": 0.5, "score": "gain"}, []),
         ({"ema_decay": 0.5, "visual_keep_ratio": 0.5, "visual_score": "gradient"}, []),
         ({"recipe": "paper", "score": "random"}, []),
-        ({"visual_score": "even"}, ["--regate-visual-score"]),
-        ({"visual_score": "even", "visual_keep_ratio": 0.5}, []),
+        ({"recipe": "paper", "visual_score": "even"}, ["--regate-visual-score"]),
+        ({"visual_score": "random"}, ["--regate-visual-score"]),
+        ({"visual_score": "random", "visual_keep_ratio": 0.5}, []),
         ({"visual_keep_ratio_spread": 0.5}, ["--regate-visual-keep-ratio-spread"]),
     ],
 )
@@ -463,7 +470,7 @@ def test_an_integer_beyond_the_floats_is_refused_like_any_other(name):
 def test_a_kind_of_target_has_a_reference_loss_so_that_every_score_of_difficulty_needs_a_teacher():
     needs = {score for score in SCORES if ReGateConfig(score=score, difficulty="kind").needs_teacher}
     assert needs == set(SCORES) - {"random"}
-    with pytest.raises(ReGateError, match="to one that needs none: random$"):
+    with pytest.raises(ReGateError, match="without a teacher: --regate-score random or --regate-recipe pictures "):
         ReGateConfig(score="student", difficulty="kind").require_teacher()
     assert ReGateConfig(score="regate", difficulty="kind").by_kind
     assert not ReGateConfig(score="reference", difficulty="kind").by_kind
@@ -493,6 +500,7 @@ PAPER = {  # all that steers what runs, as it was when the recipe was made; it s
     "share": "sample",
     "least_score": None,
     "visual_keep_ratio": 1.0,
+    "visual_score": "random",
     "dense_layers": 1,
     "dense_last_layers": 0,
     "warmup_steps": 100,
@@ -571,3 +579,12 @@ def test_flags_without_the_switch_are_said_to_do_nothing(monkeypatch, capsys):
         assert capsys.readouterr().out.startswith(said)
     launch._say_what_is_idle(["--lr", "1"])
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("word", "change"),
+    [("estimat", "it to estimate"), ("dry_run", "it to dry-run"), ("docter", "it to doctor"), ("train.py", "the path")],
+)
+def test_a_misspelt_command_is_answered_by_the_nearest_and_a_missing_script_by_its_path(word, change):
+    with pytest.raises(ReGateError, match=rf"^regate: launcher: given {word}; allowed a script: .*; change {change}$"):
+        launch._script_and_flags([word, "--length", "4096"])

@@ -20,8 +20,8 @@ NAN, INF = math.nan, math.inf
 DECAY = 0.9
 
 
-def _store(decay: float = DECAY, limit_bytes: float = 1e9) -> DifficultyStore:
-    return DifficultyStore(decay, ALONE, limit_bytes)
+def _store(decay: float = DECAY) -> DifficultyStore:
+    return DifficultyStore(decay, ALONE, 1e9)
 
 
 def _update(store: DifficultyStore, *rows: tuple[tuple[int, int], list[float]], step: int = 0) -> None:

@@ -45,10 +45,10 @@ def test_conv_is_one_where_time_follows_work():
     assert conv(0.8, 1.0, 60.0, 100.0) == pytest.approx(0.5)
 
 
-def _rehearsed(folder, part="parity"):
+def _rehearsed(folder):
     about = {"rehearsal": True, "torch": "2.11"}
-    results = {"part": part, "machine": about, "measurements": [], "skipped": [{"name": "a", "reason": "no GPU"}]}
-    (folder / f"{part}.json").write_text(json.dumps(results))
+    results = {"part": "parity", "machine": about, "measurements": [], "skipped": [{"name": "a", "reason": "no GPU"}]}
+    (folder / "parity.json").write_text(json.dumps(results))
 
 
 def test_results_of_a_rehearsal_stay_out_of_the_documentation(tmp_path, capsys):
@@ -72,7 +72,15 @@ def test_without_a_gpu_a_part_stops_in_one_line(tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize(
     "part, only",
-    [("setup", ""), ("parity", "n1"), ("parity", "keep1-gpt-fp32"), ("step_time", ""), ("fp8", "e"), ("learning", "")],
+    [
+        ("setup", ""),
+        ("parity", "n1"),
+        ("parity", "keep1-gpt-fp32"),
+        ("step_time", ""),
+        ("fp8", "e"),
+        ("graphs", ""),
+        ("learning", ""),
+    ],
 )
 def test_every_part_runs_in_small_on_a_cpu(tmp_path, part, only):
     """What holds there holds exactly; figures of time mean nothing and are judged nowhere."""

@@ -53,12 +53,6 @@ def test_a_window_that_is_switched_off_rules_nothing_out(tmp_path, capsys, text)
     assert _answer(tmp_path, capsys, model_type="qwen2_5_vl", text_config=text)[0] == 0
 
 
-def test_mistral3_is_known_with_the_language_model_of_ministral_3_alone(tmp_path, capsys):
-    for text, code in (({"model_type": "ministral3"}, 0), ({"model_type": "mistral"}, 1)):
-        found, said = _answer(tmp_path, capsys, model_type="mistral3", text_config=text)
-        assert found == code and ("its language model is mistral, not ministral3" in said) == bool(code)
-
-
 def test_a_folder_without_a_configuration_is_refused_in_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert doctor.main(["--model", str(tmp_path / "none")]) == 1
@@ -66,11 +60,32 @@ def test_a_folder_without_a_configuration_is_refused_in_one_line(tmp_path, capsy
     assert error.startswith("regate: --model: given ") and error.count("\n") == 1 and "change" in error
 
 
+@pytest.mark.parametrize("config", ["[1]", '{"hidden_size": 8}'])
+def test_a_configuration_that_states_no_model_type_is_refused_in_one_line(tmp_path, capsys, config):
+    (tmp_path / "config.json").write_text(config)
+    assert doctor.main(["--model", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"regate: --model: given {tmp_path}/config.json without model_type; allowed ")
+
+
 def test_no_model_is_supported_and_refused():
     assert not models.SUPPORTED.keys() & models.REFUSED.keys()
 
 
-@pytest.mark.parametrize(("text", "code"), [("qwen3", 0), ("internlm2", 1), ("qwen3_moe", 1)])
-def test_internvl_is_supported_over_the_language_models_that_were_run(tmp_path, capsys, text, code):
-    found, said = _answer(tmp_path, capsys, model_type="internvl_chat", llm_config={"model_type": text})
+@pytest.mark.parametrize(
+    ("kind", "name", "text", "code"),
+    [
+        ("internvl_chat", "llm_config", "qwen3", 0),
+        ("internvl_chat", "llm_config", "internlm2", 1),
+        ("internvl", "text_config", "qwen3_moe", 1),
+        ("mistral3", "text_config", "ministral3", 0),
+        ("mistral3", "text_config", "mistral", 1),
+        ("llava", "text_config", "llama", 0),
+        ("llava", "text_config", None, 0),
+        ("llava", "text_config", "phi3", 1),
+    ],
+)
+def test_a_model_is_supported_over_the_language_models_that_were_run(tmp_path, capsys, kind, name, text, code):
+    inner = {"model_type": text} if text else {}
+    found, said = _answer(tmp_path, capsys, model_type=kind, **{name: inner | {"hidden_size": 8}})
     assert found == code and (f"over {text} nobody has run it" in said) == bool(code)

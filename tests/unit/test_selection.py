@@ -15,10 +15,8 @@ from regate_megatron.method.budget import Alignment
 from regate_megatron.method.candidates import Candidates, Sort
 from regate_megatron.method.selection import (
     keep_best,
-    pack_positions,
     rank_candidates,
     rank_targets,
-    read_by_targets,
     select,
 )
 
@@ -124,37 +122,6 @@ def test_a_long_row_of_ties_keeps_its_first_targets():
     assert _kept([0.25] * length, [place % 2 == 1 for place in range(length)], 700) == list(range(1, 1400, 2))
 
 
-@st.composite
-def masks_and_length(draw):
-    width = draw(st.integers(1, 9))
-    row = st.lists(st.booleans(), min_size=width, max_size=width)
-    mask = torch.tensor(draw(st.lists(row, min_size=1, max_size=4)))
-    return mask, draw(st.integers(max(1, int(mask.sum(dim=1).max())), width + 3))
-
-
-@given(masks_and_length())
-def test_packed_positions_are_the_kept_ones_ascending_then_fill_at_position_0(case):
-    kept_RS, length = case
-    keep_idx_RK, num_kept_R = pack_positions(kept_RS, length)
-    expected = [[place for place, kept in enumerate(row) if kept] for row in kept_RS.tolist()]
-    assert num_kept_R.tolist() == [len(row) for row in expected]
-    assert keep_idx_RK.tolist() == [row + [0] * (length - len(row)) for row in expected]
-    assert keep_idx_RK.dtype == torch.int64 and keep_idx_RK.is_contiguous()
-
-
-def test_a_row_that_keeps_more_than_the_length_is_refused():
-    kept = torch.tensor([[True, False, False], [True, True, True]])
-    assert pack_positions(kept, 3)[1].tolist() == [1, 3]
-    with pytest.raises(ValueError, match="keeps 3 positions, more than the length 2"):
-        pack_positions(kept, 2)
-
-
-def test_packing_changes_no_input():
-    kept = torch.tensor([[True, False, True]])
-    pack_positions(kept, 2)
-    assert kept.tolist() == [[True, False, True]]
-
-
 # ------------------------------------------------------------------------------------------------------- packed rows
 
 
@@ -251,16 +218,6 @@ def test_a_packed_row_can_count_as_one():
     assert _select_packed(rows, [2], kind="per-sample", ratio=0.5) == ([6], [[2, 2]])
     assert _select_packed(rows, [2], kind="per-sample", ratio=0.5, of_rows=True) == ([6], [[4, 0]])
     assert _select_packed(rows, [2], kind="uniform", ratio=0.5) == ([6], [[3, 1]])
-
-
-# ------------------------------------------------------------------------------------------------- context that is read
-
-
-@given(masks_and_length())
-def test_a_position_is_read_if_a_target_of_its_row_is_there_or_later(case):
-    is_target_RS, _ = case
-    expected = [[any(row[place:]) for place in range(len(row))] for row in is_target_RS.tolist()]
-    assert read_by_targets(is_target_RS).tolist() == expected
 
 
 @given(st.integers(0, 2**32), st.integers(1, 3), st.booleans())

@@ -6,8 +6,11 @@ from dataclasses import fields
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from regate_megatron.batches import GPTBatches, MicrobatchFacts, NamedSamples, StepFacts
+from regate_megatron.batches.facts import read_by_targets
 
 POSITIONS = {
     "none": lambda index: {},
@@ -80,3 +83,13 @@ def _targets(facts: MicrobatchFacts) -> list[tuple[int, int]]:
     row_X, place_X = torch.where(facts.is_target_BS)
     sample_X = row_X if facts.sample_BS is None else facts.sample_BS[row_X, place_X]
     return list(zip(sample_X.tolist(), place_X.tolist(), strict=True))
+
+
+@given(
+    st.integers(1, 9).flatmap(
+        lambda width: st.lists(st.lists(st.booleans(), min_size=width, max_size=width), min_size=1, max_size=4)
+    )
+)
+def test_a_position_is_read_if_a_target_of_its_row_is_there_or_later(rows):
+    expected = [[any(row[place:]) for place in range(len(row))] for row in rows]
+    assert read_by_targets(torch.tensor(rows)).tolist() == expected

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regate_megatron.teacher.rows import TeacherRows, grown, rows_for_teacher
+from regate_megatron.teacher.rows import TeacherRows, grown, pack_positions, rows_for_teacher
 from regate_megatron.teacher.run import targets_of
 
 PAD = 99
@@ -157,3 +157,34 @@ def test_targets_are_filled_up_to_what_tensor_ranks_share(multiple, length):
     assert targets.is_real_bt.tolist() == [[place < count for place in range(length)] for count in (3, 1)]
     assert targets.slot_bt.shape == targets.label_bt.shape == targets.index_bt.shape == (2, length)
     assert targets.slot_bt[0, :3].tolist() == [1, 3, 4] and targets.label_bt[0, :3].tolist() == [51, 53, 54]
+
+
+@st.composite
+def masks_and_length(draw):
+    width = draw(st.integers(1, 9))
+    row = st.lists(st.booleans(), min_size=width, max_size=width)
+    mask = torch.tensor(draw(st.lists(row, min_size=1, max_size=4)))
+    return mask, draw(st.integers(max(1, int(mask.sum(dim=1).max())), width + 3))
+
+
+@given(masks_and_length())
+def test_packed_positions_are_the_kept_ones_ascending_then_fill_at_position_0(case):
+    kept_NS, length = case
+    keep_idx_NK, num_kept_N = pack_positions(kept_NS, length)
+    expected = [[place for place, kept in enumerate(row) if kept] for row in kept_NS.tolist()]
+    assert num_kept_N.tolist() == [len(row) for row in expected]
+    assert keep_idx_NK.tolist() == [row + [0] * (length - len(row)) for row in expected]
+    assert keep_idx_NK.dtype == torch.int64 and keep_idx_NK.is_contiguous()
+
+
+def test_a_row_that_keeps_more_than_the_length_is_refused():
+    kept = torch.tensor([[True, False, False], [True, True, True]])
+    assert pack_positions(kept, 3)[1].tolist() == [1, 3]
+    with pytest.raises(ValueError, match="keeps 3 positions, more than the length 2"):
+        pack_positions(kept, 2)
+
+
+def test_packing_changes_no_input():
+    kept = torch.tensor([[True, False, True]])
+    pack_positions(kept, 2)
+    assert kept.tolist() == [[True, False, True]]

@@ -265,18 +265,26 @@ def test_a_step_without_pictures_runs_all_that_is_real():
     assert _plan(_facts("cctt..", "cctttt"), visual_keep_ratio=0.25) == ["xxxx..", "xxxxxx"]
 
 
-@pytest.mark.parametrize("score", ["even", "static", "detail", "gradient"])
-def test_a_rule_that_lacks_what_it_needs_is_refused_in_one_line(score):
-    needs_pixels = score in ("static", "detail")
-    line = (
-        rf"^regate: --regate-visual-score: given {score} for pictures with %s; allowed random, .*; change it to random$"
-    )
-    with pytest.raises(ReGateError, match=line % ("no pixels in the batch" if needs_pixels else "no square cells")):
-        _plan(_facts("vvvvctt"), visual_keep_ratio=0.5, visual_score=score)
-    if needs_pixels:
-        with pytest.raises(ReGateError, match=line % "no pixels in the batch"):
-            _plan(_facts("vvvvctt", grids=[(1, 2, 2)]), visual_keep_ratio=0.5, visual_score=score)
+@pytest.mark.parametrize("score", ["static", "detail"])
+def test_a_rule_that_reads_pixels_is_refused_in_one_line_where_there_are_none(score):
+    line = rf"^regate: --regate-visual-score: given {score} for pictures without pixels .*; allowed even.* it to even$"
+    for grids in (None, [(1, 2, 2)]):
+        with pytest.raises(ReGateError, match=line):
+            _plan(_facts("vvvvctt", grids=grids), visual_keep_ratio=0.5, visual_score=score)
     assert _plan(_facts("cctt"), visual_keep_ratio=0.5, visual_score=score) == ["xxxx"]
+
+
+def test_pictures_in_cells_that_nobody_knows_are_ranked_by_chance_and_those_beside_them_evenly():
+    unknown, known = _facts("c" + "v" * 9 + "tt"), _facts("cvvvvvvvvvtt", grids=[(1, 3, 3)])
+
+    def kept(score: str, *facts: MicrobatchFacts) -> list[list[bool]]:
+        step = Step(5, "sparse", elides=True, facts=list(facts))
+        settings = {"keep_ratio": 1.0, "visual_keep_ratio": 0.5, "budget": "per-sample", "length_multiple": 1}
+        Planner(ReGateConfig(**settings, visual_score=score), ALONE, 1).plan(step)
+        return [one.kept_mask().tolist() for one in step.plan.microbatches]
+
+    by_chance, spread = kept("random", unknown, known), kept("even", unknown, known)
+    assert by_chance[0] == spread[0] and by_chance[1] != spread[1] == kept("even", known)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------- which

@@ -133,6 +133,7 @@ def test_estimate_takes_rows_of_a_trace_and_knows_that_the_slowest_rank_decides(
         (("--length", 10, "--targets", 1, "--regate-recipe", "pictures"), "a row without --visual"),
         (("--length", 10, "--targets", 1, "--rank", 3), "--rank"),
         (("--lenght", 10, "--targets", 1), "--lenght; allowed "),
+        (("--length", 10, "--targets", 1, 300), "300; allowed "),
         (("--length", 10, "--targets", "x"), "argument --targets"),
         (("--length", 10, "--targets", 1, "--ranks", 0), "0"),
         (("--length", 10, "--regate-score", "other"), "other"),

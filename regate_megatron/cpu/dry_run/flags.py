@@ -12,7 +12,7 @@ from regate_megatron.config import ReGateConfig, flag
 from regate_megatron.cpu.dry_run import shrink
 from regate_megatron.cpu.dry_run.line import LaunchLine
 from regate_megatron.cpu.emulation.arguments import PRECISION, take_out, what_goes, without
-from regate_megatron.support.training import OVERLAP
+from regate_megatron.support import setting_of_flags, unproven
 
 SMALL_VOCABULARY = 127  # padded to 128; some versions count an end of document too
 _MULTIMODAL = ("--img-h", "--img-w", "--patch-dim", "--dataloader-seq-length")
@@ -54,8 +54,8 @@ def small_flags(
         small.said.insert(0, f"data-parallel-size {cluster_replicas} -> {replicas}")
     flags, went = take_out(line.flags, what_goes() | PRECISION, known)
     small.said += [f"{', '.join(dict.fromkeys(names))} taken out: {why}" for why, names in went.items()]
-    if config is not None and getattr(cluster, "tp_comm_overlap", False):
-        small.said.append(OVERLAP)
+    if config is not None:
+        small.said += _unproven(line, config)
     names = " ".join(shrink.DROPPED).split()
     flags = without(flags, [*names, *(f"{name}*" for name in names)], known)
     flags = _data(flags, line.flags, small.said)
@@ -106,6 +106,15 @@ def _fp8_multiple(line: LaunchLine) -> int:
 
     options = parser_of_megatron().parse_known_args(line.flags)[0]
     return get_fp8_align_size(options.fp8_recipe)
+
+
+def _unproven(line: LaunchLine, config: ReGateConfig) -> list[str]:
+    """What of the line as given no GPU has shown with ReGATE: it is taken out here."""
+    from regate_megatron.integrations.flags import run_of
+
+    options = parser_of_megatron().parse_known_args(line.flags)[0]
+    options.tp_comm_overlap |= "--decoder-tp-comm-overlap" in line.options  # pretrain_vlm.py's, of its language model
+    return unproven(setting_of_flags(run_of(options), config, line.script).model)
 
 
 def _regate(config: ReGateConfig, fp8_multiple: int) -> dict[str, Any]:

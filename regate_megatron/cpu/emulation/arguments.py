@@ -33,19 +33,24 @@ TAKEN_OUT = {
         --flash-attention-version --fused-residual-rmsnorm --high-priority-stream-groups --mla-down-proj-fusion
         --moe-grouped-gemm --recompute-modules=moe_act --moe-permute-fusion --moe-router-fusion
         --nccl-communicator-config-path --optimizer-cuda-graph --pipeline-model-parallel-comm-backend
-        --sharp-enabled-group --tp-comm-overlap* --use-flash-attn --use-nccl-ub --use-ring-exchange-p2p --use-sharp
+        --sharp-enabled-group --tp-comm-overlap* --decoder-tp-comm-overlap --use-flash-attn --use-nccl-ub
+        --use-ring-exchange-p2p --use-sharp
         --use-transformer-engine-op-fuser --disable-symmetric-registration
         --use-te-activation-func --te-rng-tracker --inference-rng-tracker --delay-wgrad-compute
         --moe-mlp-glu-interleave-size --moe-shared-expert-overlap
         --overlap-dispatch-backward-with-experts-wgrad --moe-single-grouped-weight --moe-single-grouped-bias
         --moe-use-grouped-tensor""",
-    _GPU: """--apply-layernorm-1p --use-precision-aware-optimizer --main-grads-dtype --main-params-dtype
+    _GPU: """--use-te --apply-layernorm-1p --use-precision-aware-optimizer --main-grads-dtype --main-params-dtype
         --exp-avg-dtype --exp-avg-sq-dtype --optimizer-cpu-offload --optimizer-offload-fraction
         --use-torch-optimizer-for-cpu-offload --overlap-cpu-optimizer-d2h-h2d
         --no-pin-cpu-grads --no-pin-cpu-params --log-max-attention-logit --qk-clip*
         --fine-grained-activation-offloading --offload-modules --moe-token-dispatcher-type=flex
-        --moe-enable-deepep --symmetric-ar-type --position-embedding-type=relative --moe-flex-dispatcher-backend""",
+        --moe-enable-deepep --symmetric-ar-type --position-embedding-type=relative --moe-flex-dispatcher-backend
+        --batch-invariant-mode --batch-invariant-backend --gpu-sniff-test-interval --record-memory-history
+        --memory-snapshot-path""",
 }
+# Options in these rows that scripts add to Megatron's parser: pretrain_vlm.py's and examples/multimodal's.
+OF_SCRIPTS = frozenset({"--decoder-tp-comm-overlap", "--use-te"})
 # The same for what an absent package does.
 OF_PACKAGES = {
     "emerging_optimizers": "--optimizer=muon --optimizer=dist_muon --optimizer=adaptive_muon --optimizer=soap "
@@ -100,7 +105,7 @@ def take_out(
         values = [name.split("=") for name in names.split() if "=" in name]
         result = []
         for name, words in split(kept, known):
-            if name in known and _is_named(name, known, plain):
+            if (name in known or name in OF_SCRIPTS) and _is_named(name, known, plain):
                 went.setdefault(reason, []).append(name)
                 continue
             for _, value in (pair for pair in values if pair[0] == name):

@@ -1,10 +1,11 @@
 """What Megatron itself needs on a CPU.
 
 Patched: ``WrappedTorchNorm.__new__``, the defaults of ``CLIPViTModel.__init__``, ``TENorm`` as the hybrid stack knows
-it, ``DotProductAttention`` (see :mod:`.attention`), what ``core.utils`` and ``llava_model`` ask of Transformer Engine,
-``state_dict`` and ``load_state_dict`` of ``DistributedOptimizer``, ``compile_helpers``, the default of
-``filesystem_async.get_write_results_queue`` and, where there is a megatron.training, its
-``initialize._warmup_jit_function`` and ``ArgumentGroupFactory._get_field_docstrings``.
+it, ``DotProductAttention`` (see :mod:`.attention`; and so that multi-latent attention can tell it the sizes of heads),
+what ``core.utils`` and ``llava_model`` ask of Transformer Engine, ``state_dict`` and ``load_state_dict`` of
+``DistributedOptimizer``, ``compile_helpers``, the default of ``filesystem_async.get_write_results_queue`` and, where
+there is a megatron.training, its ``initialize._warmup_jit_function`` and
+``ArgumentGroupFactory._get_field_docstrings``.
 """
 
 from __future__ import annotations
