@@ -127,7 +127,7 @@ def write_page(
             ),
             (
                 f"Words and patches: what a run kept that halves the pictures, too ({visual_last} iterations)",
-                "With --regate-visual-keep-ratio 0.5 --regate-visual-score detail. Veiled: the patch leaves "
+                "With --regate-visual-keep-ratio 0.5, evenly spread. Veiled: the patch leaves "
                 "the decoder after the first layer, as words struck through do; the tower sees them all. The run is "
                 "too short to have learned much, and so are the scores of its words.",
                 visual_captions,

@@ -84,7 +84,7 @@ ELISION_FLAGS = """
     --regate --regate-keep-ratio {keep_ratio} --regate-warmup-steps {warmup_steps}
     --regate-cycle-steps {cycle_steps} --regate-dense-steps {dense_steps} --regate-budget uniform
 """
-VISUAL_FLAGS = "--regate-visual-keep-ratio 0.5 --regate-visual-score detail"
+VISUAL_FLAGS = "--regate-visual-keep-ratio 0.5"
 
 
 class Demo:
