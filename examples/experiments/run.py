@@ -5,7 +5,7 @@
     python examples/experiments/run.py --arms dense,regate --seeds 1
     python examples/experiments/run.py --positions 144     pictures of 144 visual positions, in a folder of their own
     python examples/experiments/run.py --clips             clips of eight frames of 16 positions, likewise
-    python examples/experiments/run.py --photographs       photographs with human captions, 64 positions, likewise
+    python examples/experiments/run.py --photographs       photographs with human captions, likewise
     python examples/experiments/run.py --config examples/experiments/configs/h200.toml --all
 
 Everything is Megatron's own training loop on examples/demo/train.py, through the launcher:
