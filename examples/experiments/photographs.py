@@ -146,8 +146,8 @@ def describe(page: Page, photographs: list[Photograph]) -> tuple[str, str, list[
 
 
 def short_caption(page: Page, photographs: list[Photograph]) -> tuple[str, str, list[tuple[int, int]]]:
-    """The captions and the places alone."""
-    return ("Photographs:", *scenes.without_marks(told(page, photographs)))
+    """The captions, the places and the ground: a start that cannot read grounds learns to at a step of its own luck."""
+    return ("Photographs:", *scenes.without_marks(f"{told(page, photographs)} On *{page.ground}*."))
 
 
 def kind_of(word: str) -> int:
