@@ -46,6 +46,7 @@ class Case:
     Attributes:
         regate: settings; None for plain mcore-bridge.
         packs: whether rows are packed (``padding_free``).
+        fill: positions behind the samples of a packed row, in segments that context ranks cut.
         goes_on: the case whose first two steps it continues; None: it starts anew.
         is_still: whether weights stay as they are.
         adapts: whether adapters (LoRA) learn, and nothing else of the model.
@@ -54,6 +55,7 @@ class Case:
 
     regate: dict[str, Any] | None = None
     packs: bool = False
+    fill: int = 0
     goes_on: str | None = None
     is_still: bool = False
     adapts: bool = False
@@ -92,6 +94,9 @@ ON_CONTEXT_RANKS = {
     "cp2": Case(regate=EACH),
     "packed cp2": Case(regate=EACH, packs=True),
     "packed visual cp2": Case(regate=VISUAL, packs=True),
+    "filled plain cp2": Case(packs=True, fill=8),
+    "filled all kept cp2": Case(regate=ALL_KEPT, packs=True, fill=8),
+    "filled cp2": Case(regate=VISUAL, packs=True, fill=8),
     "lora cp2": Case(regate=VISUAL, adapts=True),
 }
 
@@ -119,10 +124,10 @@ class Rows:
         position = torch.stack([text, place, text, text]) if self.family.has_axes else text
         return {"input_ids": tokens, "labels": labels, "position_ids": position, "media": row}
 
-    def batch(self, indices: list[int], packs: bool, multiple: int = 1) -> dict[str, Any]:
+    def batch(self, indices: list[int], packs: bool, multiple: int = 1, fill: int = 0) -> dict[str, Any]:
         """What ms-swift's collator makes."""
         counted = [self.row(index) for index in indices]  # and then filled up
-        rows = [_filled(row, multiple) for row in counted]
+        rows = [_filled(row, multiple) for row in counted] + [_FILL] * (fill // multiple)
         lengths, media = [len(row["input_ids"]) for row in rows], [row["media"] for row in rows if row["media"]]
         most = 0 if packs else max(lengths)
         values = {
@@ -146,6 +151,11 @@ class Rows:
             causal_SS = torch.ones(most, most, dtype=torch.bool).tril()
             batch |= {"attention_mask_2d": real_BS.long(), "attention_mask": ~(causal_SS & real_BS[:, None])[:, None]}
         return batch | {name: torch.cat([one[name] for one in media]) for name in (media[0] if media else ())}
+
+
+_FILL = {"input_ids": torch.zeros(4).long(), "labels": torch.full((4,), -100), "media": None}
+_FILL |= {"position_ids": torch.arange(4).expand(4, -1)}
+"""What ms-swift fills a packed row up with, for two context ranks (``_data_collator``: ``extended_position_ids``)."""
 
 
 def _filled(row: dict[str, torch.Tensor], multiple: int) -> dict[str, torch.Tensor]:
@@ -237,7 +247,7 @@ class Training:
         losses = []
         for step in range(GONE_ON_AT if case.goes_on else 0, STEPS):
             model[0].zero_grad_buffer()
-            losses.append(self.step(schedule, model, rows, step, packs=case.packs))
+            losses.append(self.step(schedule, model, rows, step, packs=case.packs, fill=case.fill))
             with torch.no_grad():
                 for parameter in () if case.is_still else filter(_learns, model[0].parameters()):
                     parameter -= 0.5 * parameter.main_grad
@@ -252,12 +262,12 @@ class Training:
             detach(model)
         return found
 
-    def step(self, schedule: Any, model: list[Any], rows: Rows, step: int, *, packs: bool) -> float:
+    def step(self, schedule: Any, model: list[Any], rows: Rows, step: int, *, packs: bool, fill: int) -> float:
         """Two microbatches of the step, this replica's rows of them; the loss of all."""
         first, each = 4 * (step % 2), 2 // self.layout.dp
         own = 2 * parallel_state.get_data_parallel_rank() // self.layout.dp
         many = self.layout.multiple
-        batches = [rows.batch([first + at + own + one for one in range(each)], packs, many) for at in (0, 2)]
+        batches = [rows.batch([first + at + own + one for one in range(each)], packs, many, fill) for at in (0, 2)]
         return self.run(schedule, model, batches, packs=packs)
 
     def run(self, schedule: Any, model: list[Any], batches: list[dict[str, Any]], *, packs: bool = False) -> float:
