@@ -201,6 +201,10 @@ REFUSED = {
         {"args": {"dataloader_inter_document_masking": True}, "model": {"context_parallel_size": 2}},
         "given --dataloader-inter-document-masking with context parallelism",
     ),
+    "packed rows of pictures with sequence parallelism": (
+        {"args": {"packing_buffer_size": 8}, "model": {"sequence_parallel": True}},
+        "given --packing-buffer-size with sequence or context parallelism, where train.py forgets where samples start",
+    ),
     "hybrid context parallelism": ({"args": {"hybrid_context_parallel": True}}, "given --hybrid-context-parallel"),
     "adapters in the student as teacher": (
         {"config": {"score": "regate", "teacher_load": "student"}, "has_adapters": True},
@@ -277,7 +281,7 @@ def test_flags_that_refusals_name_are_megatron_s_own():
     assert {flag_of(name) for name in fields} - known - of_others == set()
     changes = [check_support(_setting(**options))[1].rpartition("; change ")[2] for options, _ in REFUSED.values()]
     named = {word for change in changes for word in re.findall(r"--[a-z0-9-]+", change)}
-    of_scripts = {"--use-packed-sequence", "--use-loss-scaling", "--spec"}
+    of_scripts = {"--use-packed-sequence", "--use-loss-scaling", "--spec", "--packing-buffer-size"}
     of_scripts |= {"--dataloader-inter-document-masking"}  # core 0.18 and 0.19
     ours = {"--regate", *(flag(one.name) for one in dataclasses.fields(ReGateConfig))}
     assert named - known - ours - of_scripts - of_others == set()

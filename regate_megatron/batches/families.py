@@ -15,6 +15,7 @@ from typing import Any
 
 from regate_megatron import compat
 from regate_megatron.batches import mcore_bridge
+from regate_megatron.batches.dynamic_pictures import Resolution
 from regate_megatron.batches.facts import BatchAdapter
 from regate_megatron.batches.gpt import GPTBatches
 from regate_megatron.batches.llava import LLaVABatches
@@ -24,6 +25,7 @@ from regate_megatron.batches.qwen_vl import QwenVLBatches
 from regate_megatron.batches.refusals import on_one_context_rank, refused_model
 from regate_megatron.batches.sample_key import BY_CONTENT, NamedSamples
 from regate_megatron.batches.sized_pictures import SizedPictures
+from regate_megatron.errors import ReGateError
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,40 @@ def _llava(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
         multiple=_llava_multiple(model),
         packs=_llava_packs(model, args),
         reads_position_ids=_reads_position_ids(model),
+        resolution=_llava_resolution(model),
     )
     return MultimodalBatches(merged, pad_token)
+
+
+def _llava_resolution(model: Any) -> Resolution | None:
+    """What a LLaVAModel of dynamic resolution makes of patches; None for one of another kind.
+
+    Raises:
+        ReGateError: the model cannot run it so, with ReGATE or without, or nobody has.
+    """
+    if not getattr(model, "dynamic_resolution", False):
+        if getattr(model, "_dynamic_resolution", False):  # Megatron-Core's head has a form of its own
+            raise _refused_resolution("in Megatron-Core 0.20", "0.18 or 0.19 (nobody has run the other form)")
+        return None
+    stages, frames = model.config.pipeline_model_parallel_size, model.temporal_patch_dim
+    merged = 4 if model._pixel_shuffle else 1
+    if frames > 1:
+        on_one_context_rank(model, f"LLaVAModel with temporal_patch_dim {frames}")
+        if not getattr(model, "_drop_vision_class_token", True):
+            raise _refused_resolution("with temporal_patch_dim and class tokens", "class tokens dropped")
+        return Resolution(merged, in_squares=True, frames=frames, length=model.img_seq_len)
+    if stages > 1:
+        why = "one: Megatron's last stage puts labels where pictures of one size would end"
+        raise _refused_resolution(f"on {stages} pipeline stages", why)
+    if not model._drop_vision_class_token:
+        why = "class tokens dropped: Megatron makes embeddings of them and counts none"
+        raise _refused_resolution("that keeps class tokens (drop_vision_class_token)", why)
+    return Resolution(merged)
+
+
+def _refused_resolution(given: str, allowed: str) -> ReGateError:
+    change = "that, or dynamic_resolution to False"
+    return refused_model(f"LLaVAModel of dynamic resolution {given}", allowed, change)
 
 
 def _llava_multiple(model: Any) -> int:

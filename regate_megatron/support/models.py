@@ -62,9 +62,9 @@ SUPPORTED = {
 }
 _UNTRIED = "nobody has run it with ReGATE"
 _BIASES = (
-    "its order of reading (pictures in both directions, windows that slide) is a table of attention biases for the full "
-    "row, which only a GPU kernel of Transformer Engine reads: nobody could run it shortened and compare. Train it "
-    "without ReGATE, or take qwen3_vl, qwen2_5_vl or mistral3"
+    "its order of reading (pictures in both directions, windows that slide) is a table of attention biases for the "
+    "full row, which only a GPU kernel of Transformer Engine reads: nobody could run it shortened and compare. Train "
+    "it without ReGATE, or take qwen3_vl, qwen2_5_vl or mistral3"
 )
 REFUSED = {
     "ernie4_5_moe_vl": "a mask of token kinds, global to its module, keeps the dense length",

@@ -9,7 +9,7 @@ from regate_megatron.config import STUDENT_AS_TEACHER, flag
 from regate_megatron.support.alignment import gathers_over_replicas
 from regate_megatron.support.setting import Fields, Found, Rule, Setting, flag_of, leave_out
 
-_PACKING_FLAGS = ("sft", "dataloader_inter_document_masking", "use_packed_sequence")
+_PACKING_FLAGS = ("sft", "dataloader_inter_document_masking", "use_packed_sequence", "packing_buffer_size")
 
 
 OVERLAP = (
@@ -52,6 +52,12 @@ def _packed_rows(setting: Setting) -> Any:
     if "dataloader_inter_document_masking" in names and setting.model.context_parallel_size > 1:
         given = "--dataloader-inter-document-masking with context parallelism"
         return Found(given, "--context-parallel-size to 1, or leave --dataloader-inter-document-masking out")
+    cuts = setting.model.context_parallel_size > 1 or setting.model.sequence_parallel
+    if "packing_buffer_size" in names and cuts:
+        given = "--packing-buffer-size with sequence or context parallelism, where train.py forgets where samples start"
+        return Found(
+            given, "the command: leave --packing-buffer-size out, or --sequence-parallel and context parallelism"
+        )
     if setting.model.apply_rope_fusion:
         return Found(f"{packs} with fused RoPE", f"the command: add --no-rope-fusion, or {out}")
     return None
@@ -154,8 +160,9 @@ TRAINING_RULES = (
     Rule(
         "packed rows",
         _packed_rows,
-        "--sft, --dataloader-inter-document-masking without context parallelism, --use-packed-sequence; unfused RoPE, "
-        "and with pipeline stages one row per microbatch",
+        "--sft, --dataloader-inter-document-masking without context parallelism, --use-packed-sequence, "
+        "--packing-buffer-size without sequence and context parallelism; unfused RoPE, and with pipeline stages one "
+        "row per microbatch",
         "the command: leave the flag out, add --no-rope-fusion, or set the size named to 1",
         "the kernels would read other positions or segments",
     ),
