@@ -321,7 +321,7 @@ def test_a_layout_too_large_for_here_runs_as_the_largest_of_the_same_kinds():
 @pytest.mark.parametrize(
     "flags",
     [
-        "--fp16 --no-rope-fusion",
+        "--fp16 --micro-batch-size 2",
         """--apply-layernorm-1p --use-precision-aware-optimizer --optimizer-cpu-offload --delay-wgrad-compute
         --fp8-format e4m3 --fp8-recipe mxfp8 --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag
         --overlap-grad-reduce --overlap-param-gather --log-progress""",
@@ -347,8 +347,6 @@ def test_what_is_right_on_a_gpu_is_not_blamed(flags):
             8,
             ["number of ranks: given 8; allowed a multiple of 32"],
         ),
-        (["--micro-batch-size", "2"], 8, ["fused RoPE: given fused RoPE with micro-batch size 2; .*--no-rope-fusion"]),
-        (["--sft"], 8, ["packed rows: given --sft with fused RoPE"]),
         (["--fp4-format", "e2m1"], 8, ["FP4: given fp4=e2m1"]),
         (["--skip-train"], 8, ["dry-run: given --skip-train: the line only evaluates"]),
         (
@@ -365,7 +363,7 @@ def test_what_is_right_on_a_gpu_is_not_blamed(flags):
         ),
         ([*SIZES, "--regate-dense-layers", "6"], 32, ["--regate-dense-layers: given 6 with 4 layers in the first pip"]),
     ],
-    ids="ranks least experts rows packed fp4 evaluation several dense-layers".split(),
+    ids="ranks least experts fp4 evaluation several dense-layers".split(),
 )
 def test_a_line_that_cannot_train_is_refused_with_all_that_is_wrong(flags, nproc, words):
     run = _dry_run(*MODEL, *REGATE, *flags, nproc=nproc)

@@ -118,10 +118,6 @@ REFUSED = {
         "given fine_grained_activation_offloading=True",
     ),
     "graphs of Transformer Engine": ({"model": {"external_cuda_graph": True}}, "given external_cuda_graph=True"),
-    "multimodal packing with fused rope": (
-        {"args": {"use_packed_sequence": True}, "model": {"apply_rope_fusion": True}},
-        "given --use-packed-sequence with fused RoPE",
-    ),
     "PyTorch's FSDP": ({"args": {"use_torch_fsdp2": True}}, "given --use-torch-fsdp2"),
     "no layer beside the embedding": (
         {
@@ -189,10 +185,6 @@ REFUSED = {
         {"model": {"tp_comm_overlap": True, "use_transformer_engine_op_fuser": True}},
         "given tp_comm_overlap=True with use_transformer_engine_op_fuser",
     ),
-    "packed rows with fused rope": (
-        {"args": {"sft": True}, "model": {"apply_rope_fusion": True}},
-        "given --sft with fused RoPE",
-    ),
     "packed rows of several with stages": (
         {"args": {"sft": True}, "model": {"pipeline_model_parallel_size": 2}, "micro_batch_size": 2},
         "given --sft with pipeline stages and micro-batch size 2",
@@ -212,10 +204,6 @@ REFUSED = {
     ),
     "loss scaled per turn": ({"args": {"use_loss_scaling": True}}, "given --use-loss-scaling"),
     "FSDP": ({"args": {"use_megatron_fsdp": True}}, "given --use-megatron-fsdp"),
-    "fused rope with two rows": (
-        {"model": {"apply_rope_fusion": True}, "micro_batch_size": 2},
-        "given fused RoPE with micro-batch size 2",
-    ),
 }
 
 
@@ -392,7 +380,6 @@ def test_layers_that_share_the_model_s_config_are_supported():
 
 PER_LAYER = {
     "a window": ({"window_size": (16, 0)}, {}, "window_size=(16, 0)"),
-    "fused rope": ({"apply_rope_fusion": True}, {"micro_batch_size": 2}, "fused RoPE with micro-batch size 2"),
     "expert capacity": ({"moe_expert_capacity_factor": 1.5}, {}, "moe_expert_capacity_factor=1.5"),
     "routing": ({"moe_router_load_balancing_type": "sinkhorn"}, {}, "sinkhorn"),
     "communication overlap": (

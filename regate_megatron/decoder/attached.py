@@ -18,6 +18,7 @@ from regate_megatron.decoder.exchange import Layout, ShardedPlan, shard_plans
 from regate_megatron.decoder.losses import LossHook
 from regate_megatron.decoder.overlap import overlapping, without_overlap
 from regate_megatron.decoder.pipeline import check_arguments, shapes_from
+from regate_megatron.decoder.rope_fusion import fusing, unfused
 from regate_megatron.errors import refuse
 from regate_megatron.method.plan import StepPlan
 
@@ -48,6 +49,7 @@ class Hooks:
         self.ahead: list[AheadHook] = []
         self._current = CurrentMicrobatch()
         self._overlapping: list[tuple[Any, str]] = []  # where short sequences would go through user buffers
+        self._fusing: list[Any] = []  # attentions of short layers whose kernel would count positions itself
 
     def attach(self) -> None:
         """Put them on."""
@@ -59,10 +61,11 @@ class Hooks:
             if getattr(model, "mtp_process", False):
                 self.ahead.append(AheadHook(model, self._current, self.decoders[-1], self.losses[-1]))
         self._overlapping = [switch for hook in self.decoders for switch in overlapping(hook.short_modules())]
+        self._fusing = [one for hook in self.decoders for one in fusing(hook.short_modules())]
 
     def detach(self) -> None:
         """Take them off again, last first."""
-        self._overlapping = []
+        self._overlapping, self._fusing = [], []
         for kind in (self.ahead, self.losses, self.decoders):
             while kind:
                 kind.pop().detach()
@@ -72,6 +75,9 @@ class Hooks:
         lines = [hook.describe() for hook in (*self.decoders, *self.losses, *self.ahead)]
         if count := len({id(module) for module, _ in self._overlapping}):
             lines.append(f"tensor-parallel communication overlap is off in sparse steps in {count} short modules")
+        if self._fusing:
+            rows = "where rows are packed, or several in a microbatch"
+            lines.append(f"fused RoPE is off in sparse steps in {len(self._fusing)} short attentions {rows}")
         return lines
 
     def check_rows(self, longest: int, *, is_packed: bool) -> None:
@@ -130,6 +136,8 @@ class Hooks:
         with contextlib.ExitStack() as stack:
             if plans:
                 stack.enter_context(without_overlap(self._overlapping))
+                if any(plan.is_packed or len(plan.keep_idx_BK) > 1 for plan in plans):
+                    stack.enter_context(unfused(self._fusing))
                 if self.has_pipeline:
                     arguments = stack.enter_context(shapes_from(plans, self.layout, len(self.models), arguments))
             return schedule(**arguments)

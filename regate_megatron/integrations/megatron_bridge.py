@@ -28,7 +28,6 @@ from regate_megatron.integrations.patching import patch, unpatch
 from regate_megatron.support import HostRun, folder_or_none
 from regate_megatron.support.bridge import check_settings
 
-_PACKS = ("enable_in_batch_packing", "enable_offline_packing", "packing_buffer_size")
 _PADS_ROWS = "megatron.bridge.models.qwen_vl.qwen3_vl_step"
 
 
@@ -136,6 +135,5 @@ def _run_of(state: Any, pad_token: int | None = None) -> HostRun:
         pad_token=pad_token,
         has_adapters=cfg.peft is not None,
         fsdp=f"dist.{fsdp[0]}" if fsdp else None,
-        packs_rows=next((f"dataset.{name}" for name in _PACKS if getattr(cfg.dataset, name, None)), None),
         document_masks="dataset.reset_attention_mask" if getattr(cfg.dataset, "reset_attention_mask", False) else None,
     )

@@ -17,6 +17,12 @@ OVERLAP = (
     " never run with ReGATE, for want of a GPU: compare a few steps with and without it first"
 )
 
+FUSED_ROPE = (
+    "fused RoPE: on in dense steps and layers, off where short rows are packed or several in a microbatch, as its"
+    " kernels take one row of positions; never run with ReGATE, for want of a GPU: compare a few steps with"
+    " --no-rope-fusion"
+)
+
 
 def _several_lengths(setting: Setting) -> Any:
     budget = setting.config.budget
@@ -41,8 +47,6 @@ def _packed_rows(setting: Setting) -> Any:
     packs = flag_of(names[0]) if names else None
     if setting.megatron_flag("hybrid_context_parallel"):
         return Found("--hybrid-context-parallel", leave_out(setting, "hybrid_context_parallel"))
-    if setting.run.packs_rows and setting.model.apply_rope_fusion:
-        return Found(f"{setting.run.packs_rows} with fused RoPE", "apply_rope_fusion of the model's config to False")
     if packs is None:
         return None
     out = f"leave {packs} out"
@@ -58,8 +62,6 @@ def _packed_rows(setting: Setting) -> Any:
         return Found(
             given, "the command: leave --packing-buffer-size out, or --sequence-parallel and context parallelism"
         )
-    if setting.model.apply_rope_fusion:
-        return Found(f"{packs} with fused RoPE", f"the command: add --no-rope-fusion, or {out}")
     return None
 
 
@@ -98,11 +100,6 @@ def _fused_overlap(setting: Setting) -> Any:
     if not (fuses and getattr(setting.model, "tp_comm_overlap", False)):
         return None
     return Found("tp_comm_overlap=True with use_transformer_engine_op_fuser", leave_out(setting, "tp_comm_overlap"))
-
-
-def _fused_rope(setting: Setting) -> Any:
-    rows = setting.micro_batch_size
-    return f"fused RoPE with micro-batch size {rows}" if setting.model.apply_rope_fusion and rows > 1 else None
 
 
 TRAINING_RULES = (
@@ -161,10 +158,9 @@ TRAINING_RULES = (
         "packed rows",
         _packed_rows,
         "--sft, --dataloader-inter-document-masking without context parallelism, --use-packed-sequence, "
-        "--packing-buffer-size without sequence and context parallelism; unfused RoPE, and with pipeline stages one "
-        "row per microbatch",
-        "the command: leave the flag out, add --no-rope-fusion, or set the size named to 1",
-        "the kernels would read other positions or segments",
+        "--packing-buffer-size without sequence and context parallelism; with pipeline stages one row per microbatch",
+        "the command: leave the flag out, or set the size named to 1",
+        "other segments would be read than the batch has",
     ),
     Rule(
         flag("teacher_load"),
@@ -188,13 +184,6 @@ TRAINING_RULES = (
         "the command: leave the flag out",
         "it gathers weights around module calls, and the decoder is called by ranges of layers",
     ),
-    Rule(
-        "fused RoPE",
-        _fused_rope,
-        "micro-batch size 1, or unfused RoPE",
-        "the command: add --no-rope-fusion, or set --micro-batch-size to 1",
-        "the fused kernel takes one row of positions",
-    ),
 )
 
 
@@ -209,6 +198,8 @@ def hints(setting: Setting) -> list[str]:
         )
     if getattr(setting.model, "tp_comm_overlap", False):
         lines.append(OVERLAP)
+    if setting.model.apply_rope_fusion and not setting.model.multi_latent_attention:
+        lines.append(FUSED_ROPE)
     if setting.model.context_parallel_size > 1 and not getattr(setting.model, "calculate_per_token_loss", False):
         lines.append(
             "context parallelism without --calculate-per-token-loss: each context rank divides its loss by its own"

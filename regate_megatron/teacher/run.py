@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 
 from regate_megatron.decoder import CurrentMicrobatch, DecoderHook, Layout, shard_plans
 from regate_megatron.decoder.cutting import places
+from regate_megatron.decoder.rope_fusion import fusing, unfused
 from regate_megatron.method.budget import align_up
 from regate_megatron.method.plan import MicrobatchPlan
 from regate_megatron.teacher.rows import TeacherRows
@@ -60,16 +61,18 @@ class TeacherRun:
         microbatches, num_rows = self._microbatches(request, micro_batch_size)
         iterators = [iter(microbatches) for _ in self.chunks]
         is_interleaved = self.config.virtual_pipeline_model_parallel_size is not None
-        outputs = self._schedule()(
-            forward_step_func=self._forward_step,
-            data_iterator=iterators if is_interleaved else iterators[0],
-            model=self.chunks,
-            num_microbatches=len(microbatches),
-            seq_length=request.token_NK.shape[1],
-            micro_batch_size=num_rows,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+        attentions = fusing(module for chunk in self.chunks for module in chunk.modules()) if num_rows > 1 else []
+        with unfused(attentions):
+            outputs = self._schedule()(
+                forward_step_func=self._forward_step,
+                data_iterator=iterators if is_interleaved else iterators[0],
+                model=self.chunks,
+                num_microbatches=len(microbatches),
+                seq_length=request.token_NK.shape[1],
+                micro_batch_size=num_rows,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
         if not self.chunks[-1].post_process:
             return []
         return list(torch.cat(outputs).float().cpu()[: len(request)])

@@ -38,7 +38,7 @@ from megatron.core.transformer.spec_utils import get_submodules
 from regate_megatron.compat import unwrap
 from regate_megatron.decoder.positions import layers_ahead
 from regate_megatron.method.budget import align_up
-from tests.multiprocess import dynamic
+from tests.multiprocess import dynamic, fused_rope
 from tests.multiprocess.ahead import forget_ahead
 from tests.multiprocess.cores import flat_rows, forget_router_metrics, own_part
 from tests.multiprocess.mimo import end_to_end, mimo_model, put_pictures
@@ -80,6 +80,8 @@ def build(case: dict) -> list[torch.nn.Module]:
         )
         for name, value in case.get("set", {}).items():  # what Megatron's scripts set on a finished config
             setattr(config, name, value)
+        if config.apply_rope_fusion:
+            fused_rope.install()
         make = {"llava": _llava, "hybrid": _hybrid, "qwen": _qwen, "mimo": _mimo}.get(case["model"], _gpt)
         chunks.append(make(config, case, first, last, vp_stage if virtual else None))
         if case.get("scaled"):

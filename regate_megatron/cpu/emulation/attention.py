@@ -82,8 +82,6 @@ def _hidden(num_queries: int, num_rows: int, mask: Tensor | None, mask_type: Any
     if is_thd:
         padded = params.cu_seqlens_q_padded if params.cu_seqlens_q_padded is not None else params.cu_seqlens_q
         segment_N = padded.diff().long()
-        if (behind := total - int(padded[-1])) > 0:  # what no segment holds: padding, which nobody reads
-            segment_N, real_N = (torch.cat([one_N, torch.tensor([behind])]) for one_N in (segment_N, real_N))
     cut = places(segment_N, cp_size=size)
     key_k = torch.cat([cut.positions_of(other) for other in range(size)])
     query_q = cut.positions_of(rank)
