@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -182,3 +183,23 @@ def test_a_model_that_cannot_run_it_is_refused_with_the_reason(own, words):
     with pytest.raises(ReGateError, match=words) as refusal:
         adapter_for(_llava(**own), None)
     assert refusal.value.everywhere
+
+
+def test_megatron_s_last_stage_puts_labels_where_pictures_of_one_size_would_end():
+    """Why pipeline stages are refused: it has no tower, and so takes pictures for tiles. Plain Megatron, too."""
+    core = pytest.importorskip("megatron.core.models.multimodal.llava_model", reason="megatron-core is not installed")
+    merge = core.LLaVAModel._preprocess_data
+    if "is_packed_dynamic_res" not in inspect.signature(merge).parameters:
+        pytest.skip("this version has no dynamic resolution, or another form of it")
+    facts, model = _adapter().read(TWO), SimpleNamespace(add_decoder=True, pre_process=False, post_process=True)
+    model.img_seq_len, model._language_max_sequence_length, model.context_parallel_lm = 3, 99, 1
+    model._language_is_pipeline_parallel, model.vision_model, model.sound_model = False, None, None
+
+    def loss_mask(tiles: list[int], *, is_packed_dynamic_res: bool) -> torch.Tensor:
+        rows, how = (TWO["tokens"], TWO["loss_mask"], TWO["labels"]), {"is_packed_dynamic_res": is_packed_dynamic_res}
+        return merge(model, None, None, *rows, False, None, V, torch.tensor(tiles).int(), **how)[2]
+
+    assert torch.equal(loss_mask([2, 6], is_packed_dynamic_res=True) > 0, facts.is_target_BS)
+    for tiles in ([1, 1], [2, 6]):  # whatever a script passes
+        found = loss_mask(tiles, is_packed_dynamic_res=False) > 0
+        assert found.shape != facts.is_target_BS.shape or not torch.equal(found, facts.is_target_BS)
