@@ -33,12 +33,14 @@ class Resolution:
         in_squares: whether these four are a square; else four in the order of the row.
         frames: frames that become one (``temporal_patch_dim``).
         length: positions of a placeholder where ``frames`` is above 1.
+        most_rows: rows of a microbatch with pictures, where Megatron-Core would give each the pictures of all.
     """
 
     merged: int = 1
     in_squares: bool = False
     frames: int = 1
     length: int | None = None
+    most_rows: int | None = None
 
 
 class DynamicPictures:

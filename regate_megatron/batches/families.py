@@ -93,27 +93,29 @@ def _llava(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
 def _llava_resolution(model: Any) -> Resolution | None:
     """What a LLaVAModel of dynamic resolution makes of patches; None for one of another kind.
 
+    Megatron-Core 0.18 and 0.19 have one form of it, the head (0.20) another.
+
     Raises:
         ReGateError: the model cannot run it so, with ReGATE or without, or nobody has.
     """
-    if not getattr(model, "dynamic_resolution", False):
-        if getattr(model, "_dynamic_resolution", False):  # Megatron-Core's head has a form of its own
-            raise _refused_resolution("in Megatron-Core 0.20", "0.18 or 0.19 (nobody has run the other form)")
+    is_head = getattr(model, "_dynamic_resolution", False)
+    if not is_head and not getattr(model, "dynamic_resolution", False):
         return None
-    stages, frames = model.config.pipeline_model_parallel_size, model.temporal_patch_dim
-    merged = 4 if model._pixel_shuffle else 1
+    stages, frames = model.config.pipeline_model_parallel_size, getattr(model, "temporal_patch_dim", 1)
+    merged, drops = 4 if model._pixel_shuffle else 1, getattr(model, "_drop_vision_class_token", True)
     if frames > 1:
         on_one_context_rank(model, f"LLaVAModel with temporal_patch_dim {frames}")
-        if not getattr(model, "_drop_vision_class_token", True):
-            raise _refused_resolution("with temporal_patch_dim and class tokens", "class tokens dropped")
-        return Resolution(merged, in_squares=True, frames=frames, length=model.img_seq_len)
-    if stages > 1:
-        why = "one: Megatron's last stage puts labels where pictures of one size would end"
+    elif stages > 1:
+        why = "one: Megatron's last stage has no tower to count positions by, and stops or puts labels elsewhere"
         raise _refused_resolution(f"on {stages} pipeline stages", why)
-    if not model._drop_vision_class_token:
+    if not drops:
         why = "class tokens dropped: Megatron makes embeddings of them and counts none"
         raise _refused_resolution("that keeps class tokens (drop_vision_class_token)", why)
-    return Resolution(merged)
+    if is_head and (model._conv_merging or model._max_num_tiles > 1):
+        raise _refused_resolution("with tiles or conv_merging", "neither (nobody has run it)")
+    if frames > 1:
+        return Resolution(merged, in_squares=True, frames=frames, length=model.img_seq_len)
+    return Resolution(merged, in_squares=is_head, most_rows=1 if is_head else None)
 
 
 def _refused_resolution(given: str, allowed: str) -> ReGateError:

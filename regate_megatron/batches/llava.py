@@ -172,6 +172,9 @@ class LLaVABatches(BatchAdapter):
         """
         count = int(is_image_BN.sum())
         if self.resolution is not None:
+            rows, most = len(is_image_BN), self.resolution.most_rows
+            if count and most and rows > most:
+                raise ValueError(f"imgs_sizes for {rows} rows, where this Megatron-Core counts all pictures in each")
             return DynamicPictures(batch, count, self.resolution)
         if batch.get("imgs_sizes") is not None:
             raise ValueError("imgs_sizes for a LLaVAModel that was not built with dynamic_resolution")

@@ -52,7 +52,7 @@ def put_pictures(batch: dict, start: int, case: dict, patch: int) -> None:
         batch |= {"imgs_sizes": patch * torch.tensor(sizes), "num_frames": torch.tensor(counts)}
 
 
-def forward_options(batch: dict, patch: int) -> dict:
+def forward_options(batch: dict, patch: int, frames: int) -> dict:
     """What a script gives the model beside pictures and text; the last of several stages reads ``num_image_tiles``."""
     sizes = batch["imgs_sizes"]
     length_F = (sizes // patch).prod(dim=1)
@@ -60,8 +60,8 @@ def forward_options(batch: dict, patch: int) -> dict:
     most = length_F.max().int()
     packing = PackedSeqParams("thd", ends, ends.clone(), max_seqlen_q=most, max_seqlen_kv=most.clone())
     tiles = torch.ones(int((batch["tokens"] == DEFAULT_IMAGE_TOKEN_INDEX).sum()), dtype=torch.int32)
-    options = {"imgs_sizes": sizes, "num_frames": batch["num_frames"].tolist(), "num_image_tiles": tiles}
-    return options | {"vision_packed_seq_params": packing}
+    options = {"imgs_sizes": sizes, "num_image_tiles": tiles, "vision_packed_seq_params": packing}
+    return options | ({"num_frames": batch["num_frames"].tolist()} if frames > 1 else {})
 
 
 def pack_entries(batch: dict, start: int, image_length: int) -> None:

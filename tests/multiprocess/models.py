@@ -326,7 +326,8 @@ class Step:
         if "image" in batch:
             entries = (batch[name] for name in ("image", "tokens", "position_ids"))
             options = {"num_image_tiles": batch.get("num_image_tiles"), "packed_seq_params": dynamic.packing_of(batch)}
-            options |= dynamic.forward_options(batch, PATCH) if "imgs_sizes" in batch else {}
+            if "imgs_sizes" in batch:
+                options |= dynamic.forward_options(batch, PATCH, getattr(unwrap(model), "temporal_patch_dim", 1))
             output, mask = model(*entries, None, batch["labels"], batch["loss_mask"], **options)
         elif "modality_inputs" in batch:
             names = ("position_ids", "labels", "loss_mask", "modality_inputs", "packing_kwargs")

@@ -139,6 +139,14 @@ def test_what_does_not_fit_together_is_said(how, change, words):
         _adapter(how).read(TWO | change)
 
 
+def test_rows_that_megatron_s_head_would_give_the_pictures_of_others_are_said():
+    alone = Resolution(in_squares=True, most_rows=1)
+    with pytest.raises(ValueError, match="imgs_sizes for 2 rows, where this Megatron-Core counts all pictures in each"):
+        _adapter(alone).read(TWO)
+    assert _adapter(alone).read(_batch([V, 5], sizes=[(1, 2)])).dense_length == 3
+    assert _adapter(alone).read(_batch([5, 6], [7, 8], sizes=[])).dense_length == 2
+
+
 def test_sizes_for_a_model_of_one_size_are_said():
     with pytest.raises(ValueError, match="imgs_sizes for a LLaVAModel that was not built with dynamic_resolution"):
         LLaVABatches(2, V, 99, False).read(TWO)
@@ -166,17 +174,20 @@ def test_a_model_says_what_it_makes_of_patches():
 
     assert resolution() == Resolution() and resolution(_pixel_shuffle=True) == Resolution(4)
     assert resolution(temporal_patch_dim=2, stages=2) == Resolution(1, in_squares=True, frames=2, length=4)
+    head = {"dynamic_resolution": False, "_dynamic_resolution": True, "_conv_merging": False, "_max_num_tiles": 0}
+    assert resolution(**head) == Resolution(1, in_squares=True, most_rows=1)
     assert resolution(dynamic_resolution=False) is None
 
 
 @pytest.mark.parametrize(
     ("own", "words"),
     [
-        ({"stages": 2}, "on 2 pipeline stages; allowed one: Megatron's last stage puts labels where"),
+        ({"stages": 2}, "on 2 pipeline stages; allowed one: Megatron's last stage has no tower to count"),
         ({"_drop_vision_class_token": False}, "keeps class tokens"),
-        ({"temporal_patch_dim": 2, "_drop_vision_class_token": False}, "temporal_patch_dim and class tokens"),
+        ({"temporal_patch_dim": 2, "_drop_vision_class_token": False}, "keeps class tokens"),
         ({"temporal_patch_dim": 2, "context": 2}, "temporal_patch_dim 2 on 2 context ranks"),
-        ({"dynamic_resolution": False, "_dynamic_resolution": True}, "Megatron-Core 0.20; allowed 0.18 or 0.19"),
+        ({"_dynamic_resolution": True, "_conv_merging": True, "_max_num_tiles": 0}, "with tiles or conv_merging"),
+        ({"_dynamic_resolution": True, "_conv_merging": False, "_max_num_tiles": 12}, "with tiles or conv_merging"),
     ],
 )
 def test_a_model_that_cannot_run_it_is_refused_with_the_reason(own, words):
