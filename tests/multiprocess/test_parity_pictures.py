@@ -34,6 +34,7 @@ ONE_RANK = [
     _sized("sized-cut", longest=30),
     _sized("sized-shuffled", shuffles=True),
     _sized("sized-by4", multiple=4),
+    *(_sized(f"sized-one-row{how}", shuffles=bool(how), rows=1) for how in ("", "-shuffled")),
     _tubelets("tubelets"),
     _tubelets("tubelets-shuffled", dynamic={"longest": 72, "frames": 2, "shuffles": True}),
     _packed("packed"),
