@@ -160,8 +160,10 @@ class LLaVABatches(BatchAdapter):
         if starts.ndim != 2 or len(starts) != 1 or len(place_BN) != 1:
             raise ValueError(f"cu_lengths {tuple(starts.shape)} for {len(place_BN)} rows, not one of each")
         begins = torch.cat([torch.zeros(1, dtype=torch.int64), place_BN[0] + 1])
-        if not bool(torch.isin(starts, begins).all()) or int(starts.max()) > length:
-            raise ValueError(f"cu_lengths {starts[0].tolist()} that are no starts of entries in {length} positions")
+        if int(starts.max()) > length:
+            raise ValueError(f"cu_lengths up to {int(starts.max())} in a row that the model cuts at {length} positions")
+        if not bool(torch.isin(starts, begins).all()):
+            raise ValueError(f"cu_lengths {starts[0].tolist()} that are no starts of text entries")
         return samples_of(torch.cat([starts, torch.tensor([[length]])], dim=1), length)
 
     def _pictures(self, batch: dict[str, Any], is_image_BN: Tensor) -> Pictures:

@@ -1,7 +1,7 @@
 """A LLaVAModel of dynamic resolution over a RADIO tower, and its batches: pictures of several sizes, clips, text alone.
 
-``case["dynamic"]`` says ``longest`` (positions of a merged row), and may say ``shuffles`` and ``frames``
-(``temporal_patch_dim``). With frames that become one, all pictures have one size, as Megatron asks.
+``case["longest"]`` says how long a merged row may be, ``case["dynamic"]`` whether it ``shuffles``, and how many
+``frames`` become one (``temporal_patch_dim``): then all pictures have one size, as Megatron asks.
 """
 
 from __future__ import annotations

@@ -118,8 +118,8 @@ def merged_length(case: dict) -> int:
     """Positions of a row inside the model; a LLaVAModel pads its own to what SP and CP cut."""
     if case["model"] != "llava":
         return TEXT
-    if "dynamic" in case:
-        return case["dynamic"]["longest"]
+    if "longest" in case:
+        return case["longest"]
     cp = case.get("cp", 1)
     visual = (case.get("side", IMAGE) // PATCH) ** 2 * max(case.get("tiles", [1]))
     return align_up(TEXT - 1 + visual, (2 * cp if cp > 1 else 1) * (case["tp"] if case.get("sp") else 1))

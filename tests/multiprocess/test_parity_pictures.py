@@ -12,13 +12,13 @@ pytest.importorskip("einops", reason="RADIO, the tower of dynamic resolution, ne
 
 def _sized(name: str, longest: int = 56, shuffles: bool = False, **options) -> dict:
     """Rows of up to 46 positions, of which 24 are visual."""
-    own = {"model": "llava", "dynamic": {"longest": longest, "shuffles": shuffles}, "budget": "per-sample"}
+    own = {"model": "llava", "longest": longest, "dynamic": {"shuffles": shuffles}, "budget": "per-sample"}
     return case(name, **own | {"visual_keep": 0.5, "visual_score": "detail"} | options)
 
 
 def _tubelets(name: str, **options) -> dict:
     """Two frames are one picture to the tower; one of three is alone with itself."""
-    own = {"model": "llava", "dynamic": {"longest": 72, "frames": 2}, "budget": "per-sample"}
+    own = {"model": "llava", "longest": 72, "dynamic": {"frames": 2}, "budget": "per-sample"}
     return case(name, **own | {"visual_keep": 0.5, "visual_score": "static"} | options)
 
 
@@ -36,7 +36,7 @@ ONE_RANK = [
     _sized("sized-by4", multiple=4),
     *(_sized(f"sized-one-row{how}", shuffles=bool(how), rows=1) for how in ("", "-shuffled")),
     _tubelets("tubelets"),
-    _tubelets("tubelets-shuffled", dynamic={"longest": 72, "frames": 2, "shuffles": True}),
+    _tubelets("tubelets-shuffled", dynamic={"frames": 2, "shuffles": True}),
     _packed("packed"),
     _packed("packed-n0-visual", dense_layers=0, visual_keep=0.5, visual_score="even"),
 ]

@@ -21,8 +21,8 @@ def _is_known(case: dict, checkout: Checkout) -> bool:
     """Whether this Megatron-Core runs the case at all.
 
     0.17 pads no LLaVA rows, and only some merge packed rows. Layers that predict ahead: 0.17 tells their experts of no
-    padding (refused), 0.18 cannot recompute them, 0.20 cannot build them without Transformer Engine. Pictures of dynamic
-    resolution: 0.17 has none, 0.20 no clips, and takes one row with pictures at a time.
+    padding (refused), 0.18 cannot recompute them, 0.20 cannot build them without Transformer Engine. Pictures of
+    dynamic resolution: 0.17 has none, 0.20 no clips, and takes one row with pictures at a time.
     """
     version = checkout.version
     if case.get("config", {}).get("mtp_num_layers"):
