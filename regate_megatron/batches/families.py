@@ -169,7 +169,8 @@ def _bridge_qwen3_vl(model: Any, pad_token: int | None, args: Any) -> BatchAdapt
 
 
 def _bridge_glm(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
-    on_one_context_rank(model, "GLM45VModel of Megatron-Bridge")
+    why = "as each would get the whole row with its own part of the rotary table, ReGATE or not"
+    on_one_context_rank(model, "GLM45VModel of Megatron-Bridge", why, "or take Qwen3-VL")
 
     def rope_index(tokens: Any, kinds: Any, image_grid: Any, video_grid: Any, *, attention_mask: Any, **_: Any) -> Any:
         is_real = (tokens != 0).long() if attention_mask is None else attention_mask  # what the model takes for padding

@@ -95,6 +95,14 @@ def test_a_row_that_context_ranks_cut_otherwise_than_plans_do_is_refused():
         assert isinstance(adapter_for(model, None), SwiftBatches)
 
 
+def test_experts_of_mcore_bridge_on_context_ranks_are_refused_with_the_reason():
+    model = _mcore()
+    model.config.num_moe_experts = 4
+    with pytest.raises(ReGateError, match="on 2 context ranks; allowed one, as mcore-bridge hands its experts") as no:
+        adapter_for(model, None)
+    assert no.value.everywhere
+
+
 def _llava(overlaps: bool, context: int = 1):
     model = _class("megatron.core.models.multimodal.llava_model.LLaVAModel")()
     model.img_seq_len, model.image_token_index, model._language_max_sequence_length = 4, -200, 12
