@@ -198,7 +198,7 @@ def hints(setting: Setting) -> list[str]:
         )
     if getattr(setting.model, "tp_comm_overlap", False):
         lines.append(OVERLAP)
-    if setting.model.apply_rope_fusion and not setting.model.multi_latent_attention:
+    if getattr(setting.model, "apply_rope_fusion", False) and not setting.model.multi_latent_attention:
         lines.append(FUSED_ROPE)
     if setting.model.context_parallel_size > 1 and not getattr(setting.model, "calculate_per_token_loss", False):
         lines.append(
