@@ -46,9 +46,10 @@ _CONTEXT = "test_context_ranks_keep_what_one_rank_keeps"
 _BASE = "test_the_frozen_base_with_its_adapters_off_is_the_teacher_of_its_checkpoint"
 
 
-def _mcore(name: str, cp2: str = "refused (nobody has run it)", *, experts: bool = False) -> tuple[str, ...]:
+def _mcore(name: str, *, experts: bool = False) -> tuple[str, ...]:
     ep2 = f"{_MCORE}test_expert_parallel_ranks_keep_the_same_positions[{name}]" if experts else NO_EXPERTS
     tp2, pp2, dp2 = (f"{_MCORE}{_LAYOUT}[{name}-{layout}]" for layout in ("tp2", "pp2", "dp2"))
+    cp2 = "refused (its own padding mask)" if experts else f"{_MCORE}{_CONTEXT}[{name}-"
     visual = f"{_MCORE}test_visual_positions_of_packed_rows_are_those_of_padded_rows[{name}]"
     ones = f"{_MCORE}{_ONE}[{name}-", f"{_MCORE}{_ORACLE}[{name}-"
     packed = f"{_MCORE}test_{_LIKE_PADDED}_rows_keep[{name}]"
@@ -106,7 +107,7 @@ ROWS = {
         *(f"{_Q3}test_half_of_the_visual_positions_are_kept[qwen3_moe]", f"{_Q3}{_SIX}[qwen3_moe]", NOT_RUN),
     ),
     ("GLM-4.5V", "Megatron-Bridge"): _bridge(
-        "glm", "glm", "refused (nobody has run it)", f"{_FAMILY}{_LAYOUT}[glm-dp2 ep2]"
+        "glm", "glm", "refused (Bridge cuts no row)", f"{_FAMILY}{_LAYOUT}[glm-dp2 ep2]"
     ),
     ("Ministral 3", "Megatron-Bridge"): _bridge(
         "ministral", "ministral_short", "refused (places per rank)", NO_EXPERTS
@@ -119,8 +120,8 @@ ROWS = {
         *(_MIMO_RESUMES, NOT_RUN),
     ),
     ("Qwen2-VL", "mcore-bridge (`attach`)"): _mcore("qwen2"),
-    ("Qwen2.5-VL", "mcore-bridge (`attach`)"): _mcore("qwen25", f"{_MCORE}{_CONTEXT}[qwen25-"),
-    ("Qwen3-VL", "mcore-bridge (`attach`)"): _mcore("qwen3", f"{_MCORE}{_CONTEXT}[qwen3-"),
+    ("Qwen2.5-VL", "mcore-bridge (`attach`)"): _mcore("qwen25"),
+    ("Qwen3-VL", "mcore-bridge (`attach`)"): _mcore("qwen3"),
     ("InternVL (Hugging Face's format) over Qwen2", "mcore-bridge (`attach`)"): _mcore("internvl"),
     ("InternVL (Hugging Face's format) over Qwen3", "mcore-bridge (`attach`)"): _mcore("internvl_qwen3"),
     ("InternVL 2.5 to 3.5 (own format; a test tower)", "mcore-bridge (`attach`)"): _mcore("internvl_chat"),

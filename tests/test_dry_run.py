@@ -322,7 +322,7 @@ def test_a_layout_too_large_for_here_runs_as_the_largest_of_the_same_kinds():
 @pytest.mark.parametrize(
     "flags",
     [
-        "--fp16 --no-rope-fusion",
+        "--fp16 --micro-batch-size 2",
         """--apply-layernorm-1p --use-precision-aware-optimizer --optimizer-cpu-offload --delay-wgrad-compute
         --fp8-format e4m3 --fp8-recipe mxfp8 --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag
         --overlap-grad-reduce --overlap-param-gather --log-progress""",
@@ -361,6 +361,17 @@ def test_what_no_gpu_has_shown_is_told_of_the_line_as_given(flags, said):
     assert kept == [*MODEL, *experts] and bool(went) == bool(flags)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [("--micro-batch-size 4", True), ("--sft", True), ("--micro-batch-size 4 --no-rope-fusion", False), ("", False)],
+)
+def test_fused_rope_is_told_of_where_rows_are_several_or_packed(flags, said):
+    pytest.importorskip("megatron.training", reason="megatron.training is not installed")
+    line = LaunchLine(SCRIPT, [*MODEL, *flags.split()], 8, None, 900.0)
+    found = _unproven(line, ReGateConfig(score="random"))
+    assert [text.partition(":")[0] for text in found] == ["fused RoPE"] * said
+
+
 def test_options_that_scripts_add_are_taken_out_where_they_need_a_gpu():
     pytest.importorskip("megatron.training", reason="megatron.training is not installed")
     kept, went = take_out("--use-te --img-h 32 --use-tiling".split(), what_goes(), options_of_megatron())
@@ -377,8 +388,6 @@ def test_options_that_scripts_add_are_taken_out_where_they_need_a_gpu():
             8,
             ["number of ranks: given 8; allowed a multiple of 32"],
         ),
-        (["--micro-batch-size", "2"], 8, ["fused RoPE: given fused RoPE with micro-batch size 2; .*--no-rope-fusion"]),
-        (["--sft"], 8, ["packed rows: given --sft with fused RoPE"]),
         (["--fp4-format", "e2m1"], 8, ["FP4: given fp4=e2m1"]),
         (["--skip-train"], 8, ["dry-run: given --skip-train: the line only evaluates"]),
         (
@@ -395,7 +404,7 @@ def test_options_that_scripts_add_are_taken_out_where_they_need_a_gpu():
         ),
         ([*SIZES, "--regate-dense-layers", "6"], 32, ["--regate-dense-layers: given 6 with 4 layers in the first pip"]),
     ],
-    ids="ranks least experts rows packed fp4 evaluation several dense-layers".split(),
+    ids="ranks least experts fp4 evaluation several dense-layers".split(),
 )
 def test_a_line_that_cannot_train_is_refused_with_all_that_is_wrong(flags, nproc, words):
     run = _dry_run(*MODEL, *REGATE, *flags, nproc=nproc)
@@ -435,4 +444,4 @@ def test_the_dry_run_imports_no_launcher():
         file for file in files if "__main__ import" in file.read_text() or "import __main__" in file.read_text()
     ] == []
     shared = (ROOT / "regate_megatron/cpu/launch.py").read_text()
-    assert "dry_run" not in shared
+    assert "import dry_run" not in shared and "dry_run import" not in shared

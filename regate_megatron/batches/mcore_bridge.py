@@ -39,8 +39,9 @@ def adapter_of(model: Any, pad_token: int | None, args: Any) -> SwiftBatches:
         kind = f"{kind} over {text}" if is_other else kind
         given, allowed = f"{type(model).__name__} of {kind}", ", ".join(KINDS) + " (no other was ever run)"
         raise refused_model(given, allowed, "the model, or train it without ReGATE")
-    if kind not in CONTEXT:
-        on_one_context_rank(model, f"{type(model).__name__} of {kind}")
+    if getattr(model.config, "num_moe_experts", None):
+        why = "as mcore-bridge hands its experts a padding mask of the dense row"
+        on_one_context_rank(model, f"{type(model).__name__} of {kind}", why)
     cut = getattr(model.config, "cp_partition_mode", "zigzag")
     if cut != "zigzag":
         on_one_context_rank(
@@ -85,10 +86,6 @@ KINDS: dict[str, Callable[[Any], SwiftBatches]] = {
     "glm4v": _grids,
     "glm4v_moe": _grids,
 }
-
-
-CONTEXT = ("qwen2_5_vl", "qwen3_vl")
-"""The kinds that were run with context parallelism."""
 
 
 def _tile_grids(side: int, batch: dict[str, Any]) -> dict[str, Tensor]:

@@ -197,19 +197,8 @@ class DecoderHook:
         if arguments.get("attention_mask") is not None:
             arguments["attention_mask"] = _short_mask(arguments["attention_mask"], plan)
         if arguments.get("packed_seq_params") is not None:
-            self._check_rope(plan)
             arguments["packed_seq_params"] = _short_packing(arguments["packed_seq_params"], plan)
         return arguments
-
-    def _check_rope(self, plan: ShardedPlan) -> None:
-        """Refuse a fused kernel that would count the positions of each segment anew, where no rule could know of it."""
-        if plan.is_packed and self.block.config.apply_rope_fusion and not self.positions.handed:
-            raise refuse(
-                "fused RoPE",
-                given="packed rows, whose positions have gaps",
-                allowed="unfused RoPE",
-                change="apply_rope_fusion of the model's config to False",
-            )
 
 
 def check_length(what: str, found: int, planned: int) -> None:

@@ -69,8 +69,9 @@ _OVER = {
 }
 _UNTRIED = "nobody has run it with ReGATE"
 _BIASES = (
-    "all order is in attention biases (pictures are read in both directions, windows slide), which only Transformer "
-    "Engine's fused kernel takes, and a teacher of text would read without them, its own targets too"
+    "its order of reading (pictures in both directions, windows that slide) is a table of attention biases for the "
+    "full row, which only a GPU kernel of Transformer Engine reads: nobody could run it shortened and compare. Train "
+    "it without ReGATE, or take qwen3_vl, qwen2_5_vl or mistral3"
 )
 REFUSED = {
     "ernie4_5_moe_vl": "a mask of token kinds, global to its module, keeps the dense length",

@@ -13,7 +13,8 @@ pytestmark = [pytest.mark.full, pytest.mark.skipif(bool(missing("mcore_bridge"))
 # Visual positions of a row with a picture.
 MODELS = {"qwen2": 6, "qwen25": 6, "qwen3": 6, "internvl": 8, "internvl_qwen3": 8, "internvl_chat": 8}
 MODELS |= {"llava_onevision": 6, "glm4v": 6, "glm4v_moe": 6}
-WITH_EXPERTS, WITH_CONTEXT = ("glm4v_moe",), ("qwen25", "qwen3")
+WITH_EXPERTS, FIRST = ("glm4v_moe",), ("qwen25", "qwen3")
+ON_CONTEXT_RANKS = [model for model in MODELS if model not in WITH_EXPERTS]
 TRAIN_ALIKE = [model for model in MODELS if model not in ("qwen3", "glm4v_moe")]
 
 
@@ -151,26 +152,38 @@ def test_rows_whose_length_would_change_the_frequencies_are_refused(swift):
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3])
-@pytest.mark.parametrize("model", WITH_CONTEXT)
+@pytest.mark.parametrize("model", ON_CONTEXT_RANKS)
 def test_on_two_context_ranks_a_sparse_step_is_the_masked_full_length_step(swift, model, layers):
     result = swift[f"{model} exact cp2"][str(layers)]
     assert result["kept"] < result["dense"]
     assert result["loss_error"] <= 1e-6 and result["gradient_error"] <= 1e-5, result
 
 
-@pytest.mark.parametrize("model", WITH_CONTEXT)
+@pytest.mark.parametrize("model", ON_CONTEXT_RANKS)
 def test_on_two_context_ranks_keep_ratio_1_trains_bit_for_bit_as_without(swift, model):
     assert swift[f"{model} cp2 all kept"]["losses"] == swift[f"{model} cp2 plain"]["losses"]
 
 
+@pytest.mark.parametrize("model", FIRST)
+def test_on_two_context_ranks_keep_ratio_1_trains_filled_rows_bit_for_bit_as_without(swift, model):
+    assert swift[f"{model} filled all kept cp2"]["losses"] == swift[f"{model} filled plain cp2"]["losses"]
+
+
+CONTEXT = {"cp2": "regate", "packed cp2": "regate", "packed visual cp2": "visual", "lora cp2": "lora visual"}
+CONTEXT |= {"filled cp2": "visual"}
+EVERYWHERE = "packed visual cp2"
+
+
 @pytest.mark.parametrize(
-    ("layout", "like"),
-    [("cp2", "regate"), ("packed cp2", "regate"), ("packed visual cp2", "visual"), ("lora cp2", "lora visual")],
+    ("model", "layout"), [(m, to) for m in ON_CONTEXT_RANKS for to in CONTEXT if m in FIRST or to == EVERYWHERE]
 )
-@pytest.mark.parametrize("model", WITH_CONTEXT)
-def test_context_ranks_keep_what_one_rank_keeps(swift, model, layout, like):
-    """Rows of 15 get one position of fill there, which no attention mask tells from text: it runs."""
-    kept = from_their_start(swift.kept(f"{model} {layout}"))
+def test_context_ranks_keep_what_one_rank_keeps(swift, model, layout):
+    """Rows of 15 get one position of fill there, which no attention mask tells from text: it runs.
+
+    What fills a packed row behind its samples is samples of which nothing runs.
+    """
+    like = CONTEXT[layout]
+    kept = {at: own for at, own in from_their_start(swift.kept(f"{model} {layout}")).items() if own}
     assert {at: own[:-1] if own[-1] == 15 else own for at, own in kept.items()} == swift.kept(f"{model} {like}")
     assert swift[f"{model} {layout}"]["losses"] == pytest.approx(swift[f"{model} {like}"]["losses"], rel=1e-5)
 

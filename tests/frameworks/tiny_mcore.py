@@ -110,7 +110,7 @@ class Family:
         kind: mcore-bridge's name of it, where the model type does not tell.
         has_axes: whether positions have three axes (mRoPE).
         has_experts: whether layers have experts.
-        has_context: whether it is run with context parallelism.
+        is_first: whether all is run with context parallelism; else what differs between families.
         trains_alike: whether it trains in TP2 as on one rank; False: it does not without ReGATE either.
     """
 
@@ -121,14 +121,14 @@ class Family:
     kind: str | None = None
     has_axes: bool = True
     has_experts: bool = False
-    has_context: bool = False
+    is_first: bool = False
     trains_alike: bool = True
 
 
 _TILES = {"picture": _two_tiles, "visual": 8, "has_axes": False}
 FAMILIES = {
-    "qwen25": Family(_qwen("qwen2_5_vl"), has_context=True),
-    "qwen3": Family(_qwen("qwen3_vl"), has_context=True, trains_alike=False),
+    "qwen25": Family(_qwen("qwen2_5_vl"), is_first=True),
+    "qwen3": Family(_qwen("qwen3_vl"), is_first=True, trains_alike=False),
     "qwen2": Family(
         _saved(
             Qwen2VLConfig,

@@ -9,7 +9,7 @@ import torch
 
 from regate_megatron.batches import FAMILIES, GPTBatches, QwenVLBatches, SwiftBatches, adapter_for
 from regate_megatron.errors import ReGateError
-from regate_megatron.support.bridge import REFUSED, check_settings
+from regate_megatron.support.bridge import check_settings
 
 
 def _class(qualified: str, *bases: type, **members) -> type:
@@ -95,6 +95,14 @@ def test_a_row_that_context_ranks_cut_otherwise_than_plans_do_is_refused():
         assert isinstance(adapter_for(model, None), SwiftBatches)
 
 
+def test_experts_of_mcore_bridge_on_context_ranks_are_refused_with_the_reason():
+    model = _mcore()
+    model.config.num_moe_experts = 4
+    with pytest.raises(ReGateError, match="on 2 context ranks; allowed one, as mcore-bridge hands its experts") as no:
+        adapter_for(model, None)
+    assert no.value.everywhere
+
+
 def _llava(overlaps: bool, context: int = 1):
     model = _class("megatron.core.models.multimodal.llava_model.LLaVAModel")()
     model.img_seq_len, model.image_token_index, model._language_max_sequence_length = 4, -200, 12
@@ -139,30 +147,21 @@ def test_every_row_names_a_class_by_its_module():
 
 def _bridge(**settings):
     rooms = {"dist": SimpleNamespace(), "dataset": SimpleNamespace()}
-    for name in REFUSED:
-        room, field = name.split(".")
-        setattr(rooms[room], field, None)
     for name, value in settings.items():
         room, field = name.split("__")
         setattr(rooms[room], field, value)
     return SimpleNamespace(**rooms)
 
 
-@pytest.mark.parametrize(
-    ("settings", "line"),
-    [
-        ({"dataset__packing_buffer_size": 32}, "given dataset.packing_buffer_size=32; allowed it off"),
-        ({"dist__use_decentralized_pg": True}, "given dist.use_decentralized_pg=True; allowed it off"),
-    ],
-)
-def test_settings_of_bridge_that_pack_rows_are_refused_before_step_0(settings, line):
+def test_settings_of_bridge_under_which_groups_are_its_own_are_refused_before_step_0():
     with pytest.raises(ReGateError) as refusal:
-        check_settings(_bridge(**settings))
-    name = next(iter(settings)).replace("__", ".")
-    assert line in str(refusal.value) and f"; change {name} to " in str(refusal.value) and refusal.value.everywhere
+        check_settings(_bridge(dist__use_decentralized_pg=True))
+    line = "given dist.use_decentralized_pg=True; allowed it off"
+    assert line in str(refusal.value) and "; change dist.use_decentralized_pg to " in str(refusal.value)
+    assert refusal.value.everywhere
 
 
-@pytest.mark.parametrize("value", [None, 0])
-def test_settings_of_bridge_that_pack_nothing_pass(value):
-    check_settings(_bridge(dataset__packing_buffer_size=value))
-    check_settings(SimpleNamespace(dist=SimpleNamespace(), dataset=SimpleNamespace()))  # datasets without the field
+@pytest.mark.parametrize("value", [None, False])
+def test_settings_of_bridge_that_leave_groups_alone_pass(value):
+    check_settings(_bridge(dist__use_decentralized_pg=value, dataset__packing_buffer_size=32))
+    check_settings(_bridge())  # versions without the field
