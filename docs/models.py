@@ -46,9 +46,10 @@ _CONTEXT = "test_context_ranks_keep_what_one_rank_keeps"
 _BASE = "test_the_frozen_base_with_its_adapters_off_is_the_teacher_of_its_checkpoint"
 
 
-def _mcore(name: str, cp2: str = "refused (nobody has run it)", *, experts: bool = False) -> tuple[str, ...]:
+def _mcore(name: str, *, experts: bool = False) -> tuple[str, ...]:
     ep2 = f"{_MCORE}test_expert_parallel_ranks_keep_the_same_positions[{name}]" if experts else NO_EXPERTS
     tp2, pp2, dp2 = (f"{_MCORE}{_LAYOUT}[{name}-{layout}]" for layout in ("tp2", "pp2", "dp2"))
+    cp2 = f"{_MCORE}{_CONTEXT}[{name}-"
     visual = f"{_MCORE}test_visual_positions_of_packed_rows_are_those_of_padded_rows[{name}]"
     ones = f"{_MCORE}{_ONE}[{name}-", f"{_MCORE}{_ORACLE}[{name}-"
     packed = f"{_MCORE}test_{_LIKE_PADDED}_rows_keep[{name}]"
@@ -65,13 +66,14 @@ def _swift(name: str, packed: str) -> tuple[str, ...]:
     return (*ones, tp2, pp2, NOT_RUN, NO_EXPERTS, dp2, _SWIFT + packed, visual, full, lora)
 
 
-def _bridge(name: str, packed: str, cp2: str, ep2: str) -> tuple[str, ...]:
+def _bridge(name: str, packed: str, ep2: str) -> tuple[str, ...]:
     """A family of test_bridge_families.py."""
     layouts = [f"{_FAMILY}{_LAYOUT}[{name}-{layout}]" for layout in ("tp2", "tp2 pp2", "dp2")]
     visual = f"{_FAMILY}test_visual_positions_of_packed_rows_are_those_of_padded_rows[{packed}]"
     ones = f"{_FAMILY}{_ONE}[{name}]", f"{_FAMILY}{_ORACLE}[{name}-"
     rows = f"{_FAMILY}test_{_LIKE_PADDED}_rows_keep[{packed}-"
-    return (*ones, *layouts[:2], cp2, ep2, layouts[2], rows, visual, f"{_FAMILY}{_SIX}[{name}]", NOT_RUN)
+    resume, lora = f"{_FAMILY}{_SIX}[{name}]", f"{_FAMILY}{_BASE}[{name}]"
+    return (*ones, *layouts[:2], BROKEN, ep2, layouts[2], rows, visual, resume, lora)
 
 
 _MIMO_LAYOUT = f"{_MIMO}test_layout_keeps_the_positions_of_one_rank_and_is_exact"
@@ -97,20 +99,16 @@ ROWS = {
         *(
             f"{_Q3}test_keep_ratio_1_with_experts",
             f"{_Q3}{_ORACLE}[qwen3_moe-",
-            f"{_Q3}{_EXPERTS}[tp2]",
-            NOT_RUN,
-            NOT_RUN,
+            f"{_Q3}{_EXPERTS}[tp2-",
+            f"{_Q3}{_EXPERTS}[tp2 pp2-",
+            f"{_Q3}test_context_ranks_of_experts_keep_what_one_rank_keeps",
         ),
-        *(f"{_Q3}{_EXPERTS}[dp2 ep2]",),
-        *(f"{_Q3}{_EXPERTS}[dp2]", f"{_Q3}test_packed_experts_keep"),
-        *(f"{_Q3}test_half_of_the_visual_positions_are_kept[qwen3_moe]", f"{_Q3}{_SIX}[qwen3_moe]", NOT_RUN),
+        *(f"{_Q3}{_EXPERTS}[dp2 ep2-",),
+        *(f"{_Q3}{_EXPERTS}[dp2-", f"{_Q3}test_packed_experts_keep"),
+        *(f"{_Q3}test_half_of_the_visual_positions_are_kept[qwen3_moe]", f"{_Q3}{_SIX}[qwen3_moe]", _Q3 + _BASE),
     ),
-    ("GLM-4.5V", "Megatron-Bridge"): _bridge(
-        "glm", "glm", "refused (nobody has run it)", f"{_FAMILY}{_LAYOUT}[glm-dp2 ep2]"
-    ),
-    ("Ministral 3", "Megatron-Bridge"): _bridge(
-        "ministral", "ministral_short", "refused (places per rank)", NO_EXPERTS
-    ),
+    ("GLM-4.5V", "Megatron-Bridge"): _bridge("glm", "glm", f"{_FAMILY}{_LAYOUT}[glm-dp2 ep2]"),
+    ("Ministral 3", "Megatron-Bridge"): _bridge("ministral", "ministral_short", NO_EXPERTS),
     ("LLaVA", "MIMO of Megatron-LM (`attach`)"): (
         *(f"{_BITS}test_steps_of_mimo_at_keep_ratio_one", f"{_MIMO}test_sparse_step_equals_masked_dense_step["),
         *(f"{_MIMO_LAYOUT}[targets-n1@tp2-sp]", "refused (MIMO has none on shared ranks)"),
@@ -119,14 +117,15 @@ ROWS = {
         *(_MIMO_RESUMES, NOT_RUN),
     ),
     ("Qwen2-VL", "mcore-bridge (`attach`)"): _mcore("qwen2"),
-    ("Qwen2.5-VL", "mcore-bridge (`attach`)"): _mcore("qwen25", f"{_MCORE}{_CONTEXT}[qwen25-"),
-    ("Qwen3-VL", "mcore-bridge (`attach`)"): _mcore("qwen3", f"{_MCORE}{_CONTEXT}[qwen3-"),
+    ("Qwen2.5-VL", "mcore-bridge (`attach`)"): _mcore("qwen25"),
+    ("Qwen3-VL", "mcore-bridge (`attach`)"): _mcore("qwen3"),
     ("InternVL (Hugging Face's format) over Qwen2", "mcore-bridge (`attach`)"): _mcore("internvl"),
     ("InternVL (Hugging Face's format) over Qwen3", "mcore-bridge (`attach`)"): _mcore("internvl_qwen3"),
     ("InternVL 2.5 to 3.5 (own format; a test tower)", "mcore-bridge (`attach`)"): _mcore("internvl_chat"),
     ("LLaVA-OneVision 1.5 (a test tower)", "mcore-bridge (`attach`)"): _mcore("llava_onevision"),
     ("GLM-4V, GLM-4.1V", "mcore-bridge (`attach`)"): _mcore("glm4v"),
     ("GLM-4.5V", "mcore-bridge (`attach`)"): _mcore("glm4v_moe", experts=True),
+    ("Kimi-VL (a test tower)", "mcore-bridge (`attach`)"): _mcore("kimi", experts=True),
     ("Qwen2.5-VL", "ms-swift's command line"): _swift("qwen25", "test_padded_rows_keep_what_packed_ones_keep"),
     ("Qwen3-VL", "ms-swift's command line"): _swift("qwen3", "test_sparse_steps_run_shorter[qwen3 full]"),
 }
@@ -155,10 +154,10 @@ bit. Adapters of mcore-bridge (peft's) hold the other columns, too, on layers, e
 routers train otherwise than on one rank, without ReGATE, too: {routers}); ms-swift's command line trains and resumes
 them.
 
-Not ours: Qwen2.5-VL of Megatron-Bridge under context parallelism gives every rank the whole row with its own part of
-the rotary table, and fails: {qwen25_cp}. Qwen3-VL of mcore-bridge fails there in rows that are padded, several to a
-microbatch, with pictures in others than the first: take packed rows. Without context parallelism it adds features of
-one picture to another there: {qwen3_padded}.
+Not ours: under context parallelism Qwen2.5-VL and GLM-4.5V of Megatron-Bridge give every rank the whole row with its
+own part of the rotary table, and fail: {qwen25_cp}, {glm_cp}; Ministral 3 counts places from 0 on each: {ministral_cp}.
+Qwen3-VL of mcore-bridge fails there in rows that are padded, several to a microbatch, with pictures in others than the
+first: take packed rows. Without context parallelism it adds features of one picture to another there: {qwen3_padded}.
 
 Nor is this: Qwen3-VL of Megatron-Bridge, in TP2 with Megatron's own layers in it, trains otherwise than on one rank,
 without ReGATE as with it (losses 1e-3 apart from the second step on;
@@ -194,6 +193,8 @@ def main(file: str) -> int:
     upstream = cell(f"{_Q3}test_dense_steps_in_tp2")
     routers = cell(f"{_MCORE}test_adapters_of_routers_train_otherwise_in_tp2_without_regate")
     not_ours = {"qwen25_cp": broken, "qwen3_padded": padded, "upstream": upstream, "routers": routers}
+    not_ours["glm_cp"] = cell(f"{_FAMILY}test_plain_bridge_itself_cannot_run_glm_on_two_context_ranks")
+    not_ours["ministral_cp"] = cell(f"{_FAMILY}test_plain_bridge_itself_scales_queries_of_ministral")
     tail = TAIL.format(**not_ours, refused=refused)
     if wrong:
         print("\n".join(wrong), file=sys.stderr)

@@ -100,6 +100,11 @@ class DecoderHook:
         return (one for one in self.model.modules() if id(one) not in dense)
 
     @property
+    def moves_tokens(self) -> bool:
+        """Whether the chunk gets something with every microbatch that lies along the tokens, as labels do."""
+        return self.positions.is_dense_given or self.experts.moves_mask
+
+    @property
     def comes_back(self) -> bool:
         """Whether the last layers see every position again."""
         return self.num_dense_last > 0
@@ -107,7 +112,7 @@ class DecoderHook:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's forward; short after the dense layers when the current plan says so."""
         plan, watch = self.current.plan, self.current.watch if self.compacts else None
-        self.experts.check(kwargs.get("padding_mask"))
+        self.experts.check(kwargs.get("padding_mask"), kwargs.get("hidden_states", args[0] if args else None))
         if plan is None and watch is None:
             return self._forward(self.block, *args, **kwargs)
         arguments = self._signature.bind(self.block, *args, **kwargs).arguments

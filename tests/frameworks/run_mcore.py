@@ -155,7 +155,8 @@ def _filled(row: dict[str, torch.Tensor], multiple: int) -> dict[str, torch.Tens
         return row
     after = row["position_ids"].amax() + 1 + torch.arange(missing)
     filled = {name: torch.nn.functional.pad(row[name], (0, missing), value=v) for name, v in FILLS.items()}
-    return row | filled | {"position_ids": torch.cat([row["position_ids"], after.expand(4, -1)], dim=1)}
+    place = torch.cat([row["position_ids"], after.expand(*row["position_ids"].shape[:-1], -1)], dim=-1)
+    return row | filled | {"position_ids": place}
 
 
 def forward_step(iterator: Any, model: Any, *, packs: bool) -> Any:
@@ -336,8 +337,7 @@ def main(folder: str, *names: str) -> int:
         for layout in LAYOUTS | (OF_EXPERTS if family.has_experts else {}):
             work = partial(on_ranks, name, family, layout, here)
             failed += not run(f"{name} {layout}", 2, here / f"{name} {layout}.log", work)
-        if family.has_context:
-            failed += not run(f"{name} cp2", 2, here / f"{name} cp2.log", partial(on_context_ranks, name, family, here))
+        failed += not run(f"{name} cp2", 2, here / f"{name} cp2.log", partial(on_context_ranks, name, family, here))
     tiny_mcore.TOO_LONG.write(here / "too long")
     return failed + (not run("too long", 1, here / "too long.log", partial(too_long, here)))
 

@@ -3,7 +3,7 @@
 Every picture is given as ms-swift's template of the family gives it. Vocabulary, placeholders and positions are the
 tests' own; models read ids.
 
-Two families bring their tower, and classes of configurations, as code in their folder on the Hugging Face hub. That
+Three families bring their tower, and classes of configurations, as code in their folder on the Hugging Face hub. That
 code is not ours to copy: in its place lie files of ``hub_code``, with a small tower behind the same names.
 """
 
@@ -98,6 +98,10 @@ def _two_tiles(generator: torch.Generator) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(2, 3, TILE, TILE, generator=generator)}
 
 
+def _row_by_row(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.randn(24, 3, 14, 14, generator=generator), "image_grid_hws": torch.tensor([GRID[1:]])}
+
+
 @dataclass(frozen=True)
 class Family:
     """A family.
@@ -110,7 +114,6 @@ class Family:
         kind: mcore-bridge's name of it, where the model type does not tell.
         has_axes: whether positions have three axes (mRoPE).
         has_experts: whether layers have experts.
-        has_context: whether it is run with context parallelism.
         trains_alike: whether it trains in TP2 as on one rank; False: it does not without ReGATE either.
     """
 
@@ -121,14 +124,13 @@ class Family:
     kind: str | None = None
     has_axes: bool = True
     has_experts: bool = False
-    has_context: bool = False
     trains_alike: bool = True
 
 
 _TILES = {"picture": _two_tiles, "visual": 8, "has_axes": False}
 FAMILIES = {
-    "qwen25": Family(_qwen("qwen2_5_vl"), has_context=True),
-    "qwen3": Family(_qwen("qwen3_vl"), has_context=True, trains_alike=False),
+    "qwen25": Family(_qwen("qwen2_5_vl")),
+    "qwen3": Family(_qwen("qwen3_vl"), trains_alike=False),
     "qwen2": Family(
         _saved(
             Qwen2VLConfig,
@@ -159,6 +161,28 @@ FAMILIES = {
     "glm4v": Family(_glm(Glm4vConfig)),
     "glm4v_moe": Family(
         _glm(Glm4vMoeConfig, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, **_EXPERTS),
+        has_experts=True,
+        trains_alike=False,
+    ),
+    # Latent attention without a query's own latent, a dense layer, then experts, as Kimi-VL-A3B has them.
+    "kimi": Family(
+        _from_hub(
+            "modeling_kimi_vl",
+            "KimiVLConfig",
+            "text_config",
+            {"q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+            | {"num_key_value_heads": 4, "rope_theta": 800000.0, "rope_scaling": None, "attention_bias": False}
+            | {"n_routed_experts": 4, "n_shared_experts": 2, "first_k_dense_replace": 1, "moe_layer_freq": 1}
+            | {"n_group": 1, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "seq_aux": True}
+            | {"norm_topk_prob": True, "routed_scaling_factor": 2.446, "aux_loss_alpha": 0.001, "hidden_act": "silu"}
+            | {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, **_EXPERTS},
+            model_type="kimi_vl",
+            vision_config={"model_type": "moonvit", "patch_size": 14, "hidden_size": 32, "merge_kernel_size": [2, 2]},
+            media_placeholder_token_id=3,
+        ),
+        picture=_row_by_row,
+        token=attrgetter("media_placeholder_token_id"),
+        has_axes=False,
         has_experts=True,
         trains_alike=False,
     ),
