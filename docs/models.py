@@ -30,7 +30,7 @@ COLUMNS = (
     "resume",
     "LoRA",
 )
-NOT_RUN, NONE = "not run", "–"
+NONE = "–"
 BROKEN, NO_EXPERTS, AS_CORE = "refused, broken in plain Bridge", NONE, "as in Megatron-LM"
 _GPT, _Q25, _Q3 = "test_megatron_bridge.py::", "test_qwen_vl.py::", "test_qwen3_vl.py::"
 _FAMILY, _MIMO, _BITS = "test_bridge_families.py::", "test_parity_mimo.py::", "test_bitwise.py::"
@@ -62,8 +62,9 @@ def _swift(name: str, packed: str) -> tuple[str, ...]:
     ones = f"{_SWIFT}{_ONE}[{name} full]", "as in mcore-bridge"
     visual = f"{_SWIFT}test_every_sample_keeps_half_of_its_targets_and_of_its_picture[{name} full]"
     full, lora = (f"{_SWIFT}test_two_steps_and_two_more_are_four[{name} {tuner}]" for tuner in ("full", "lora"))
-    tp2, pp2, dp2 = (f"{_SWIFT}{_LAYOUT}[{to}]" if name == "qwen25" else NOT_RUN for to in ("tp2", "pp2", "dp2"))
-    return (*ones, tp2, pp2, NOT_RUN, NO_EXPERTS, dp2, _SWIFT + packed, visual, full, lora)
+    tp2, pp2, dp2 = (f"{_SWIFT}{_LAYOUT}[{name}-{to}]" for to in ("tp2", "pp2", "dp2"))
+    cp2 = f"{_SWIFT}{_CONTEXT}[{name}]"
+    return (*ones, tp2, pp2, cp2, NO_EXPERTS, dp2, _SWIFT + packed, visual, full, lora)
 
 
 def _bridge(name: str, packed: str, ep2: str) -> tuple[str, ...]:
@@ -114,7 +115,7 @@ ROWS = {
         *(f"{_MIMO_LAYOUT}[targets-n1@tp2-sp]", "refused (MIMO has none on shared ranks)"),
         *(f"{_MIMO_LAYOUT}[targets-n1@cp2]", NO_EXPERTS, f"{_MIMO_LAYOUT}[targets-n1@dp2]"),
         *(f"{_MIMO}test_packed_rows_keep_what_rows_of_their_own_keep[", f"{_MIMO_LAYOUT}[visual-n1@"),
-        *(_MIMO_RESUMES, NOT_RUN),
+        *(_MIMO_RESUMES, NONE),
     ),
     ("Qwen2-VL", "mcore-bridge (`attach`)"): _mcore("qwen2"),
     ("Qwen2.5-VL", "mcore-bridge (`attach`)"): _mcore("qwen25"),
@@ -134,7 +135,7 @@ HEAD = """# Models, hosts and what was run
 
 Written by `docs/models.py` from the results of `make test-frameworks`: on CPU and gloo, tiny models with random weights
 in their host's own classes, Megatron's own layers in place of Transformer Engine's. *passed* means that all tests
-behind the cell ran and passed; (n): tests behind the cell; –: does not apply. What no test runs says so. `python -m
+behind the cell ran and passed; (n): tests behind the cell; –: does not apply. `python -m
 regate_megatron doctor --model NAME_OR_FOLDER` answers for a model.
 
 GPT, HybridModel and LLaVA in Megatron-LM's own scripts: [what is supported](../README.md#what-is-supported), held by
