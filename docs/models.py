@@ -2,8 +2,8 @@
 
     REGATE_TEST_RESULTS=out/frameworks.jsonl make test-frameworks && python docs/models.py out/frameworks.jsonl
 
-A cell names tests. It reads "passed" where all of them ran and passed, else the program stops and names them. What no
-test runs says so, and what is refused says why.
+A cell names tests. It reads "passed" where all of them ran and passed, else the program stops and names them; what is
+refused says why.
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ ROWS = {
     ("Qwen2-VL", "mcore-bridge (`attach`)"): _mcore("qwen2"),
     ("Qwen2.5-VL", "mcore-bridge (`attach`)"): _mcore("qwen25"),
     ("Qwen3-VL", "mcore-bridge (`attach`)"): _mcore("qwen3"),
+    ("Qwen3-VL MoE", "mcore-bridge (`attach`)"): _mcore("qwen3_moe", experts=True),
     ("InternVL (Hugging Face's format) over Qwen2", "mcore-bridge (`attach`)"): _mcore("internvl"),
     ("InternVL (Hugging Face's format) over Qwen3", "mcore-bridge (`attach`)"): _mcore("internvl_qwen3"),
     ("InternVL 2.5 to 3.5 (own format; a test tower)", "mcore-bridge (`attach`)"): _mcore("internvl_chat"),

@@ -86,6 +86,7 @@ KINDS: dict[str, Callable[[Any], SwiftBatches]] = {
     "qwen2_vl": _grids,
     "qwen2_5_vl": _grids,
     "qwen3_vl": _grids,
+    "qwen3_vl_moe": _grids,
     "internvl": _tiles,
     "internvl_chat": _tiles_of_chat,
     "llavaonevision1_5": _grids,

@@ -73,7 +73,7 @@ class DecoderHook:
         self._forward = type(self.block).forward
         self._signature = inspect.signature(self._forward)
         self._rest = [one.name for one in self._signature.parameters.values() if one.kind is one.VAR_KEYWORD]
-        self._takes_padding = "padding_mask" in self._signature.parameters
+        self._takes_padding = "padding_mask" in _own_signature(type(self.block)).parameters
         self.positions = Positions(model, arrives_short=arrives_short)
         self.experts = Experts(self.block.config, self.block.layers)
         self.block.forward = self.forward
@@ -215,6 +215,15 @@ class DecoderHook:
                 allowed="unfused RoPE",
                 change="apply_rope_fusion of the model's config to False",
             )
+
+
+def _own_signature(block: type) -> inspect.Signature:
+    """Of the first forward that names its arguments: one that hands all on is the next class's."""
+    for one in block.__mro__:
+        signature = inspect.signature(one.forward)
+        if not any(each.kind is each.VAR_POSITIONAL for each in signature.parameters.values()):
+            break
+    return signature
 
 
 def check_length(what: str, found: int, planned: int) -> None:

@@ -52,7 +52,7 @@ SUPPORTED = {
     "llavaonevision1_5": (Host(SWIFT, _PLUGIN),),
     "glm4v": (Host(SWIFT, _PLUGIN),),
     "kimi_vl": (Host(SWIFT, _PLUGIN),),
-    "qwen3_vl_moe": (Host(BRIDGE, _CALLBACK.format(step="qwen3_vl_step") + _PACKED),),
+    "qwen3_vl_moe": (Host(BRIDGE, _CALLBACK.format(step="qwen3_vl_step") + _PACKED), Host(SWIFT, _PLUGIN)),
     "glm4v_moe": (Host(BRIDGE, _CALLBACK.format(step="vlm_step") + _PACKED), Host(SWIFT, _PLUGIN)),
     "mistral3": (Host(BRIDGE, _CALLBACK.format(step="vlm_step") + _PACKED),),
     "llava": (_LLAVA, _MIMO),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, Glm4vConfig, Glm4vMoeConfig, InternVLConfig, Qwen2VLConfig
+from transformers import AutoTokenizer, Glm4vConfig, Glm4vMoeConfig, InternVLConfig, Qwen2VLConfig, Qwen3VLMoeConfig
 
 from tests.frameworks import tiny_hf
 
@@ -26,6 +26,7 @@ _IDS = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5}
 _TEXT = tiny_hf.TEXT | {"vocab_size": 256}
 _VISION = {"depth": 2, "num_heads": 4, "patch_size": tiny_hf.PATCH}
 _EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+_UNTIED = {"tie_word_embeddings": False}
 GRID, TILE = (1, 4, 6), 56
 
 
@@ -131,6 +132,19 @@ _TILES = {"picture": _two_tiles, "visual": 8, "has_axes": False}
 FAMILIES = {
     "qwen25": Family(_qwen("qwen2_5_vl")),
     "qwen3": Family(_qwen("qwen3_vl"), trains_alike=False),
+    "qwen3_moe": Family(
+        _saved(
+            Qwen3VLMoeConfig,
+            {"head_dim": 8, "num_experts": 4, "rope_parameters": _sections(2, 1, 1, mrope_interleaved=True), **_EXPERTS}
+            | _UNTIED,
+            {**_VISION, "depth": 4, "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 32}
+            | {"deepstack_visual_indexes": [0, 1, 2], "num_position_embeddings": 64},
+            **_IDS,
+            **_UNTIED,
+        ),
+        has_experts=True,
+        trains_alike=False,
+    ),
     "qwen2": Family(
         _saved(
             Qwen2VLConfig,
@@ -175,7 +189,7 @@ FAMILIES = {
             | {"n_routed_experts": 4, "n_shared_experts": 2, "first_k_dense_replace": 1, "moe_layer_freq": 1}
             | {"n_group": 1, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "seq_aux": True}
             | {"norm_topk_prob": True, "routed_scaling_factor": 2.446, "aux_loss_alpha": 0.001, "hidden_act": "silu"}
-            | {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, **_EXPERTS},
+            | {"rms_norm_eps": 1e-5, **_UNTIED, **_EXPERTS},
             model_type="kimi_vl",
             vision_config={"model_type": "moonvit", "patch_size": 14, "hidden_size": 32, "merge_kernel_size": [2, 2]},
             media_placeholder_token_id=3,
