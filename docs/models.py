@@ -86,7 +86,14 @@ ROWS = {
         *(f"{_GPT}{_LAYOUT}[dp2]", f"{_GPT}test_packed_rows_of_text", NONE, _GPT + _SIX, _GPT + _BASE),
     ),
     ("Qwen2.5-VL", "Megatron-Bridge"): (
-        *(_Q25 + _ONE, AS_CORE, f"{_Q25}{_LAYOUT}[tp2]", f"{_Q25}{_LAYOUT}[tp2 pp2]", BROKEN, NO_EXPERTS),
+        *(
+            _Q25 + _ONE,
+            f"{_Q25}test_a_sparse_step_over_pictures",
+            f"{_Q25}{_LAYOUT}[tp2]",
+            f"{_Q25}{_LAYOUT}[tp2 pp2]",
+            BROKEN,
+            NO_EXPERTS,
+        ),
         *(f"{_Q25}{_LAYOUT}[dp2]", f"{_Q25}test_{_LIKE_PADDED}_rows_keep"),
         *(f"{_Q25}test_visual_positions_of_packed_rows", _Q25 + _SIX, f"{_RECIPE}{_BASE}[qwen25 peft]"),
     ),
