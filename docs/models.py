@@ -107,12 +107,12 @@ ROWS = {
         *(
             f"{_Q3}test_keep_ratio_1_with_experts",
             f"{_Q3}{_ORACLE}[qwen3_moe-",
-            f"{_Q3}{_EXPERTS}[tp2-",
-            f"{_Q3}{_EXPERTS}[tp2 pp2-",
+            f"{_Q3}{_EXPERTS}[tp2]",
+            f"{_Q3}{_EXPERTS}[pp2]",
             f"{_Q3}test_context_ranks_of_experts_keep_what_one_rank_keeps",
         ),
-        *(f"{_Q3}{_EXPERTS}[dp2 ep2-",),
-        *(f"{_Q3}{_EXPERTS}[dp2-", f"{_Q3}test_packed_experts_keep"),
+        *(f"{_Q3}{_EXPERTS}[dp2 ep2]",),
+        *(f"{_Q3}{_EXPERTS}[dp2]", f"{_Q3}test_packed_experts_keep"),
         *(f"{_Q3}test_half_of_the_visual_positions_are_kept[qwen3_moe]", f"{_Q3}{_SIX}[qwen3_moe]", _Q3 + _BASE),
     ),
     ("GLM-4.5V", "Megatron-Bridge"): _bridge("glm", "glm", f"{_FAMILY}{_LAYOUT}[glm-dp2 ep2]"),
@@ -143,8 +143,8 @@ HEAD = """# Models, hosts and what was run
 
 Written by `docs/models.py` from the results of `make test-frameworks`: on CPU and gloo, tiny models with random weights
 in their host's own classes, Megatron's own layers in place of Transformer Engine's. *passed* means that all tests
-behind the cell ran and passed; (n): tests behind the cell; –: does not apply. `python -m
-regate_megatron doctor --model NAME_OR_FOLDER` answers for a model.
+behind the cell ran and passed; (n): tests behind the cell; –: does not apply. `python -m regate_megatron doctor --model
+NAME_OR_FOLDER` answers for a model.
 
 GPT, HybridModel and LLaVA in Megatron-LM's own scripts: [what is supported](../README.md#what-is-supported), held by
 `tests/multiprocess`. The official recipes of Megatron-Bridge, Qwen2.5-VL 3B and Qwen3-VL 8B, SFT and PEFT, train
@@ -153,11 +153,12 @@ through its `finetune` with our callback alone: {recipes}.
 """
 
 TAIL = """
-*Oracle*: the same model at full length in which nobody reads what was left out; losses to 1e-6, gradients to 1e-5,
-with 0, 1 and 3 dense layers. *Packed* rows keep what padded rows keep. *TP2+SP, PP2, CP2, EP2, DP2*: keep the positions
-that one rank keeps. PP2 stands for TP2×PP2 where a picture is: plain Bridge, too, sends a tensor in PP2 alone that gloo
-does not take. *Ministral 3* runs past its original maximum, from where on queries are scaled by their place; packed, it
-ends before: Bridge counts the places of a packed row through all its samples.
+*Oracle*: the same model at full length in which nobody reads what was left out; losses to 1e-6, gradients to 1e-5, with
+0, 1 and 3 dense layers. *Packed* rows keep what padded rows keep. *TP2+SP, PP2, CP2, EP2, DP2*: keep the positions that
+one rank keeps. PP2 stands for TP2×PP2 in Megatron-Bridge for Qwen2.5-VL, of which plain Bridge, too, sends a tensor in
+PP2 alone that gloo does not take, dense Qwen3-VL, GLM-4.5V and Ministral 3. *Ministral 3* runs past its original
+maximum, from where on queries are scaled by their place; packed, it ends before: Bridge counts the places of a packed
+row through all its samples.
 *LoRA*: the frozen base, adapters off, is the teacher that its checkpoint, or the model without adapters, is, bit for
 bit. Adapters of mcore-bridge (peft's) hold the other columns, too, on layers, experts and routers (in TP2 those of
 routers train otherwise than on one rank, without ReGATE, too: {routers}); ms-swift's command line trains and resumes

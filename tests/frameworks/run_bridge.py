@@ -210,7 +210,7 @@ ADAPTERS = {
     "lora checkpoint teacher": Case(lora=True, regate=CHECKPOINT),
 }
 QWEN3_MOE |= ADAPTERS | {
-    "tp2 pp2": Case(regate=STUDENT, tp=2, pp=2),
+    "pp2": Case(regate=STUDENT, pp=2),
     "tokens": Case(regate=STUDENT, per_token=True),
     "cp2 plain": Case(cp=2),
     "cp2": Case(regate=STUDENT, cp=2),

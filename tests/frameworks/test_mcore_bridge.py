@@ -138,7 +138,7 @@ def test_dense_steps_of_adapters_in_a_layout_are_those_of_plain_mcore_bridge(swi
 @pytest.mark.parametrize("model", WITH_EXPERTS)
 def test_adapters_of_routers_train_otherwise_in_tp2_without_regate(swift, model):
     plain, alone = (swift[f"{model} lora {name}"]["losses"] for name in ("tp2 plain", "plain"))
-    assert plain != pytest.approx(alone, rel=1e-5)
+    assert plain != pytest.approx(alone, rel=1e-6)
 
 
 @pytest.mark.parametrize("model", sorted(MODELS.keys() - set(TRAIN_ALIKE)))
