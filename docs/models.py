@@ -167,7 +167,8 @@ them.
 Not ours: under context parallelism Qwen2.5-VL and GLM-4.5V of Megatron-Bridge give every rank the whole row with its
 own part of the rotary table, and fail: {qwen25_cp}, {glm_cp}; Ministral 3 counts places from 0 on each: {ministral_cp}.
 Qwen3-VL of mcore-bridge fails there in rows that are padded, several to a microbatch, with pictures in others than the
-first: take packed rows. Without context parallelism it adds features of one picture to another there: {qwen3_padded}.
+first ({qwen3_cp}, of all families): take packed rows. Without context parallelism it adds features of one picture to
+another there: {qwen3_padded}.
 
 Nor is this: Qwen3-VL of Megatron-Bridge, in TP2 with Megatron's own layers in it, trains otherwise than on one rank,
 without ReGATE as with it (losses 1e-3 apart from the second step on;
@@ -204,6 +205,7 @@ def main(file: str) -> int:
     routers = cell(f"{_MCORE}test_adapters_of_routers_train_otherwise_in_tp2_without_regate")
     not_ours = {"qwen25_cp": broken, "qwen3_padded": padded, "upstream": upstream, "routers": routers}
     not_ours["glm_cp"] = cell(f"{_FAMILY}test_plain_bridge_itself_cannot_run_glm_on_two_context_ranks")
+    not_ours["qwen3_cp"] = cell(f"{_MCORE}test_plain_mcore_bridge_fails_over_two_padded_pictures_of_qwen3")
     not_ours["ministral_cp"] = cell(f"{_FAMILY}test_plain_bridge_itself_scales_queries_of_ministral")
     tail = TAIL.format(**not_ours, refused=refused)
     if wrong:

@@ -291,6 +291,17 @@ class Training:
         found = {layers: exactness.compare(model, step, schedule, batch, layers) for layers in (0, 1, 3)}
         (self.folder / f"{self.name} {name}.json").write_text(json.dumps(found))
 
+    def two_pictures(self) -> None:
+        """What plain mcore-bridge says to padded rows with a picture each."""
+        model, schedule = build(self.folder / self.name, self.layout, self.family.kind), get_forward_backward_func()
+        batch = Rows(self.family, model[0].module.config.hf_config).batch([0, 2], False, self.layout.multiple)
+        try:
+            self.run(schedule, model, [batch])
+            said = ""
+        except RuntimeError as fault:
+            said = str(fault)
+        (self.folder / f"{self.name} two pictures.json").write_text(json.dumps(said))
+
     def refused(self) -> None:
         """What a training says that is refused."""
         try:
@@ -321,6 +332,7 @@ def on_context_ranks(name: str, family: tiny_mcore.Family, folder: Path) -> None
     training = Training(name, family, Layout(cp=2), folder)
     training.cases(ON_CONTEXT_RANKS)
     training.exact("exact cp2")
+    training.two_pictures()
 
 
 def too_long(folder: Path) -> None:
