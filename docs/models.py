@@ -162,7 +162,7 @@ row through all its samples.
 *LoRA*: the frozen base, adapters off, is the teacher that its checkpoint, or the model without adapters, is, bit for
 bit. Adapters of mcore-bridge (peft's) hold the other columns, too, on layers, experts and routers (in TP2 those of
 routers train otherwise than on one rank, without ReGATE, too: {routers}); ms-swift's command line trains and resumes
-them.
+them. Megatron-LM, MIMO in it, has no adapters.
 
 Not ours: under context parallelism Qwen2.5-VL and GLM-4.5V of Megatron-Bridge give every rank the whole row with its
 own part of the rotary table, and fail: {qwen25_cp}, {glm_cp}; Ministral 3 counts places from 0 on each: {ministral_cp}.
