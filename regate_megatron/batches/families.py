@@ -142,9 +142,11 @@ def _llava_packs(model: Any, args: Any) -> bool | str:
     return "always" if hasattr(args, "max_num_tiles") else False
 
 
+_WHOLE_ROWS = "as each would get the whole row with its own part of the rotary table, ReGATE or not"
+
+
 def _bridge_qwen_vl(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
-    why = "as each would get the whole row with its own part of the rotary table, ReGATE or not"
-    on_one_context_rank(model, "Qwen25VLModel of Megatron-Bridge", why, "or take Qwen3-VL")
+    on_one_context_rank(model, "Qwen25VLModel of Megatron-Bridge", _WHOLE_ROWS, "or take Qwen3-VL")
     return QwenVLBatches(
         image_token=model.config.image_token_id,
         video_token=model.config.video_token_id,
@@ -169,8 +171,7 @@ def _bridge_qwen3_vl(model: Any, pad_token: int | None, args: Any) -> BatchAdapt
 
 
 def _bridge_glm(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
-    why = "as each would get the whole row with its own part of the rotary table, ReGATE or not"
-    on_one_context_rank(model, "GLM45VModel of Megatron-Bridge", why, "or take Qwen3-VL")
+    on_one_context_rank(model, "GLM45VModel of Megatron-Bridge", _WHOLE_ROWS, "or take GLM-4.5V of mcore-bridge")
 
     def rope_index(tokens: Any, kinds: Any, image_grid: Any, video_grid: Any, *, attention_mask: Any, **_: Any) -> Any:
         is_real = (tokens != 0).long() if attention_mask is None else attention_mask  # what the model takes for padding

@@ -164,7 +164,7 @@ class Hooks:
         device = next(self.models[0].parameters()).device
         moves = {
             "moves_hidden": any(hook.compacts for hook in self.decoders),
-            "moves_tokens": bool(self.losses) or any(hook.positions.is_dense_given for hook in self.decoders),
+            "moves_tokens": bool(self.losses) or any(hook.moves_tokens for hook in self.decoders),
             "comes_back": any(hook.comes_back for hook in self.decoders),
         }
         shards = shard_plans(plan.microbatches, self.layout, device, **moves)

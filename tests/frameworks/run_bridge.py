@@ -207,7 +207,15 @@ QWEN3 |= {
 }
 CASES |= {f"qwen3 {name}": dataclasses.replace(case, model="qwen3") for name, case in QWEN3.items()}
 QWEN3_MOE = {name: BOTH[name] for name in ("start", "plain", "all kept", "regate", "dp2", "resumed")}
-QWEN3_MOE |= {
+ADAPTERS = {
+    "lora": Case(lora=True, regate=STUDENT),
+    "lora checkpoint teacher": Case(lora=True, regate=CHECKPOINT),
+}
+QWEN3_MOE |= ADAPTERS | {
+    "pp2": Case(regate=STUDENT, pp=2),
+    "tokens": Case(regate=STUDENT, per_token=True),
+    "cp2 plain": Case(cp=2),
+    "cp2": Case(regate=STUDENT, cp=2),
     "dp2 ep2": Case(regate=STUDENT, dp=2, ep=2),
     "tp2": Case(regate=STUDENT, tp=2),
     "packs": Case(regate=STUDENT, packs=True),
@@ -226,9 +234,10 @@ ENERGON = {
 CASES |= {f"qwen {name}": dataclasses.replace(case, model="qwen") for name, case in ENERGON.items()}
 OF_QWEN_ALONE = ("packed filled", "packed tp2 pp2", "dealt", "dealt dp2")
 SHORT = {name: case for name, case in PACKED.items() if name not in OF_QWEN_ALONE}
-MORE = {("glm", name): case for name, case in (BOTH | SHORT).items()}
+MORE = {("glm", name): case for name, case in (BOTH | SHORT | ADAPTERS).items()}
 MORE |= {("glm", "dp2 ep2"): Case(regate=STUDENT, dp=2, ep=2)}
-MORE |= {("ministral", name): case for name, case in BOTH.items()}
+MORE |= {("ministral", name): case for name, case in (BOTH | ADAPTERS).items()}
+MORE |= {("ministral", "cp2 plain"): Case(cp=2)}
 MORE |= {("ministral_short", name): case for name, case in ({"start": BOTH["start"]} | SHORT).items()}
 CASES |= {
     f"{model} {name}": dataclasses.replace(
@@ -305,7 +314,7 @@ def settings(name: str, case: Case, folder: Path) -> ConfigContainer:
     """Bridge's settings of a case."""
     layout = {"tensor_model_parallel_size": case.tp, "pipeline_model_parallel_size": case.pp}
     layout["sequence_parallel"] = case.tp > 1
-    if case.pp > 1 and case.model == "qwen3":
+    if case.pp > 1 and case.model.startswith("qwen3"):
         layout["num_layers_in_first_pipeline_stage"] = 3  # which take visual features in
     layout |= {"expert_model_parallel_size": case.ep} if case.ep > 1 else {}
     layout |= {"context_parallel_size": case.cp} if case.cp > 1 else {}
@@ -495,9 +504,11 @@ OWN_LOOPS = {
     "ministral exact": (Case(model="ministral"), exact),
     "ministral recomputed exact": (Case(model="ministral"), exact),
     "qwen3 cp2 exact": (Case(model="qwen3", cp=2), exact),
+    "qwen3_moe cp2 exact": (Case(model="qwen3_moe", cp=2), exact),
     "qwen media exact": (Case(model="qwen", rows="MediaRows"), exact),
     "qwen3 media exact": (Case(model="qwen3", rows="TimedMediaRows"), exact),
     "qwen cp2": (Case(model="qwen", cp=2), plain_fails),
+    "glm cp2": (Case(model="glm", cp=2), plain_fails),
 }
 CASES |= {name: case for name, (case, _) in OWN_LOOPS.items()}
 

@@ -303,6 +303,17 @@ class Training:
         found = {layers: exactness.compare(model, step, schedule, batch, layers) for layers in (0, 1, 3)}
         (self.folder / f"{self.name} {name}.json").write_text(json.dumps(found))
 
+    def two_pictures(self) -> None:
+        """What plain mcore-bridge says to padded rows with a picture each."""
+        model, schedule = build(self.folder / self.name, self.layout, self.family.kind), get_forward_backward_func()
+        batch = Rows(self.family, model[0].module.config.hf_config).batch([0, 2], False, self.layout.multiple)
+        try:
+            self.run(schedule, model, [batch])
+            said = ""
+        except RuntimeError as fault:
+            said = str(fault)
+        (self.folder / f"{self.name} two pictures.json").write_text(json.dumps(said))
+
     def refused(self) -> None:
         """What a training says that is refused."""
         try:
@@ -334,6 +345,7 @@ def on_context_ranks(name: str, family: tiny_mcore.Family, folder: Path) -> None
     some = ("cp2 plain", "cp2 all kept", "packed visual cp2")  # of families whose rows are made like another's
     training.cases(ON_CONTEXT_RANKS if family.is_first else {case: ON_CONTEXT_RANKS[case] for case in some})
     training.exact("exact cp2")
+    training.two_pictures()
 
 
 def too_long(folder: Path) -> None:
@@ -350,8 +362,7 @@ def main(folder: str, *names: str) -> int:
         for layout in LAYOUTS | (OF_EXPERTS if family.has_experts else {}):
             work = partial(on_ranks, name, family, layout, here)
             failed += not run(f"{name} {layout}", 2, here / f"{name} {layout}.log", work)
-        if not family.has_experts:  # refused
-            failed += not run(f"{name} cp2", 2, here / f"{name} cp2.log", partial(on_context_ranks, name, family, here))
+        failed += not run(f"{name} cp2", 2, here / f"{name} cp2.log", partial(on_context_ranks, name, family, here))
     tiny_mcore.TOO_LONG.write(here / "too long")
     return failed + (not run("too long", 1, here / "too long.log", partial(too_long, here)))
 

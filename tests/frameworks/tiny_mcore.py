@@ -3,7 +3,7 @@
 Every picture is given as ms-swift's template of the family gives it. Vocabulary, placeholders and positions are the
 tests' own; models read ids.
 
-Two families bring their tower, and classes of configurations, as code in their folder on the Hugging Face hub. That
+Three families bring their tower, and classes of configurations, as code in their folder on the Hugging Face hub. That
 code is not ours to copy: in its place lie files of ``hub_code``, with a small tower behind the same names.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, Glm4vConfig, Glm4vMoeConfig, InternVLConfig, Qwen2VLConfig
+from transformers import AutoTokenizer, Glm4vConfig, Glm4vMoeConfig, InternVLConfig, Qwen2VLConfig, Qwen3VLMoeConfig
 
 from tests.frameworks import tiny_hf
 
@@ -26,6 +26,7 @@ _IDS = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5}
 _TEXT = tiny_hf.TEXT | {"vocab_size": 256}
 _VISION = {"depth": 2, "num_heads": 4, "patch_size": tiny_hf.PATCH}
 _EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+_UNTIED = {"tie_word_embeddings": False}
 GRID, TILE = (1, 4, 6), 56
 
 
@@ -98,6 +99,10 @@ def _two_tiles(generator: torch.Generator) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(2, 3, TILE, TILE, generator=generator)}
 
 
+def _row_by_row(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.randn(24, 3, 14, 14, generator=generator), "image_grid_hws": torch.tensor([GRID[1:]])}
+
+
 @dataclass(frozen=True)
 class Family:
     """A family.
@@ -129,6 +134,19 @@ _TILES = {"picture": _two_tiles, "visual": 8, "has_axes": False}
 FAMILIES = {
     "qwen25": Family(_qwen("qwen2_5_vl"), is_first=True),
     "qwen3": Family(_qwen("qwen3_vl"), is_first=True, trains_alike=False),
+    "qwen3_moe": Family(
+        _saved(
+            Qwen3VLMoeConfig,
+            {"head_dim": 8, "num_experts": 4, "rope_parameters": _sections(2, 1, 1, mrope_interleaved=True), **_EXPERTS}
+            | _UNTIED,
+            {**_VISION, "depth": 4, "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 32}
+            | {"deepstack_visual_indexes": [0, 1, 2], "num_position_embeddings": 64},
+            **_IDS,
+            **_UNTIED,
+        ),
+        has_experts=True,
+        trains_alike=False,
+    ),
     "qwen2": Family(
         _saved(
             Qwen2VLConfig,
@@ -159,6 +177,28 @@ FAMILIES = {
     "glm4v": Family(_glm(Glm4vConfig)),
     "glm4v_moe": Family(
         _glm(Glm4vMoeConfig, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, **_EXPERTS),
+        has_experts=True,
+        trains_alike=False,
+    ),
+    # Latent attention without a query's own latent, a dense layer, then experts, as Kimi-VL-A3B has them.
+    "kimi": Family(
+        _from_hub(
+            "modeling_kimi_vl",
+            "KimiVLConfig",
+            "text_config",
+            {"q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+            | {"num_key_value_heads": 4, "rope_theta": 800000.0, "rope_scaling": None, "attention_bias": False}
+            | {"n_routed_experts": 4, "n_shared_experts": 2, "first_k_dense_replace": 1, "moe_layer_freq": 1}
+            | {"n_group": 1, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "seq_aux": True}
+            | {"norm_topk_prob": True, "routed_scaling_factor": 2.446, "aux_loss_alpha": 0.001, "hidden_act": "silu"}
+            | {"rms_norm_eps": 1e-5, **_UNTIED, **_EXPERTS},
+            model_type="kimi_vl",
+            vision_config={"model_type": "moonvit", "patch_size": 14, "hidden_size": 32, "merge_kernel_size": [2, 2]},
+            media_placeholder_token_id=3,
+        ),
+        picture=_row_by_row,
+        token=attrgetter("media_placeholder_token_id"),
+        has_axes=False,
         has_experts=True,
         trains_alike=False,
     ),

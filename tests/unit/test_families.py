@@ -76,12 +76,13 @@ def test_bridge_s_qwen25_vl_which_cuts_no_row_is_refused_under_context_paralleli
     assert no.value.everywhere
 
 
-def _mcore(context: int = 2, cut: str = "zigzag"):
-    vision = SimpleNamespace(spatial_merge_size=2)
-    tokens = SimpleNamespace(image_token_id=91, video_token_id=92, vision_config=vision)
+def _mcore(context: int = 2, cut: str = "zigzag", kind: str = "qwen3_vl"):
+    vision = SimpleNamespace(spatial_merge_size=2, merge_kernel_size=[2, 2])
+    tokens = {"image_token_id": 91, "video_token_id": 92, "media_placeholder_token_id": 93}
+    tokens = SimpleNamespace(**tokens, vision_config=vision)
     model = _class("mcore_bridge.model.mm_gpt_model.MultimodalGPTModel")()
     sizes = {"context_parallel_size": context, "cp_partition_mode": cut}
-    model.config = SimpleNamespace(hf_model_type="qwen3_vl", llm_model_type="qwen3", hf_config=tokens, **sizes)
+    model.config = SimpleNamespace(hf_model_type=kind, llm_model_type="qwen3", hf_config=tokens, **sizes)
     return model
 
 
@@ -95,12 +96,17 @@ def test_a_row_that_context_ranks_cut_otherwise_than_plans_do_is_refused():
         assert isinstance(adapter_for(model, None), SwiftBatches)
 
 
-def test_experts_of_mcore_bridge_on_context_ranks_are_refused_with_the_reason():
-    model = _mcore()
-    model.config.num_moe_experts = 4
-    with pytest.raises(ReGateError, match="on 2 context ranks; allowed one, as mcore-bridge hands its experts") as no:
-        adapter_for(model, None)
-    assert no.value.everywhere
+def test_patches_of_a_picture_of_kimi_vl_lie_row_by_row():
+    """Two rows of three positions, each of two by two patches."""
+    patch_ND = torch.arange(24)[:, None].expand(-1, 8).reshape(24, 2, 2, 2)
+    tokens = torch.tensor([[5, *[93] * 6, 7, 8]])
+    batch = {"input_ids": tokens, "labels": tokens.where(tokens == 8, -100), "position_ids": torch.arange(9)[None]}
+    batch |= {"pixel_values": patch_ND, "image_grid_hws": torch.tensor([[4, 6]]), "attention_mask_2d": tokens > 0}
+    facts = adapter_for(_mcore(kind="kimi_vl"), None).read(batch)
+    assert facts.is_visual_BS.tolist() == [[False, *[True] * 6, False, False]]
+    assert facts.media.grid_I3.tolist() == [[1, 2, 3]]
+    under = [sorted(set(values)) for values in facts.media.pixels(0).tolist()]
+    assert under[0] == [0, 1, 6, 7] and under[2] == [4, 5, 10, 11] and under[3] == [12, 13, 18, 19]
 
 
 def _llava(overlaps: bool, context: int = 1):
