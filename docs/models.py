@@ -135,6 +135,7 @@ ROWS = {
     ("GLM-4V, GLM-4.1V", "mcore-bridge (`attach`)"): _mcore("glm4v"),
     ("GLM-4.5V", "mcore-bridge (`attach`)"): _mcore("glm4v_moe", experts=True),
     ("Kimi-VL (a test tower)", "mcore-bridge (`attach`)"): _mcore("kimi", experts=True),
+    ("Kimi-K2.5, pictures (a test tower)", "mcore-bridge (`attach`)"): _mcore("kimi_k25", experts=True),
     ("Qwen2.5-VL", "ms-swift's command line"): _swift("qwen25", "test_padded_rows_keep_what_packed_ones_keep"),
     ("Qwen3-VL", "ms-swift's command line"): _swift("qwen3", "test_sparse_steps_run_shorter[qwen3 full]"),
 }

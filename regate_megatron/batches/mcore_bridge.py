@@ -2,7 +2,7 @@
 
 All have placeholders written out in full, one per visual position. What differs is what the placeholder is, and how
 pixels lie in a batch: beside grids, patches of a position one after the other (Qwen-VL, GLM-V, LLaVA-OneVision 1.5) or
-row by row of the picture (Kimi-VL); or as tiles of one size without grids (InternVL), each of which is a medium of its
+row by row of the picture (Kimi); or as tiles of one size without grids (InternVL), each of which is a medium of its
 own.
 
 To add a kind: a row, and a test that runs it.
@@ -53,12 +53,12 @@ def _grids(config: Any) -> SwiftBatches:
     return SwiftBatches(QwenVLBatches(config.image_token_id, config.video_token_id, merge_size, takes_positions=True))
 
 
-def _raster(config: Any) -> SwiftBatches:
+def _raster(config: Any, grids: str = "image_grid_hws") -> SwiftBatches:
     high, wide = config.vision_config.merge_kernel_size
     if high != wide:
         raise refused_model(f"merge_kernel_size {high} by {wide}", "a square", "the model, or train it without ReGATE")
     rows = QwenVLBatches(config.media_placeholder_token_id, _NO_TOKEN, high, takes_positions=True, cells=_of_raster)
-    return SwiftBatches(rows, _raster_grids)
+    return SwiftBatches(rows, partial(_raster_grids, grids))
 
 
 def _tiles_of_chat(config: Any) -> SwiftBatches:
@@ -93,14 +93,21 @@ KINDS: dict[str, Callable[[Any], SwiftBatches]] = {
     "glm4v": _grids,
     "glm4v_moe": _grids,
     "kimi_vl": _raster,
+    "kimi_k25": partial(_raster, grids="grid_thws"),
 }
 
 
-def _raster_grids(batch: dict[str, Any]) -> dict[str, Tensor]:
-    """Pictures of one frame each, their patches flat."""
+def _raster_grids(name: str, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Pictures of one frame each, their patches flat.
+
+    Raises:
+        ValueError: one of several frames, which become one.
+    """
     if batch.get("pixel_values") is None:
         return {}
-    grid_I3 = torch.nn.functional.pad(batch["image_grid_hws"], (1, 0), value=1)
+    grid_I3 = torch.nn.functional.pad(batch[name], (3 - batch[name].shape[1], 0), value=1)
+    if bool((grid_I3[:, 0] > 1).any()):
+        raise ValueError(f"{name} {grid_I3.tolist()}: pictures alone, of one frame each")
     return {"pixel_values": batch["pixel_values"].flatten(1), "image_grid_thw": grid_I3}
 
 

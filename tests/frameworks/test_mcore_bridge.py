@@ -12,8 +12,8 @@ pytestmark = [pytest.mark.full, pytest.mark.skipif(bool(missing("mcore_bridge"))
 
 # Visual positions of a row with a picture.
 MODELS = {"qwen2": 6, "qwen25": 6, "qwen3": 6, "internvl": 8, "internvl_qwen3": 8, "internvl_chat": 8}
-MODELS |= {"llava_onevision": 6, "glm4v": 6, "glm4v_moe": 6, "kimi": 6, "qwen3_moe": 6}
-WITH_BIASED_EXPERTS = ("glm4v_moe", "kimi")
+MODELS |= {"llava_onevision": 6, "glm4v": 6, "glm4v_moe": 6, "kimi": 6, "kimi_k25": 6, "qwen3_moe": 6}
+WITH_BIASED_EXPERTS = ("glm4v_moe", "kimi", "kimi_k25")
 WITH_EXPERTS, FIRST = (*WITH_BIASED_EXPERTS, "qwen3_moe"), ("qwen25", "qwen3")
 TRAIN_ALIKE = [model for model in MODELS if model not in ("qwen3", *WITH_EXPERTS)]
 

@@ -3,7 +3,7 @@
 Every picture is given as ms-swift's template of the family gives it. Vocabulary, placeholders and positions are the
 tests' own; models read ids.
 
-Three families bring their tower, and classes of configurations, as code in their folder on the Hugging Face hub. That
+Four families bring their tower, and classes of configurations, as code in their folder on the Hugging Face hub. That
 code is not ours to copy: in its place lie files of ``hub_code``, with a small tower behind the same names.
 """
 
@@ -26,6 +26,8 @@ _IDS = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5}
 _TEXT = tiny_hf.TEXT | {"vocab_size": 256}
 _VISION = {"depth": 2, "num_heads": 4, "patch_size": tiny_hf.PATCH}
 _EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 32.0, "beta_slow": 1.0}
+_YARN |= {"mscale": 1.0, "mscale_all_dim": 1.0}
 _UNTIED = {"tie_word_embeddings": False}
 GRID, TILE = (1, 4, 6), 56
 
@@ -69,6 +71,17 @@ def _from_hub(code: str, config: str, text_name: str, text: dict[str, Any], **mo
     return write
 
 
+def _kimi(kind: str, config: str, text: dict[str, Any]) -> Callable[[Path], None]:
+    latent = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    latent |= {"num_key_value_heads": 4, "attention_bias": False, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
+    routing = {"n_routed_experts": 4, "n_shared_experts": 2, "first_k_dense_replace": 1, "moe_layer_freq": 1}
+    routing |= {"n_group": 1, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "seq_aux": True}
+    routing |= {"norm_topk_prob": True, "routed_scaling_factor": 2.446, "aux_loss_alpha": 0.001, **_EXPERTS}
+    vision = {"patch_size": 14, "merge_kernel_size": [2, 2]}
+    own = {"model_type": kind, "vision_config": vision, "media_placeholder_token_id": 3}
+    return _from_hub(f"modeling_{kind}", config, "text_config", {**latent, **routing, **_UNTIED, **text}, **own)
+
+
 def _internvl_chat(folder: Path) -> None:
     tokenizer = tiny_hf.tokenizer_of(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<IMG_CONTEXT>"]})
@@ -103,6 +116,10 @@ def _row_by_row(generator: torch.Generator) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(24, 3, 14, 14, generator=generator), "image_grid_hws": torch.tensor([GRID[1:]])}
 
 
+def _of_frames(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.randn(24, 3, 14, 14, generator=generator), "grid_thws": torch.tensor([GRID])}
+
+
 @dataclass(frozen=True)
 class Family:
     """A family.
@@ -130,6 +147,8 @@ class Family:
     trains_alike: bool = True
 
 
+_KIMI = {"token": attrgetter("media_placeholder_token_id"), "has_axes": False}
+_KIMI |= {"has_experts": True, "trains_alike": False}
 _TILES = {"picture": _two_tiles, "visual": 8, "has_axes": False}
 FAMILIES = {
     "qwen25": Family(_qwen("qwen2_5_vl"), is_first=True),
@@ -180,27 +199,16 @@ FAMILIES = {
         has_experts=True,
         trains_alike=False,
     ),
-    # Latent attention without a query's own latent, a dense layer, then experts, as Kimi-VL-A3B has them.
+    # Latent attention, a dense layer, then experts. Kimi-VL-A3B's queries have no latent; Kimi-K2.5's have one.
     "kimi": Family(
-        _from_hub(
-            "modeling_kimi_vl",
-            "KimiVLConfig",
-            "text_config",
-            {"q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
-            | {"num_key_value_heads": 4, "rope_theta": 800000.0, "rope_scaling": None, "attention_bias": False}
-            | {"n_routed_experts": 4, "n_shared_experts": 2, "first_k_dense_replace": 1, "moe_layer_freq": 1}
-            | {"n_group": 1, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "seq_aux": True}
-            | {"norm_topk_prob": True, "routed_scaling_factor": 2.446, "aux_loss_alpha": 0.001, "hidden_act": "silu"}
-            | {"rms_norm_eps": 1e-5, **_UNTIED, **_EXPERTS},
-            model_type="kimi_vl",
-            vision_config={"model_type": "moonvit", "patch_size": 14, "hidden_size": 32, "merge_kernel_size": [2, 2]},
-            media_placeholder_token_id=3,
-        ),
+        _kimi("kimi_vl", "KimiVLConfig", {"q_lora_rank": None, "rope_theta": 800000.0, "rope_scaling": None}),
         picture=_row_by_row,
-        token=attrgetter("media_placeholder_token_id"),
-        has_axes=False,
-        has_experts=True,
-        trains_alike=False,
+        **_KIMI,
+    ),
+    "kimi_k25": Family(
+        _kimi("kimi_k25", "KimiK25Config", {"q_lora_rank": 16, "rope_theta": 50000.0, "rope_scaling": _YARN}),
+        picture=_of_frames,
+        **_KIMI,
     ),
 }
 # Rows are longer than its configuration says: the frequencies of its RoPE would depend on their length.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -107,6 +108,11 @@ def test_patches_of_a_picture_of_kimi_vl_lie_row_by_row():
     assert facts.media.grid_I3.tolist() == [[1, 2, 3]]
     under = [sorted(set(values)) for values in facts.media.pixels(0).tolist()]
     assert under[0] == [0, 1, 6, 7] and under[2] == [4, 5, 10, 11] and under[3] == [12, 13, 18, 19]
+    for grid, says in (([1, 4, 6], None), ([2, 4, 3], "of one frame each")):  # Kimi-K2.5's, whose frames become one
+        own = batch | {"grid_thws": torch.tensor([grid])}
+        with pytest.raises(ValueError, match=says) if says else contextlib.nullcontext():
+            read = adapter_for(_mcore(kind="kimi_k25"), None).read(own)
+            assert read.media.grid_I3.tolist() == facts.media.grid_I3.tolist()
 
 
 def _llava(overlaps: bool, context: int = 1):

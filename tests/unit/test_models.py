@@ -24,7 +24,7 @@ def test_a_supported_model_is_told_its_hosts_and_how(tmp_path, capsys):
     assert "its first 3 layers take visual features in" in said
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "kimi_k25", "ernie4_5_moe_vl", "qwen3_5", "never_heard_of"])
+@pytest.mark.parametrize("kind", ["gemma3", "ovis2_5", "ernie4_5_moe_vl", "qwen3_5", "never_heard_of"])
 def test_a_model_that_nobody_has_run_is_not_supported_and_the_reason_is_told(tmp_path, capsys, kind):
     code, said = _answer(tmp_path, capsys, model_type=kind)
     assert code == 1 and said.startswith(f"{kind}: not supported: ") and "supported are qwen2_5_vl" in said
