@@ -179,7 +179,7 @@ class LLaVABatches(BatchAdapter):
             return np.concatenate([cells_of_image(tile, *cells) for tile in own])
 
         grid_M3 = torch.cat((frames_M[:, None], torch.tensor([cells]).expand(len(frames_M), -1)), dim=1)
-        return Media(**media, grid_I3=grid_M3, lead=lead, pixels=pixels)
+        return Media(**media, grid_I3=grid_M3, lead_I=torch.full_like(frames_M, lead), pixels=pixels)
 
     @staticmethod
     def _frames(batch: dict[str, Any], tiles_I: Tensor) -> Tensor:
