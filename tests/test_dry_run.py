@@ -213,10 +213,28 @@ def test_what_passes_and_is_most_likely_not_meant_is_said(flags, per_token, said
     assert len(found) == (said is not None) and all(one.startswith(said) for one in found)
 
 
-@pytest.mark.parametrize("words", [[], ["--nproc", "8"], ["--nproc", "8", "no_such.py"], [SCRIPT], ["--nproc", "x"]])
+@pytest.mark.parametrize("words", [[], ["--nproc", "8"], ["--nproc", "8", "no_such.py"], [SCRIPT]], ids=str)
 def test_a_command_that_says_too_little_is_refused(words):
     with pytest.raises(ReGateError, match=r"^regate: dry-run: given .*; allowed .*; change "):
         parse_line(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--nproc x", "--nproc: given invalid int value: 'x';"),
+        ("--nproc", "--nproc: given no value;"),
+        ("--norpc 8 torchrun", "given --norpc; .*; change it to --nproc$"),
+        ("--max-ranks 0 torchrun", "given --max-ranks 0;"),
+        ("--timeout nan torchrun", "given --timeout nan;"),
+        ("torchrun --no-such-option 3", "given options torchrun does not know;"),
+    ],
+    ids=str,
+)
+def test_an_option_that_is_wrong_is_refused_in_that_line_alone(capsys, words, said):
+    with pytest.raises(ReGateError, match=f"^regate: dry-run: {said}"):
+        parse_line([*words.split(), SCRIPT] if "torchrun" in words else words.split())
+    assert "".join(capsys.readouterr()) == ""
 
 
 def test_the_reason_of_a_failure_is_one_line():

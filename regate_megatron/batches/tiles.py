@@ -108,7 +108,7 @@ class Tiles:
             return np.concatenate([cells_of_image(tile, *cells) for tile in own])
 
         grid_M3 = torch.cat((frames_M[:, None], torch.tensor([cells]).expand(len(frames_M), -1)), dim=1)
-        return Media(**media, grid_I3=grid_M3, lead=lead, pixels=pixels)
+        return Media(**media, grid_I3=grid_M3, lead_I=torch.full_like(frames_M, lead), pixels=pixels)
 
 
 def _tiles(batch: dict[str, Any], images: Any, count: int, image_token: int) -> Tensor:

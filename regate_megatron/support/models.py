@@ -117,7 +117,23 @@ class Verdict:
 
 
 def judge(config: dict[str, Any]) -> Verdict:
-    """Judge a Hugging Face configuration, as its ``config.json`` has it."""
+    """Judge a Hugging Face configuration, as its ``config.json`` has it.
+
+    Raises:
+        ReGateError: what it says has another form than Hugging Face's.
+    """
+    try:
+        return _judge(config)
+    except (AttributeError, TypeError) as fault:
+        raise refuse(
+            "--model",
+            given=f"a configuration of {config['model_type']} in another form ({fault})",
+            allowed="a config.json as transformers writes it",
+            change="the file",
+        ) from None
+
+
+def _judge(config: dict[str, Any]) -> Verdict:
     kind = str(config["model_type"])
     text = config.get("text_config") or config.get("llm_config") or config
     reasons = [*_inexact(text)]

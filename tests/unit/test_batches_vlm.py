@@ -295,7 +295,8 @@ def test_qwen_media_are_images_and_videos_in_the_order_of_their_positions_with_m
     facts = QWEN.read(_both_kinds())
     media = facts.media
     assert media.grid_I3.tolist() == [[2, 1, 2], [1, 1, 2], [1, 1, 2]]
-    assert media.count_I.tolist() == [4, 2, 2] and media.sample_I.tolist() == [0, 0, 1] and media.lead == 0
+    assert media.count_I.tolist() == [4, 2, 2] and media.sample_I.tolist() == [0, 0, 1]
+    assert media.lead_I.tolist() == [0] * 3
     assert StepFacts([facts]).place_V.tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
     # four patches of six values under each position
     assert [sorted(set(place.tolist())) for place in media.pixels(0)] == [

@@ -583,7 +583,14 @@ def test_flags_without_the_switch_are_said_to_do_nothing(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("word", "change"),
-    [("estimat", "it to estimate"), ("dry_run", "it to dry-run"), ("docter", "it to doctor"), ("train.py", "the path")],
+    [
+        ("estimat", "it to estimate"),
+        ("dry_run", "it to dry-run"),
+        ("docter", "it to doctor"),
+        ("train.py", "the path"),
+        ("estimate", "the command: leave --cpu out"),  # it would not come here without
+        ("--regate", "the order: the script comes before its flags"),
+    ],
 )
 def test_a_misspelt_command_is_answered_by_the_nearest_and_a_missing_script_by_its_path(word, change):
     with pytest.raises(ReGateError, match=rf"^regate: launcher: given {word}; allowed a script: .*; change {change}$"):

@@ -68,6 +68,26 @@ def test_a_configuration_that_states_no_model_type_is_refused_in_one_line(tmp_pa
     assert error.startswith(f"regate: --model: given {tmp_path}/config.json without model_type; allowed ")
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"text_config": [1]},
+        {"text_config": "x"},
+        {"vision_config": [1]},
+        {"vision_config": {"deepstack_visual_indexes": 5}},
+        {"layer_types": 5},
+    ],
+    ids=str,
+)
+def test_a_configuration_of_another_form_is_refused_in_one_line(tmp_path, capsys, values):
+    code, *_ = _answer(tmp_path, capsys, model_type="qwen3_vl", **values)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_vl"} | values))
+    assert code == doctor.main(["--model", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("regate: --model: given a configuration of qwen3_vl in another form (")
+    assert error.count("\n") == 1
+
+
 def test_no_model_is_supported_and_refused():
     assert not models.SUPPORTED.keys() & models.REFUSED.keys()
 
