@@ -1,5 +1,6 @@
 """The one form of every refusal: what was given, what is allowed, what to change."""
 
+import argparse
 import difflib
 import os
 import sys
@@ -39,6 +40,11 @@ def nearest(given: str, names: Iterable[str], otherwise: str = "the spelling") -
     """What to change in a word that is none of ``names``: it to the most alike of them, where one is alike."""
     near = difflib.get_close_matches(given, list(names), n=1)
     return f"it to {near[0]}" if near else otherwise
+
+
+def given_to_argparse(error: argparse.ArgumentError) -> str:
+    """What was given, where argparse refuses an option's value."""
+    return "no value" if error.message == "expected one argument" else error.message
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from regate_megatron.config import WORDS, ReGateConfig, flag, shown_default
-from regate_megatron.errors import ReGateError, nearest, refuse
+from regate_megatron.errors import ReGateError, given_to_argparse, nearest, refuse
 from regate_megatron.method.recipes import RECIPES
 
 
@@ -72,8 +72,8 @@ def parse(argv: Sequence[str]) -> ReGateConfig | None:
     try:
         args, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
-        name = error.argument_name or "command line"
-        raise refuse(name, given=error.message, allowed="a value as --help describes it", change="the value") from None
+        name, given = error.argument_name or "command line", given_to_argparse(error)
+        raise refuse(name, given=given, allowed="a value as --help describes it", change="the value") from None
     unknown = [word for word in rest if word.startswith("--regate")]
     if unknown:
         known = [flag(field.name) for field in dataclasses.fields(ReGateConfig)]

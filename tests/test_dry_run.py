@@ -213,10 +213,28 @@ def test_what_passes_and_is_most_likely_not_meant_is_said(flags, per_token, said
     assert len(found) == (said is not None) and all(one.startswith(said) for one in found)
 
 
-@pytest.mark.parametrize("words", [[], ["--nproc", "8"], ["--nproc", "8", "no_such.py"], [SCRIPT], ["--nproc", "x"]])
+@pytest.mark.parametrize("words", [[], ["--nproc", "8"], ["--nproc", "8", "no_such.py"], [SCRIPT]], ids=str)
 def test_a_command_that_says_too_little_is_refused(words):
     with pytest.raises(ReGateError, match=r"^regate: dry-run: given .*; allowed .*; change "):
         parse_line(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--nproc x", "--nproc: given invalid int value: 'x';"),
+        ("--nproc", "--nproc: given no value;"),
+        ("--norpc 8 torchrun", "given --norpc; .*; change it to --nproc$"),
+        ("--max-ranks 0 torchrun", "given --max-ranks 0;"),
+        ("--timeout nan torchrun", "given --timeout nan;"),
+        ("torchrun --no-such-option 3", "given options torchrun does not know;"),
+    ],
+    ids=str,
+)
+def test_an_option_that_is_wrong_is_refused_in_that_line_alone(capsys, words, said):
+    with pytest.raises(ReGateError, match=f"^regate: dry-run: {said}"):
+        parse_line([*words.split(), SCRIPT] if "torchrun" in words else words.split())
+    assert "".join(capsys.readouterr()) == ""
 
 
 def test_the_reason_of_a_failure_is_one_line():
@@ -322,7 +340,7 @@ def test_a_layout_too_large_for_here_runs_as_the_largest_of_the_same_kinds():
 @pytest.mark.parametrize(
     "flags",
     [
-        "--fp16 --no-rope-fusion",
+        "--fp16 --micro-batch-size 2",
         """--apply-layernorm-1p --use-precision-aware-optimizer --optimizer-cpu-offload --delay-wgrad-compute
         --fp8-format e4m3 --fp8-recipe mxfp8 --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag
         --overlap-grad-reduce --overlap-param-gather --log-progress""",
@@ -361,6 +379,17 @@ def test_what_no_gpu_has_shown_is_told_of_the_line_as_given(flags, said):
     assert kept == [*MODEL, *experts] and bool(went) == bool(flags)
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [("--micro-batch-size 4", True), ("--sft", True), ("--micro-batch-size 4 --no-rope-fusion", False), ("", False)],
+)
+def test_fused_rope_is_told_of_where_rows_are_several_or_packed(flags, said):
+    pytest.importorskip("megatron.training", reason="megatron.training is not installed")
+    line = LaunchLine(SCRIPT, [*MODEL, *flags.split()], 8, None, 900.0)
+    found = _unproven(line, ReGateConfig(score="random"))
+    assert [text.partition(":")[0] for text in found] == ["fused RoPE"] * said
+
+
 def test_options_that_scripts_add_are_taken_out_where_they_need_a_gpu():
     pytest.importorskip("megatron.training", reason="megatron.training is not installed")
     kept, went = take_out("--use-te --img-h 32 --use-tiling".split(), what_goes(), options_of_megatron())
@@ -377,8 +406,6 @@ def test_options_that_scripts_add_are_taken_out_where_they_need_a_gpu():
             8,
             ["number of ranks: given 8; allowed a multiple of 32"],
         ),
-        (["--micro-batch-size", "2"], 8, ["fused RoPE: given fused RoPE with micro-batch size 2; .*--no-rope-fusion"]),
-        (["--sft"], 8, ["packed rows: given --sft with fused RoPE"]),
         (["--fp4-format", "e2m1"], 8, ["FP4: given fp4=e2m1"]),
         (["--skip-train"], 8, ["dry-run: given --skip-train: the line only evaluates"]),
         (
@@ -395,7 +422,7 @@ def test_options_that_scripts_add_are_taken_out_where_they_need_a_gpu():
         ),
         ([*SIZES, "--regate-dense-layers", "6"], 32, ["--regate-dense-layers: given 6 with 4 layers in the first pip"]),
     ],
-    ids="ranks least experts rows packed fp4 evaluation several dense-layers".split(),
+    ids="ranks least experts fp4 evaluation several dense-layers".split(),
 )
 def test_a_line_that_cannot_train_is_refused_with_all_that_is_wrong(flags, nproc, words):
     run = _dry_run(*MODEL, *REGATE, *flags, nproc=nproc)
@@ -435,4 +462,4 @@ def test_the_dry_run_imports_no_launcher():
         file for file in files if "__main__ import" in file.read_text() or "import __main__" in file.read_text()
     ] == []
     shared = (ROOT / "regate_megatron/cpu/launch.py").read_text()
-    assert "dry_run" not in shared
+    assert "import dry_run" not in shared and "dry_run import" not in shared

@@ -117,10 +117,6 @@ REFUSED = {
         {"model": {"fine_grained_activation_offloading": True}},
         "given fine_grained_activation_offloading=True",
     ),
-    "multimodal packing with fused rope": (
-        {"args": {"use_packed_sequence": True}, "model": {"apply_rope_fusion": True}},
-        "given --use-packed-sequence with fused RoPE",
-    ),
     "PyTorch's FSDP": ({"args": {"use_torch_fsdp2": True}}, "given --use-torch-fsdp2"),
     "no layer beside the embedding": (
         {
@@ -194,10 +190,6 @@ REFUSED = {
         {"model": {"tp_comm_overlap": True, "use_transformer_engine_op_fuser": True}},
         "given tp_comm_overlap=True with use_transformer_engine_op_fuser",
     ),
-    "packed rows with fused rope": (
-        {"args": {"sft": True}, "model": {"apply_rope_fusion": True}},
-        "given --sft with fused RoPE",
-    ),
     "packed rows of several with stages": (
         {"args": {"sft": True}, "model": {"pipeline_model_parallel_size": 2}, "micro_batch_size": 2},
         "given --sft with pipeline stages and micro-batch size 2",
@@ -206,6 +198,10 @@ REFUSED = {
         {"args": {"dataloader_inter_document_masking": True}, "model": {"context_parallel_size": 2}},
         "given --dataloader-inter-document-masking with context parallelism",
     ),
+    "packed rows of pictures with sequence parallelism": (
+        {"args": {"packing_buffer_size": 8}, "model": {"sequence_parallel": True}},
+        "given --packing-buffer-size with sequence or context parallelism, where train.py forgets where samples start",
+    ),
     "hybrid context parallelism": ({"args": {"hybrid_context_parallel": True}}, "given --hybrid-context-parallel"),
     "adapters in the student as teacher": (
         {"config": {"score": "regate", "teacher_load": "student"}, "has_adapters": True},
@@ -213,10 +209,6 @@ REFUSED = {
     ),
     "loss scaled per turn": ({"args": {"use_loss_scaling": True}}, "given --use-loss-scaling"),
     "FSDP": ({"args": {"use_megatron_fsdp": True}}, "given --use-megatron-fsdp"),
-    "fused rope with two rows": (
-        {"model": {"apply_rope_fusion": True}, "micro_batch_size": 2},
-        "given fused RoPE with micro-batch size 2",
-    ),
 }
 
 
@@ -282,7 +274,7 @@ def test_flags_that_refusals_name_are_megatron_s_own():
     assert {flag_of(name) for name in fields} - known - of_others == set()
     changes = [check_support(_setting(**options))[1].rpartition("; change ")[2] for options, _ in REFUSED.values()]
     named = {word for change in changes for word in re.findall(r"--[a-z0-9-]+", change)}
-    of_scripts = {"--use-packed-sequence", "--use-loss-scaling", "--spec"}
+    of_scripts = {"--use-packed-sequence", "--use-loss-scaling", "--spec", "--packing-buffer-size"}
     of_scripts |= {"--dataloader-inter-document-masking"}  # core 0.18 and 0.19
     ours = {"--regate", *(flag(one.name) for one in dataclasses.fields(ReGateConfig))}
     assert named - known - ours - of_scripts - of_others == set()
@@ -393,7 +385,6 @@ def test_layers_that_share_the_model_s_config_are_supported():
 
 PER_LAYER = {
     "a window": ({"window_size": (16, 0)}, {}, "window_size=(16, 0)"),
-    "fused rope": ({"apply_rope_fusion": True}, {"micro_batch_size": 2}, "fused RoPE with micro-batch size 2"),
     "expert capacity": ({"moe_expert_capacity_factor": 1.5}, {}, "moe_expert_capacity_factor=1.5"),
     "routing": ({"moe_router_load_balancing_type": "sinkhorn"}, {}, "sinkhorn"),
     "communication overlap": (

@@ -59,7 +59,7 @@ TRAINING=(
     --lr 2e-5 --min-lr 2e-6 --lr-decay-style cosine --lr-warmup-iters 600   # usual for tuning a trained backbone
     --weight-decay 0.05 --clip-grad 1.0        # the same
     --recompute-granularity selective          # attention is recomputed: memory for a few percent of time
-    --no-rope-fusion                           # the fused kernel takes micro-batches of one row only
+    --no-rope-fusion                           # fused RoPE was never run with ReGATE, for want of a GPU
     --eval-interval 1000 --eval-iters 10       # evaluation is always dense
 )
 STATE=(

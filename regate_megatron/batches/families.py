@@ -15,6 +15,7 @@ from typing import Any
 
 from regate_megatron import compat
 from regate_megatron.batches import mcore_bridge
+from regate_megatron.batches.dynamic_pictures import Resolution
 from regate_megatron.batches.facts import BatchAdapter
 from regate_megatron.batches.gpt import GPTBatches
 from regate_megatron.batches.llava import LLaVABatches
@@ -24,6 +25,7 @@ from regate_megatron.batches.qwen_vl import QwenVLBatches
 from regate_megatron.batches.refusals import on_one_context_rank, refused_model
 from regate_megatron.batches.sample_key import BY_CONTENT, NamedSamples
 from regate_megatron.batches.sized_pictures import SizedPictures
+from regate_megatron.errors import ReGateError
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,42 @@ def _llava(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
         multiple=_llava_multiple(model),
         packs=_llava_packs(model, args),
         reads_position_ids=_reads_position_ids(model),
+        resolution=_llava_resolution(model),
     )
     return MultimodalBatches(merged, pad_token)
+
+
+def _llava_resolution(model: Any) -> Resolution | None:
+    """What a LLaVAModel of dynamic resolution makes of patches; None for one of another kind.
+
+    Megatron-Core 0.18 and 0.19 have one form of it, the head (0.20) another.
+
+    Raises:
+        ReGateError: the model cannot run it so, with ReGATE or without, or nobody has.
+    """
+    is_head = getattr(model, "_dynamic_resolution", False)
+    if not is_head and not getattr(model, "dynamic_resolution", False):
+        return None
+    stages, frames = model.config.pipeline_model_parallel_size, getattr(model, "temporal_patch_dim", 1)
+    merged, drops = 4 if model._pixel_shuffle else 1, getattr(model, "_drop_vision_class_token", True)
+    if frames > 1:
+        on_one_context_rank(model, f"LLaVAModel with temporal_patch_dim {frames}")
+    elif stages > 1:
+        why = "one: Megatron's last stage has no tower to count positions by, and stops or puts labels elsewhere"
+        raise _refused_resolution(f"on {stages} pipeline stages", why)
+    if not drops:
+        why = "class tokens dropped: Megatron makes embeddings of them and counts none"
+        raise _refused_resolution("that keeps class tokens (drop_vision_class_token)", why)
+    if is_head and (model._conv_merging or model._max_num_tiles > 1):
+        raise _refused_resolution("with tiles or conv_merging", "neither (nobody has run it)")
+    if frames > 1:
+        return Resolution(merged, in_squares=True, frames=frames, length=model.img_seq_len)
+    return Resolution(merged, in_squares=is_head, most_rows=1 if is_head else None)
+
+
+def _refused_resolution(given: str, allowed: str) -> ReGateError:
+    change = "that, or dynamic_resolution to False"
+    return refused_model(f"LLaVAModel of dynamic resolution {given}", allowed, change)
 
 
 def _llava_multiple(model: Any) -> int:
@@ -106,9 +142,11 @@ def _llava_packs(model: Any, args: Any) -> bool | str:
     return "always" if hasattr(args, "max_num_tiles") else False
 
 
+_WHOLE_ROWS = "as each would get the whole row with its own part of the rotary table, ReGATE or not"
+
+
 def _bridge_qwen_vl(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
-    why = "as each would get the whole row with its own part of the rotary table, ReGATE or not"
-    on_one_context_rank(model, "Qwen25VLModel of Megatron-Bridge", why, "or take Qwen3-VL")
+    on_one_context_rank(model, "Qwen25VLModel of Megatron-Bridge", _WHOLE_ROWS, "or take Qwen3-VL")
     return QwenVLBatches(
         image_token=model.config.image_token_id,
         video_token=model.config.video_token_id,
@@ -133,7 +171,7 @@ def _bridge_qwen3_vl(model: Any, pad_token: int | None, args: Any) -> BatchAdapt
 
 
 def _bridge_glm(model: Any, pad_token: int | None, args: Any) -> BatchAdapter:
-    on_one_context_rank(model, "GLM45VModel of Megatron-Bridge")
+    on_one_context_rank(model, "GLM45VModel of Megatron-Bridge", _WHOLE_ROWS, "or take GLM-4.5V of mcore-bridge")
 
     def rope_index(tokens: Any, kinds: Any, image_grid: Any, video_grid: Any, *, attention_mask: Any, **_: Any) -> Any:
         is_real = (tokens != 0).long() if attention_mask is None else attention_mask  # what the model takes for padding

@@ -1,8 +1,9 @@
 """The kinds of mcore-bridge's one multimodal class: one row per model type of their Hugging Face configuration.
 
 All have placeholders written out in full, one per visual position. What differs is what the placeholder is, and how
-pixels lie in a batch: beside grids, patches of a position one after the other (Qwen-VL, GLM-V, LLaVA-OneVision 1.5); or
-as tiles of one size without grids (InternVL), each of which is a medium of its own.
+pixels lie in a batch: beside grids, patches of a position one after the other (Qwen-VL, GLM-V, LLaVA-OneVision 1.5) or
+row by row of the picture (Kimi); or as tiles of one size without grids (InternVL), each of which is a medium of its
+own.
 
 To add a kind: a row, and a test that runs it.
 
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regate_megatron.batches.media import cells_of_image
+from regate_megatron.batches.media import cells_of_image, some_of_each
 from regate_megatron.batches.qwen_vl import QwenVLBatches
 from regate_megatron.batches.refusals import on_one_context_rank, refused_model
 from regate_megatron.batches.swift import SwiftBatches
@@ -39,8 +40,6 @@ def adapter_of(model: Any, pad_token: int | None, args: Any) -> SwiftBatches:
         kind = f"{kind} over {text}" if is_other else kind
         given, allowed = f"{type(model).__name__} of {kind}", ", ".join(KINDS) + " (no other was ever run)"
         raise refused_model(given, allowed, "the model, or train it without ReGATE")
-    if kind not in CONTEXT:
-        on_one_context_rank(model, f"{type(model).__name__} of {kind}")
     cut = getattr(model.config, "cp_partition_mode", "zigzag")
     if cut != "zigzag":
         on_one_context_rank(
@@ -52,6 +51,14 @@ def adapter_of(model: Any, pad_token: int | None, args: Any) -> SwiftBatches:
 def _grids(config: Any) -> SwiftBatches:
     merge_size = config.vision_config.spatial_merge_size
     return SwiftBatches(QwenVLBatches(config.image_token_id, config.video_token_id, merge_size, takes_positions=True))
+
+
+def _raster(config: Any, grids: str = "image_grid_hws") -> SwiftBatches:
+    high, wide = config.vision_config.merge_kernel_size
+    if high != wide:
+        raise refused_model(f"merge_kernel_size {high} by {wide}", "a square", "the model, or train it without ReGATE")
+    rows = QwenVLBatches(config.media_placeholder_token_id, _NO_TOKEN, high, takes_positions=True, cells=_of_raster)
+    return SwiftBatches(rows, partial(_raster_grids, grids))
 
 
 def _tiles_of_chat(config: Any) -> SwiftBatches:
@@ -79,16 +86,37 @@ KINDS: dict[str, Callable[[Any], SwiftBatches]] = {
     "qwen2_vl": _grids,
     "qwen2_5_vl": _grids,
     "qwen3_vl": _grids,
+    "qwen3_vl_moe": _grids,
     "internvl": _tiles,
     "internvl_chat": _tiles_of_chat,
     "llavaonevision1_5": _grids,
     "glm4v": _grids,
     "glm4v_moe": _grids,
+    "kimi_vl": _raster,
+    "kimi_k25": partial(_raster, grids="grid_thws"),
 }
 
 
-CONTEXT = ("qwen2_5_vl", "qwen3_vl")
-"""The kinds that were run with context parallelism."""
+def _raster_grids(name: str, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Pictures of one frame each, their patches flat.
+
+    Raises:
+        ValueError: one of several frames, which become one.
+    """
+    if batch.get("pixel_values") is None:
+        return {}
+    grid_I3 = torch.nn.functional.pad(batch[name], (3 - batch[name].shape[1], 0), value=1)
+    if bool((grid_I3[:, 0] > 1).any()):
+        raise ValueError(f"{name} {grid_I3.tolist()}: pictures alone, of one frame each")
+    return {"pixel_values": batch["pixel_values"].flatten(1), "image_grid_thw": grid_I3}
+
+
+def _of_raster(pixels: Tensor, grid_3: Tensor, merge_size: int) -> np.ndarray:
+    """A few values under each position, where patches lie row by row; float [N, D]."""
+    _, height, width = grid_3.tolist()
+    side = merge_size
+    blocks = pixels.view(height // side, side, width // side, side, -1).transpose(1, 2)
+    return some_of_each(blocks.reshape(-1, side**2 * pixels.shape[1]))
 
 
 def _tile_grids(side: int, batch: dict[str, Any]) -> dict[str, Tensor]:

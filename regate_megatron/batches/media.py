@@ -33,16 +33,17 @@ class Media:
         count_I: its visual positions in the row; int64. Fewer than its grid and lead say where the row is cut at its
             greatest length: the last ones are missing then.
         grid_I3: frames, height and width in visual positions, as the decoder sees them (merged); int64. An image has
-            one frame. None: not known; all are images.
-        lead: visual positions of each before its grid begins (class tokens); they hold no part of the picture.
+            one frame. All 0 where a medium's is not known: it is an image then. None: none is known.
+        lead_I: visual positions of each before its grid begins (class tokens); they hold no part of the picture; int64.
+            None: there are none.
         pixels: gives about :data:`VALUES` values of what lies under every place of the grid of medium i; float [N, D].
-            None: the batch brings no pixels.
+            None: the batch brings no pixels, or a grid is not known.
     """
 
     sample_I: Tensor
     count_I: Tensor
     grid_I3: Tensor | None = None
-    lead: int = 0
+    lead_I: Tensor | None = None
     pixels: Callable[[int], np.ndarray] | None = None
 
     @classmethod

@@ -2,7 +2,8 @@
 
 The script takes ``labels[:, 1:]`` as labels and makes its loss mask from them: 0 where a label is the pad id or
 ``IGNORE_INDEX``. So an elided target is marked by writing ``IGNORE_INDEX`` over its label. Text-only batches bring a
-dummy image [1, 1], and batches that are not packed bring dummy ``cu_lengths`` [1, 1].
+dummy image [1, 1], and batches that are not packed bring dummy ``cu_lengths`` [1, 1]. Packed ones
+(``--packing-buffer-size``, or a data set of lists of samples) are one row.
 
 Batches that have a loss mask (pretrain_vlm.py's) pass through to the adapter behind.
 
@@ -57,14 +58,15 @@ class MultimodalBatches(BatchAdapter):
 
     def _with_loss_mask(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The same batch in pretrain_vlm.py's layout, as the script itself would make it."""
-        if batch["cu_lengths"].shape != _DUMMY:
-            raise ValueError("packed rows (--packing-buffer-size) in this version")
         tokens_BN = to_cpu(batch["tokens"])
         label_BN = to_cpu(batch["labels"])[:, 1 : tokens_BN.shape[1] + 1]
         has_loss_BN = label_BN != IGNORE_INDEX
         if self.pad_token is not None:
             has_loss_BN &= label_BN != self.pad_token
         read = {"tokens": tokens_BN, "labels": label_BN, "loss_mask": has_loss_BN.float()}
+        if batch["cu_lengths"].shape != _DUMMY:
+            read["cu_lengths"] = batch["cu_lengths"]
         if batch["imgs"].shape != _DUMMY:
-            read |= {key: batch[key] for key in ("imgs", "num_tiles", "num_frames") if key in batch}
+            names = ("imgs", "num_tiles", "num_frames", "imgs_sizes")
+            read |= {key: batch[key] for key in names if key in batch}
         return read

@@ -102,8 +102,6 @@ class PlaceholderBatches(BatchAdapter):
         if batch.get("cu_seqlens") is not None:
             raise ValueError("cu_seqlens (rows packed offline) where this version reads cu_seqlens_q")
         packed = Segments.of(batch, token_BS.shape)
-        if packed is not None and bool((packed.real_N == 0).any()):  # models take places of each sample: none here
-            raise ValueError("cu_seqlens_q with a sample of no positions of its own")
         kind_BS = self.kinds(batch, token_BS)
         is_visual_BS = kind_BS > 0
         is_target_BS, has_loss_BS = targets_of(batch["loss_mask"], label_BS)
@@ -173,13 +171,13 @@ def _media(found: Sequence[Medium]) -> Media:
     """Media in the order in which they lie in the rows."""
     if not found:
         return Media.none()
-    in_order, leads = sorted(found, key=lambda one: one.place), {one.lead for one in found}
-    has_grids = len(leads) == 1 and all(one.grid is not None for one in in_order)
+    in_order = sorted(found, key=lambda one: one.place)
+    has_grids = all(one.grid is not None for one in in_order)
     return Media(
         sample_I=torch.tensor([one.sample for one in in_order]),
         count_I=torch.tensor([one.count for one in in_order]),
-        grid_I3=torch.tensor([one.grid for one in in_order]) if has_grids else None,
-        lead=leads.pop() if has_grids else 0,
+        grid_I3=torch.tensor([one.grid or (0, 0, 0) for one in in_order]),
+        lead_I=torch.tensor([one.lead for one in in_order]),
         pixels=(lambda medium: in_order[medium].values()) if has_grids else None,
     )
 

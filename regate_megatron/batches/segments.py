@@ -66,7 +66,13 @@ class Segments:
         return (torch.arange(len(sample_S)) - start_N[sample_S] >= self.real_N[sample_S])[None]
 
     def as_rows(self, value_1S: Tensor) -> Tensor:
-        """Each sample in a row of its own, zeros behind it; [N, M]."""
+        """Each sample in a row of its own, zeros behind it; [N, M].
+
+        Raises:
+            ValueError: a row would be empty, which no model gives places.
+        """
+        if bool((self.real_N == 0).any()):
+            raise ValueError("cu_seqlens_q with a sample of no positions of its own")
         value_NM = value_1S.new_zeros(len(self.real_N), int(self.real_N.max()))
         value_NM[self.is_real_NM] = value_1S[~self.is_padding_1S]
         return value_NM

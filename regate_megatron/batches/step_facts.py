@@ -144,7 +144,8 @@ class StepFacts:
     @cached_property
     def place_V(self) -> Tensor:
         """The place of each visual position in its medium's grid, below 0 in the lead; int64."""
-        lead_I = torch.cat([torch.full_like(one.count_I, one.lead) for one in self.media])
+        leads = [torch.zeros_like(one.count_I) if one.lead_I is None else one.lead_I for one in self.media]
+        lead_I = torch.cat(leads)
         first_I = self.count_I.cumsum(0) - self.count_I + lead_I
         return torch.arange(len(self.medium_V)) - first_I.repeat_interleave(self.count_I)
 

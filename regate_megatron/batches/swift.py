@@ -18,7 +18,6 @@ from torch import Tensor
 
 from regate_megatron.batches.facts import BatchAdapter, MicrobatchFacts, to_cpu
 from regate_megatron.batches.qwen_vl import QwenVLBatches
-from regate_megatron.errors import refuse
 
 _MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
 
@@ -82,10 +81,10 @@ def _packing(batch: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Tensor]
     A row of one sample is packed, too, where nothing masks its padding: the trainer has packing parameters for it.
 
     The row may be filled up behind its samples, with positions that begin anew: ``seq_lens`` says how many samples
-    there are. It does not say how long: for context ranks each is filled up after it is counted, and ends later.
+    there are. It does not say how long: for context ranks each is filled up after it is counted, and ends later. There
+    the fill is cut in segments of its own, which are samples without a position; else it is the end of the last sample.
 
     Raises:
-        ReGateError: context ranks cut what fills the row as segments of its own.
         ValueError: there are fewer starts than samples.
     """
     if shape[0] > 1 or batch.get("attention_mask_2d") is not None:
@@ -96,15 +95,8 @@ def _packing(batch: dict[str, Any], shape: tuple[int, ...]) -> dict[str, Tensor]
     count = len(starts) if counted is None else len(counted)
     if len(starts) < count:
         raise ValueError(f"{count} seq_lens for {len(starts)} positions 0")
-    starts, end = starts[:count], torch.cat([starts, torch.tensor([shape[1]])])[count : count + 1]
-    if bool(text_S[end:].any()):
-        raise refuse(
-            "packed rows",
-            given=f"{shape[1] - int(end)} positions behind the samples that context ranks cut as segments of their own",
-            allowed="rows that end with their last sample",
-            change="--packing and --padding_free to false, or --context_parallel_size to 1",
-        )
-    return {
-        "cu_seqlens_q": torch.cat([starts, end]),
-        "cu_seqlens_q_padded": torch.cat([starts, torch.tensor([shape[1]])]),
-    }
+    starts = torch.cat([starts, torch.tensor([shape[1]])])
+    end, real = starts[count : count + 1], starts[:count]
+    if not bool(text_S[end:].any()):
+        return {"cu_seqlens_q": torch.cat([real, end]), "cu_seqlens_q_padded": torch.cat([real, starts[-1:]])}
+    return {"cu_seqlens_q": starts.minimum(end), "cu_seqlens_q_padded": starts}

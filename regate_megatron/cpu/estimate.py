@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ import torch
 from regate_megatron.config import BUDGETS, ReGateConfig, flag
 from regate_megatron.cpu.dry_run import command as dry_run
 from regate_megatron.cpu.dry_run.shrink import dense_group
-from regate_megatron.errors import nearest, one_line_refusals, refuse
+from regate_megatron.errors import given_to_argparse, nearest, one_line_refusals, refuse
 from regate_megatron.flags import add_arguments, parse
 from regate_megatron.method import balance, budget
 from regate_megatron.method.budget import Alignment
@@ -222,7 +222,8 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
     try:
         options, rest = parser.parse_known_args(list(words))
     except argparse.ArgumentError as error:
-        raise refuse("estimate", given=error, allowed="whole numbers", change="the command") from None
+        what, given = f"estimate: {error.argument_name}", given_to_argparse(error)
+        raise refuse(what, given=given, allowed="a value as --help describes it", change="it") from None
     own = sorted(f"--{name}" for name in ("trace", *_NUMBERS))
     if rest:
         change = nearest(rest[0].partition("=")[0], own, "the command")
@@ -231,9 +232,9 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
         given = "no rows" if options.trace is None else "--length beside --trace, which has the rows"
         raise refuse("estimate", given=given, allowed="--trace DIR, or --length and --targets", change="the command")
     for name in _NUMBERS:
-        value = getattr(options, name)
-        if value is not None and value < (name not in ("targets", "visual")):
-            raise refuse(f"estimate: --{name}", given=value, allowed="an integer of 1 or more", change="it")
+        value, least = getattr(options, name), int(name not in ("targets", "visual"))
+        if value is not None and value < least:
+            raise refuse(f"estimate: --{name}", given=value, allowed=f"an integer of {least} or more", change="it")
     return options
 
 
@@ -270,15 +271,30 @@ def _rows(options: argparse.Namespace) -> np.ndarray:
                 change="the numbers",
             )
         return np.array(found)
-    found = []
-    for path in sorted(options.trace.glob("dp*.jsonl")):
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            found += [
-                (record["dense_length"], row["num_context"] + row["num_targets"], row["num_targets"], row["num_visual"])
-                for row in record["rows"]
-            ]
+    found = [row for path in sorted(options.trace.glob("dp*.jsonl")) for row in _traced(path)]
     if not found:
         change = "it to a folder that --regate-trace of a run has filled"
         raise refuse("estimate: --trace", given=f"{options.trace} without rows", allowed="a trace", change=change)
     return np.array(found)
+
+
+def _traced(path: Path) -> Iterator[tuple[int, int, int, int]]:
+    """The rows of one file; a last line that breaks off is left: a run writes it still, or was killed.
+
+    Raises:
+        ReGateError: it cannot be read, or holds something else.
+    """
+    try:
+        for line in path.read_text().splitlines(keepends=True):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                if line.endswith("\n"):
+                    raise
+                return
+            for row in record["rows"]:
+                targets = int(row["num_targets"])
+                yield record["dense_length"], row["num_context"] + targets, targets, int(row["num_visual"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        form = {"allowed": "what --regate-trace writes", "change": "it to another folder, or take that file away"}
+        raise refuse("estimate: --trace", given=f"{path}, unreadable ({type(error).__name__})", **form) from None

@@ -79,6 +79,10 @@ def _script_and_flags(words: Sequence[str]) -> tuple[str, list[str]]:
     script = words[0] if words else ""
     if not Path(script).is_file():
         change = nearest(script, COMMANDS, "the path" if script else "the command")
+        if script in COMMANDS:
+            change = "the command: leave --cpu out"
+        elif script.startswith("-"):
+            change = "the order: the script comes before its flags"
         error = refuse("launcher", given=script or "no script", allowed=f"a script: {USAGE}", change=change)
         error.everywhere = True  # every rank has the same command line
         raise error

@@ -19,6 +19,7 @@ from regate_megatron.decoder.graphs import graphed
 from regate_megatron.decoder.losses import LossHook
 from regate_megatron.decoder.overlap import overlapping
 from regate_megatron.decoder.pipeline import check_arguments, shapes_from
+from regate_megatron.decoder.rope_fusion import fusing, unfused
 from regate_megatron.decoder.switches import Switch, switched_off
 from regate_megatron.errors import refuse
 from regate_megatron.method.plan import StepPlan
@@ -53,9 +54,11 @@ class Hooks:
         self.losses: list[LossHook] = []
         self.ahead: list[AheadHook] = []
         self._current = CurrentMicrobatch()
-        # What sparse steps switch off: where short sequences would go through user buffers, and all CUDA graphs.
+        # What sparse steps switch off: where short sequences would go through user buffers, all CUDA graphs, and fusion
+        # in attentions of short layers, whose kernel would count positions itself.
         self._overlapping: list[Switch] = []
         self._graphed: list[Switch] = []
+        self._fusing: list[Any] = []
 
     def attach(self) -> None:
         """Put them on."""
@@ -68,10 +71,11 @@ class Hooks:
                 self.ahead.append(AheadHook(model, self._current, self.decoders[-1], self.losses[-1]))
         self._overlapping = [switch for hook in self.decoders for switch in overlapping(hook.short_modules())]
         self._graphed = [switch for chunk in self._chunks for switch in graphed(chunk.modules())]
+        self._fusing = [one for hook in self.decoders for one in fusing(hook.short_modules())]
 
     def detach(self) -> None:
         """Take them off again, last first."""
-        self._overlapping, self._graphed = [], []
+        self._overlapping, self._graphed, self._fusing = [], [], []
         for kind in (self.ahead, self.losses, self.decoders):
             while kind:
                 kind.pop().detach()
@@ -83,6 +87,9 @@ class Hooks:
             lines.append(f"tensor-parallel communication overlap is off in sparse steps in {count} short modules")
         if self._graphed:
             lines.append("CUDA graphs are off in sparse steps, in all of the model")
+        if self._fusing:
+            rows = "where rows are packed, or several in a microbatch"
+            lines.append(f"fused RoPE is off in sparse steps in {len(self._fusing)} short attentions {rows}")
         return lines
 
     def check_rows(self, longest: int, *, is_packed: bool) -> None:
@@ -140,7 +147,10 @@ class Hooks:
             check_arguments(arguments)
         with contextlib.ExitStack() as stack:
             if plans:
-                stack.enter_context(switched_off(self._overlapping + self._graphed))
+                switches = self._overlapping + self._graphed
+                if any(plan.is_packed or len(plan.keep_idx_BK) > 1 for plan in plans):
+                    switches = switches + unfused(self._fusing)
+                stack.enter_context(switched_off(switches))
                 if self.has_pipeline:
                     arguments = stack.enter_context(shapes_from(plans, self.layout, len(self.models), arguments))
             return schedule(**arguments)
@@ -154,7 +164,7 @@ class Hooks:
         device = next(self.models[0].parameters()).device
         moves = {
             "moves_hidden": any(hook.compacts for hook in self.decoders),
-            "moves_tokens": bool(self.losses) or any(hook.positions.is_dense_given for hook in self.decoders),
+            "moves_tokens": bool(self.losses) or any(hook.moves_tokens for hook in self.decoders),
             "comes_back": any(hook.comes_back for hook in self.decoders),
         }
         shards = shard_plans(plan.microbatches, self.layout, device, **moves)

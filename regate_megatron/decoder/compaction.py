@@ -73,7 +73,7 @@ class DecoderHook:
         self._forward = type(self.block).forward
         self._signature = inspect.signature(self._forward)
         self._rest = [one.name for one in self._signature.parameters.values() if one.kind is one.VAR_KEYWORD]
-        self._takes_padding = "padding_mask" in self._signature.parameters
+        self._takes_padding = "padding_mask" in _own_signature(type(self.block)).parameters
         self.positions = Positions(model, arrives_short=arrives_short)
         self.experts = Experts(self.block.config, self.block.layers)
         self.block.forward = self.forward
@@ -100,6 +100,11 @@ class DecoderHook:
         return (one for one in self.model.modules() if id(one) not in dense)
 
     @property
+    def moves_tokens(self) -> bool:
+        """Whether the chunk gets something with every microbatch that lies along the tokens, as labels do."""
+        return self.positions.is_dense_given or self.experts.moves_mask
+
+    @property
     def comes_back(self) -> bool:
         """Whether the last layers see every position again."""
         return self.num_dense_last > 0
@@ -107,7 +112,7 @@ class DecoderHook:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's forward; short after the dense layers when the current plan says so."""
         plan, watch = self.current.plan, self.current.watch if self.compacts else None
-        self.experts.check(kwargs.get("padding_mask"))
+        self.experts.check(kwargs.get("padding_mask"), kwargs.get("hidden_states", args[0] if args else None))
         if plan is None and watch is None:
             return self._forward(self.block, *args, **kwargs)
         arguments = self._signature.bind(self.block, *args, **kwargs).arguments
@@ -197,19 +202,17 @@ class DecoderHook:
         if arguments.get("attention_mask") is not None:
             arguments["attention_mask"] = _short_mask(arguments["attention_mask"], plan)
         if arguments.get("packed_seq_params") is not None:
-            self._check_rope(plan)
             arguments["packed_seq_params"] = _short_packing(arguments["packed_seq_params"], plan)
         return arguments
 
-    def _check_rope(self, plan: ShardedPlan) -> None:
-        """Refuse a fused kernel that would count the positions of each segment anew, where no rule could know of it."""
-        if plan.is_packed and self.block.config.apply_rope_fusion and not self.positions.handed:
-            raise refuse(
-                "fused RoPE",
-                given="packed rows, whose positions have gaps",
-                allowed="unfused RoPE",
-                change="apply_rope_fusion of the model's config to False",
-            )
+
+def _own_signature(block: type) -> inspect.Signature:
+    """Of the first forward that names its arguments: one that hands all on is the next class's."""
+    for one in block.__mro__:
+        signature = inspect.signature(one.forward)
+        if not any(each.kind is each.VAR_POSITIONAL for each in signature.parameters.values()):
+            break
+    return signature
 
 
 def check_length(what: str, found: int, planned: int) -> None:

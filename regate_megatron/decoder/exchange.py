@@ -152,7 +152,8 @@ class ShardedPlan:
             of every slot in its segment, [1, K] (Megatron cuts those itself).
         is_fill_Bk: slots of this context rank that are fill.
         hidden: exchange of hidden states, on ranks that compact.
-        tokens: exchange of labels and losses on ranks that compute the loss, and of rotary tables that batches bring.
+        tokens: exchange of labels and losses on ranks that compute the loss, and of rotary tables and masks of padding
+            that batches bring.
         cu_seqlens, cu_seqlens_padded: int32 [N+1] of real slots and of slots, per row or segment.
         max_length: the longest row or segment, slots.
         is_packed: whether the row holds several segments.
@@ -200,7 +201,8 @@ def shard_plans(
 
     Args:
         moves_hidden: whether this rank's chunk compacts.
-        moves_tokens: whether this rank's chunk computes the loss, or gets its rotary table with every batch.
+        moves_tokens: whether this rank's chunk computes the loss, or gets its rotary table, or on context ranks a mask
+            of padding, with every batch.
         comes_back: whether the chunk's last layers run at full length again; with ``moves_hidden``.
     """
     moves = {"moves_hidden": moves_hidden, "moves_tokens": moves_tokens, "comes_back": comes_back}

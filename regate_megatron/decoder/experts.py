@@ -36,30 +36,46 @@ class Experts:
         while self.biased:
             self.biased.pop().detach()
 
-    def check(self, given: Tensor | None) -> None:
+    @property
+    def moves_mask(self) -> bool:
+        """Whether a mask of the model's own has to travel with the kept positions."""
+        return self.has_routers and self.config.context_parallel_size > 1
+
+    def check(self, given: Tensor | None, dense_LBH: Tensor | None) -> None:
         """Refuse what the model passes as ``padding_mask``, in the first forward, dense or not.
 
         Raises:
-            ReGateError: a mask under context parallelism.
+            ReGateError: a mask of other positions than this context rank's.
         """
-        if given is not None and self.has_routers and self.config.context_parallel_size > 1:
-            form = {"allowed": "none with context parallelism", "change": "--context-parallel-size to 1"}
-            raise refuse("padding mask", given="a padding_mask of the model's own", **form)
+        if given is None or dense_LBH is None or not self.moves_mask:
+            return
+        if given.shape[1] != len(dense_LBH):
+            raise refuse(
+                "padding mask",
+                given=f"one of {given.shape[1]} positions on a context rank that has {len(dense_LBH)}",
+                allowed="this rank's part, as hidden states are cut",
+                change="the forward step, or --context-parallel-size to 1",
+            )
 
     def padding(self, given: Tensor | None, plan: ShardedPlan) -> Tensor | None:
         """What the layers get as ``padding_mask``; bool [B, k], under sequence parallelism this rank's slice of k.
 
         Args:
-            given: what the model passes to its decoder: [B, S], or a slice of S where that is sharded; or None.
+            given: what the model passes to its decoder: [B, S], or a slice of S where that is sharded (by context and
+                sequence parallelism, as hidden states are); or None.
             plan: of the microbatch.
         """
         if not self.has_routers:  # nobody reads it
             return None
         is_fill_Bk = plan.is_fill_Bk
         if given is not None:
-            if given.shape[1] != plan.dense_length:
+            if given.shape[1] * plan.cp_size != plan.dense_length:
                 given = _gather(given)
-            is_fill_Bk = is_fill_Bk | given.bool().gather(1, plan.keep_idx_BK)
+            if plan.cp_size > 1:
+                is_padding_Bk = plan.tokens.to_short(given.t().byte()).t().bool()
+            else:
+                is_padding_Bk = given.bool().gather(1, plan.keep_idx_BK)
+            is_fill_Bk = is_fill_Bk | is_padding_Bk
         return _slice(is_fill_Bk) if self.config.sequence_parallel else is_fill_Bk
 
 

@@ -7,7 +7,7 @@ What the layers get is one argument, ``rotary_pos_emb`` [K, B, 1, D], which reco
 - mrope: the table depends on the batch's position ids, so the model's dense table of this microbatch is gathered. Under
   context parallelism it holds this rank's positions, so it travels as labels do, on every stage.
 - multi-latent attention makes its table inside each layer, from the length of what it is given. There the argument
-  carries the table past the layer, see :class:`HandedRotary`.
+  carries the table past the layer, see :class:`HandedRotary`. (mcore-bridge's takes the argument, as others do.)
 - queries that are scaled by their place: see :mod:`.query_scale`.
 - learned positions and none: nothing to do, positions are in the embedding or nowhere.
 
@@ -40,7 +40,7 @@ class Positions:
         self.is_dense_given = model.position_embedding_type == "mrope" and not arrives_short
         self.is_short_given = model.position_embedding_type == "mrope" and arrives_short
         attentions = [getattr(layer, "self_attention", None) for layer in (*model.decoder.layers, *layers_ahead(model))]
-        self.handed = [HandedRotary(one) for one in attentions if _is_latent(one)]
+        self.handed = [HandedRotary(one) for one in attentions if _makes_its_table(one)]
         self.scales = [QueryScale(one) for one in attentions if scales_queries(one)]
         self._most = _most_positions(model)
         self._tables: dict[int, Tensor] = {}
@@ -159,10 +159,10 @@ def _emb_and_mscale(rotary: Any, length: int) -> tuple[Tensor, float | None]:
     return found if isinstance(found, tuple) else (found, None)
 
 
-def _is_latent(attention: Any) -> bool:
+def _makes_its_table(attention: Any) -> bool:
     from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 
-    return isinstance(attention, MultiLatentAttention)
+    return isinstance(attention, MultiLatentAttention) and hasattr(attention, "rotary_pos_emb")
 
 
 def _most_positions(model: Any) -> int | None:

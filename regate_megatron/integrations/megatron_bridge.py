@@ -28,7 +28,6 @@ from regate_megatron.integrations.patching import patch, unpatch
 from regate_megatron.support import HostRun, folder_or_none
 from regate_megatron.support.bridge import check_settings
 
-_IN_BATCH = "dataset.enable_in_batch_packing"
 _PADS_ROWS = "megatron.bridge.models.qwen_vl.qwen3_vl_step"
 
 
@@ -137,6 +136,5 @@ def _run_of(state: Any, pad_token: int | None = None) -> HostRun:
         pad_token=pad_token,
         has_adapters=cfg.peft is not None,
         fsdp=f"dist.{fsdp[0]}" if fsdp else None,
-        packs_rows=_IN_BATCH if getattr(cfg.dataset, "enable_in_batch_packing", False) else None,
         document_masks="dataset.reset_attention_mask" if getattr(cfg.dataset, "reset_attention_mask", False) else None,
     )

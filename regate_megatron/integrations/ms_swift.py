@@ -130,6 +130,5 @@ def _run_of(trainer: Any, pad_token: int | None) -> HostRun:
         micro_batch_size=1 if args.padding_free else args.micro_batch_size,
         tokenizer_model=args.model,
         pad_token=pad_token,
-        packs_rows="--padding_free" if args.padding_free else None,
         has_adapters=args.tuner_type != "full",
     )

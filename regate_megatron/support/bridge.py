@@ -6,15 +6,14 @@ from typing import Any
 
 from regate_megatron.errors import ReGateError, refuse
 
-# What would stop at the first batch, or make groups that are not Megatron's; how to set each.
+# What would make groups that are not Megatron's; how to set each.
 REFUSED = {
     "dist.use_decentralized_pg": "False",
-    "dataset.packing_buffer_size": "None",
 }
 
 
 def check_settings(settings: Any) -> None:
-    """Refuse a setting of Bridge's ``ConfigContainer`` under which energon packs rows or groups are its own.
+    """Refuse a setting of Bridge's ``ConfigContainer`` under which groups are its own.
 
     Raises:
         ReGateError: every rank has the same settings, so every rank raises.
@@ -26,7 +25,7 @@ def check_settings(settings: Any) -> None:
             error: ReGateError = refuse(
                 "Megatron-Bridge",
                 given=f"{name}={value}",
-                allowed="it off (rows that energon packs and groups of Bridge's own are not read in this version)",
+                allowed="it off (groups of Bridge's own are not read in this version)",
                 change=f"{name} to {off}",
             )
             error.everywhere = True

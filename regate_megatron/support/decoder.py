@@ -30,6 +30,7 @@ _ATTENTIONS = (
     "megatron.core.transformer.identity_op.IdentityOp",
     "megatron.bridge.models.qwen_vl.modelling_qwen3_vl.attention.Qwen3VLSelfAttention",
     "mcore_bridge.model.gpts.glm4.Glm4SelfAttention",
+    "mcore_bridge.model.modules.multi_latent_attention.MLASelfAttention",
 )
 _SCALED_BY_PLACE = "megatron.bridge.models.ministral3.ministral3_provider.MinistralTEDotProductAttention"
 _CORE_ATTENTIONS = (

@@ -23,8 +23,8 @@ class HostRun:
         pad_token: its pad id, where the tokenizer does not tell it itself.
         has_adapters: whether parts of the student are adapters (LoRA and the like).
         switches_adapters: whether any pipeline stage has adapters that can be switched off; found out by ``attach``.
-        fsdp, document_masks, packs_rows: the host's setting that asks for fully sharded data parallelism, for attention
-            masks per document, or for packed rows, as the user wrote it; None where none does.
+        fsdp, document_masks: the host's setting that asks for fully sharded data parallelism, or for attention masks
+            per document, as the user wrote it; None where none does.
         flags: Megatron-LM's namespace, for rules about Megatron-LM's own flags; None in any other host.
     """
 
@@ -42,7 +42,6 @@ class HostRun:
     switches_adapters: bool = False
     fsdp: str | None = None
     document_masks: str | None = None
-    packs_rows: str | None = None
     flags: Any = None
 
 

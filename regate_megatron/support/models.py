@@ -51,7 +51,9 @@ SUPPORTED = {
     "internvl_chat": (Host(SWIFT, _PLUGIN),),
     "llavaonevision1_5": (Host(SWIFT, _PLUGIN),),
     "glm4v": (Host(SWIFT, _PLUGIN),),
-    "qwen3_vl_moe": (Host(BRIDGE, _CALLBACK.format(step="qwen3_vl_step") + _PACKED),),
+    "kimi_vl": (Host(SWIFT, _PLUGIN),),
+    "kimi_k25": (Host(SWIFT, _PLUGIN),),
+    "qwen3_vl_moe": (Host(BRIDGE, _CALLBACK.format(step="qwen3_vl_step") + _PACKED), Host(SWIFT, _PLUGIN)),
     "glm4v_moe": (Host(BRIDGE, _CALLBACK.format(step="vlm_step") + _PACKED), Host(SWIFT, _PLUGIN)),
     "mistral3": (Host(BRIDGE, _CALLBACK.format(step="vlm_step") + _PACKED),),
     "llava": (_LLAVA, _MIMO),
@@ -69,15 +71,14 @@ _OVER = {
 }
 _UNTRIED = "nobody has run it with ReGATE"
 _BIASES = (
-    "all order is in attention biases (pictures are read in both directions, windows slide), which only Transformer "
-    "Engine's fused kernel takes, and a teacher of text would read without them, its own targets too"
+    "its order of reading (pictures in both directions, windows that slide) is a table of attention biases for the "
+    "full row, which only a GPU kernel of Transformer Engine reads: nobody could run it shortened and compare. Train "
+    "it without ReGATE, or take qwen3_vl, qwen2_5_vl or mistral3"
 )
 REFUSED = {
     "ernie4_5_moe_vl": "a mask of token kinds, global to its module, keeps the dense length",
     "gemma3": _BIASES,
     "gemma4": _BIASES,
-    "kimi_vl": f"{_UNTRIED}: mcore-bridge's latent attention is not built without Transformer Engine's layers",
-    "kimi_k25": f"{_UNTRIED}: flex dispatcher, latent attention, pipeline layouts",
     "ovis2_5": f"{_UNTRIED}: its placeholders are negative ids",
     "qwen3_5": "three of four layers are gated delta nets: their state would skip what is left out",
     "qwen3_5_moe": "three of four layers are gated delta nets: their state would skip what is left out",
@@ -116,7 +117,23 @@ class Verdict:
 
 
 def judge(config: dict[str, Any]) -> Verdict:
-    """Judge a Hugging Face configuration, as its ``config.json`` has it."""
+    """Judge a Hugging Face configuration, as its ``config.json`` has it.
+
+    Raises:
+        ReGateError: what it says has another form than Hugging Face's.
+    """
+    try:
+        return _judge(config)
+    except (AttributeError, TypeError) as fault:
+        raise refuse(
+            "--model",
+            given=f"a configuration of {config['model_type']} in another form ({fault})",
+            allowed="a config.json as transformers writes it",
+            change="the file",
+        ) from None
+
+
+def _judge(config: dict[str, Any]) -> Verdict:
     kind = str(config["model_type"])
     text = config.get("text_config") or config.get("llm_config") or config
     reasons = [*_inexact(text)]

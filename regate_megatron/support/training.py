@@ -10,7 +10,7 @@ from regate_megatron.config import STUDENT_AS_TEACHER, flag
 from regate_megatron.support.alignment import gathers_over_replicas
 from regate_megatron.support.setting import Fields, Found, Rule, Setting, flag_of, leave_out
 
-_PACKING_FLAGS = ("sft", "dataloader_inter_document_masking", "use_packed_sequence")
+_PACKING_FLAGS = ("sft", "dataloader_inter_document_masking", "use_packed_sequence", "packing_buffer_size")
 
 
 def _several_lengths(setting: Setting) -> Any:
@@ -49,8 +49,6 @@ def _packed_rows(setting: Setting) -> Any:
     packs = flag_of(names[0]) if names else None
     if setting.megatron_flag("hybrid_context_parallel"):
         return Found("--hybrid-context-parallel", leave_out(setting, "hybrid_context_parallel"))
-    if setting.run.packs_rows and setting.model.apply_rope_fusion:
-        return Found(f"{setting.run.packs_rows} with fused RoPE", "apply_rope_fusion of the model's config to False")
     if packs is None:
         return None
     out = f"leave {packs} out"
@@ -60,8 +58,12 @@ def _packed_rows(setting: Setting) -> Any:
     if "dataloader_inter_document_masking" in names and setting.model.context_parallel_size > 1:
         given = "--dataloader-inter-document-masking with context parallelism"
         return Found(given, "--context-parallel-size to 1, or leave --dataloader-inter-document-masking out")
-    if setting.model.apply_rope_fusion:
-        return Found(f"{packs} with fused RoPE", f"the command: add --no-rope-fusion, or {out}")
+    cuts = setting.model.context_parallel_size > 1 or setting.model.sequence_parallel
+    if "packing_buffer_size" in names and cuts:
+        given = "--packing-buffer-size with sequence or context parallelism, where train.py forgets where samples start"
+        return Found(
+            given, "the command: leave --packing-buffer-size out, or --sequence-parallel and context parallelism"
+        )
     return None
 
 
@@ -100,11 +102,6 @@ def _fused_overlap(setting: Setting) -> Any:
     if not (fuses and getattr(setting.model, "tp_comm_overlap", False)):
         return None
     return Found("tp_comm_overlap=True with use_transformer_engine_op_fuser", leave_out(setting, "tp_comm_overlap"))
-
-
-def _fused_rope(setting: Setting) -> Any:
-    rows = setting.micro_batch_size
-    return f"fused RoPE with micro-batch size {rows}" if setting.model.apply_rope_fusion and rows > 1 else None
 
 
 TRAINING_RULES = (
@@ -168,10 +165,10 @@ TRAINING_RULES = (
     Rule(
         "packed rows",
         _packed_rows,
-        "--sft, --dataloader-inter-document-masking without context parallelism, --use-packed-sequence; unfused RoPE, "
-        "and with pipeline stages one row per microbatch",
-        "the command: leave the flag out, add --no-rope-fusion, or set the size named to 1",
-        "the kernels would read other positions or segments",
+        "--sft, --dataloader-inter-document-masking without context parallelism, --use-packed-sequence, "
+        "--packing-buffer-size without sequence and context parallelism; with pipeline stages one row per microbatch",
+        "the command: leave the flag out, or set the size named to 1",
+        "other segments would be read than the batch has",
     ),
     Rule(
         flag("teacher_load"),
@@ -195,19 +192,12 @@ TRAINING_RULES = (
         "the command: leave the flag out",
         "it gathers weights around module calls, and the decoder is called by ranges of layers",
     ),
-    Rule(
-        "fused RoPE",
-        _fused_rope,
-        "micro-batch size 1, or unfused RoPE",
-        "the command: add --no-rope-fusion, or set --micro-batch-size to 1",
-        "the fused kernel takes one row of positions",
-    ),
 )
 
 
-def unproven(model: Any) -> list[str]:
+def unproven(setting: Setting) -> list[str]:
     """What a model's config, or Megatron's flags, ask for that no GPU has shown with ReGATE; one line each."""
-    lines = []
+    model, lines = setting.model, []
     if model.num_moe_experts and model.moe_token_dispatcher_type == "flex":
         backend = getattr(model, "moe_flex_dispatcher_backend", None) or "deepep"
         lines.append(
@@ -224,12 +214,19 @@ def unproven(model: Any) -> list[str]:
             "CUDA graphs: on in dense steps, off in sparse ones, as a graph has one length; never run with ReGATE, for"
             " want of a GPU: compare a few steps with and without them first"
         )
+    is_several = setting.micro_batch_size > 1 or any(setting.megatron_flag(name) for name in _PACKING_FLAGS)
+    if is_several and model.apply_rope_fusion and not model.multi_latent_attention:
+        lines.append(
+            "fused RoPE: on in dense steps and layers, off where short rows are packed or several in a microbatch, as"
+            " its kernels take one row of positions; never run with ReGATE, for want of a GPU: compare a few steps with"
+            " --no-rope-fusion"
+        )
     return lines
 
 
 def hints(setting: Setting) -> list[str]:
     """What is allowed, and still worth knowing before step 0; one line each."""
-    lines = unproven(setting.model)
+    lines = unproven(setting)
     if setting.model.context_parallel_size > 1 and not getattr(setting.model, "calculate_per_token_loss", False):
         lines.append(
             "context parallelism without --calculate-per-token-loss: each context rank divides its loss by its own"

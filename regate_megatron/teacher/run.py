@@ -23,6 +23,7 @@ from regate_megatron.decoder import CurrentMicrobatch, DecoderHook, Layout, shar
 from regate_megatron.decoder.cutting import places
 from regate_megatron.decoder.graphs import graphed
 from regate_megatron.decoder.overlap import overlapping
+from regate_megatron.decoder.rope_fusion import fusing, unfused
 from regate_megatron.decoder.switches import switched_off
 from regate_megatron.method.budget import align_up
 from regate_megatron.method.plan import MicrobatchPlan
@@ -65,7 +66,8 @@ class TeacherRun:
         microbatches, num_rows = self._microbatches(request, micro_batch_size)
         iterators = [iter(microbatches) for _ in self.chunks]
         is_interleaved = self.config.virtual_pipeline_model_parallel_size is not None
-        with switched_off(self._switches):
+        attentions = fusing(module for chunk in self.chunks for module in chunk.modules()) if num_rows > 1 else []
+        with switched_off(self._switches + unfused(attentions)):
             outputs = self._schedule()(
                 forward_step_func=self._forward_step,
                 data_iterator=iterators if is_interleaved else iterators[0],

@@ -184,30 +184,28 @@ def _qwen3_vision() -> Qwen3VLVisionConfig:
 
 
 def qwen3(**layout: Any) -> Qwen3VLModelProvider:
-    without_engine()
-    if layout.get("context_parallel_size", 1) > 1:
-        over_context_ranks()
+    without_engine(layout.get("context_parallel_size", 1))
     return Qwen3VLModelProvider(vision_config=_qwen3_vision(), **QWEN3, **layout)
 
 
 def qwen3_moe(**layout: Any) -> Qwen3VLMoEModelProvider:
-    without_engine()
+    without_engine(layout.get("context_parallel_size", 1))
     routing = {"moe_router_load_balancing_type": "aux_loss"}
     return Qwen3VLMoEModelProvider(vision_config=_qwen3_vision(), **QWEN3, **EXPERTS, **routing, **layout)
 
 
-def without_engine() -> None:
-    """Qwen3-VL asks for Transformer Engine's layers by name: give it Megatron's own, which run on a CPU."""
+def without_engine(context_ranks: int = 1) -> None:
+    """Qwen3-VL asks for Transformer Engine's layers by name: give it Megatron's own, which run on a CPU.
+
+    Where it is not Transformer Engine's, it takes an attention of its own, for whole rows: not over context ranks.
+    """
+    if context_ranks > 1:
+        qwen3_vl_attention.DotProductAttention = type("NoAttentionAtAll", (), {})
     qwen3_vl_provider.get_gpt_layer_with_transformer_engine_spec = _local_layer
     qwen3_vl_model.get_vit_layer_with_transformer_engine_spec = get_vit_layer_with_local_spec
     qwen3_vl_model.TENorm = WrappedTorchNorm
     qwen3_vl_model.TEColumnParallelLinear = ColumnParallelLinear
     qwen3_vl_model.TERowParallelLinear = RowParallelLinear
-
-
-def over_context_ranks() -> None:
-    """Where it is not Transformer Engine's, Qwen3-VL takes an attention of its own, for whole rows: not here."""
-    qwen3_vl_attention.DotProductAttention = type("NoAttentionAtAll", (), {})
 
 
 def _local_layer(*, num_experts: int | None, qk_layernorm: bool, **_: Any) -> ModuleSpec:

@@ -78,7 +78,7 @@ def adapt(chunk: Any, layout: Layout) -> None:
 
     On routers, too (``all-router``).
     """
-    layers = r"language_model\.decoder\..*\.(linear_qkv|linear_proj|linear_fc1|linear_fc2|router)"
+    layers = r"language_model\.decoder\..*\.(linear_\w+|router)"
     get_peft_model(chunk, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules=layers))
     for layer in chunk.modules():
         if getattr(layer, "explicit_expert_comm", False):  # without bias; of experts that are shared Megatron asks it

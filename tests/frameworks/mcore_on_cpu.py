@@ -31,14 +31,21 @@ def install() -> None:
     from mcore_bridge import GPTBridge
     from mcore_bridge.model import register
     from mcore_bridge.tuners import lora, patcher
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     original = register.get_gpt_decoder_block_spec
 
     def local_layers(config: Any, **options: Any) -> Any:
-        return original(config, **options | {"use_transformer_engine": False})
+        block = original(config, **options | {"use_transformer_engine": False})
+        if config.multi_latent_attention and config.q_lora_rank is None:  # nothing that it would be the norm of
+            for layer in block.layer_specs:
+                layer.submodules.self_attention.submodules.q_layernorm = IdentityOp
+        return block
 
     register.get_gpt_decoder_block_spec = local_layers
+    QKNormConfigResolver._mla_fused_linear_or_default = lambda *_: _after_norm(ColumnParallelLinear, WrappedTorchNorm)
     from mcore_bridge.model.gpts import glm4
 
     glm4.TENorm = WrappedTorchNorm
@@ -50,6 +57,20 @@ def install() -> None:
         return move(self, module, local_name(f".{key}")[1:], *rest, **options)
 
     GPTBridge._set_state_dict = with_norms_apart
+
+
+def _after_norm(linear: type, norm: type) -> type:
+    """A linear layer with a norm before it, which Transformer Engine has as one: of queries without a latent."""
+
+    class AfterNorm(linear):
+        def __init__(self, num_in: int, *given: Any, config: Any, **options: Any) -> None:
+            super().__init__(num_in, *given, config=config, **options)
+            self.norm = norm(config, num_in)
+
+        def forward(self, hidden_LBH: torch.Tensor, *given: Any, **options: Any) -> Any:
+            return super().forward(self.norm(hidden_LBH), *given, **options)
+
+    return AfterNorm
 
 
 class _Replicated(torch.nn.Linear):

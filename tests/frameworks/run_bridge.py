@@ -51,7 +51,7 @@ from regate_megatron.api import session_of
 from regate_megatron.batches import adapter_for
 from regate_megatron.errors import ReGateError
 from regate_megatron.integrations import megatron_bridge
-from tests.frameworks import bridge_models, exactness
+from tests.frameworks import bridge_energon, bridge_models, exactness
 from tests.frameworks.forked import run
 
 STEPS, SAVE_AT = 6, 3
@@ -72,6 +72,7 @@ class Case:
         packs: whether the step is to pack the rows (``enable_in_batch_packing`` without a collator that does).
         step: the forward step; None: the model's usual one.
         lora: whether adapters alone learn.
+        energon: whether rows come by way of Megatron-energon; "packed": it packs them.
         ahead: tokens that are predicted beyond the next (MTP).
         resume: a case whose checkpoint of the third step is continued.
     """
@@ -95,6 +96,7 @@ class Case:
     vp: int | None = None
     lora: bool = False
     ahead: int = 0
+    energon: str | None = None
 
 
 PREFIX = {"gpt": ""} | {name: f"{name} " for name in ("qwen", "qwen3", "qwen3_moe", "glm", "ministral")}
@@ -205,7 +207,15 @@ QWEN3 |= {
 }
 CASES |= {f"qwen3 {name}": dataclasses.replace(case, model="qwen3") for name, case in QWEN3.items()}
 QWEN3_MOE = {name: BOTH[name] for name in ("start", "plain", "all kept", "regate", "dp2", "resumed")}
-QWEN3_MOE |= {
+ADAPTERS = {
+    "lora": Case(lora=True, regate=STUDENT),
+    "lora checkpoint teacher": Case(lora=True, regate=CHECKPOINT),
+}
+QWEN3_MOE |= ADAPTERS | {
+    "pp2": Case(regate=STUDENT, pp=2),
+    "tokens": Case(regate=STUDENT, per_token=True),
+    "cp2 plain": Case(cp=2),
+    "cp2": Case(regate=STUDENT, cp=2),
     "dp2 ep2": Case(regate=STUDENT, dp=2, ep=2),
     "tp2": Case(regate=STUDENT, tp=2),
     "packs": Case(regate=STUDENT, packs=True),
@@ -213,11 +223,21 @@ QWEN3_MOE |= {
 }
 CASES |= {f"qwen3_moe {name}": dataclasses.replace(case, model="qwen3_moe") for name, case in QWEN3_MOE.items()}
 CASES |= {"qwen tp2 pp2 vp2": Case(model="qwen", regate=STUDENT, tp=2, pp=2, vp=2)}
+ENERGON = {
+    "energon": Case(energon="rows", regate=REFERENCE),
+    "energon visual": Case(energon="rows", regate=REFERENCE | VISUAL),
+    "energon packed plain": Case(energon="packed"),
+    "energon packed all kept": Case(energon="packed", regate=ALL_KEPT),
+    "energon packed": Case(energon="packed", regate=REFERENCE),
+    "energon packed visual": Case(energon="packed", regate=REFERENCE | VISUAL),
+}
+CASES |= {f"qwen {name}": dataclasses.replace(case, model="qwen") for name, case in ENERGON.items()}
 OF_QWEN_ALONE = ("packed filled", "packed tp2 pp2", "dealt", "dealt dp2")
 SHORT = {name: case for name, case in PACKED.items() if name not in OF_QWEN_ALONE}
-MORE = {("glm", name): case for name, case in (BOTH | SHORT).items()}
+MORE = {("glm", name): case for name, case in (BOTH | SHORT | ADAPTERS).items()}
 MORE |= {("glm", "dp2 ep2"): Case(regate=STUDENT, dp=2, ep=2)}
-MORE |= {("ministral", name): case for name, case in BOTH.items()}
+MORE |= {("ministral", name): case for name, case in (BOTH | ADAPTERS).items()}
+MORE |= {("ministral", "cp2 plain"): Case(cp=2)}
 MORE |= {("ministral_short", name): case for name, case in ({"start": BOTH["start"]} | SHORT).items()}
 CASES |= {
     f"{model} {name}": dataclasses.replace(
@@ -294,7 +314,7 @@ def settings(name: str, case: Case, folder: Path) -> ConfigContainer:
     """Bridge's settings of a case."""
     layout = {"tensor_model_parallel_size": case.tp, "pipeline_model_parallel_size": case.pp}
     layout["sequence_parallel"] = case.tp > 1
-    if case.pp > 1 and case.model == "qwen3":
+    if case.pp > 1 and case.model.startswith("qwen3"):
         layout["num_layers_in_first_pipeline_stage"] = 3  # which take visual features in
     layout |= {"expert_model_parallel_size": case.ep} if case.ep > 1 else {}
     layout |= {"context_parallel_size": case.cp} if case.cp > 1 else {}
@@ -309,7 +329,6 @@ def settings(name: str, case: Case, folder: Path) -> ConfigContainer:
         checkpoint |= {"load": str(folder / (prefix + case.resume) / "checkpoints"), "ckpt_step": SAVE_AT}
     if case.begin and (case.lora or not case.resume):
         checkpoint |= {"pretrained_checkpoint": str(folder / (prefix + case.begin) / "checkpoints")}
-    rows = getattr(bridge_models, case.rows or ROWS.get(case.model, "PictureRows"))
     return ConfigContainer(
         model=getattr(bridge_models, case.model)(**layout),
         train=TrainingConfig(micro_batch_size=micro_batch, global_batch_size=case.batch, train_iters=STEPS),
@@ -323,19 +342,34 @@ def settings(name: str, case: Case, folder: Path) -> ConfigContainer:
             end_weight_decay=0.0,
             weight_decay_incr_style="constant",
         ),
-        dataset=bridge_models.offline_rows(folder / name, case.offline, **IN_PROCESS)
-        if case.offline
-        else bridge_models.Data(
-            rows=rows,
-            dataloader_type=case.dataloader,
-            enable_in_batch_packing=case.packs or case.rows is not None,
-            **IN_PROCESS,
-        ),
+        dataset=dataset(name, case, folder),
         logger=LoggerConfig(log_interval=2, tensorboard_dir=str(folder / name / "tensorboard")),
         tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=bridge_models.VOCAB - 1),
         checkpoint=CheckpointConfig(**checkpoint),
         rerun_state_machine=RerunStateMachineConfig(rerun_mode="disabled"),
         peft=LoRA(dim=4) if case.lora else None,
+    )
+
+
+def dataset(name: str, case: Case, folder: Path) -> Any:
+    """Where a case has its rows from."""
+    if case.offline:
+        return bridge_models.offline_rows(folder / name, case.offline, **IN_PROCESS)
+    if case.energon:
+        packs = case.energon == "packed"
+        bridge_energon.write(folder / name / "numbers")
+        return bridge_energon.EnergonData(
+            folder=str(folder / name / "numbers"),
+            rows=bridge_models.PackedPictureRows if packs else bridge_models.PictureRows,
+            packing_buffer_size=bridge_energon.BUFFER if packs else None,
+            dataloader_type="external",
+            **IN_PROCESS,
+        )
+    return bridge_models.Data(
+        rows=getattr(bridge_models, case.rows or ROWS.get(case.model, "PictureRows")),
+        dataloader_type=case.dataloader,
+        enable_in_batch_packing=case.packs or case.rows is not None,
+        **IN_PROCESS,
     )
 
 
@@ -456,7 +490,13 @@ def plain_fails(name: str, case: Case, folder: Path) -> None:
     (folder / f"{name}.json").write_text(json.dumps({"said": said}))
 
 
+def without_packing(name: str, case: Case, folder: Path) -> None:
+    """What energon says to Bridge's own task encoders that are to pack."""
+    (folder / f"{name}.json").write_text(json.dumps(bridge_energon.said_of_bridge_s_own()))
+
+
 OWN_LOOPS = {
+    "energon task encoders": (Case(), without_packing),
     "qwen own loop": (Case(regate=STUDENT, model="qwen"), own_loop),
     "qwen3 exact": (Case(model="qwen3"), exact),
     "qwen3_moe exact": (Case(model="qwen3_moe"), exact),
@@ -464,9 +504,11 @@ OWN_LOOPS = {
     "ministral exact": (Case(model="ministral"), exact),
     "ministral recomputed exact": (Case(model="ministral"), exact),
     "qwen3 cp2 exact": (Case(model="qwen3", cp=2), exact),
+    "qwen3_moe cp2 exact": (Case(model="qwen3_moe", cp=2), exact),
     "qwen media exact": (Case(model="qwen", rows="MediaRows"), exact),
     "qwen3 media exact": (Case(model="qwen3", rows="TimedMediaRows"), exact),
     "qwen cp2": (Case(model="qwen", cp=2), plain_fails),
+    "glm cp2": (Case(model="glm", cp=2), plain_fails),
 }
 CASES |= {name: case for name, (case, _) in OWN_LOOPS.items()}
 

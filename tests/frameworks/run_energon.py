@@ -9,16 +9,23 @@ tiles, dummies where there is nothing; and the forward step makes of them what t
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import io
+import itertools
 import json
 import sys
 import tarfile
 from pathlib import Path
 
-from regate_megatron.cpu import emulation
+if importlib.util.find_spec("transformer_engine"):  # Megatron must use none of it here
+    from tests.frameworks import bridge_on_cpu
 
-emulation.set_environment()
-emulation.install()
+    bridge_on_cpu.install()
+else:
+    from regate_megatron.cpu import emulation
+
+    emulation.set_environment()
+    emulation.install()
 
 import numpy as np
 import torch
@@ -26,6 +33,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core import tensor_parallel
 from megatron.core.models.multimodal.llava_model import DEFAULT_IMAGE_TOKEN_INDEX, IGNORE_INDEX
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.energon import (
     Batch,
@@ -78,6 +86,7 @@ class Encoded(Sample):
     imgs: list
     tokens: torch.Tensor
     labels: torch.Tensor
+    ends: list | None = None
 
 
 @dataclasses.dataclass
@@ -134,17 +143,49 @@ class Encoder(DefaultTaskEncoder):
         return dataclasses.asdict(batch)
 
 
-def loader(folder: Path, *, with_pictures: bool):
+class PackingEncoder(Encoder):
+    """As examples/multimodal packs with ``--packing-buffer-size``: two samples in a row, with where each starts."""
+
+    def select_samples_to_pack(self, samples: list[Encoded]) -> list[list[Encoded]]:
+        return [samples[start : start + ROWS] for start in range(0, len(samples), ROWS)]
+
+    @stateless
+    def pack_selected_samples(self, samples: list[Encoded]) -> Encoded:
+        lengths = [len(one.tokens) + len(one.imgs) * (VISUAL - 1) for one in samples]
+        return Encoded.derive_from(
+            samples[0],
+            imgs=[image for one in samples for image in one.imgs],
+            tokens=torch.cat([one.tokens for one in samples]),
+            labels=torch.cat([one.labels for one in samples]),
+            ends=[0, *itertools.accumulate(lengths)],
+        )
+
+    @stateless
+    def batch(self, samples: list[Encoded]) -> Collated:
+        (row,) = samples
+        return Collated.from_samples(
+            samples,
+            tokens=row.tokens[None],
+            labels=torch.cat([row.labels, torch.tensor([PAD])])[None],
+            imgs=torch.stack(row.imgs) if row.imgs else torch.zeros(1, 1),
+            num_tiles=torch.ones(max(1, len(row.imgs)), dtype=torch.int32),
+            cu_lengths=torch.tensor([row.ends], dtype=torch.int32),
+            max_lengths=torch.tensor(row.ends).diff().max()[None].int(),
+        )
+
+
+def loader(folder: Path, *, with_pictures: bool, packs: bool = False):
     """Batches without end, as examples/multimodal's ``EnergonDataloader`` gives them."""
     workers = WorkerConfig(rank=0, world_size=1, num_workers=0)
     dataset = get_train_dataset(
         folder,
-        batch_size=ROWS,
+        batch_size=1 if packs else ROWS,
         batch_drop_last=True,
+        packing_buffer_size=SAMPLES // 2 if packs else None,
         shuffle_buffer_size=None,
         max_samples_per_sequence=None,
         worker_config=workers,
-        task_encoder=Encoder(with_pictures=with_pictures),
+        task_encoder=(PackingEncoder if packs else Encoder)(with_pictures=with_pictures),
     )
     return iter(get_savable_loader(dataset, worker_config=workers))
 
@@ -160,7 +201,12 @@ def llava_step(iterator, model):
     imgs, num_tiles = batch["imgs"], batch["num_tiles"]
     if imgs.shape == torch.Size([1, 1]):
         imgs, num_tiles = torch.tensor([]), torch.tensor([], dtype=torch.int)
-    losses, merged_mask = model(imgs, tokens, positions, None, labels, loss_mask, num_image_tiles=num_tiles)
+    packing = None
+    if (ends := batch["cu_lengths"]).shape != torch.Size([1, 1]):
+        longest = batch["max_lengths"][0]
+        packing = PackedSeqParams("thd", ends[0], ends[0], max_seqlen_q=longest, max_seqlen_kv=longest)
+    options = {"num_image_tiles": num_tiles, "packed_seq_params": packing}
+    losses, merged_mask = model(imgs, tokens, positions, None, labels, loss_mask, **options)
     return losses, masked_mean(merged_mask)
 
 
@@ -187,13 +233,14 @@ def as_gpt(batches):
         yield {"tokens": batch["tokens"], "labels": labels.clamp_min(0), "loss_mask": is_target.float()}
 
 
-def train(case: dict, step, batches) -> dict:
-    """A few steps on energon's batches; what ran, and every sample's key of every step."""
+def train(case: dict, step, batches, score: str = "regate", budget: str = "dealt") -> dict:
+    """A few steps on energon's batches; what ran, every sample's key of every step, and what each kept at last."""
     models = build(case)
-    config = ReGateConfig(warmup_steps=2, cycle_steps=100, dense_steps=0, score="regate", teacher_load="student")
+    own = {"score": score, "budget": budget, "teacher_load": "student"}
+    config = ReGateConfig(warmup_steps=2, cycle_steps=100, dense_steps=0, **own)
     attach(models, config, pad_token=PAD)
     session, schedule = session_of(models), wrap_forward_backward(get_forward_backward_func())
-    keys, losses, counted = [], [], 0
+    keys, losses, counted, kept = [], [], 0, {}
     for _ in range(STEPS):
         reports = schedule(
             forward_step_func=step,
@@ -208,10 +255,23 @@ def train(case: dict, step, batches) -> dict:
         losses.append(float(total / count))
         counted += int(count)
         keys += [key_hex(key) for facts in session.step.facts for key in facts.difficulty_key_N2]
+        kept |= kept_of(session.step) if session.step.plan.is_sparse else {}
     session.finish()
     totals = dataclasses.asdict(session.totals)
     detach(models)
-    return {"keys": keys, "losses": losses, "counted": counted, "totals": totals}
+    return {"keys": keys, "losses": losses, "counted": counted, "totals": totals, "kept": kept}
+
+
+def kept_of(step) -> dict[str, list[int]]:
+    """By key the positions that ran of each sample, from its first."""
+    found = {}
+    for plan, facts in zip(step.plan.microbatches, step.facts, strict=True):
+        is_real_BS = plan.kept_mask() & (facts.is_target_BS | facts.is_context_BS)
+        for sample, key in enumerate(facts.difficulty_key_N2):
+            row_S = is_real_BS[facts.row_N[sample]]
+            own_S = True if facts.sample_BS is None else facts.sample_BS[0] == sample
+            found[key_hex(key)] = (torch.where(row_S & own_S)[0] - facts.start_N[sample]).tolist()
+    return found
 
 
 def main(folder: str, results: str) -> None:
@@ -225,6 +285,10 @@ def main(folder: str, results: str) -> None:
         "llava": train(dict(case, model="llava"), llava_step, loader(path, with_pictures=True)),
         "gpt": train(dict(case, model="gpt"), gpt_step, as_gpt(loader(path, with_pictures=False))),
     }
+    each = {"score": "reference", "budget": "per-sample"}  # whatever the order of samples, each keeps the same
+    case |= {"model": "llava", "longest": 2 * TEXT + 2 * VISUAL}
+    found["each"] = train(case, llava_step, loader(path, with_pictures=True), **each)
+    found["packed"] = train(case, llava_step, loader(path, with_pictures=True, packs=True), **each)
     Path(results).write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -46,6 +46,7 @@ class Case:
     Attributes:
         regate: settings; None for plain mcore-bridge.
         packs: whether rows are packed (``padding_free``).
+        fill: positions behind the samples of a packed row, in segments that context ranks cut.
         goes_on: the case whose first two steps it continues; None: it starts anew.
         is_still: whether weights stay as they are.
         adapts: whether adapters (LoRA) learn, and nothing else of the model.
@@ -54,6 +55,7 @@ class Case:
 
     regate: dict[str, Any] | None = None
     packs: bool = False
+    fill: int = 0
     goes_on: str | None = None
     is_still: bool = False
     adapts: bool = False
@@ -92,6 +94,9 @@ ON_CONTEXT_RANKS = {
     "cp2": Case(regate=EACH),
     "packed cp2": Case(regate=EACH, packs=True),
     "packed visual cp2": Case(regate=VISUAL, packs=True),
+    "filled plain cp2": Case(packs=True, fill=8),
+    "filled all kept cp2": Case(regate=ALL_KEPT, packs=True, fill=8),
+    "filled cp2": Case(regate=VISUAL, packs=True, fill=8),
     "lora cp2": Case(regate=VISUAL, adapts=True),
 }
 
@@ -119,10 +124,11 @@ class Rows:
         position = torch.stack([text, place, text, text]) if self.family.has_axes else text
         return {"input_ids": tokens, "labels": labels, "position_ids": position, "media": row}
 
-    def batch(self, indices: list[int], packs: bool, multiple: int = 1) -> dict[str, Any]:
+    def batch(self, indices: list[int], packs: bool, multiple: int = 1, fill: int = 0) -> dict[str, Any]:
         """What ms-swift's collator makes."""
         counted = [self.row(index) for index in indices]  # and then filled up
         rows = [_filled(row, multiple) for row in counted]
+        rows += [_fill_like(counted[0], multiple)] * (fill // multiple)
         lengths, media = [len(row["input_ids"]) for row in rows], [row["media"] for row in rows if row["media"]]
         most = 0 if packs else max(lengths)
         values = {
@@ -148,6 +154,12 @@ class Rows:
         return batch | {name: torch.cat([one[name] for one in media]) for name in (media[0] if media else ())}
 
 
+def _fill_like(row: dict[str, torch.Tensor], length: int) -> dict[str, Any]:
+    """A piece of what ms-swift fills a packed row up with for context ranks (``extended_position_ids``)."""
+    values = {name: torch.full((length,), value) for name, value in FILLS.items()}
+    return values | {"position_ids": torch.arange(length).expand(*row["position_ids"].shape[:-1], -1), "media": None}
+
+
 def _filled(row: dict[str, torch.Tensor], multiple: int) -> dict[str, torch.Tensor]:
     """A row as the template fills it up for context parallelism, before it gives it positions."""
     missing = -len(row["input_ids"]) % multiple
@@ -155,7 +167,8 @@ def _filled(row: dict[str, torch.Tensor], multiple: int) -> dict[str, torch.Tens
         return row
     after = row["position_ids"].amax() + 1 + torch.arange(missing)
     filled = {name: torch.nn.functional.pad(row[name], (0, missing), value=v) for name, v in FILLS.items()}
-    return row | filled | {"position_ids": torch.cat([row["position_ids"], after.expand(4, -1)], dim=1)}
+    after = after.expand(*row["position_ids"].shape[:-1], -1)
+    return row | filled | {"position_ids": torch.cat([row["position_ids"], after], dim=-1)}
 
 
 def forward_step(iterator: Any, model: Any, *, packs: bool) -> Any:
@@ -237,7 +250,7 @@ class Training:
         losses = []
         for step in range(GONE_ON_AT if case.goes_on else 0, STEPS):
             model[0].zero_grad_buffer()
-            losses.append(self.step(schedule, model, rows, step, packs=case.packs))
+            losses.append(self.step(schedule, model, rows, step, packs=case.packs, fill=case.fill))
             with torch.no_grad():
                 for parameter in () if case.is_still else filter(_learns, model[0].parameters()):
                     parameter -= 0.5 * parameter.main_grad
@@ -252,12 +265,12 @@ class Training:
             detach(model)
         return found
 
-    def step(self, schedule: Any, model: list[Any], rows: Rows, step: int, *, packs: bool) -> float:
+    def step(self, schedule: Any, model: list[Any], rows: Rows, step: int, *, packs: bool, fill: int) -> float:
         """Two microbatches of the step, this replica's rows of them; the loss of all."""
         first, each = 4 * (step % 2), 2 // self.layout.dp
         own = 2 * parallel_state.get_data_parallel_rank() // self.layout.dp
         many = self.layout.multiple
-        batches = [rows.batch([first + at + own + one for one in range(each)], packs, many) for at in (0, 2)]
+        batches = [rows.batch([first + at + own + one for one in range(each)], packs, many, fill) for at in (0, 2)]
         return self.run(schedule, model, batches, packs=packs)
 
     def run(self, schedule: Any, model: list[Any], batches: list[dict[str, Any]], *, packs: bool = False) -> float:
@@ -290,6 +303,17 @@ class Training:
         found = {layers: exactness.compare(model, step, schedule, batch, layers) for layers in (0, 1, 3)}
         (self.folder / f"{self.name} {name}.json").write_text(json.dumps(found))
 
+    def two_pictures(self) -> None:
+        """What plain mcore-bridge says to padded rows with a picture each."""
+        model, schedule = build(self.folder / self.name, self.layout, self.family.kind), get_forward_backward_func()
+        batch = Rows(self.family, model[0].module.config.hf_config).batch([0, 2], False, self.layout.multiple)
+        try:
+            self.run(schedule, model, [batch])
+            said = ""
+        except RuntimeError as fault:
+            said = str(fault)
+        (self.folder / f"{self.name} two pictures.json").write_text(json.dumps(said))
+
     def refused(self) -> None:
         """What a training says that is refused."""
         try:
@@ -318,8 +342,10 @@ def on_ranks(name: str, family: tiny_mcore.Family, layout: str, folder: Path) ->
 
 def on_context_ranks(name: str, family: tiny_mcore.Family, folder: Path) -> None:
     training = Training(name, family, Layout(cp=2), folder)
-    training.cases(ON_CONTEXT_RANKS)
+    some = ("cp2 plain", "cp2 all kept", "packed visual cp2")  # of families whose rows are made like another's
+    training.cases(ON_CONTEXT_RANKS if family.is_first else {case: ON_CONTEXT_RANKS[case] for case in some})
     training.exact("exact cp2")
+    training.two_pictures()
 
 
 def too_long(folder: Path) -> None:
@@ -336,8 +362,7 @@ def main(folder: str, *names: str) -> int:
         for layout in LAYOUTS | (OF_EXPERTS if family.has_experts else {}):
             work = partial(on_ranks, name, family, layout, here)
             failed += not run(f"{name} {layout}", 2, here / f"{name} {layout}.log", work)
-        if family.has_context:
-            failed += not run(f"{name} cp2", 2, here / f"{name} cp2.log", partial(on_context_ranks, name, family, here))
+        failed += not run(f"{name} cp2", 2, here / f"{name} cp2.log", partial(on_context_ranks, name, family, here))
     tiny_mcore.TOO_LONG.write(here / "too long")
     return failed + (not run("too long", 1, here / "too long.log", partial(too_long, here)))
 

@@ -102,7 +102,12 @@ for _layout, _size in {"tp2": "tensor", "pp2": "pipeline"}.items():
         CASES[f"qwen25 {_tuner} {_layout}"] = Case(SHOWN, _flags, num_ranks=2)
 _evaluates = "--val_dataset {folder}/rows.jsonl --eval_steps 2 --eval_iters 1"
 CASES |= {"qwen25 full evaluated": Case(SHOWN, _evaluates), "qwen25 full evaluated plain": Case(None, _evaluates)}
-CASES["qwen25 full dp2"] = Case(SHOWN, num_ranks=2)
+for _family in FAMILIES:
+    CASES[f"{_family} full dp2"] = Case(SHOWN, num_ranks=2)
+    CASES[f"{_family} full cp2"] = Case(SHOWN, "--context_parallel_size 2", num_ranks=2)
+CASES["qwen3 full tp2"] = Case(SHOWN, "--tensor_model_parallel_size 2", num_ranks=2)
+_pp2 = "--pipeline_model_parallel_size 2 --decoder_first_pipeline_num_layers 3"  # which take visual features in
+CASES["qwen3 full pp2"] = Case(SHOWN, _pp2, num_ranks=2)
 CASES["qwen25 lora merged"] = Case(SHOWN, LORA.removesuffix("--merge_lora false"), is_refused=True)
 CASES["qwen25 lora_llm"] = Case(SHOWN, "--tuner_type lora_llm --no_save_optim true", is_refused=True)
 PLUGIN = """

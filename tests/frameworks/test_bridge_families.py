@@ -8,7 +8,7 @@ packed, rows end before it (``ministral_short``).
 import pytest
 
 from tests.frameworks.conftest import missing
-from tests.frameworks.test_qwen_vl import from_their_start
+from tests.frameworks.test_qwen_vl import base_is_the_teacher, from_their_start
 
 pytestmark = [pytest.mark.full, pytest.mark.skipif(bool(missing()), reason=missing())]
 
@@ -82,3 +82,19 @@ def test_visual_positions_of_packed_rows_are_those_of_padded_rows(trainings, mod
 @pytest.mark.parametrize("model", MODELS)
 def test_three_steps_and_three_more_are_six(trainings, model):
     assert trainings[f"{model} resumed"]["losses"] == trainings[f"{model} regate"]["losses"][3:]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_frozen_base_with_its_adapters_off_is_the_teacher_of_its_checkpoint(trainings, model):
+    base_is_the_teacher(trainings, model)
+
+
+def test_plain_bridge_itself_cannot_run_glm_on_two_context_ranks_so_it_is_refused(trainings):
+    """A rank gets the whole row, 24 positions, and its half of the rotary table; ``attach`` has refused before."""
+    assert trainings["glm cp2"]["said"].startswith("The size of tensor a (24) must match the size of tensor b (12)")
+
+
+def test_plain_bridge_itself_scales_queries_of_ministral_by_other_places_on_two_context_ranks(trainings):
+    """Each counts from 0, so the first loss is another already; ``attach`` refuses it."""
+    two, one = (trainings[f"ministral {name}"]["losses"][0] for name in ("cp2 plain", "plain"))
+    assert two != pytest.approx(one, rel=2e-6)

@@ -12,9 +12,10 @@ pytestmark = [pytest.mark.full, pytest.mark.skipif(bool(missing("mcore_bridge"))
 
 # Visual positions of a row with a picture.
 MODELS = {"qwen2": 6, "qwen25": 6, "qwen3": 6, "internvl": 8, "internvl_qwen3": 8, "internvl_chat": 8}
-MODELS |= {"llava_onevision": 6, "glm4v": 6, "glm4v_moe": 6}
-WITH_EXPERTS, WITH_CONTEXT = ("glm4v_moe",), ("qwen25", "qwen3")
-TRAIN_ALIKE = [model for model in MODELS if model not in ("qwen3", "glm4v_moe")]
+MODELS |= {"llava_onevision": 6, "glm4v": 6, "glm4v_moe": 6, "kimi": 6, "kimi_k25": 6, "qwen3_moe": 6}
+WITH_BIASED_EXPERTS = ("glm4v_moe", "kimi", "kimi_k25")
+WITH_EXPERTS, FIRST = (*WITH_BIASED_EXPERTS, "qwen3_moe"), ("qwen25", "qwen3")
+TRAIN_ALIKE = [model for model in MODELS if model not in ("qwen3", *WITH_EXPERTS)]
 
 
 @pytest.mark.parametrize("rows", ["", "packed "])
@@ -119,7 +120,7 @@ def test_two_steps_of_adapters_and_two_more_are_four(swift, model):
 
 @pytest.mark.parametrize(
     ("model", "layout"),
-    [(m, to) for m in MODELS for to in ("tp2", "pp2", "dp2") if (m, to) != ("glm4v_moe", "tp2")]
+    [(m, to) for m in MODELS for to in ("tp2", "pp2", "dp2") if to != "tp2" or m not in WITH_EXPERTS]
     + [(m, "ep2") for m in WITH_EXPERTS],
 )
 def test_adapters_keep_the_same_positions_in_every_layout(swift, model, layout):
@@ -134,10 +135,10 @@ def test_dense_steps_of_adapters_in_a_layout_are_those_of_plain_mcore_bridge(swi
     assert swift[f"{model} lora {layout}"]["losses"][:2] == swift[f"{model} lora {layout} plain"]["losses"][:2]
 
 
-def test_adapters_of_routers_train_otherwise_in_tp2_without_regate(swift):
-    assert swift["glm4v_moe lora tp2 plain"]["losses"] != pytest.approx(
-        swift["glm4v_moe lora plain"]["losses"], rel=1e-5
-    )
+@pytest.mark.parametrize("model", WITH_EXPERTS)
+def test_adapters_of_routers_train_otherwise_in_tp2_without_regate(swift, model):
+    plain, alone = (swift[f"{model} lora {name}"]["losses"] for name in ("tp2 plain", "plain"))
+    assert plain != pytest.approx(alone, rel=1e-6)
 
 
 @pytest.mark.parametrize("model", sorted(MODELS.keys() - set(TRAIN_ALIKE)))
@@ -151,28 +152,49 @@ def test_rows_whose_length_would_change_the_frequencies_are_refused(swift):
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3])
-@pytest.mark.parametrize("model", WITH_CONTEXT)
+@pytest.mark.parametrize("model", MODELS)
 def test_on_two_context_ranks_a_sparse_step_is_the_masked_full_length_step(swift, model, layers):
     result = swift[f"{model} exact cp2"][str(layers)]
     assert result["kept"] < result["dense"]
     assert result["loss_error"] <= 1e-6 and result["gradient_error"] <= 1e-5, result
 
 
-@pytest.mark.parametrize("model", WITH_CONTEXT)
+@pytest.mark.parametrize("model", MODELS)
 def test_on_two_context_ranks_keep_ratio_1_trains_bit_for_bit_as_without(swift, model):
     assert swift[f"{model} cp2 all kept"]["losses"] == swift[f"{model} cp2 plain"]["losses"]
 
 
+@pytest.mark.parametrize("model", FIRST)
+def test_on_two_context_ranks_keep_ratio_1_trains_filled_rows_bit_for_bit_as_without(swift, model):
+    assert swift[f"{model} filled all kept cp2"]["losses"] == swift[f"{model} filled plain cp2"]["losses"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_plain_mcore_bridge_fails_over_two_padded_pictures_of_qwen3_on_two_context_ranks(swift, model):
+    """It counts the visual positions of all rows into the first."""
+    said = swift[f"{model} two pictures"]
+    assert said.startswith("shape mismatch") if model.startswith("qwen3") else not said, said
+
+
+CONTEXT = {"cp2": "regate", "packed cp2": "regate", "packed visual cp2": "visual", "lora cp2": "lora visual"}
+CONTEXT |= {"filled cp2": "visual"}
+EVERYWHERE = "packed visual cp2"
+
+
 @pytest.mark.parametrize(
-    ("layout", "like"),
-    [("cp2", "regate"), ("packed cp2", "regate"), ("packed visual cp2", "visual"), ("lora cp2", "lora visual")],
+    ("model", "layout"), [(m, to) for m in MODELS for to in CONTEXT if m in FIRST or to == EVERYWHERE]
 )
-@pytest.mark.parametrize("model", WITH_CONTEXT)
-def test_context_ranks_keep_what_one_rank_keeps(swift, model, layout, like):
-    """Rows of 15 get one position of fill there, which no attention mask tells from text: it runs."""
-    kept = from_their_start(swift.kept(f"{model} {layout}"))
+def test_context_ranks_keep_what_one_rank_keeps(swift, model, layout):
+    """Rows of 15 get one position of fill there, which no attention mask tells from text: it runs, and moves the bias
+    of an expert that it takes, of plain mcore-bridge's too, which then learns a little otherwise.
+
+    What fills a packed row behind its samples is samples of which nothing runs.
+    """
+    like = CONTEXT[layout]
+    kept = {at: own for at, own in from_their_start(swift.kept(f"{model} {layout}")).items() if own}
     assert {at: own[:-1] if own[-1] == 15 else own for at, own in kept.items()} == swift.kept(f"{model} {like}")
-    assert swift[f"{model} {layout}"]["losses"] == pytest.approx(swift[f"{model} {like}"]["losses"], rel=1e-5)
+    error = 1e-4 if model in WITH_BIASED_EXPERTS else 1e-5
+    assert swift[f"{model} {layout}"]["losses"] == pytest.approx(swift[f"{model} {like}"]["losses"], rel=error)
 
 
 def _as_on_one_rank(swift, model, layout):

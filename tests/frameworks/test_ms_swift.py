@@ -47,12 +47,22 @@ def test_every_sample_keeps_half_of_its_targets_and_of_its_picture(trainer, line
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
-def test_every_layout_keeps_the_same_positions(trainer, layout):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layout_keeps_the_same_positions(trainer, family, layout):
     """With sequence parallelism in TP2."""
-    assert trainer.kept(f"qwen25 full {layout}") == trainer.kept("qwen25 full regate")
-    assert trainer[f"qwen25 full {layout}"]["losses"] == pytest.approx(
-        trainer["qwen25 full regate"]["losses"], rel=1e-5
-    )
+    own, one = f"{family} full {layout}", f"{family} full regate"
+    assert trainer.kept(own) == trainer.kept(one)
+    assert trainer[own]["losses"] == pytest.approx(trainer[one]["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_context_ranks_keep_what_one_rank_keeps(trainer, family):
+    """The template fills each sample up there, and nothing tells fill from text: it runs."""
+    own, one = (from_their_start(trainer.kept(f"{family} full {name}")) for name in ("cp2", "regate"))
+    assert {at: [place for place in kept if place <= one[at][-1]] for at, kept in own.items()} == one
+    assert sum(map(len, own.values())) > sum(map(len, one.values()))
+    losses = trainer[f"{family} full regate"]["losses"]
+    assert trainer[f"{family} full cp2"]["losses"] == pytest.approx(losses, rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2"])

@@ -6,7 +6,7 @@ CPU and gloo; Transformer Engine's layers, which the model asks for by name, are
 import pytest
 
 from tests.frameworks.conftest import missing
-from tests.frameworks.test_qwen_vl import from_their_start
+from tests.frameworks.test_qwen_vl import base_is_the_teacher, from_their_start
 
 pytestmark = [pytest.mark.full, pytest.mark.skipif(bool(missing()), reason=missing())]
 
@@ -41,9 +41,10 @@ def test_a_sparse_step_is_the_masked_full_length_step(trainings, model, layers):
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3])
-def test_on_two_context_ranks_a_sparse_step_is_the_masked_full_length_step(trainings, layers):
+@pytest.mark.parametrize("model", MODELS)
+def test_on_two_context_ranks_a_sparse_step_is_the_masked_full_length_step(trainings, model, layers):
     """Each holds a part of every row, of its rotary table, and of what the pictures add to the first layers."""
-    result = trainings["qwen3 cp2 exact"][str(layers)]
+    result = trainings[f"{model} cp2 exact"][str(layers)]
     assert result["kept"] < result["dense"]
     assert result["loss_error"] <= 1e-6 and result["gradient_error"] <= 1e-5, result
 
@@ -77,6 +78,17 @@ def test_context_ranks_keep_what_one_rank_keeps(trainings, layout, like):
     assert trainings[f"qwen3 {layout}"]["losses"] == pytest.approx(trainings[f"qwen3 {like}"]["losses"], rel=1e-5)
 
 
+def test_context_ranks_of_experts_keep_what_one_rank_keeps(trainings):
+    dense, own = slice(3), trainings["qwen3_moe cp2"]["losses"]
+    assert own[dense] == trainings["qwen3_moe cp2 plain"]["losses"][dense]
+    assert trainings.kept("qwen3_moe cp2") == trainings.kept("qwen3_moe tokens")
+    assert own == pytest.approx(trainings["qwen3_moe tokens"]["losses"], rel=1e-5)
+
+
+def test_the_frozen_base_with_its_adapters_off_is_the_teacher_of_its_checkpoint(trainings):
+    base_is_the_teacher(trainings, "qwen3_moe")
+
+
 def test_student_and_its_checkpoint_are_the_same_teacher(trainings):
     assert trainings.kept("qwen3 checkpoint teacher") == trainings.kept("qwen3 regate")
     assert trainings["qwen3 checkpoint teacher"]["losses"] == trainings["qwen3 regate"]["losses"]
@@ -96,7 +108,7 @@ def test_dense_steps_in_tp2_are_those_of_plain_bridge_which_learns_otherwise_the
     assert plain[0] == pytest.approx(alone[0], rel=1e-6) and plain[1] != pytest.approx(alone[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("layout", ["dp2", "dp2 ep2", "tp2"])
+@pytest.mark.parametrize("layout", ["dp2", "dp2 ep2", "tp2", "pp2"])
 def test_every_layout_of_experts_keeps_the_same_positions(trainings, layout):
     assert trainings.kept(f"qwen3_moe {layout}") == trainings.kept("qwen3_moe regate")
     losses, is_plain = trainings["qwen3_moe regate"]["losses"], layout == "tp2"  # plain Bridge learns otherwise there

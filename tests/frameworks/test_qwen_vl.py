@@ -52,6 +52,15 @@ def from_their_start(kept):
     return {at: [position - positions[0] for position in positions] for at, positions in kept.items()}
 
 
+def base_is_the_teacher(trainings, model):
+    """Of a training of adapters: the frozen base, adapters off, chooses as the checkpoint does that it comes from."""
+    base, checkpoint = (f"{model} lora{name}" for name in ("", " checkpoint teacher"))
+    assert trainings.kept(base) == trainings.kept(checkpoint)
+    assert trainings[base]["losses"] == trainings[checkpoint]["losses"]
+    assert trainings[base]["totals"]["sparse_steps"] == 3
+    assert trainings[base]["losses"][1:] != trainings[f"{model} regate"]["losses"][1:]
+
+
 def test_packed_with_keep_ratio_1_trains_bit_for_bit_as_without(trainings):
     assert trainings["qwen packed all kept"]["losses"] == trainings["qwen packed plain"]["losses"]
 

@@ -3,7 +3,7 @@
 Every picture is given as ms-swift's template of the family gives it. Vocabulary, placeholders and positions are the
 tests' own; models read ids.
 
-Two families bring their tower, and classes of configurations, as code in their folder on the Hugging Face hub. That
+Four families bring their tower, and classes of configurations, as code in their folder on the Hugging Face hub. That
 code is not ours to copy: in its place lie files of ``hub_code``, with a small tower behind the same names.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, Glm4vConfig, Glm4vMoeConfig, InternVLConfig, Qwen2VLConfig
+from transformers import AutoTokenizer, Glm4vConfig, Glm4vMoeConfig, InternVLConfig, Qwen2VLConfig, Qwen3VLMoeConfig
 
 from tests.frameworks import tiny_hf
 
@@ -26,6 +26,9 @@ _IDS = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5}
 _TEXT = tiny_hf.TEXT | {"vocab_size": 256}
 _VISION = {"depth": 2, "num_heads": 4, "patch_size": tiny_hf.PATCH}
 _EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 32.0, "beta_slow": 1.0}
+_YARN |= {"mscale": 1.0, "mscale_all_dim": 1.0}
+_UNTIED = {"tie_word_embeddings": False}
 GRID, TILE = (1, 4, 6), 56
 
 
@@ -68,6 +71,17 @@ def _from_hub(code: str, config: str, text_name: str, text: dict[str, Any], **mo
     return write
 
 
+def _kimi(kind: str, config: str, text: dict[str, Any]) -> Callable[[Path], None]:
+    latent = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    latent |= {"num_key_value_heads": 4, "attention_bias": False, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
+    routing = {"n_routed_experts": 4, "n_shared_experts": 2, "first_k_dense_replace": 1, "moe_layer_freq": 1}
+    routing |= {"n_group": 1, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "seq_aux": True}
+    routing |= {"norm_topk_prob": True, "routed_scaling_factor": 2.446, "aux_loss_alpha": 0.001, **_EXPERTS}
+    vision = {"patch_size": 14, "merge_kernel_size": [2, 2]}
+    own = {"model_type": kind, "vision_config": vision, "media_placeholder_token_id": 3}
+    return _from_hub(f"modeling_{kind}", config, "text_config", {**latent, **routing, **_UNTIED, **text}, **own)
+
+
 def _internvl_chat(folder: Path) -> None:
     tokenizer = tiny_hf.tokenizer_of(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<IMG_CONTEXT>"]})
@@ -98,6 +112,14 @@ def _two_tiles(generator: torch.Generator) -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(2, 3, TILE, TILE, generator=generator)}
 
 
+def _row_by_row(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.randn(24, 3, 14, 14, generator=generator), "image_grid_hws": torch.tensor([GRID[1:]])}
+
+
+def _of_frames(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.randn(24, 3, 14, 14, generator=generator), "grid_thws": torch.tensor([GRID])}
+
+
 @dataclass(frozen=True)
 class Family:
     """A family.
@@ -110,7 +132,7 @@ class Family:
         kind: mcore-bridge's name of it, where the model type does not tell.
         has_axes: whether positions have three axes (mRoPE).
         has_experts: whether layers have experts.
-        has_context: whether it is run with context parallelism.
+        is_first: whether all is run with context parallelism; else what differs between families.
         trains_alike: whether it trains in TP2 as on one rank; False: it does not without ReGATE either.
     """
 
@@ -121,14 +143,29 @@ class Family:
     kind: str | None = None
     has_axes: bool = True
     has_experts: bool = False
-    has_context: bool = False
+    is_first: bool = False
     trains_alike: bool = True
 
 
+_KIMI = {"token": attrgetter("media_placeholder_token_id"), "has_axes": False}
+_KIMI |= {"has_experts": True, "trains_alike": False}
 _TILES = {"picture": _two_tiles, "visual": 8, "has_axes": False}
 FAMILIES = {
-    "qwen25": Family(_qwen("qwen2_5_vl"), has_context=True),
-    "qwen3": Family(_qwen("qwen3_vl"), has_context=True, trains_alike=False),
+    "qwen25": Family(_qwen("qwen2_5_vl"), is_first=True),
+    "qwen3": Family(_qwen("qwen3_vl"), is_first=True, trains_alike=False),
+    "qwen3_moe": Family(
+        _saved(
+            Qwen3VLMoeConfig,
+            {"head_dim": 8, "num_experts": 4, "rope_parameters": _sections(2, 1, 1, mrope_interleaved=True), **_EXPERTS}
+            | _UNTIED,
+            {**_VISION, "depth": 4, "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 32}
+            | {"deepstack_visual_indexes": [0, 1, 2], "num_position_embeddings": 64},
+            **_IDS,
+            **_UNTIED,
+        ),
+        has_experts=True,
+        trains_alike=False,
+    ),
     "qwen2": Family(
         _saved(
             Qwen2VLConfig,
@@ -161,6 +198,17 @@ FAMILIES = {
         _glm(Glm4vMoeConfig, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, **_EXPERTS),
         has_experts=True,
         trains_alike=False,
+    ),
+    # Latent attention, a dense layer, then experts. Kimi-VL-A3B's queries have no latent; Kimi-K2.5's have one.
+    "kimi": Family(
+        _kimi("kimi_vl", "KimiVLConfig", {"q_lora_rank": None, "rope_theta": 800000.0, "rope_scaling": None}),
+        picture=_row_by_row,
+        **_KIMI,
+    ),
+    "kimi_k25": Family(
+        _kimi("kimi_k25", "KimiK25Config", {"q_lora_rank": 16, "rope_theta": 50000.0, "rope_scaling": _YARN}),
+        picture=_of_frames,
+        **_KIMI,
     ),
 }
 # Rows are longer than its configuration says: the frequencies of its RoPE would depend on their length.

@@ -38,6 +38,7 @@ from megatron.core.transformer.spec_utils import get_submodules
 from regate_megatron.compat import unwrap
 from regate_megatron.decoder.positions import layers_ahead
 from regate_megatron.method.budget import align_up
+from tests.multiprocess import dynamic, fused_rope
 from tests.multiprocess.ahead import forget_ahead
 from tests.multiprocess.cores import flat_rows, forget_router_metrics, own_part
 from tests.multiprocess.mimo import end_to_end, mimo_model, put_pictures
@@ -79,6 +80,8 @@ def build(case: dict) -> list[torch.nn.Module]:
         )
         for name, value in case.get("set", {}).items():  # what Megatron's scripts set on a finished config
             setattr(config, name, value)
+        if config.apply_rope_fusion:
+            fused_rope.install()
         make = {"llava": _llava, "hybrid": _hybrid, "qwen": _qwen, "mimo": _mimo}.get(case["model"], _gpt)
         chunks.append(make(config, case, first, last, vp_stage if virtual else None))
         if case.get("scaled"):
@@ -115,6 +118,8 @@ def merged_length(case: dict) -> int:
     """Positions of a row inside the model; a LLaVAModel pads its own to what SP and CP cut."""
     if case["model"] != "llava":
         return TEXT
+    if "longest" in case:
+        return case["longest"]
     cp = case.get("cp", 1)
     visual = (case.get("side", IMAGE) // PATCH) ** 2 * max(case.get("tiles", [1]))
     return align_up(TEXT - 1 + visual, (2 * cp if cp > 1 else 1) * (case["tp"] if case.get("sp") else 1))
@@ -180,6 +185,10 @@ def _mimo(config, case, *_):
 def _llava(config, case, first, last, _):
     spec = decoder_model_with_local_default_spec(config.num_moe_experts, False)
     vision, projection, layers = _vision(case)
+    side = case.get("side", IMAGE)
+    pictures = {"img_h": side, "img_w": side, "patch_dim": PATCH}
+    if "dynamic" in case:
+        pictures = dynamic.model_options(case, vision, PATCH)
     return LLaVAModel(
         language_transformer_config=config,
         language_transformer_layer_spec=spec,
@@ -195,9 +204,7 @@ def _llava(config, case, first, last, _):
         post_process=last,
         add_encoder=first,
         add_decoder=True,
-        img_h=case.get("side", IMAGE),
-        img_w=case.get("side", IMAGE),
-        patch_dim=PATCH,
+        **pictures,
     )
 
 
@@ -246,7 +253,9 @@ def batches(case: dict) -> list[dict]:
         if case.get("positions") == "mrope":  # a grid of pictures: places repeat and go back, one per axis
             axes = [torch.arange(TEXT) // d % 7 for d in (1, 2, 5)]
             batch["position_ids"] = torch.stack(axes)[:, None].expand(-1, num_rows, -1)
-        if case["model"] == "llava":
+        if "dynamic" in case:
+            dynamic.put_pictures(batch, start, case, PATCH)
+        elif case["model"] == "llava":
             place = 0 if start // 2 % 2 else 3  # a picture first, or after some text
             batch["tokens"][:, place] = DEFAULT_IMAGE_TOKEN_INDEX
             batch["labels"] = torch.cat([batch["tokens"][:, 1:], batch["labels"][:, -1:]], dim=1).clamp_min(0)
@@ -264,11 +273,21 @@ def batches(case: dict) -> list[dict]:
         if case["model"] == "qwen":
             put_media(batch, start)
         if case.get("packed"):
-            end_to_end(batch) if case["model"] == "mimo" else pack(batch, start)
+            pack_rows(case, batch, start)
         if case.get("ragged"):  # rows of two lengths, by global row
             batch = {name: values[:, : TEXT - 3 * (start // 2 % 2)] for name, values in batch.items()}
         own.append(batch)
     return own
+
+
+def pack_rows(case: dict, batch: dict, start: int) -> None:
+    """As the scripts of the case's model pack rows."""
+    if case["model"] == "mimo":
+        end_to_end(batch)
+    elif case["model"] == "llava":
+        dynamic.pack_entries(batch, start, (case.get("side", IMAGE) // PATCH) ** 2)
+    else:
+        pack(batch, start)
 
 
 def pack(batch: dict, start: int) -> None:
@@ -306,8 +325,10 @@ class Step:
         needs_mask = getattr(model.config, "mtp_num_layers", None) and not hasattr(model.config, "tells_no_loss_mask")
         if "image" in batch:
             entries = (batch[name] for name in ("image", "tokens", "position_ids"))
-            tiles = batch.get("num_image_tiles")
-            output, mask = model(*entries, None, batch["labels"], batch["loss_mask"], num_image_tiles=tiles)
+            options = {"num_image_tiles": batch.get("num_image_tiles"), "packed_seq_params": dynamic.packing_of(batch)}
+            if "imgs_sizes" in batch:
+                options |= dynamic.forward_options(batch, PATCH, getattr(unwrap(model), "temporal_patch_dim", 1))
+            output, mask = model(*entries, None, batch["labels"], batch["loss_mask"], **options)
         elif "modality_inputs" in batch:
             names = ("position_ids", "labels", "loss_mask", "modality_inputs", "packing_kwargs")
             output, mask = model(batch["tokens"], **{name: batch.get(name) for name in names})

@@ -29,6 +29,7 @@ CASES = {
     "llava@tp2-pp2": {"model": "llava", "tp": 2, "pp": 2},
     "llava@dp4": {"model": "llava", "tp": 1, "pp": 1},
     "gpt-ahead@tp2-pp2": {"model": "gpt", "tp": 2, "pp": 2, "config": {"mtp_num_layers": 2}},
+    "llava-sized@tp4": {"model": "llava", "tp": 4, "pp": 1, "longest": 56, "dynamic": {}},
     "mimo@tp2-dp2": {"model": "mimo", "tp": 2, "pp": 1, "sp": True},
 }
 

@@ -212,14 +212,16 @@ def last_layers_that_are_dense_again_are_told_and_counted() -> None:
     assert session.totals.layer_positions_run - before == 3 * dense + short and short < dense
 
 
-def padding_mask_with_context_parallelism_is_refused_in_the_first_forward() -> None:
+def a_padding_mask_that_is_not_cut_for_its_context_rank_is_refused_in_the_first_forward() -> None:
     """Whether a script passes one is known when it does: in a dense step already, not after the warm-up."""
     models, session, _ = attached(dict(GPT, config={"num_moe_experts": 2}), score="student")
-    decoder, mask = models[0].decoder, torch.zeros(2, 24, dtype=torch.bool)
-    forward = lambda: decoder(torch.zeros(24, 2, 32), None, padding_mask=mask)  # noqa: E731
-    forward()
+    decoder = models[0].decoder
+    forward = lambda length: decoder(  # noqa: E731
+        torch.zeros(24, 2, 32), None, padding_mask=torch.zeros(2, length, dtype=torch.bool)
+    )
+    forward(24)
     decoder.config.context_parallel_size = 2
-    refused("given a padding_mask of the model's own", forward)
+    refused("given one of 48 positions on a context rank that has 24", lambda: forward(48))
     decoder.config.context_parallel_size = 1
 
 

@@ -19,6 +19,11 @@ def test_steps_at_keep_ratio_one_are_plain_megatron():
     _equal(20, "gpt@tp2-dp2", "gpt-ahead@tp2-pp2", "llava@tp2-pp2")
 
 
+def test_steps_of_dynamic_resolution_at_keep_ratio_one_are_plain_megatron():
+    pytest.importorskip("einops", reason="RADIO, the tower of dynamic resolution, needs einops")
+    _equal(6, "llava-sized@tp4")
+
+
 def test_steps_of_mimo_at_keep_ratio_one_are_plain_megatron():
     _equal(20, "mimo@tp2-dp2")
 

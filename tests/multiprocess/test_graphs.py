@@ -13,6 +13,10 @@ WORKER = ROOT / "tests/multiprocess/run_graphs.py"
 CLAIMS = (
     "graphs_are_made_of_the_first_dense_step_and_replayed_in_dense_ones_alone dp2",
     "graphs_are_made_of_the_first_dense_step_and_replayed_in_dense_ones_alone pp2",
+    "graphs_are_made_of_the_first_dense_step_and_replayed_in_dense_ones_alone vpp2",
+    "layers_that_predict_ahead_replay_in_dense_steps_alone ahead",
+    "dense_steps_that_are_watched_for_gradients_replay llava",
+    "after_a_sparse_step_that_died_dense_ones_replay_and_so_does_evaluation_always dp2",
     "a_run_that_begins_dense_replays_in_its_next_dense_step dp2",
     "a_run_that_begins_dense_replays_in_its_next_dense_step pp2",
     "a_short_sequence_would_find_no_graph dp2",

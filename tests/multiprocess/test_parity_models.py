@@ -42,6 +42,14 @@ POSITIONS = [
     case("mrope-last1-by4", positions="mrope", dense_last=1, config=MROPE, multiple=4),
     case("none", positions="none"),
 ]
+FUSED = {"apply_rope_fusion": True}
+WITH_KERNELS = [  # which take one row of positions, or count them themselves
+    case("fused", set=FUSED, multiple=2),
+    case("fused-n0-uniform", set=FUSED, dense_layers=0, recompute="uniform"),
+    case("fused-last1-one-row", set=FUSED, dense_last=1, rows=1),
+    case("fused-packed", set=FUSED, packed=True, rows=1, budget="per-sample"),
+    case("fused-llava", set=FUSED, model="llava", visual="pad"),
+]
 SCALED = [  # queries by their place, past a maximum of five positions, as Ministral 3 has it
     case("scaled", scaled=True, multiple=2),
     case("scaled-yarn-n0-uniform", scaled=True, positions="yarn", set=YARN, dense_layers=0, recompute="uniform"),
@@ -100,9 +108,10 @@ FROZEN = [
     # Without biases: Megatron's checkpoint returns the bias of an MLP as an output, and its backward never ends.
     case("selective-mlp-llava", model="llava", recompute="core_attn+mlp", config={"add_bias_linear": False}),
 ]
-ONE_RANK = [*POSITIONS, *SCALED, *LATENT, *EXPERTS, *HYBRID, *FROZEN]
+ONE_RANK = [*POSITIONS, *WITH_KERNELS, *SCALED, *LATENT, *EXPERTS, *HYBRID, *FROZEN]
 FOUR_RANKS = [
     case("scaled@tp2-sp-pp2", scaled=True, tp=2, sp=True, pp=2, multiple=2),
+    case("fused@tp2-sp-pp2", set=FUSED, tp=2, sp=True, pp=2, multiple=2),
     case("yarn@tp2-pp2", positions="yarn", set=YARN, tp=2, pp=2),
     case("mrope@tp2-pp2", positions="mrope", config=MROPE, tp=2, pp=2),
     case("mrope-n1-by4@tp2-sp-cp2", positions="mrope", config=MROPE, multiple=4, tp=2, sp=True, cp=2),

@@ -9,6 +9,7 @@ import pytest
 from tests.launch import ROOT
 from tests.multiprocess import test_parity_ahead as ahead
 from tests.multiprocess import test_parity_lengths as lengths
+from tests.multiprocess import test_parity_pictures as pictures
 from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, run_cases
 from tests.multiprocess.test_parity import FOUR_RANKS, ONE_RANK
 from tests.scripts.checkouts import Checkout, parameters
@@ -20,7 +21,8 @@ def _is_known(case: dict, checkout: Checkout) -> bool:
     """Whether this Megatron-Core runs the case at all.
 
     0.17 pads no LLaVA rows, and only some merge packed rows. Layers that predict ahead: 0.17 tells their experts of no
-    padding (refused), 0.18 cannot recompute them, 0.20 cannot build them without Transformer Engine.
+    padding (refused), 0.18 cannot recompute them, 0.20 cannot build them without Transformer Engine. Pictures of
+    dynamic resolution: 0.17 has none, 0.20 no clips, and takes one row with pictures at a time.
     """
     version = checkout.version
     if case.get("config", {}).get("mtp_num_layers"):
@@ -28,7 +30,10 @@ def _is_known(case: dict, checkout: Checkout) -> bool:
         wrong = {"0.17.": has_experts, "0.18.": recomputes, "0.20.": True}
         if any(cannot and version.startswith(start) for start, cannot in wrong.items()):
             return False
-    if case.get("packed"):
+    if sizes := case.get("dynamic"):
+        is_alone = case.get("rows") == 1 and sizes.get("frames", 1) == 1
+        return not version.startswith("0.17.") and (is_alone or not version.startswith("0.20."))
+    if case.get("packed") and case["model"] != "llava":
         return "def flatten_batch_for_packed_sequences" in (checkout.path / "megatron/core/utils.py").read_text()
     is_cut = case.get("sp") or case.get("cp", 1) > 1
     return not (is_cut and case["model"] == "llava" and version.startswith("0.17."))
@@ -36,7 +41,7 @@ def _is_known(case: dict, checkout: Checkout) -> bool:
 
 def test_sparse_step_equals_masked_dense_step_in_every_layout(checkout: Checkout, tmp_path):
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(checkout.path)])}
-    one_rank = [*ONE_RANK, *lengths.ONE_RANK, *ahead.ONE_RANK]
+    one_rank = [*ONE_RANK, *lengths.ONE_RANK, *ahead.ONE_RANK, *pictures.ONE_RANK]
     four_ranks = [*FOUR_RANKS, *lengths.FOUR_RANKS, *ahead.FOUR_RANKS]
     results = {}
     for num_ranks, cases in ((1, one_rank), (4, four_ranks)):

@@ -33,7 +33,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.models.multimodal.llava_model import LLaVAModel
 from megatron.core.models.multimodal.llava_spec import decoder_model_with_transformer_engine_default_spec
 from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_transformer_engine_spec
-from megatron.core.transformer import TransformerConfig, transformer_block
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig, transformer_block
+from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
 from megatron.core.transformer.spec_utils import get_submodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from transformer_engine.pytorch import quantization
@@ -339,6 +340,23 @@ def delayed_scaling_is_updated_once_per_microbatch() -> None:
         model(tokens, torch.arange(TEXT).expand_as(tokens), None)
     hook.detach()
     assert updates == [True], updates
+
+
+def queries_without_a_latent_get_a_norm_of_their_own_which_kimi_vl_has_not() -> None:
+    """In plain Megatron-Core, from the layers that mcore-bridge takes; the norm before attention is there as well."""
+    spec = get_gpt_layer_with_transformer_engine_spec(multi_latent_attention=True, qk_layernorm=True)
+    attention = spec.submodules.self_attention.submodules
+    config = MLATransformerConfig(
+        num_layers=1,
+        hidden_size=32,
+        num_attention_heads=4,
+        q_lora_rank=None,
+        qk_layernorm=True,
+        normalization="RMSNorm",
+    )
+    assert attention.linear_q_proj is extensions.TEColumnParallelLinear
+    built = QKNormConfigResolver(config, attention).resolve()["linear_q_proj"]
+    assert built is extensions.TELayerNormColumnParallelLinear
 
 
 if __name__ == "__main__":

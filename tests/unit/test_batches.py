@@ -224,7 +224,8 @@ def _check_against_the_model(llava_model, batch: dict, adapter: LLaVABatches, el
     assert torch.equal(facts.is_visual_BS, embeddings < 0)
     step, number_V = StepFacts([facts]), -1 - embeddings[embeddings < 0]
     assert torch.equal(step.medium_V, number_V.long() // adapter.image_length)
-    assert torch.equal(step.place_V + facts.media.lead, number_V.long() % adapter.image_length)
+    lead_V = 0 if facts.media.lead_I is None else facts.media.lead_I[step.medium_V]
+    assert torch.equal(step.place_V + lead_V, number_V.long() % adapter.image_length)
     assert torch.equal(step.sample_I[step.medium_V], torch.where(embeddings < 0)[0])
     is_text = embeddings > 0
     assert torch.equal(facts.token_BS[is_text], embeddings[is_text].long() - 1000)
@@ -304,12 +305,13 @@ def test_cells_of_a_picture_are_the_pixels_under_its_visual_positions():
     batch = _llava(([V, 5, V, 6], [0, 1, 1]))
     batch["image"] = torch.arange(2 * 3 * 4 * 6, dtype=torch.float32).view(2, 3, 4, 6)
     media = LLaVABatches(6, IMAGE, 64, False).read(batch).media
-    assert media.lead == 0 and media.grid_I3.tolist() == [[1, 2, 3]] * 2
+    assert media.lead_I.tolist() == [0, 0] and media.grid_I3.tolist() == [[1, 2, 3]] * 2
     second = media.pixels(1)
     assert second.shape == (6, 12) and second[0, :4].tolist() == [72, 73, 78, 79]  # first channel of the first cell
     assert second[5, :4].tolist() == [88, 89, 94, 95] and second[0, 4] == 96
     with_class_token = LLaVABatches(7, IMAGE, 64, False).read(batch)
-    assert with_class_token.media.lead == 1 and with_class_token.media.grid_I3.tolist() == [[1, 2, 3]] * 2
+    assert with_class_token.media.lead_I.tolist() == [1, 1]
+    assert with_class_token.media.grid_I3.tolist() == [[1, 2, 3]] * 2
     assert StepFacts([with_class_token]).place_V.tolist() == [*range(-1, 6)] * 2
 
 
@@ -458,7 +460,7 @@ def test_frames_that_each_begin_with_a_class_token_are_pictures_of_their_own():
     batch = _llava(*TILED, tiles=[3, 3]) | {"num_frames": torch.tensor([3, 3])}
     batch["image"] = torch.zeros(6, 3, 4, 6)
     media = LLaVABatches(7, IMAGE, 64, False).read(batch).media
-    assert media.lead == 1 and media.grid_I3.tolist() == [[1, 2, 3]] * 6
+    assert media.lead_I.tolist() == [1] * 6 and media.grid_I3.tolist() == [[1, 2, 3]] * 6
 
 
 def test_another_number_of_tiles_is_another_sample():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from regate_megatron.batches import MimoBatches, QwenVLBatches, SizedPictures, adapter_for
+from regate_megatron.batches import MimoBatches, QwenVLBatches, SizedPictures, StepFacts, adapter_for
 from regate_megatron.errors import ReGateError
 
 PICTURE, TEXT = 9, [1, 2, 3]
@@ -116,14 +116,19 @@ def test_pictures_of_mimo_without_placeholders_are_refused_and_no_pictures_are_n
     assert len(adapter.read(text | given).media.count_I) == 0
 
 
-def test_media_of_which_some_begin_with_a_class_token_have_no_grids():
-    """A lead is that of all media of a batch."""
-    tokens = torch.tensor([[1, 9, 9, 9, 9, 8, 8, 8, 8, 8, 2]])
-    batch = {"input_ids": tokens, "labels": tokens.roll(-1, 1), "loss_mask": torch.ones(1, 11)}
-    images = torch.zeros(1, 3, 4, 4)
-    batch["modality_inputs"] = {name: {"one": {"x": images}} for name in ("plain", "led")}
-    media = MimoBatches(("plain", "led"), (9, 8)).read(batch).media
-    assert media.count_I.tolist() == [4, 5] and media.lead == 0 and media.grid_I3 is None and media.pixels is None
+@pytest.mark.parametrize(
+    ("beside", "grid", "lead"), [(5, [1, 2, 2], 1), (3, [0, 0, 0], 0)], ids=["class token", "no square cells"]
+)
+def test_what_is_known_of_a_picture_does_not_hang_on_those_beside_it(beside, grid, lead):
+    """Or the same sample would keep other positions in another microbatch."""
+    tokens = torch.tensor([[1, *[9] * 4, *[8] * beside, 2]])
+    batch = {"input_ids": tokens, "labels": tokens.roll(-1, 1), "loss_mask": torch.ones(tokens.shape)}
+    batch["modality_inputs"] = {name: {"one": {"x": torch.zeros(1, 3, 4, 4)}} for name in ("plain", "other")}
+    facts = MimoBatches(("plain", "other"), (9, 8)).read(batch)
+    assert facts.media.count_I.tolist() == [4, beside]
+    assert StepFacts([facts]).grid_I3.tolist() == [[1, 2, 2], grid]
+    assert facts.media.lead_I.tolist() == [0, lead]
+    assert (facts.media.pixels is None) == (grid == [0, 0, 0])
 
 
 def _class(qualified: str) -> type:

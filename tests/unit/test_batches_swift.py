@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from regate_megatron.batches import QwenVLBatches, SwiftBatches
-from regate_megatron.errors import ReGateError
+from tests.unit.test_visual import _plan
 
 PICTURE, VIDEO = 91, 92
 SWIFT = SwiftBatches(QwenVLBatches(PICTURE, VIDEO, merge_size=2, takes_positions=True))
@@ -68,6 +68,7 @@ def _for_two_context_ranks(*lengths: int, fill: int = 0) -> dict:
     text = [*(place for length in filled for place in range(length)), *(place % 4 for place in range(fill))]
     tokens = torch.arange(2, 2 + len(text))[None]
     labels = torch.where(torch.tensor(text) > 2, tokens, -100)
+    labels[:, sum(filled) :] = -100
     positions = {"text_position_ids": torch.tensor([text]), "position_ids": torch.tensor([text]).expand(3, 1, -1)}
     return {"input_ids": tokens, "labels": labels, "seq_lens": list(lengths)} | positions
 
@@ -80,9 +81,16 @@ def test_samples_that_were_filled_up_after_they_were_counted_are_whole(lengths):
     assert bool((facts.is_context_BS | facts.is_target_BS).all())
 
 
-def test_what_fills_the_row_in_segments_that_context_ranks_cut_is_refused():
-    with pytest.raises(ReGateError, match="given 8 positions behind the samples that context ranks cut"):
-        SWIFT.read(_for_two_context_ranks(6, 4, fill=8))
+@pytest.mark.parametrize("fill", [4, 8])
+def test_what_fills_the_row_in_segments_that_context_ranks_cut_is_samples_without_a_position(fill):
+    batch = _for_two_context_ranks(6, 4, fill=fill)
+    facts, alone = SWIFT.read(batch), SWIFT.read(_for_two_context_ranks(6, 4))
+    assert facts.segment_length_N.tolist() == [8, 4, *[4] * (fill // 4)]
+    assert (facts.is_context_BS | facts.is_target_BS)[0].tolist() == [True] * 12 + [False] * fill
+    assert torch.equal(facts.difficulty_key_N2[:2], alone.difficulty_key_N2)
+    is_kept_S = torch.tensor([one == "x" for one in _plan(facts, keep_ratio=0.5)[0]])
+    assert torch.equal(is_kept_S[:12], torch.tensor([one == "x" for one in _plan(alone, keep_ratio=0.5)[0]]))
+    assert not is_kept_S[12:].any()
 
 
 @pytest.mark.parametrize("fill", [0, 3])

@@ -22,9 +22,9 @@ IMAGE, PAD, IGNORE = -200, 0, -100
 # ------------------------------------------------------------------------------------------- examples/multimodal
 
 
-def _multimodal(*rows: tuple[list[int], list[int]], images: bool = True) -> dict[str, torch.Tensor]:
+def _multimodal(*rows: tuple[list[int], list[int]], images: bool = True, length: int = 7) -> dict[str, torch.Tensor]:
     """Rows of (tokens, labels not yet shifted); every placeholder has an image of ones."""
-    tokens, labels = torch.full((len(rows), 7), PAD), torch.full((len(rows), 8), PAD)
+    tokens, labels = torch.full((len(rows), length), PAD), torch.full((len(rows), length + 1), PAD)
     for row, (text, target) in enumerate(rows):
         tokens[row, : len(text)], labels[row, : len(target)] = torch.tensor(text), torch.tensor(target)
     count, dummy = sum(text.count(IMAGE) for text, _ in rows), torch.zeros(1, 1, dtype=torch.int32)
@@ -99,10 +99,65 @@ def test_llava_labels_below_0_are_no_targets():
     assert torch.equal(facts.difficulty_key_N2, habit.difficulty_key_N2)
 
 
-def test_packed_multimodal_batches_are_refused():
-    batch = dict(_multimodal(PICTURE), cu_lengths=torch.tensor([[0, 4, 7]]))
-    with pytest.raises(ValueError, match="packed rows"):
-        _adapter().read(batch)
+def _captions(*rows: tuple[list[int], list[int]], fill: int = 0) -> dict[str, torch.Tensor]:
+    """Rows one after the other, as the script's task encoder packs them; pictures of two merged positions."""
+    tokens, labels = (sum((list(row[which]) for row in rows), []) for which in (0, 1))
+    ends = [0]
+    for text, _ in rows:
+        ends.append(ends[-1] + len(text) + text.count(IMAGE))
+    return _multimodal((tokens, labels), length=len(tokens) + fill) | {"cu_lengths": torch.tensor([ends])}
+
+
+@pytest.mark.parametrize("fill", [0, 3])
+def test_packed_multimodal_samples_are_those_of_padded_rows(fill):
+    rows, packed = (
+        _adapter().read(_multimodal(PICTURE, TEXT_ONLY)),
+        _adapter().read(_captions(PICTURE, TEXT_ONLY, fill=fill)),
+    )
+    assert packed.sample_BS.tolist() == [[0] * 6 + [1] * 4 + [2] * fill]
+    assert torch.equal(packed.difficulty_key_N2[:2], rows.difficulty_key_N2)
+    assert torch.equal(packed.reference_key_N2[:2], rows.reference_key_N2)
+    assert torch.where(packed.is_target_BS[0])[0].tolist() == [2, 3, 4, 6, 7, 8]
+    assert packed.label_BS[packed.is_target_BS].tolist() == [6, 7, 8] * 2
+    assert (packed.is_target_BS | packed.is_context_BS)[0].tolist() == [True] * 10 + [False] * fill
+    assert packed.media.sample_I.tolist() == [0] and not packed.joins_rows
+
+
+def test_pictures_of_packed_samples_belong_to_them():
+    facts = _adapter().read(_captions(TEXT_ONLY, PICTURE, PICTURE))
+    assert facts.media.sample_I.tolist() == [1, 2] and facts.media.count_I.tolist() == [2, 2]
+    assert torch.equal(facts.difficulty_key_N2[1], facts.difficulty_key_N2[2])
+
+
+def test_an_elided_target_of_a_packed_row_loses_its_label():
+    adapter, batch = _adapter(), _captions(TEXT_ONLY, PICTURE)
+    is_elided_BS = torch.zeros(1, 10, dtype=torch.bool)
+    is_elided_BS[0, [1, 7]] = True
+    assert adapter.elide(batch, is_elided_BS)["labels"][0].tolist() == [
+        IGNORE,
+        6,
+        IGNORE,
+        8,
+        IGNORE,
+        IGNORE,
+        6,
+        IGNORE,
+        8,
+        0,
+    ]
+
+
+@pytest.mark.parametrize("starts", [[0, 1, 10], [0, 6, 11], [1, 6, 10]])
+def test_starts_of_packed_samples_that_are_no_starts_of_entries_are_said(starts):
+    with pytest.raises(ValueError, match="cu_lengths"):
+        _adapter().read(_captions(PICTURE, TEXT_ONLY) | {"cu_lengths": torch.tensor([starts])})
+
+
+def test_packed_rows_are_refused_where_the_script_forgets_their_starts():
+    """Under sequence or context parallelism train.py makes packing parameters of the whole row instead."""
+    adapter = MultimodalBatches(LLaVABatches(2, IMAGE, 99, False, multiple=2), PAD)
+    with pytest.raises(ValueError, match="packed rows under sequence or context parallelism"):
+        adapter.read(_captions(PICTURE, TEXT_ONLY))
 
 
 def test_batches_with_a_loss_mask_pass_through():
@@ -240,7 +295,8 @@ def test_qwen_media_are_images_and_videos_in_the_order_of_their_positions_with_m
     facts = QWEN.read(_both_kinds())
     media = facts.media
     assert media.grid_I3.tolist() == [[2, 1, 2], [1, 1, 2], [1, 1, 2]]
-    assert media.count_I.tolist() == [4, 2, 2] and media.sample_I.tolist() == [0, 0, 1] and media.lead == 0
+    assert media.count_I.tolist() == [4, 2, 2] and media.sample_I.tolist() == [0, 0, 1]
+    assert media.lead_I.tolist() == [0] * 3
     assert StepFacts([facts]).place_V.tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
     # four patches of six values under each position
     assert [sorted(set(place.tolist())) for place in media.pixels(0)] == [

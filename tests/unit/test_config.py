@@ -27,6 +27,7 @@ from regate_megatron.method.schedule import phase_of
 from regate_megatron.method.scores import SCORES
 from regate_megatron.method.visual_scores import VISUAL_SCORES
 from regate_megatron.support import hints
+from regate_megatron.support.setting import Setting
 
 FLAGS = {  # a change here breaks users' scripts
     "--regate": False,
@@ -486,9 +487,9 @@ def test_a_least_score_needs_a_share_of_the_batch():
 @pytest.mark.parametrize("budget", CHOICES["budget"])
 def test_a_share_of_the_batch_that_moves_nothing_between_samples_is_said(budget):
     model = SimpleNamespace(context_parallel_size=1, num_moe_experts=None)
-    setting = SimpleNamespace(model=model, config=ReGateConfig(budget=budget))
+    setting = Setting([SimpleNamespace(config=model)], ReGateConfig(budget=budget))
     assert hints(setting) == []
-    setting.config = dataclasses.replace(setting.config, share="batch")
+    setting = dataclasses.replace(setting, config=dataclasses.replace(setting.config, share="batch"))
     said = hints(setting)
     assert len(said) == (budget in ("uniform", "balanced")) and all(budget in line for line in said)
 
@@ -583,7 +584,14 @@ def test_flags_without_the_switch_are_said_to_do_nothing(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("word", "change"),
-    [("estimat", "it to estimate"), ("dry_run", "it to dry-run"), ("docter", "it to doctor"), ("train.py", "the path")],
+    [
+        ("estimat", "it to estimate"),
+        ("dry_run", "it to dry-run"),
+        ("docter", "it to doctor"),
+        ("train.py", "the path"),
+        ("estimate", "the command: leave --cpu out"),  # it would not come here without
+        ("--regate", "the order: the script comes before its flags"),
+    ],
 )
 def test_a_misspelt_command_is_answered_by_the_nearest_and_a_missing_script_by_its_path(word, change):
     with pytest.raises(ReGateError, match=rf"^regate: launcher: given {word}; allowed a script: .*; change {change}$"):

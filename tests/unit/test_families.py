@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from regate_megatron.batches import FAMILIES, GPTBatches, QwenVLBatches, SwiftBatches, adapter_for
 from regate_megatron.errors import ReGateError
-from regate_megatron.support.bridge import REFUSED, check_settings
+from regate_megatron.support.bridge import check_settings
 
 
 def _class(qualified: str, *bases: type, **members) -> type:
@@ -76,12 +77,13 @@ def test_bridge_s_qwen25_vl_which_cuts_no_row_is_refused_under_context_paralleli
     assert no.value.everywhere
 
 
-def _mcore(context: int = 2, cut: str = "zigzag"):
-    vision = SimpleNamespace(spatial_merge_size=2)
-    tokens = SimpleNamespace(image_token_id=91, video_token_id=92, vision_config=vision)
+def _mcore(context: int = 2, cut: str = "zigzag", kind: str = "qwen3_vl"):
+    vision = SimpleNamespace(spatial_merge_size=2, merge_kernel_size=[2, 2])
+    tokens = {"image_token_id": 91, "video_token_id": 92, "media_placeholder_token_id": 93}
+    tokens = SimpleNamespace(**tokens, vision_config=vision)
     model = _class("mcore_bridge.model.mm_gpt_model.MultimodalGPTModel")()
     sizes = {"context_parallel_size": context, "cp_partition_mode": cut}
-    model.config = SimpleNamespace(hf_model_type="qwen3_vl", llm_model_type="qwen3", hf_config=tokens, **sizes)
+    model.config = SimpleNamespace(hf_model_type=kind, llm_model_type="qwen3", hf_config=tokens, **sizes)
     return model
 
 
@@ -93,6 +95,24 @@ def test_a_row_that_context_ranks_cut_otherwise_than_plans_do_is_refused():
     assert no.value.everywhere
     for model in (_mcore(), _mcore(context=1, cut="contiguous")):
         assert isinstance(adapter_for(model, None), SwiftBatches)
+
+
+def test_patches_of_a_picture_of_kimi_vl_lie_row_by_row():
+    """Two rows of three positions, each of two by two patches."""
+    patch_ND = torch.arange(24)[:, None].expand(-1, 8).reshape(24, 2, 2, 2)
+    tokens = torch.tensor([[5, *[93] * 6, 7, 8]])
+    batch = {"input_ids": tokens, "labels": tokens.where(tokens == 8, -100), "position_ids": torch.arange(9)[None]}
+    batch |= {"pixel_values": patch_ND, "image_grid_hws": torch.tensor([[4, 6]]), "attention_mask_2d": tokens > 0}
+    facts = adapter_for(_mcore(kind="kimi_vl"), None).read(batch)
+    assert facts.is_visual_BS.tolist() == [[False, *[True] * 6, False, False]]
+    assert facts.media.grid_I3.tolist() == [[1, 2, 3]]
+    under = [sorted(set(values)) for values in facts.media.pixels(0).tolist()]
+    assert under[0] == [0, 1, 6, 7] and under[2] == [4, 5, 10, 11] and under[3] == [12, 13, 18, 19]
+    for grid, says in (([1, 4, 6], None), ([2, 4, 3], "of one frame each")):  # Kimi-K2.5's, whose frames become one
+        own = batch | {"grid_thws": torch.tensor([grid])}
+        with pytest.raises(ValueError, match=says) if says else contextlib.nullcontext():
+            read = adapter_for(_mcore(kind="kimi_k25"), None).read(own)
+            assert read.media.grid_I3.tolist() == facts.media.grid_I3.tolist()
 
 
 def _llava(overlaps: bool, context: int = 1):
@@ -139,30 +159,21 @@ def test_every_row_names_a_class_by_its_module():
 
 def _bridge(**settings):
     rooms = {"dist": SimpleNamespace(), "dataset": SimpleNamespace()}
-    for name in REFUSED:
-        room, field = name.split(".")
-        setattr(rooms[room], field, None)
     for name, value in settings.items():
         room, field = name.split("__")
         setattr(rooms[room], field, value)
     return SimpleNamespace(**rooms)
 
 
-@pytest.mark.parametrize(
-    ("settings", "line"),
-    [
-        ({"dataset__packing_buffer_size": 32}, "given dataset.packing_buffer_size=32; allowed it off"),
-        ({"dist__use_decentralized_pg": True}, "given dist.use_decentralized_pg=True; allowed it off"),
-    ],
-)
-def test_settings_of_bridge_that_pack_rows_are_refused_before_step_0(settings, line):
+def test_settings_of_bridge_under_which_groups_are_its_own_are_refused_before_step_0():
     with pytest.raises(ReGateError) as refusal:
-        check_settings(_bridge(**settings))
-    name = next(iter(settings)).replace("__", ".")
-    assert line in str(refusal.value) and f"; change {name} to " in str(refusal.value) and refusal.value.everywhere
+        check_settings(_bridge(dist__use_decentralized_pg=True))
+    line = "given dist.use_decentralized_pg=True; allowed it off"
+    assert line in str(refusal.value) and "; change dist.use_decentralized_pg to " in str(refusal.value)
+    assert refusal.value.everywhere
 
 
-@pytest.mark.parametrize("value", [None, 0])
-def test_settings_of_bridge_that_pack_nothing_pass(value):
-    check_settings(_bridge(dataset__packing_buffer_size=value))
-    check_settings(SimpleNamespace(dist=SimpleNamespace(), dataset=SimpleNamespace()))  # datasets without the field
+@pytest.mark.parametrize("value", [None, False])
+def test_settings_of_bridge_that_leave_groups_alone_pass(value):
+    check_settings(_bridge(dist__use_decentralized_pg=value, dataset__packing_buffer_size=32))
+    check_settings(_bridge())  # versions without the field

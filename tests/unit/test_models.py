@@ -24,7 +24,7 @@ def test_a_supported_model_is_told_its_hosts_and_how(tmp_path, capsys):
     assert "its first 3 layers take visual features in" in said
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "kimi_k25", "ernie4_5_moe_vl", "qwen3_5", "never_heard_of"])
+@pytest.mark.parametrize("kind", ["gemma3", "ovis2_5", "ernie4_5_moe_vl", "qwen3_5", "never_heard_of"])
 def test_a_model_that_nobody_has_run_is_not_supported_and_the_reason_is_told(tmp_path, capsys, kind):
     code, said = _answer(tmp_path, capsys, model_type=kind)
     assert code == 1 and said.startswith(f"{kind}: not supported: ") and "supported are qwen2_5_vl" in said
@@ -66,6 +66,26 @@ def test_a_configuration_that_states_no_model_type_is_refused_in_one_line(tmp_pa
     assert doctor.main(["--model", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"regate: --model: given {tmp_path}/config.json without model_type; allowed ")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"text_config": [1]},
+        {"text_config": "x"},
+        {"vision_config": [1]},
+        {"vision_config": {"deepstack_visual_indexes": 5}},
+        {"layer_types": 5},
+    ],
+    ids=str,
+)
+def test_a_configuration_of_another_form_is_refused_in_one_line(tmp_path, capsys, values):
+    code, *_ = _answer(tmp_path, capsys, model_type="qwen3_vl", **values)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_vl"} | values))
+    assert code == doctor.main(["--model", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("regate: --model: given a configuration of qwen3_vl in another form (")
+    assert error.count("\n") == 1
 
 
 def test_no_model_is_supported_and_refused():

@@ -11,6 +11,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from regate_megatron.decoder import Layout, exchange, shard_plans
 from regate_megatron.decoder.compaction import _short_packing
+from regate_megatron.decoder.cutting import places
+from regate_megatron.decoder.experts import Experts
 from regate_megatron.decoder.query_scale import QueryScale
 from regate_megatron.errors import ReGateError
 from regate_megatron.method.plan import MicrobatchPlan, Packing
@@ -83,6 +85,36 @@ def test_segments_of_which_the_plan_knows_nothing_are_refused():
     (plan,) = shard_plans([MicrobatchPlan.of(torch.arange(16)[None] < 8, 12)], Layout(), CPU, **MOVES)
     with pytest.raises(ReGateError, match="given 2 segments of which the batch says nothing"):
         _short_packing(_packed_as("thd", [0, 4, 16]), plan)
+
+
+def test_a_padding_mask_that_context_ranks_have_cut_goes_where_kept_positions_go(monkeypatch):
+    plan, mask_BS, context = _plans()[0], torch.arange(32).view(2, 16) % 3 == 0, (0, 1)
+    config = SimpleNamespace(context_parallel_size=2, sequence_parallel=False)
+    experts = Experts(config, [SimpleNamespace(mlp=SimpleNamespace(router=object()))])
+    sent, found = {}, {}
+
+    def padding(rank):
+        layout = Layout(cp_size=2, cp_rank=rank, hidden_group=object(), context_group=object())
+        (own,) = shard_plans([plan], layout, CPU, moves_hidden=False, moves_tokens=True)
+        found[rank] = experts.padding(mask_BS[:, places([16], cp_size=2).positions_of(rank)], own)
+
+    for rank in context:
+        monkeypatch.setattr(
+            exchange.Exchange,
+            "_all_to_all",
+            lambda _, values, counts, received, rank=rank: (
+                sent.update({rank: values.split(counts)}) or values.new_zeros(sum(received))
+            ),
+        )
+        padding(rank)
+    for rank in context:
+        got = torch.cat([sent[other][rank] for other in context])
+        monkeypatch.setattr(exchange.Exchange, "_all_to_all", lambda *_, got=got: got)
+        padding(rank)
+    is_fill_BK = ~plan.is_kept_BK | mask_BS.gather(1, plan.keep_idx_BK)
+    assert bool((is_fill_BK & plan.is_kept_BK).any())
+    for rank in context:
+        assert torch.equal(found[rank], is_fill_BK[:, places([12], cp_size=2).positions_of(rank)])
 
 
 def test_a_step_that_elides_nothing_has_nothing_to_lay_out():

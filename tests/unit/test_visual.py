@@ -187,7 +187,7 @@ def _facts(*rows: str, grids: list[tuple[int, int, int]] | None = None, lead: in
             sample_I=torch.tensor([row for row, _ in counts], dtype=torch.int64),
             count_I=torch.tensor([count for _, count in counts], dtype=torch.int64),
             grid_I3=None if grids is None else torch.tensor(grids),
-            lead=lead,
+            lead_I=torch.full((len(counts),), lead),
             pixels=pixels,
         ),
     )

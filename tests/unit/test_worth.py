@@ -124,6 +124,24 @@ def test_estimate_takes_rows_of_a_trace_and_knows_that_the_slowest_rank_decides(
     assert step["dealt"] < step["per-sample"] < step["uniform"] and step["dealt"] < step["balanced"]
 
 
+_RECORD = '{"dense_length": 100, "rows": [{"num_context": 50, "num_targets": 20, "num_visual": 0}]}'
+
+
+def test_the_last_line_of_a_trace_that_a_run_still_writes_is_left(capsys, tmp_path):
+    (tmp_path / "dp00000.jsonl").write_text(f"{_RECORD}\n{_RECORD}\n{_RECORD[:40]}")
+    assert _said(capsys, "--trace", tmp_path, *MODEL, "--regate-score", "random")[0].startswith("[estimate] 2 rows")
+
+
+@pytest.mark.parametrize("line", ["[]", "{}", '{"dense_length"', _RECORD.replace("20", '"x"')])
+def test_a_file_that_is_no_trace_is_refused_in_one_line(capsys, tmp_path, line):
+    path = tmp_path / "dp00000.jsonl"
+    path.write_text(f"{_RECORD}\n{line}\n")
+    with pytest.raises(SystemExit):
+        main(["estimate", "--trace", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert error.startswith(f"regate: estimate: --trace: given {path}, unreadable (") and error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("words", "given"),
     [
@@ -134,7 +152,11 @@ def test_estimate_takes_rows_of_a_trace_and_knows_that_the_slowest_rank_decides(
         (("--length", 10, "--targets", 1, "--rank", 3), "--rank"),
         (("--lenght", 10, "--targets", 1), "--lenght; allowed "),
         (("--length", 10, "--targets", 1, 300), "300; allowed "),
-        (("--length", 10, "--targets", "x"), "argument --targets"),
+        (("--length", 10, "--targets", "x"), "invalid int value: 'x'; allowed "),
+        (("--length", 10, "--targets"), "no value; allowed "),
+        (("--length", 10, "--targets", 1, "--regate-keep-ratio"), "no value; allowed "),
+        (("--length", 10, "--targets", -1), "-1; allowed an integer of 0 or more"),
+        (("--trace", "nowhere", "torchrun", "train.py"), "--trace; allowed "),
         (("--length", 10, "--targets", 1, "--ranks", 0), "0"),
         (("--length", 10, "--regate-score", "other"), "other"),
         (("--trace", "nowhere"), "nowhere without rows"),

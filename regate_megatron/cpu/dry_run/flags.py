@@ -114,7 +114,7 @@ def _unproven(line: LaunchLine, config: ReGateConfig) -> list[str]:
 
     options = parser_of_megatron().parse_known_args(line.flags)[0]
     options.tp_comm_overlap |= "--decoder-tp-comm-overlap" in line.options  # pretrain_vlm.py's, of its language model
-    return unproven(setting_of_flags(run_of(options), config, line.script).model)
+    return unproven(setting_of_flags(run_of(options), config, line.script))
 
 
 def _regate(config: ReGateConfig, fp8_multiple: int) -> dict[str, Any]:

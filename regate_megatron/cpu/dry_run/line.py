@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from regate_megatron.errors import refuse
+from regate_megatron.errors import given_to_argparse, nearest, refuse
 
 USAGE = "python -m regate_megatron dry-run [--nproc N] [--max-ranks N] [--timeout S] torchrun … SCRIPT <flags>"
 
@@ -40,17 +43,26 @@ def parse_line(words: list[str]) -> LaunchLine:
     """Take a launch line apart.
 
     Raises:
-        ReGateError: no script, no such file, or a number of ranks that is not said.
+        ReGateError: no script, no such file, an option or a number out of range, or ranks that are not said.
     """
-    parser = argparse.ArgumentParser(prog="dry-run", add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--nproc", type=int)
     parser.add_argument("--max-ranks", type=int)
     parser.add_argument("--timeout", type=float, default=900.0)
     parser.add_argument("line", nargs=argparse.REMAINDER)
     try:
-        own = parser.parse_args(words)
-    except (argparse.ArgumentError, SystemExit) as error:
-        raise refuse("dry-run", given=error, allowed=USAGE, change="the command") from None
+        own, unknown = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        given = given_to_argparse(error)
+        raise refuse(f"dry-run: {error.argument_name}", given=given, allowed="a number", change="it") from None
+    if unknown:
+        change = nearest(unknown[0].partition("=")[0], ("--nproc", "--max-ranks", "--timeout"), "the command")
+        raise refuse("dry-run", given=unknown[0], allowed=USAGE, change=change)
+    for name in ("max_ranks", "timeout"):
+        value = getattr(own, name)
+        if value is not None and not 0 < value < math.inf:
+            given = f"--{name.replace('_', '-')} {value:g}"
+            raise refuse("dry-run", given=given, allowed="more than 0", change="it, or leave it out")
     line, num_ranks = own.line, own.nproc
     after = _after_python(line)
     torch_launcher = after[:2] in (["-m", "torch.distributed.run"], ["-m", "torch.distributed.launch"])
@@ -87,7 +99,8 @@ def _torchrun(words: list[str]) -> tuple[list[str], int | None]:
     from torch.distributed.run import get_args_parser
 
     try:
-        options = get_args_parser().parse_args(words)
+        with contextlib.redirect_stderr(io.StringIO()):
+            options = get_args_parser().parse_args(words)
     except SystemExit:
         raise refuse("dry-run", given="options torchrun does not know", allowed=USAGE, change="the line") from None
     module = ["-m", options.training_script] if options.module else [options.training_script]
