@@ -70,7 +70,7 @@ class Page:
 
 
 def find(folder: Path) -> Path:
-    """The package's photographs: installed, or brought to `folder`.
+    """The package's photographs: installed, or brought to `folder`, where its .deb may lie already.
 
     Raises:
         PhotographsError: neither.
@@ -79,19 +79,21 @@ def find(folder: Path) -> Path:
         return INSTALLED
     brought = folder / PACKAGE
     if not brought.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        if not list(folder.glob(f"{PACKAGE}_*.deb")):
-            run("apt-get", "download", PACKAGE, cwd=folder)
         aside = folder / f"{PACKAGE}.incomplete"
         shutil.rmtree(aside, ignore_errors=True)
-        run("dpkg-deb", "-x", str(next(folder.glob(f"{PACKAGE}_*.deb"))), str(aside), cwd=folder)
+        aside.mkdir(parents=True)
+        if not list(folder.glob(f"{PACKAGE}_*.deb")):
+            run("apt-get", "download", PACKAGE, cwd=aside)
+            for package in aside.glob("*.deb"):
+                package.rename(folder / package.name)
+        run("dpkg-deb", "-x", *map(str, folder.glob(f"{PACKAGE}_*.deb")), str(aside), cwd=folder)
         aside.rename(brought)
     return brought / INSTALLED.relative_to("/")
 
 
 def run(*command: str, cwd: Path) -> None:
     """One of the package manager's commands."""
-    allowed = f"allowed the package {PACKAGE} installed, or its .deb in {cwd}; install it, or put it there"
+    allowed = f"allowed the package {PACKAGE} installed, or one whole .deb of it; install it, or put that into {cwd}"
     if shutil.which(command[0]) is None:
         raise PhotographsError(f"photographs: given a machine without {command[0]}; {allowed}")
     done = subprocess.run(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -103,6 +105,9 @@ def run(*command: str, cwd: Path) -> None:
 def load(side: int, folder: Path) -> list[Photograph]:
     """MOST photographs with short captions, for cells of `side` pixels, spread over the order of the files' names; one
     per caption.
+
+    Raises:
+        PhotographsError: they cannot be had, or are fewer.
     """
     from PIL import Image, ImageOps
 
@@ -112,14 +117,18 @@ def load(side: int, folder: Path) -> list[Photograph]:
         text = file.with_suffix(".txt")
         if LEFT_OUT.intersection(file.parts) or not text.exists():
             continue
-        caption = text.read_text(errors="replace").splitlines()[0].strip().removesuffix(".")
+        caption = text.read_text(errors="replace").partition("\n")[0].strip().removesuffix(".")
         if caption.lower() in found or not re.fullmatch(r"[A-Za-z' -]+", caption) or len(caption.split()) > MOST_WORDS:
             continue
         art = Image.open(file).convert("RGBA")
         art = ImageOps.pad(art.crop(art.getchannel("A").getbbox()), (side, side))
         found[caption.lower()] = Photograph(caption, art)
-    every = -(-len(found) // MOST)
-    return list(found.values())[::every]
+    if len(found) < MOST:
+        raise PhotographsError(
+            f"photographs: given {len(found)} with short captions in {stamps}, allowed {MOST} or more; "
+            f"change to {PACKAGE} of another release, or remove the folder"
+        )
+    return [list(found.values())[place * len(found) // MOST] for place in range(MOST)]
 
 
 def draw(photographs: list[Photograph], rng: random.Random) -> Page:

@@ -345,9 +345,17 @@ def test_photographs_are_those_with_a_short_caption_of_their_own(tmp_path, monke
     import photographs
 
     monkeypatch.setattr(photographs, "INSTALLED", _stamps(tmp_path))
+    monkeypatch.setattr(photographs, "MOST", 3)
     found = photographs.load(24, tmp_path)
     assert [one.caption for one in found] == ["A lark", "A red fox", "An apple"]
     assert all(one.art.size == (24, 24) for one in found)
+    monkeypatch.setattr(photographs, "MOST", 2)
+    assert photographs.load(24, tmp_path)[1].caption == "A red fox"
+    monkeypatch.setattr(photographs, "MOST", 4)
+    with pytest.raises(
+        photographs.PhotographsError, match="given 3 with short captions in .*, allowed 4 or more; change"
+    ):
+        photographs.load(24, tmp_path)
 
 
 def test_every_word_of_a_photograph_s_caption_needs_the_picture(tmp_path, monkeypatch):
@@ -355,6 +363,7 @@ def test_every_word_of_a_photograph_s_caption_needs_the_picture(tmp_path, monkey
     import photographs
 
     monkeypatch.setattr(photographs, "INSTALLED", _stamps(tmp_path))
+    monkeypatch.setattr(photographs, "MOST", 3)
     found = photographs.load(24, tmp_path)
     page = photographs.Page((1, 2), (0, 3), "green", 0)
     _, answer, spans = photographs.describe(page, found)
@@ -381,7 +390,10 @@ def test_photographs_that_cannot_be_had_are_refused_in_one_line(tmp_path, monkey
     (tmp_path / "apt-get").chmod(0o755)
     with pytest.raises(photographs.PhotographsError, match="apt-get download, which failed .E: no such package.;"):
         photographs.find(tmp_path / "brought")
-    assert not list((tmp_path / "brought").iterdir())
+    (tmp_path / "apt-get").write_text(f"#!/bin/sh\necho half > {photographs.PACKAGE}_1_all.deb\nkill -9 $$\n")
+    with pytest.raises(photographs.PhotographsError):
+        photographs.find(tmp_path / "brought")
+    assert not list((tmp_path / "brought").glob("*.deb")) and not (tmp_path / "brought" / photographs.PACKAGE).exists()
 
 
 @pytest.mark.parametrize(("positions", "patch"), [(16, 12), (144, 4), (36, 8)])
