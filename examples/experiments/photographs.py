@@ -1,12 +1,13 @@
 """Photographs with the captions that people wrote for them, in place of drawings and names.
 
 Of Debian's package `tuxpaint-stamps-default` (GPL-2, never vendored): cut-out photographs of animals, food, plants and
-vehicles with captions such as "A green apple." or "An old Chinese sailing ship." Where it is not installed, `apt-get download`
-brings it. A picture holds one or two of them, each in a cell of a 2 x 2 grid on a coloured ground, shifted, scaled and
-mirrored at random; the answer is the captions as they are, with the place of each, and the ground.
+vehicles with captions such as "A green apple." or "An old Chinese sailing ship." Where it is not installed,
+`apt-get download` brings it. A picture holds one or two of them, each in a cell of a 2 x 2 grid on a coloured ground,
+shifted, scaled and mirrored at random; the answer is the captions as they are, with the place of each, and the ground.
 
 Every word of a caption needs the picture, but some more than others, as in real captions: after "an old Chinese
-sailing" text alone knows the ship. Held-out pictures show the same photographs, shifted, scaled and mirrored in ways of their own.
+sailing" text alone knows the ship. Held-out pictures show the same photographs, shifted, scaled and mirrored in ways of
+their own.
 """
 
 from __future__ import annotations
