@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, case, names, run_cases, selected
+from tests.multiprocess.parity import assert_exact, assert_keeps_the_same, case, launched, names
 
 pytest.importorskip("megatron.core")
 pytest.importorskip("einops", reason="RADIO, the tower of dynamic resolution, needs einops")
@@ -53,14 +53,8 @@ TWO_RANKS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def one_rank(request, tmp_path_factory) -> dict:
-    return run_cases(1, selected(request, ONE_RANK), tmp_path_factory.mktemp("one"))
-
-
-@pytest.fixture(scope="module")
-def two_ranks(request, tmp_path_factory) -> dict:
-    return run_cases(2, selected(request, TWO_RANKS), tmp_path_factory.mktemp("two"))
+one_rank = launched(1, ONE_RANK)
+two_ranks = launched(2, TWO_RANKS)
 
 
 @pytest.mark.parametrize("name", names(ONE_RANK))
