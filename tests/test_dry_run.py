@@ -209,8 +209,31 @@ def test_what_passes_and_is_most_likely_not_meant_is_said(flags, per_token, said
     from regate_megatron.flags import parse
 
     cluster = Namespace(calculate_per_token_loss=per_token)
-    found = _worth_knowing(Namespace(flags=flags), cluster, parse(flags))
+    found = _worth_knowing(LaunchLine(SCRIPT, flags, 8, None, 900.0), cluster, parse(flags))
     assert len(found) == (said is not None) and all(one.startswith(said) for one in found)
+
+
+@pytest.mark.parametrize(
+    ("start", "is_bare"),
+    [
+        ("torchrun --nproc-per-node 8 -m regate_megatron", False),
+        ("torchrun --nproc-per-node 8", True),
+        ("--nproc 8 python", True),
+        ("--nproc 8", False),
+    ],
+)
+def test_a_line_that_starts_a_script_which_knows_no_flag_of_ours_is_told_so(start, is_bare, tmp_path):
+    from regate_megatron.flags import parse
+
+    script, patched, cluster = tmp_path / "train.py", tmp_path / "patched.py", Namespace(calculate_per_token_loss=True)
+    script.write_text("train()\n")
+    patched.write_text("import regate_megatron\n")
+    line = parse_line([*start.split(), str(script), "--regate"])
+    assert (
+        _worth_knowing(line, cluster, parse(line.flags))
+        == [f"{script} knows no --regate flags by itself: put -m regate_megatron before it, or patch it"] * is_bare
+    )
+    assert not parse_line([*start.split(), str(patched), "--regate"]).is_bare
 
 
 @pytest.mark.parametrize("words", [[], ["--nproc", "8"], ["--nproc", "8", "no_such.py"], [SCRIPT]], ids=str)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regate_megatron.errors import refuse
+from regate_megatron.errors import nearest, refuse
 
 BRIDGE = "Megatron-Bridge"
 SWIFT = "ms-swift, over mcore-bridge"
@@ -135,10 +135,10 @@ def judge(config: dict[str, Any]) -> Verdict:
 
 def _judge(config: dict[str, Any]) -> Verdict:
     kind = str(config["model_type"])
-    text = config.get("text_config") or config.get("llm_config") or config
-    reasons = [*_inexact(text)]
-    if (over := _OVER.get(kind)) and text.get("model_type", over[0]) not in over:
-        reasons.append(f"over {text['model_type']} {_UNTRIED}, over {', '.join(over)} alone")
+    inner = config.get("text_config") or config.get("llm_config") or {}
+    reasons = [*_inexact(inner or config)]
+    if (over := _OVER.get(kind)) and inner.get("model_type", over[0]) not in over:
+        reasons.append(f"over {inner['model_type']} {_UNTRIED}, over {', '.join(over)} alone")
     if kind not in SUPPORTED:
         reasons.insert(0, REFUSED.get(kind, _UNTRIED))
     notes = []
@@ -162,11 +162,19 @@ def _inexact(text: dict[str, Any]) -> Iterator[str]:
 def config_of(name: str) -> dict[str, Any]:
     """The configuration of a folder, of a ``config.json``, or of a name on the Hugging Face hub (or in its cache).
 
+    Of a model type that is known, one that states nothing else.
+
     Raises:
         ReGateError: there is none, or it states no model type.
     """
     path = Path(name)
     path = path / "config.json" if path.is_dir() else path
+    if not path.exists() and path.suffix != ".json" and "/" not in name:  # no name of the hub: these have an owner
+        known = {**SUPPORTED, **REFUSED}
+        if name in known:
+            return {"model_type": name}
+        allowed = "a folder, its config.json, OWNER/NAME of the Hugging Face hub, or a model type: " + ", ".join(known)
+        raise refuse("--model", given=name, allowed=allowed, change=nearest(name, known, "it to one of these"))
     try:
         if not path.is_file() and (path.is_absolute() or name.startswith(".") or path.name == "config.json"):
             raise FileNotFoundError  # no name of the hub
@@ -175,6 +183,11 @@ def config_of(name: str) -> dict[str, Any]:
 
             path = Path(hf_hub_download(name, "config.json"))
         config = json.loads(path.read_text())
+    except ValueError as fault:  # of json
+        allowed = "a config.json as transformers writes it"
+        raise refuse(
+            "--model", given=f"{path}, which is no JSON ({fault})", allowed=allowed, change="the file"
+        ) from None
     except Exception as fault:  # the hub and its library raise whatever they like
         raise refuse(
             "--model",

@@ -109,3 +109,23 @@ def test_a_model_is_supported_over_the_language_models_that_were_run(tmp_path, c
     inner = {"model_type": text} if text else {}
     found, said = _answer(tmp_path, capsys, model_type=kind, **{name: inner | {"hidden_size": 8}})
     assert found == code and (f"over {text} nobody has run it" in said) == bool(code)
+
+
+@pytest.mark.parametrize("kind", [*models.SUPPORTED, *models.REFUSED])
+def test_a_model_type_is_answered_without_a_network(kind, capsys):
+    assert doctor.main(["--model", kind]) == (kind in models.REFUSED)
+    said = capsys.readouterr().out
+    assert f"{kind}: {'not ' if kind in models.REFUSED else ''}supported" in said
+
+
+def test_a_misspelt_model_type_is_told_the_nearest(capsys):
+    assert doctor.main(["--model", "qwen2_5vl"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("regate: --model: given qwen2_5vl; allowed a folder, its config.json, OWNER/NAME of ")
+    assert error.endswith("change it to qwen2_5_vl\n")
+
+
+def test_a_file_that_is_no_json_is_told_apart_from_none(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": ')
+    assert doctor.main(["--model", str(tmp_path)]) == 1
+    assert f"given {tmp_path / 'config.json'}, which is no JSON (" in capsys.readouterr().err

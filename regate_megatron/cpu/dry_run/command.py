@@ -222,6 +222,8 @@ def _worth_knowing(line: LaunchLine, cluster: Any, config: ReGateConfig | None) 
     if config is None:
         return [f"ReGATE is off: {', '.join(ours)} given without --regate"] if ours else ["ReGATE is off: no --regate"]
     found = [f"{', '.join(config.idle)} not used: nothing reads it"] if config.idle else []
+    if line.is_bare:
+        found.append(f"{line.script} knows no --regate flags by itself: put -m regate_megatron before it, or patch it")
     if config.ranks_targets and not cluster.calculate_per_token_loss:
         found.append("--calculate-per-token-loss is off: rows keep different numbers of targets; add it")
     return found

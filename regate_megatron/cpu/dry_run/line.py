@@ -25,6 +25,8 @@ class LaunchLine:
         num_ranks: ranks of the cluster.
         max_ranks: most ranks to start here; None: as many as memory holds.
         timeout_s: seconds after which the run is ended.
+        is_bare: whether it starts a script that knows no flag of ours without ``-m regate_megatron``; not so where the
+            launcher is left out, too, as in ``dry-run --nproc N SCRIPT``.
     """
 
     script: str
@@ -32,6 +34,7 @@ class LaunchLine:
     num_ranks: int
     max_ranks: int | None
     timeout_s: float
+    is_bare: bool = False
 
     @property
     def options(self) -> set[str]:
@@ -70,6 +73,7 @@ def parse_line(words: list[str]) -> LaunchLine:
         line, ranks_of_line = _torchrun(after[2:] if torch_launcher else line[1:])
         num_ranks = num_ranks or ranks_of_line
     line = _after_python(line)
+    is_bare = line[:2] != ["-m", "regate_megatron"] and own.line[:1] != line[:1]
     line = line[2:] if line[:2] == ["-m", "regate_megatron"] else line
     line = line[1:] if line[:1] == ["--cpu"] else line
     if not line or not Path(line[0]).is_file():
@@ -81,7 +85,8 @@ def parse_line(words: list[str]) -> LaunchLine:
         raise refuse(
             "dry-run", given=f"{num_ranks} ranks", allowed="1 or more", change="--nproc to the cluster's ranks"
         )
-    return LaunchLine(line[0], line[1:], num_ranks, own.max_ranks, own.timeout)
+    is_bare = is_bare and "regate" not in Path(line[0]).read_text(errors="replace")  # as patched ones say
+    return LaunchLine(line[0], line[1:], num_ranks, own.max_ranks, own.timeout, is_bare)
 
 
 def _after_python(words: list[str]) -> list[str]:
