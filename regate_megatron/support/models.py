@@ -183,11 +183,9 @@ def config_of(name: str) -> dict[str, Any]:
 
             path = Path(hf_hub_download(name, "config.json"))
         config = json.loads(path.read_text())
-    except ValueError as fault:  # of json
-        allowed = "a config.json as transformers writes it"
-        raise refuse(
-            "--model", given=f"{path}, which is no JSON ({fault})", allowed=allowed, change="the file"
-        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as fault:
+        given, allowed = f"{path}, which is no JSON ({fault})", "a config.json as transformers writes it"
+        raise refuse("--model", given=given, allowed=allowed, change="the file") from None
     except Exception as fault:  # the hub and its library raise whatever they like
         raise refuse(
             "--model",
