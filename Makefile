@@ -23,7 +23,7 @@ demo: venv ## train a small vision-language model with and without ReGATE; repor
 demo-quick: venv ## the same in a few minutes
 	$(PYTHON_BIN) examples/demo/run.py --quick
 
-experiment: venv ## the learning experiment: real weights, three seeds, about an hour; results in out/experiments
+experiment: venv ## the learning experiment: real weights, three seeds, about half an hour on two free cores; results in out/experiments
 	$(PYTHON_BIN) examples/experiments/run.py
 
 test: venv ## the tests that take seconds each, two files at a time

@@ -1,7 +1,7 @@
 """Train a small vision-language model on real pretrained weights, dense and with ReGATE, and compare.
 
-    python examples/experiments/run.py                     the main arms, three seeds each: about an hour on two cores
-    python examples/experiments/run.py --all               every arm: about three hours
+    python examples/experiments/run.py                     the main arms, three seeds each: half an hour on two free cores
+    python examples/experiments/run.py --all               every arm: about four hours
     python examples/experiments/run.py --arms dense,regate --seeds 1
     python examples/experiments/run.py --positions 144     pictures of 144 visual positions, in a folder of their own
     python examples/experiments/run.py --clips             clips of eight frames of 16 positions, likewise
